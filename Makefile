@@ -1,0 +1,67 @@
+# Every target makes the virtual environment it needs and installs into it; nothing is done by hand.
+SHELL := /bin/sh
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.NOTPARALLEL:
+.PHONY: help demo test test-newest lint clean
+
+INSTALL_INPUTS := pyproject.toml CMakeLists.txt $(wildcard cuda_ffi/csrc/*)
+PIP := -m pip --disable-pip-version-check --quiet --quiet
+
+# $(call find_python,NAMES,LEAST): prints the first interpreter of at least that sys.hexversion, from PATH, then
+# from pyenv. Each is run, since the shims of pyenv exist for versions that they then refuse to start.
+find_python = { printf '%s\n' $(1); ls -d "$$(pyenv root 2>/dev/null)"/versions/*/bin/python3 2>/dev/null | sort -rV; } \
+	| while read -r candidate; do \
+	    if "$$candidate" -c 'import ensurepip, sys, venv; sys.exit(sys.hexversion < $(2))' </dev/null >/dev/null 2>&1; \
+	    then echo "$$candidate"; break; fi; \
+	  done
+FIND_ANY := $(call find_python,python3 python3.11 python3.12 python3.13 python3.14,0x030B0000)
+FIND_NEWEST := $(call find_python,python3.14 python3.13 python3.12,0x030C0000)
+# The second run of the tests adds nothing where .venv is itself on Python 3.12 or newer.
+NEWEST_IF_OTHER := if .venv/bin/python -c 'import sys; sys.exit(sys.hexversion >= 0x030C0000)'; then $(FIND_NEWEST); fi
+
+help:
+	@echo "make demo   quantize a real small model to 4 bits, compare, generate, save and load"
+	@echo "make test   format check, lint, types, all tests; the core tests again on the newest Python"
+	@echo "make lint   format check, lint and types only"
+	@echo "make clean  remove the virtual environments, caches and build products"
+
+demo: .venv/demo.stamp
+	@.venv/bin/any4 demo
+
+test: lint
+	@[ -n "$$($(NEWEST_IF_OTHER))" ] || echo "one run only: no Python 3.12 or newer was found beside the one of .venv"
+	@JAX_PLATFORMS=cpu .venv/bin/python -m pytest
+	@[ -z "$$($(NEWEST_IF_OTHER))" ] || $(MAKE) --no-print-directory test-newest
+
+test-newest: .venv-newest/dev.stamp
+	@JAX_PLATFORMS=cpu .venv-newest/bin/python -m pytest -m "not slow"
+
+lint: .venv/dev.stamp
+	@.venv/bin/ruff format --check .
+	@.venv/bin/ruff check .
+	@.venv/bin/mypy
+
+clean:
+	@rm -rf .venv .venv-newest .cache .mypy_cache .pytest_cache .ruff_cache build dist
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+.venv/bin/python:
+	@python=$$($(FIND_ANY)); \
+	if [ -z "$$python" ]; then \
+	  echo "make: found no Python 3.11 or newer with venv and ensurepip on PATH or in pyenv; install one" >&2; exit 1; fi; \
+	"$$python" -m venv --clear .venv
+
+.venv-newest/bin/python:
+	@"$$($(FIND_NEWEST))" -m venv --clear .venv-newest
+
+# Editable, so that an edit needs no new installation and data files are read where they lie.
+.venv/demo.stamp: $(INSTALL_INPUTS) | .venv/bin/python
+	@echo "installing any4_jax into .venv"
+	@.venv/bin/python $(PIP) install -e .
+	@touch $@
+
+%/dev.stamp: $(INSTALL_INPUTS) | %/bin/python
+	@echo "installing any4_jax and its development tools into $*"
+	@$*/bin/python $(PIP) install -e '.[dev]'
+	@touch $@ $*/demo.stamp

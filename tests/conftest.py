@@ -1,0 +1,71 @@
+"""Fixtures that every test file may ask for: seeded numbers, shared files, a counter of compiled programs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+# One event a program, sent where a persistent compilation cache supplies the program too.
+COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
+
+
+@dataclass
+class Compiles:
+    """The programs compiled within one `count_compiles()` block, by the names of the jitted functions."""
+
+    names: list[str] = field(default_factory=list)
+
+    @property
+    def count(self) -> int:
+        return len(self.names)
+
+
+def pytest_report_header() -> str:
+    return f"jax {jax.__version__}, numpy {np.__version__}"
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    """A numpy Generator that starts from the same seed in every test."""
+    return np.random.default_rng(0)
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder `shared` beside the repository: reference texts and models. Skips the test without it."""
+    folder = REPOSITORY.parent / "shared"
+    if not folder.is_dir():
+        pytest.skip("needs the reference files of ../shared, which is not beside this repository")
+    return folder
+
+
+@pytest.fixture
+def count_compiles() -> Callable[[], AbstractContextManager[Compiles]]:
+    """Gives `with count_compiles() as compiles: ...`; `compiles.count` programs were compiled in the block.
+
+    Operations outside of jit count as well: each new (operation, shape) is a program of its own.
+    """
+
+    @contextmanager
+    def counting() -> Iterator[Compiles]:
+        compiles = Compiles()
+
+        def listen(event: str, duration_seconds: float, **details: str | int) -> None:
+            if event == COMPILE_EVENT:
+                compiles.names.append(str(details.get("fun_name", "")))
+
+        jax.monitoring.register_event_duration_secs_listener(listen)
+        try:
+            yield compiles
+        finally:
+            jax.monitoring.unregister_event_duration_listener(listen)
+
+    return counting

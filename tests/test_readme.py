@@ -1,0 +1,157 @@
+"""README.md is run as a reader would run it: Python blocks in one namespace, `any4` commands, top to bottom.
+
+A line `<!-- no-test: reason -->` right above a block skips that block and shows the reason.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+import shlex
+import tomllib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+README = REPOSITORY / "README.md"
+
+SKIP_MARK = re.compile(r"<!--\s*no-test:\s*(\S.*?)\s*-->\s*$")
+SHELL = frozenset({"bash", "console"})
+# Commands run in this process through the entry point, not in a shell: what only a shell can do is refused.
+SHELL_WORDS = frozenset({"|", "||", "&", "&&", ";", ">", ">>", "<"})
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block: its language, the number of its first line of code, the code, the reason to skip it."""
+
+    language: str
+    line: int
+    code: str
+    skip: str | None
+
+    def commands(self) -> list[list[str]]:
+        """The words after `any4` of each such command, its backslash-continued lines joined."""
+        lines = self.code.replace("\\\n", " ").splitlines()
+        if self.language == "console":
+            lines = [line.removeprefix("$ ") for line in lines if line.startswith("$ ")]
+        split = [shlex.split(line, comments=True) for line in lines if line.strip().startswith("any4 ")]
+        return [words[1:] for words in split]
+
+
+def fenced_blocks(text: str) -> list[Block]:
+    """The fenced blocks of a Markdown text in order; an unclosed one is a ValueError."""
+    blocks, lines, at = [], text.splitlines(), 0
+    while at < len(lines):
+        fence = re.match(r"```(\w+)\s*$", lines[at])
+        if not fence:
+            at += 1
+            continue
+        try:
+            end = lines.index("```", at + 1)
+        except ValueError as error:
+            raise ValueError(f"line {at + 1} opens a block that no line ``` closes") from error
+        mark = SKIP_MARK.match(lines[at - 1]) if at else None
+        blocks.append(Block(fence[1], at + 2, "\n".join(lines[at + 1 : end]) + "\n", mark and mark[1]))
+        at = end + 1
+    return blocks
+
+
+def runnable(block: Block) -> bool:
+    return block.language == "python" or (block.language in SHELL and bool(block.commands()))
+
+
+BLOCKS = [b for b in fenced_blocks(README.read_text(encoding="utf-8")) if runnable(b)] if README.exists() else []
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The working directory that all blocks share: a later one may read what an earlier one wrote."""
+    return tmp_path_factory.mktemp("readme")
+
+
+@pytest.fixture(scope="module")
+def namespace() -> dict[str, Any]:
+    return {"__name__": "readme"}
+
+
+@pytest.fixture(scope="module")
+def any4() -> Callable[[list[str]], int]:
+    scripts = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]["scripts"]
+    module, function = scripts["any4"].split(":")
+    return getattr(importlib.import_module(module), function)
+
+
+def test_readme_has_blocks_to_run() -> None:
+    assert README.exists(), "README.md is missing; write it, with at least one ```python block to run"
+    assert any(b.language == "python" and not b.skip for b in BLOCKS), "README.md has no ```python block to run"
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=lambda b: f"{b.language}-line-{b.line}")
+def test_readme_block(
+    block: Block,
+    folder: Path,
+    namespace: dict[str, Any],
+    any4: Callable[[list[str]], int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if block.skip:
+        pytest.skip(block.skip)
+    monkeypatch.chdir(folder)
+    if block.language == "python":
+        # The blank lines make a traceback point at the line of README.md.
+        exec(compile("\n" * (block.line - 1) + block.code, str(README), "exec"), namespace)
+        return
+    for words in block.commands():
+        shell_only = SHELL_WORDS.intersection(words)
+        assert not shell_only, f"line {block.line}: 'any4 {shlex.join(words)}' needs a shell; mark it no-test"
+        assert any4(words) == 0, f"line {block.line}: 'any4 {shlex.join(words)}' did not exit with 0"
+
+
+SAMPLE = """\
+# Title
+```python
+x = 1
+```
+<!-- no-test: needs a GPU -->
+```python
+x = 2
+```
+```console
+$ any4 inspect ckpt  # sizes
+any4 output
+```
+
+```bash
+make demo
+any4 generate ckpt \\
+  --prompt "a b"
+```
+```text
+any4 demo
+```
+"""
+
+
+def test_blocks_of_a_sample() -> None:
+    blocks = fenced_blocks(SAMPLE)
+    assert [(b.language, b.line) for b in blocks] == [
+        ("python", 3),
+        ("python", 7),
+        ("console", 10),
+        ("bash", 15),
+        ("text", 20),
+    ]
+    assert [b.skip for b in blocks] == [None, "needs a GPU", None, None, None]
+    assert [runnable(b) for b in blocks] == [True, True, True, True, False]
+    assert blocks[2].commands() == [["inspect", "ckpt"]]
+    assert blocks[3].commands() == [["generate", "ckpt", "--prompt", "a b"]]
+
+
+def test_unclosed_block_is_named() -> None:
+    with pytest.raises(ValueError, match="line 2 opens"):
+        fenced_blocks("text\n```python\nx = 1\n")
