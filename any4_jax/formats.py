@@ -1,0 +1,174 @@
+"""Low-bit formats: how many bits a code has, which levels its table holds, and how a group is scaled onto them.
+
+Every format is a table. They differ in where the levels come from (`levels`, or learned from the weights) and in
+how a group of weights is scaled onto the table (`rule`, see `scaling.group_scales`), and in nothing else.
+"""
+
+import dataclasses
+import functools
+import math
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+ScaleRule = Literal["asymmetric", "integer_zero", "symmetric", "absmax", "e8m0_round", "e8m0_ocp", "none"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Format:
+    """A table of `2**bits` levels and the rule that scales a group of weights onto it.
+
+    Attributes:
+      bits: width of a code.
+      levels: the table, ascending; None where it is learned from the weights.
+      rule: how the scale (and offset) of a group is found.
+    """
+
+    bits: int
+    levels: tuple[float, ...] | None
+    rule: ScaleRule
+
+    def __post_init__(self):
+        if self.levels is not None and len(self.levels) != 2**self.bits:
+            raise ValueError(
+                f"got {len(self.levels)} levels for {self.bits} bits, need {2**self.bits}; "
+                "repeat a level to fill the table"
+            )
+        if self.levels is not None and list(self.levels) != sorted(self.levels):
+            raise ValueError(f"levels must ascend, got {self.levels}; sort them")
+
+    @property
+    def uniform(self) -> bool:
+        """Whether the levels are an arithmetic ramp, so that integer arithmetic on codes is exact."""
+        return self.levels is not None and len({b - a for a, b in zip(self.levels, self.levels[1:], strict=False)}) == 1
+
+
+def ramp(bits: int) -> tuple[float, ...]:
+    """The levels of a signed integer, -2^(bits-1) .. 2^(bits-1) - 1."""
+    half = 2 ** (bits - 1)
+    return tuple(float(v) for v in range(-half, half))
+
+
+def _mirrored(magnitudes: tuple[float, ...]) -> tuple[float, ...]:
+    """Sign-magnitude tables hold zero twice; both copies stay, so that the table has a power-of-two length."""
+    return tuple(-m for m in reversed(magnitudes)) + magnitudes
+
+
+NF4_LEVELS = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
+    -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
+    0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
+"""Quantiles of N(0, 1) scaled to [-1, 1] with an exact zero (QLoRA, arXiv 2305.14314, appendix E)."""
+
+FP4_LEVELS = _mirrored((0.0, 0.0625 / 12, 2 / 12, 3 / 12, 4 / 12, 6 / 12, 8 / 12, 1.0))
+"""The fp4 table of bitsandbytes, scaled to [-1, 1]."""
+
+E2M1_LEVELS = _mirrored((0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0))
+"""The element type of MXFP4 (OCP Microscaling Formats v1.0, section 5.3.3)."""
+
+
+@functools.lru_cache
+def af4_levels(block_size: int) -> tuple[float, ...]:
+    """The AF4 table for blocks of `block_size` weights (arXiv 2306.06965).
+
+    It minimises E|X - q(X)| where X = Z / max|Z| over a block of independent Z ~ N(0, 1): every free level is the
+    median of its cell. As published, the two halves are solved apart, with -1 and 1 held and a cell border at zero,
+    and zero is added as the sixteenth level; this reproduces the paper's table for blocks of 64. (That zero then
+    takes half a cell from each neighbour, which the optimisation did not see: E|X - q(X)| at 64 is 0.0293, NF4's
+    0.0284.)
+
+    Raises:
+      ValueError: a block of fewer than 2 weights has no distribution besides +-1.
+    """
+    if block_size < 2:
+        raise ValueError(
+            f"got block_size={block_size}, AF4 needs blocks of at least 2 weights; use a larger group_size"
+        )
+    grid, cdf = _block_scaled_normal_cdf(block_size)
+    negative = _median_levels(np.linspace(-1.0, 0.0, 8)[:-1], (-1.0, 0.0), 0, grid, cdf)
+    positive = _median_levels(np.linspace(0.0, 1.0, 9)[1:], (0.0, 1.0), -1, grid, cdf)
+    return (*map(float, negative), 0.0, *map(float, positive))
+
+
+def _median_levels(levels, ends, held, grid, cdf) -> np.ndarray:
+    """Lloyd's iteration for the absolute error on the interval `ends`, with the level of index `held` fixed."""
+    pinned = levels[held]
+    for _ in range(2000):
+        edges = np.concatenate([[ends[0]], (levels[1:] + levels[:-1]) / 2, [ends[1]]])
+        mass = np.interp(edges, grid, cdf)
+        medians = np.interp((mass[1:] + mass[:-1]) / 2, cdf, grid)
+        medians[held] = pinned
+        if np.abs(medians - levels).max() < 1e-12:
+            break
+        levels = medians
+    return levels
+
+
+def _block_scaled_normal_cdf(block_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """CDF on [-1, 1] of one weight over its block's absmax, given that it is not the absmax itself.
+
+    Given max|Z| = m the others are normals truncated to [-m, m]; m has the density of a maximum of half-normals.
+    """
+    phi = np.vectorize(lambda t: 0.5 * (1.0 + math.erf(t / math.sqrt(2.0))))
+    m = np.linspace(1e-3, 8.0, 1200)
+    inside = 2.0 * phi(m) - 1.0
+    density = inside ** (block_size - 1) * np.exp(-(m**2) / 2.0)
+    density /= density.sum()
+    x = np.linspace(-1.0, 1.0, 2001)
+    cdf = ((phi(x[:, None] * m) - phi(-m)) / inside * density).sum(axis=1)
+    return x, cdf
+
+
+def integer(bits: int, *, rule: ScaleRule = "asymmetric") -> Format:
+    """Signed integers of 2, 3, 4, 5, 6 or 8 bits, scaled by `rule`."""
+    return Format(bits=bits, levels=ramp(bits), rule=rule)
+
+
+NF4 = Format(bits=4, levels=NF4_LEVELS, rule="absmax")
+FP4 = Format(bits=4, levels=FP4_LEVELS, rule="absmax")
+
+
+def af4(block_size: int) -> Format:
+    """AF4 for groups of `block_size` weights; its levels depend on that size."""
+    return Format(bits=4, levels=af4_levels(block_size), rule="absmax")
+
+
+def mx4(scale: Literal["round", "ocp"]) -> Format:
+    """MXFP4: e2m1 elements under a power-of-two scale, chosen by rounding the largest magnitude or by the OCP floor."""
+    return Format(bits=4, levels=E2M1_LEVELS, rule="e8m0_round" if scale == "round" else "e8m0_ocp")
+
+
+def learned(bits: int, rule: ScaleRule) -> Format:
+    """any4, any3, any2: the table is learned from the weights."""
+    return Format(bits=bits, levels=None, rule=rule)
+
+
+def nearest(values: jax.Array, table: jax.Array, *, uniform: bool = False) -> jax.Array:
+    """Codes of the nearest table entries.
+
+    Args:
+      values: [..., N, K], any float dtype.
+      table: [..., N or 1, 2**bits], ascending.
+      uniform: the table is an arithmetic ramp; the code is then found by rounding (half to even) instead of search.
+
+    Returns:
+      uint8 [..., N, K]. A value midway between two levels takes the one farther from zero, as the MX
+      specification's reference quantizer does.
+    """
+    table = table.astype(jnp.float32)
+    values = values.astype(jnp.float32)
+    entries = table.shape[-1]
+    if uniform:
+        first, step = table[..., :1], table[..., 1:2] - table[..., :1]
+        return jnp.clip(jnp.round((values - first) / step), 0, entries - 1).astype(jnp.uint8)
+    middles = (table[..., 1:] + table[..., :-1]) / 2
+    codes = jnp.zeros(values.shape, jnp.uint8)
+    for i in range(entries - 1):
+        middle = middles[..., i : i + 1]
+        beyond = jnp.where(middle > 0, values >= middle, values > middle)
+        codes += beyond.astype(jnp.uint8)
+    return codes

@@ -1,0 +1,313 @@
+"""y = x W^T for every operator, the table of kernels that can do it, and why one is or isn't taken.
+
+Backends are tried in the order of `BACKENDS`; the last, "xla", does everything and is the truth that all must match.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from any4_jax import formats, scaling, weights
+from any4_jax.weights import PermuteInput, QuantizedTensor, QuantizeInput, ScaleInput, Sum
+
+PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
+
+
+@dataclasses.dataclass(frozen=True)
+class Backend:
+    """A kernel family.
+
+    Attributes:
+      name: what `matmul(backend=...)` calls it.
+      supports: (x, w, platform) -> None, or the reason in words why it can't. It looks at shapes, dtypes and the
+        platform only, so it works while tracing.
+      run: (x [M, K], arrays from `prepare`) -> y [M, N] in x's dtype.
+      prepare: QuantizedTensor -> the arrays that `run` reads.
+      unprepare: the exact inverse of `prepare`.
+    """
+
+    name: str
+    supports: Callable[[Any, QuantizedTensor, str], str | None]
+    run: Callable[[jax.Array, Any], jax.Array]
+    prepare: Callable[[QuantizedTensor], Any]
+    unprepare: Callable[[Any], QuantizedTensor]
+
+
+def _xla_run(x: jax.Array, w: QuantizedTensor) -> jax.Array:
+    return _dense(x, weights.dequantize(w, x.dtype))
+
+
+def _dense(x: jax.Array, w: jax.Array) -> jax.Array:
+    """x [M, K] by w [N, K], accumulated in float32; HIGHEST keeps a GPU or TPU from rounding float32 to fewer bits."""
+    y = jax.lax.dot_general(
+        x,
+        w,
+        (((1,), (1,)), ((), ())),
+        precision=jax.lax.Precision.HIGHEST,
+        preferred_element_type=jnp.float32,
+    )
+    return y.astype(x.dtype)
+
+
+XLA = Backend(
+    name="xla",
+    supports=lambda x, w, platform: None,
+    run=_xla_run,
+    prepare=lambda w: w,
+    unprepare=lambda arrays: arrays,
+)
+
+BACKENDS: tuple[Backend, ...] = (XLA,)
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """A leaf in the layout of one backend: made by `prepare` when a weight is put on a device, never saved."""
+
+    backend: str
+    arrays: Any
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return unprepare(self).shape
+
+
+jax.tree_util.register_dataclass(Prepared, ["arrays"], ["backend"])
+
+
+def _named(name: str) -> Backend:
+    for backend in BACKENDS:
+        if backend.name == name:
+            return backend
+    known = ", ".join(repr(b.name) for b in BACKENDS)
+    raise ValueError(
+        f"got backend={name!r}, this installation has {known}; pass one of them, or None to let it be chosen"
+    )
+
+
+def prepare(w, backend: str):
+    """Puts every QuantizedTensor of `w` (an operator or any tree) into the layout of `backend`.
+
+    Raises:
+      ValueError: there is no such backend.
+    """
+    chosen = _named(backend)
+    return jax.tree.map(
+        lambda node: Prepared(backend, chosen.prepare(node)) if isinstance(node, QuantizedTensor) else node,
+        w,
+        is_leaf=lambda node: isinstance(node, QuantizedTensor),
+    )
+
+
+def unprepare(w):
+    """The exact inverse of `prepare`, for an operator or any tree."""
+    return jax.tree.map(
+        lambda node: _named(node.backend).unprepare(node.arrays) if isinstance(node, Prepared) else node,
+        w,
+        is_leaf=lambda node: isinstance(node, Prepared),
+    )
+
+
+@weights.dequantize.register
+def _(w: Prepared, dtype=jnp.float32) -> jax.Array:
+    return weights.dequantize(unprepare(w), dtype)
+
+
+def matmul(x: jax.Array, w, backend: str | None = None) -> jax.Array:
+    """The product with a weight's transpose, [..., K] to [..., N].
+
+    The matrix is dequantized in float32 and rounded once to x's dtype; products accumulate in float32. Gradients
+    flow to x, and to the floating-point arrays of `w`; codes have none.
+
+    Args:
+      x: [..., K], a floating dtype.
+      w: an array [N, K] or an operator of that shape.
+      backend: a kernel's name, or None for the first that supports the operands where the program is lowered.
+
+    Raises:
+      ValueError: K differs, `w` has leading axes (use jax.vmap), or the named backend doesn't exist or can't.
+      TypeError: x is not floating.
+    """
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise TypeError(f"got x of dtype {x.dtype}, need a floating dtype; convert x first")
+    if len(w.shape) != 2:
+        raise ValueError(f"got a weight of shape {w.shape}, matmul takes [N, K]; use jax.vmap over its leading axes")
+    if x.ndim == 0 or x.shape[-1] != w.shape[1]:
+        raise ValueError(f"got x of shape {x.shape} and a weight [N, K] = {w.shape}; x must end in K={w.shape[1]}")
+    y = _apply(w, x.reshape(-1, x.shape[-1]), backend)
+    return y.reshape(*x.shape[:-1], w.shape[0])
+
+
+@functools.singledispatch
+def _apply(w, x: jax.Array, backend: str | None) -> jax.Array:
+    """matmul with x as [M, K]; registered for each operator."""
+    raise TypeError(f"got a weight of type {type(w).__name__}, need an array or an operator; register matmul for it")
+
+
+@_apply.register
+def _(w: jax.Array, x, backend):
+    return _dense(x, w.astype(x.dtype))
+
+
+@_apply.register
+def _(w: Prepared, x, backend):
+    if backend is not None and backend != w.backend:
+        raise ValueError(f"got backend={backend!r} for a weight prepared for {w.backend!r}; unprepare it first")
+    return _leaf(x, w, w.backend)
+
+
+@_apply.register
+def _(w: QuantizedTensor, x, backend):
+    if backend is not None:
+        reason = _named(backend).supports(x, w, jax.default_backend())
+        if reason is not None:
+            raise ValueError(f"backend {backend!r} can't do this product: {reason}; pass another backend, or None")
+        return _leaf(x, w, backend)
+    chosen = {platform: _choose(x, w, platform).name for platform in PLATFORMS}
+    default = BACKENDS[-1].name
+    special = {p: functools.partial(_leaf, backend=name) for p, name in chosen.items() if name != default}
+    if not special:
+        return _leaf(x, w, default)
+    return jax.lax.platform_dependent(x, w, default=functools.partial(_leaf, backend=default), **special)
+
+
+def _choose(x, w: QuantizedTensor, platform: str) -> Backend:
+    return next(b for b in BACKENDS if b.supports(x, w, platform) is None)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _leaf(x: jax.Array, w, backend: str) -> jax.Array:
+    """The product on one backend. The custom derivative makes every kernel differentiable and recomputes the dense
+    matrix in the backward pass instead of keeping it."""
+    kernel = _named(backend)
+    return kernel.run(x, w.arrays if isinstance(w, Prepared) else kernel.prepare(w))
+
+
+def _leaf_forward(x, w, backend):
+    return _leaf(x, w, backend), (x, w)
+
+
+def _leaf_backward(backend, saved, dy):
+    x, w = saved
+    tables, codes = weights.partition(w)
+    dense, pull = jax.vjp(lambda t: weights.dequantize(weights.combine(t, codes)), tables)
+    dx = _dense(dy, dense.T.astype(dy.dtype))
+    (d_tables,) = pull(_dense(dy.T.astype(jnp.float32), x.T.astype(jnp.float32)))
+    d_codes = jax.tree.map(lambda c: np.zeros(c.shape, jax.dtypes.float0), codes)
+    return dx.astype(x.dtype), weights.combine(d_tables, d_codes)
+
+
+_leaf.defvjp(_leaf_forward, _leaf_backward)
+
+
+@_apply.register
+def _(w: Sum, x, backend):
+    return functools.reduce(jnp.add, [_apply(term, x, backend) for term in w.terms])
+
+
+@_apply.register
+def _(w: ScaleInput, x, backend):
+    return _apply(w.inner, (x.astype(jnp.float32) * w.scale.astype(jnp.float32)).astype(x.dtype), backend)
+
+
+@_apply.register
+def _(w: PermuteInput, x, backend):
+    return _apply(w.inner, jnp.take(x, w.permutation, axis=-1), backend)
+
+
+@_apply.register
+def _(w: QuantizeInput, x, backend):
+    if w.levels is None and _is_integer_leaf(w.inner):
+        return _integer_product(x, w, w.inner)
+    return _apply(w.inner, quantize_input(x, w), backend)
+
+
+def _is_integer_leaf(w) -> bool:
+    plain = isinstance(w, QuantizedTensor) and not isinstance(w.scales, QuantizedTensor)
+    return plain and w.bits == 8 and w.uniform and not isinstance(w.offsets, QuantizedTensor)
+
+
+def quantize_input(x: jax.Array, w: QuantizeInput) -> jax.Array:
+    """x [M, K] rounded onto the grid of `w`, in x's dtype."""
+    if w.levels is not None:
+        scale = _absmax(x, w.per)
+        levels = w.levels.astype(jnp.float32)
+        rounded = levels[formats.nearest(x.astype(jnp.float32) / scale, levels[None])]
+        return (rounded * scale).astype(x.dtype)
+    q, scale, zero = _integer_input(x, w)
+    return ((q - zero) * scale).astype(x.dtype)
+
+
+def _absmax(x: jax.Array, per: str) -> jax.Array:
+    axis = -1 if per == "token" else None
+    largest = jnp.abs(x.astype(jnp.float32)).max(axis=axis, keepdims=True, initial=0.0)
+    return jnp.where(largest == 0, 1.0, largest)
+
+
+def _integer_input(x: jax.Array, w: QuantizeInput) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(q, scale, zero), float32 [M, K], [M or 1, 1], [M or 1, 1], with x close to (q - zero) * scale and q integral
+    in [-2^(bits-1), 2^(bits-1) - 1]."""
+    half = 2 ** (w.bits - 1)
+    x = x.astype(jnp.float32)
+    if w.symmetric:
+        scale = _absmax(x, w.per) / (half - 1)
+        return jnp.clip(jnp.round(x / scale), -half, half - 1), scale, jnp.zeros_like(scale)
+    axis = -1 if w.per == "token" else None
+    low = x.min(axis=axis, keepdims=True, initial=0.0)
+    high = x.max(axis=axis, keepdims=True, initial=0.0)
+    scale = jnp.where(high > low, (high - low) / (2 * half - 1), 1.0)
+    zero = -half - jnp.round(low / scale)
+    return jnp.clip(jnp.round(x / scale) + zero, -half, half - 1), scale, zero
+
+
+def _integer_product(x: jax.Array, w: QuantizeInput, leaf: QuantizedTensor) -> jax.Array:
+    """Quantized x by a uniform 8-bit leaf in int8 arithmetic, group by group.
+
+    With x = a (q - z), W = s (b + d c) + o per group, for signed codes c, table middle b and step d:
+    y = a * sum over groups of [ s d (q.c - z sum c) + (s b + o) (sum q - z G) ].
+    """
+    q, a, z = _integer_input(x, w)
+    k, group = leaf.shape[-1], min(leaf.group_size, leaf.shape[-1])
+    short = -k % group
+    q8 = jnp.pad(q.astype(jnp.int8), ((0, 0), (0, short))).reshape(q.shape[0], -1, group)
+    c8 = jax.lax.bitcast_convert_type(leaf.unpacked_codes() ^ jnp.uint8(128), jnp.int8)
+    c8 = jnp.pad(c8, ((0, 0), (0, short))).reshape(c8.shape[0], -1, group)
+    qc = jax.lax.dot_general(q8, c8, (((2,), (2,)), ((1,), (1,))), preferred_element_type=jnp.int32)  # [groups, M, N]
+    sum_q = q8.sum(axis=2, dtype=jnp.int32).T[:, :, None]
+    sum_c = c8.sum(axis=2, dtype=jnp.int32).T[:, None, :]
+    sizes = jnp.asarray(np.minimum(group, k - group * np.arange(q8.shape[1])), jnp.float32)[:, None, None]
+    table = leaf.lut.astype(jnp.float32)
+    middle, step = table[:, 128], table[:, 1] - table[:, 0]
+    s = scaling.scale_values(leaf.scales).T[:, None, :]
+    shift = s * middle + (0.0 if leaf.offsets is None else leaf.offsets.astype(jnp.float32).T[:, None, :])
+    by_group = s * step * (qc - z * sum_c) + shift * (sum_q - z * sizes)
+    return (a * by_group.sum(axis=0)).astype(x.dtype)
+
+
+def explain(x, w, platform: str | None = None) -> str:
+    """A table in words: for each backend, whether the product x w^T takes it on `platform`, or why it can't.
+
+    Args:
+      x: an array or ShapeDtypeStruct [..., K].
+      w: an operator [N, K]; each of its leaves gets its lines.
+      platform: "cpu", "cuda", "rocm" or "tpu"; None for this process's default device.
+    """
+    where = platform or jax.default_backend()
+    where = "cuda" if where == "gpu" else where
+    leaves = jax.tree.leaves(w, is_leaf=lambda node: isinstance(node, (QuantizedTensor, Prepared)))
+    lines = []
+    for leaf in leaves:
+        if isinstance(leaf, Prepared):
+            lines.append(f"{leaf.backend}: taken, the weight is prepared for it")
+        elif isinstance(leaf, QuantizedTensor):
+            taken = _choose(x, leaf, where)
+            for backend in BACKENDS:
+                reason = backend.supports(x, leaf, where)
+                verdict = "taken" if backend is taken else reason or f"could, but {taken.name!r} comes first"
+                lines.append(f"{backend.name}: {verdict}")
+    return "\n".join(lines) if lines else "no quantized leaf: a dense product in XLA"

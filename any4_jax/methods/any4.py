@@ -1,0 +1,219 @@
+"""any4 (arXiv 2507.04610): each row of a weight matrix learns its own table of 2, 4, 8 or 16 values."""
+
+import dataclasses
+from typing import ClassVar, Literal, get_args
+
+import jax
+import jax.numpy as jnp
+
+from any4_jax import clustering, formats, scaling, weights
+from any4_jax.methods.gradient import gradient_tables
+from any4_jax.methods.refit import refit
+from any4_jax.statistics import Statistics
+
+Solver = Literal["exact", "lloyd", "gradient"]
+Init = Literal["kmeans++", "random", "int", "nf4", "quantile"]
+SampleWeight = Literal["auto", "second_moment", "mean_abs", "abs_mean"]
+
+_BINS = 1 << 14
+"""A table for a whole matrix is learned on this many bins of equal count: sorting is exact, the solver then sees
+means and weights of neighbours that differ by a ten-thousandth of the range."""
+
+_CHUNK_WEIGHTS = 1 << 21
+"""Weights worked on at a time: eight float32 temporaries of 8 MB each, whatever the matrix's size."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Any4:
+    """Learned tables.
+
+    A row is scaled group by group (scaling.py), its scaled weights u are clustered in one dimension, and the cluster
+    centres become the row's table. The clustering minimises sum_k h_k s_k^p (u_k - table[code_k])^2, where h comes
+    from the activations and s is the group scale; with h = E[x^2] and p = 2 this is the layer's output error, taken
+    as if the inputs were uncorrelated.
+
+    Attributes:
+      bits: 4, 3 or 2.
+      group_size: G; larger than K means the row; None means no scaling at all (the table holds weights).
+      symmetric: scale by max|w| without an offset.
+      per_row: a table for each row; False: one for the matrix.
+      solver: "exact" (optimal), "lloyd" (k-means as published) or "gradient" (Adam on the tables).
+      init: where Lloyd and the gradient start; None is k-means++ for Lloyd and quantiles for the gradient. The exact
+        solver has no start.
+      sample_weight: h: "second_moment" E[x^2], "mean_abs" E|x|, "abs_mean" |E x|, None for 1; "auto" is the second
+        moment where statistics are given and None where not.
+      scale_weighting: p, the power of the group scale in the weight of a sample.
+      max_iter, tol: when Lloyd, the gradient and the refit stop (tol is relative to the row's variance).
+      seed: of the random starts; every row draws the same numbers.
+      keep_outliers: the table's ends are put on the row's smallest and largest scaled weight.
+      bias_pow: cluster sign(u)|u|^bias_pow about the middle of the table, and transform back.
+      refit: alternate least-squares updates of table, scales and offsets with new codes, on the stored dtypes.
+      sequential: gather statistics on the model as quantized so far (used by `calibrate`).
+      scale_dtype, table_dtype: stored dtypes.
+    """
+
+    name: ClassVar[str] = "any4"
+    bits: Literal[2, 3, 4] = 4
+    group_size: int | None = 128
+    symmetric: bool = False
+    per_row: bool = True
+    solver: Solver = "exact"
+    init: Init | None = None
+    sample_weight: SampleWeight | None = "auto"
+    scale_weighting: Literal[0, 1, 2] = 2
+    max_iter: int = 300
+    tol: float = 1e-4
+    seed: int = 0
+    keep_outliers: bool = False
+    bias_pow: float = 1.0
+    refit: bool = False
+    sequential: bool = False
+    scale_dtype: str = "bfloat16"
+    table_dtype: str = "bfloat16"
+
+    @classmethod
+    def paper(cls, **fields) -> "Any4":
+        """The published recipe: Lloyd from k-means++, samples weighted by |mean x| times the group scale, statistics
+        gathered on the model as quantized so far. `fields` override it."""
+        published = cls(solver="lloyd", init="kmeans++", sample_weight="abs_mean", scale_weighting=1, sequential=True)
+        return dataclasses.replace(published, **fields)
+
+    def check(self, stats_given: bool) -> None:
+        for field, choices in (
+            ("bits", (2, 3, 4)),
+            ("solver", get_args(Solver)),
+            ("init", (None, *get_args(Init))),
+            ("sample_weight", (None, *get_args(SampleWeight))),
+            ("scale_weighting", (0, 1, 2)),
+        ):
+            if getattr(self, field) not in choices:
+                raise ValueError(f"got {field}={getattr(self, field)!r}, need one of {choices}; choose one of these")
+        if self.group_size is not None:
+            scaling.check_group_size(self.group_size)
+        if self.solver == "exact" and self.init is not None:
+            raise ValueError(
+                f"got init={self.init!r} with solver='exact', which has no start; pass init=None or solver='lloyd'"
+            )
+        if self.init == "nf4" and self.bits != 4:
+            raise ValueError(f"got init='nf4' with bits={self.bits}, nf4 has 16 levels; pass bits=4 or another init")
+        if not self.bias_pow > 0:
+            raise ValueError(f"got bias_pow={self.bias_pow}, need a positive power; pass 1 for none")
+        if self.refit and self.group_size is None:
+            raise ValueError("got refit=True with group_size=None, refit needs scales to fit; pass a group_size")
+        if self.sample_weight not in (None, "auto") and not stats_given:
+            raise ValueError(
+                f"got sample_weight={self.sample_weight!r} without statistics of the layer's input; pass stats "
+                "(any4_jax.calibrate gathers them) or sample_weight='auto'"
+            )
+
+    def resolved_weight(self, stats_given: bool) -> str | None:
+        """What "auto" means here."""
+        if self.sample_weight != "auto":
+            return self.sample_weight
+        return "second_moment" if stats_given else None
+
+    def notes(self, stats_given: bool) -> dict[str, str]:
+        return {"sample_weight": str(self.resolved_weight(stats_given))}
+
+    def apply(self, w: jax.Array, stats: Statistics | None) -> weights.QuantizedTensor:
+        n, k = w.shape
+        importance = self._importance(stats, k)
+        group_size = k if self.group_size is None else min(self.group_size, k)
+        if not self.per_row:
+            table = self._matrix_table(w, importance, group_size)
+            return self._map_rows(lambda rows: self._encode(rows, importance, group_size, table), w)
+        return self._map_rows(lambda rows: self._encode(rows, importance, group_size, None), w)
+
+    def _map_rows(self, f, w: jax.Array) -> weights.QuantizedTensor:
+        """f over chunks of rows; the last chunk is filled up with copies of the last row, which are cut off after."""
+        n, k = w.shape
+        chunk = min(n, max(8, _CHUNK_WEIGHTS // k))
+        chunks = -(-n // chunk)
+        padded = jnp.pad(w, ((0, chunks * chunk - n), (0, 0)), mode="edge").reshape(chunks, chunk, k)
+        stacked = jax.lax.map(f, padded)
+        shared = not self.per_row
+        rows = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:])[:n], stacked)
+        return dataclasses.replace(rows, lut=stacked.lut[0]) if shared else rows
+
+    def _importance(self, stats: Statistics | None, k: int) -> jax.Array:
+        kind = self.resolved_weight(stats is not None)
+        if kind is None or stats is None:
+            return jnp.ones(k, jnp.float32)
+        if kind == "second_moment":
+            return stats.second_moment
+        return stats.mean_abs if kind == "mean_abs" else jnp.abs(stats.mean)
+
+    def _scaled(self, w, importance, group_size):
+        """(u, sample weights, scales, offsets) of some rows."""
+        rule: formats.ScaleRule = "none" if self.group_size is None else "symmetric" if self.symmetric else "asymmetric"
+        scales, offsets = scaling.group_scales(
+            w, group_size, rule=rule, bits=self.bits, dtype=jnp.dtype(self.scale_dtype)
+        )
+        u = scaling.normalize(w, scales, offsets, group_size)
+        by_group = scaling.expand(scaling.scale_values(scales), group_size, w.shape[1])
+        return u, importance * by_group**self.scale_weighting, scales, offsets
+
+    def _encode(self, w, importance, group_size, table) -> weights.QuantizedTensor:
+        u, sample_weight, scales, offsets = self._scaled(w, importance, group_size)
+        if table is None:
+            table = self._tables(u, sample_weight)
+        lut = table.astype(jnp.dtype(self.table_dtype))
+        if self.refit:
+            lut, scales, offsets = refit(
+                w,
+                importance,
+                lut,
+                scales,
+                offsets,
+                group_size,
+                max_iter=self.max_iter,
+                tol=self.tol,
+                fit_table=self.per_row,
+            )
+        return weights.encode(w, lut, scales, offsets, bits=self.bits, group_size=group_size)
+
+    def _matrix_table(self, w, importance, group_size) -> jax.Array:
+        u, sample_weight, _, _ = self._scaled(w, importance, group_size)
+        return self._tables(*_binned(u.reshape(-1), sample_weight.reshape(-1)))
+
+    def _tables(self, u: jax.Array, sample_weight: jax.Array) -> jax.Array:
+        """Tables float32 [R, 2**bits] for rows u [R, K], ascending."""
+        middle = -0.5 if self.group_size is not None and not self.symmetric else 0.0
+        bent = _power(u - middle, self.bias_pow)
+        if self.solver == "gradient":
+            table = gradient_tables(
+                bent, 2**self.bits, sample_weight, init=self.init, steps=self.max_iter, seed=self.seed
+            )
+        else:
+            table = clustering.kmeans_1d(
+                bent,
+                2**self.bits,
+                sample_weight=sample_weight,
+                solver=self.solver,
+                init=self.init,
+                max_iter=self.max_iter,
+                tol=self.tol,
+                seed=self.seed,
+            ).centroids
+        table = _power(table, 1.0 / self.bias_pow) + middle
+        if self.keep_outliers:
+            table = table.at[:, 0].set(u.min(axis=1)).at[:, -1].set(u.max(axis=1))
+        return table
+
+
+def _power(u: jax.Array, power: float) -> jax.Array:
+    return u if power == 1.0 else jnp.sign(u) * jnp.abs(u) ** power
+
+
+def _binned(u: jax.Array, sample_weight: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """One row of at most _BINS weighted values that stands for u [K] under its sample weights."""
+    if u.size <= _BINS:
+        return u[None], sample_weight[None]
+    order = jnp.argsort(u)
+    per_bin = -(-u.size // _BINS)
+    short = -u.size % per_bin
+    values = jnp.pad(u[order], (0, short)).reshape(-1, per_bin)
+    mass = jnp.pad(sample_weight[order], (0, short)).reshape(-1, per_bin)
+    total = mass.sum(axis=1)
+    mean = (values * mass).sum(axis=1) / jnp.where(total == 0, 1.0, total)
+    return jnp.where(total == 0, values[:, 0], mean)[None], total[None]

@@ -1,0 +1,134 @@
+"""Round to nearest: fixed tables, group scales from the weights alone."""
+
+import dataclasses
+from typing import ClassVar, Literal
+
+import jax
+import jax.numpy as jnp
+
+from any4_jax import formats, scaling, weights
+from any4_jax.statistics import Statistics
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RoundToNearest:
+    """What the fixed-table methods share: scale each group, take the nearest level. Statistics are not used.
+
+    Attributes:
+      group_size: G; larger than K means the row.
+      scale_dtype: stored dtype of scales and offsets.
+      table_dtype: stored dtype of the table.
+    """
+
+    sequential: ClassVar[bool] = False
+    group_size: int = 128
+    scale_dtype: str = "bfloat16"
+    table_dtype: str = "bfloat16"
+
+    def format(self, k: int) -> formats.Format:
+        """The format for rows of K = `k` weights."""
+        raise NotImplementedError
+
+    def check(self, stats_given: bool) -> None:
+        scaling.check_group_size(self.group_size)
+
+    def notes(self, stats_given: bool) -> dict[str, str]:
+        return {}
+
+    def apply(self, w: jax.Array, stats: Statistics | None) -> weights.QuantizedTensor:
+        group_size = min(self.group_size, w.shape[1])
+        fmt = self.format(w.shape[1])
+        scales, offsets = scaling.group_scales(
+            w, group_size, rule=fmt.rule, bits=fmt.bits, dtype=jnp.dtype(self.scale_dtype)
+        )
+        table = jnp.asarray([fmt.levels], jnp.dtype(self.table_dtype))
+        return weights.encode(w, table, scales, offsets, bits=fmt.bits, group_size=group_size, uniform=fmt.uniform)
+
+
+@dataclasses.dataclass(frozen=True)
+class Int(RoundToNearest):
+    """Integers of 2, 3, 4, 5, 6 or 8 bits.
+
+    Attributes:
+      bits: width of a code.
+      symmetric: scale by max|w|, no offset.
+      zero_point: "float": the group's minimum is a level (any4's int4). "integer": zero is a level, as GPTQ, AWQ and
+        most kernels have it. Ignored where symmetric.
+    """
+
+    name: ClassVar[str] = "int"
+    bits: Literal[2, 3, 4, 5, 6, 8] = 4
+    symmetric: bool = False
+    zero_point: Literal["integer", "float"] = "integer"
+
+    def check(self, stats_given: bool) -> None:
+        super().check(stats_given)
+        if self.bits not in (2, 3, 4, 5, 6, 8):
+            raise ValueError(f"got bits={self.bits}, integers have 2, 3, 4, 5, 6 or 8 bits; choose one of these")
+        if self.zero_point not in ("integer", "float"):
+            raise ValueError(f"got zero_point={self.zero_point!r}, need 'integer' or 'float'; choose one of these")
+
+    def format(self, k: int) -> formats.Format:
+        if self.symmetric:
+            return formats.integer(self.bits, rule="symmetric")
+        return formats.integer(self.bits, rule="integer_zero" if self.zero_point == "integer" else "asymmetric")
+
+
+@dataclasses.dataclass(frozen=True)
+class NF4(RoundToNearest):
+    """NormalFloat of QLoRA (arXiv 2305.14314): quantiles of a normal, scaled by the group's max|w|.
+
+    Groups run along a row; bitsandbytes' blocks run over the flattened matrix, and the two agree where G divides K.
+    """
+
+    name: ClassVar[str] = "nf4"
+
+    def format(self, k: int) -> formats.Format:
+        return formats.NF4
+
+
+@dataclasses.dataclass(frozen=True)
+class FP4(RoundToNearest):
+    """The 4-bit float table of bitsandbytes, scaled by the group's max|w|."""
+
+    name: ClassVar[str] = "fp4"
+
+    def format(self, k: int) -> formats.Format:
+        return formats.FP4
+
+
+@dataclasses.dataclass(frozen=True)
+class AF4(RoundToNearest):
+    """AbnormalFloat (arXiv 2306.06965): the table that suits the group size."""
+
+    name: ClassVar[str] = "af4"
+
+    def format(self, k: int) -> formats.Format:
+        return formats.af4(min(self.group_size, k))
+
+
+@dataclasses.dataclass(frozen=True)
+class MX4(RoundToNearest):
+    """MXFP4 (OCP Microscaling Formats v1.0): e2m1 elements under a power-of-two scale of 8 bits.
+
+    Attributes:
+      scale: "round" rounds the group's max|w| before taking its exponent (as any4's reference), "ocp" takes the
+        specification's floor.
+      group_size: G; the specification's blocks have 32.
+      scale_dtype: "uint8", the exponents of OCP's e8m0; no other is possible.
+    """
+
+    name: ClassVar[str] = "mx4"
+    scale: Literal["round", "ocp"] = "round"
+    group_size: int = dataclasses.field(default=32, kw_only=True)
+    scale_dtype: str = dataclasses.field(default="uint8", kw_only=True)
+
+    def check(self, stats_given: bool) -> None:
+        super().check(stats_given)
+        if self.scale not in ("round", "ocp"):
+            raise ValueError(f"got scale={self.scale!r}, need 'round' or 'ocp'; choose one of these")
+        if self.scale_dtype != "uint8":
+            raise ValueError(f"got scale_dtype={self.scale_dtype!r}, mx4 stores e8m0 exponents; leave it at 'uint8'")
+
+    def format(self, k: int) -> formats.Format:
+        return formats.mx4(self.scale)

@@ -1,0 +1,1 @@
+"""Layers over quantized weights; import `any4_jax.nn.nnx` for Flax NNX."""
