@@ -1,0 +1,29 @@
+"""The bundled texts: written for this library, plain ASCII, under its licence."""
+
+from importlib import resources
+
+
+def _text(name: str) -> str:
+    return (resources.files(__package__) / name).read_text(encoding="ascii")
+
+
+def prompt() -> str:
+    """The default calibration text, about 300 words.
+
+    A story, a news report, a function, worked arithmetic and facts, so that a layer's input channels are
+    all exercised by one short pass.
+    """
+    return _text("prompt.txt")
+
+
+def essays() -> str:
+    """About 4,500 words of varied English prose, to measure perplexity on; never calibrated on."""
+    return _text("essays.txt")
+
+
+def stories() -> str:
+    """About 1,500 words of very simple children's stories, for models trained on nothing else.
+
+    Stories are separated by blank lines.
+    """
+    return _text("stories.txt")

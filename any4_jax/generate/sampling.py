@@ -1,0 +1,77 @@
+"""Choosing the next token from logits: greedy, temperature, top-k, top-p."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Sampler:
+    """How to sample. All fields are traced scalars: one compiled program serves every setting.
+
+    Attributes:
+        temperature: float32; 0 is greedy and ignores the rest.
+        top_k: int32; only this many likeliest tokens stay, the vocabulary's size keeps all.
+        top_p: float32; only the likeliest tokens that together hold this probability stay, 1 keeps all.
+        seed: uint32.
+    """
+
+    temperature: np.ndarray | jax.Array
+    top_k: np.ndarray | jax.Array
+    top_p: np.ndarray | jax.Array
+    seed: np.ndarray | jax.Array
+
+    @classmethod
+    def of(cls, vocabulary: int, temperature: float, top_k: int | None, top_p: float | None, seed: int) -> "Sampler":
+        """Check a user's settings; None means no limit.
+
+        Raises:
+            ValueError: temperature is negative or not finite, top_k < 1, or top_p is outside (0, 1].
+        """
+        if not (np.isfinite(temperature) and temperature >= 0):
+            raise ValueError(f"temperature is {temperature}, and a finite number >= 0 is needed; 0 is greedy")
+        if top_k is not None and top_k < 1:
+            raise ValueError(f"top_k is {top_k}, and at least 1 token must stay; use None for no limit")
+        if top_p is not None and not 0 < top_p <= 1:
+            raise ValueError(f"top_p is {top_p}, and a number in (0, 1] is needed; use None for no limit")
+        return cls(
+            np.asarray(temperature, np.float32),
+            np.asarray(vocabulary if top_k is None else min(top_k, vocabulary), np.int32),
+            np.asarray(1.0 if top_p is None else top_p, np.float32),
+            np.asarray(seed % 2**32, np.uint32),
+        )
+
+    def sample(self, logits: jax.Array, step: jax.Array | int) -> jax.Array:
+        """float32 logits [B, V] -> int32 tokens [B]; the same seed and step draw the same tokens."""
+
+        def greedy(logits: jax.Array) -> jax.Array:
+            return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+
+        def draw(logits: jax.Array) -> jax.Array:
+            scaled = logits / self.temperature
+            limited = (self.top_k < logits.shape[-1]) | (self.top_p < 1)
+            # A branch, since the sort behind it costs more than the rest of sampling together.
+            scaled = jax.lax.cond(limited, self._limit, lambda scaled: scaled, scaled)
+            key = jax.random.fold_in(jax.random.key(self.seed), step)
+            return jax.random.categorical(key, scaled, axis=-1).astype(jnp.int32)
+
+        return jax.lax.cond(self.temperature > 0, draw, greedy, logits)
+
+    def _limit(self, scaled: jax.Array) -> jax.Array:
+        """Set all but the top-k and top-p tokens of scaled logits [B, V] to -inf.
+
+        Top-p (arXiv:1904.09751) is taken over what top-k leaves, and always leaves the likeliest token.
+        """
+        order = jnp.argsort(scaled, axis=-1, descending=True)
+        ranked = jnp.take_along_axis(scaled, order, axis=-1)
+        rank = jnp.arange(scaled.shape[-1])
+        ranked = jnp.where(rank < self.top_k, ranked, -jnp.inf)
+        probability = jax.nn.softmax(ranked, axis=-1)
+        before = jnp.cumsum(probability, axis=-1) - probability
+        # float32 sums may pass 1 before the last token: top_p = 1 must still keep everything.
+        stays = (rank == 0) | (before < self.top_p) | (self.top_p >= 1)
+        ranked = jnp.where(stays, ranked, -jnp.inf)
+        return jnp.put_along_axis(scaled, order, ranked, axis=-1, inplace=False)

@@ -1,0 +1,74 @@
+"""One entry for every kind of model source."""
+
+import re
+from pathlib import Path
+
+from jax.typing import DTypeLike
+
+from any4_jax.models.gguf_reader import read_gguf
+from any4_jax.models.hf import llama_from_tensors, load_folder
+from any4_jax.models.llama import Llama
+from any4_jax.models.tiny import tiny
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+
+def load(source: str | Path, *, dtype: DTypeLike | None = None) -> Llama:
+    """A Llama with its tokenizer in `.tokenizer` (None where the source has none), on the default device.
+
+    Args:
+        source: a Hugging Face folder (config.json, safetensors), a .gguf file, a hub id "org/name", or "tiny"
+            for the bundled model of 260,000 parameters. What exists on disk wins over a hub id of the same
+            spelling.
+        dtype: of all weights and activations; None keeps float32, float16 or bfloat16 as stored. Quantized
+            GGUF tensors come as float32.
+
+    Raises:
+        FileNotFoundError: nothing is there, or a file of it is missing.
+        ConnectionError: a hub id, and the hub didn't give it.
+        ValueError: the model is of an unsupported kind or damaged; the sentence names what.
+    """
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return load_folder(path, dtype)
+    if path.is_file():
+        return _load_file(path, dtype)
+    if str(source) == "tiny":
+        return tiny(dtype)
+    if isinstance(source, str) and _HUB_ID.fullmatch(source) and path.suffix != ".gguf":
+        return load_folder(_snapshot(source), dtype)
+    raise FileNotFoundError(
+        f"{source} is no file or folder here; give a Hugging Face folder, a .gguf file, a hub id org/name, or tiny"
+    )
+
+
+def _load_file(path: Path, dtype: DTypeLike | None) -> Llama:
+    if path.suffix.lower() != ".gguf":
+        raise ValueError(f"{path} is no .gguf file; give the folder that holds config.json and the safetensors")
+    config, tensors, tokenizer = read_gguf(path)
+    model = llama_from_tensors(config, tensors, dtype)
+    model.tokenizer = tokenizer
+    return model
+
+
+def _snapshot(repository: str) -> Path:
+    """The local copy of a hub repository's JSON and safetensors files, downloaded where needed."""
+    try:
+        import huggingface_hub
+    except ImportError as error:
+        raise ConnectionError(
+            f"{repository} is no folder here, and a hub id needs the huggingface_hub package; install it"
+        ) from error
+    try:
+        # Subfolders hold other formats of the same weights, code files are never wanted.
+        return Path(
+            huggingface_hub.snapshot_download(
+                repository, allow_patterns=["*.safetensors", "*.json"], ignore_patterns=["*/*"]
+            )
+        )
+    except Exception as error:  # the hub's client lets its HTTP library's own exceptions through
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ConnectionError(
+            f"{repository} is no folder here and the hub did not give it ({reason}); "
+            "check the name and the network, or give a local folder"
+        ) from error

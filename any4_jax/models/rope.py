@@ -1,0 +1,48 @@
+"""Rotary position embedding of the Llama family."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from any4_jax.models.config import LlamaConfig, RopeScaling
+
+
+@dataclasses.dataclass(frozen=True)
+class Rope:
+    """Rotation of channel pairs (i, i + D/2) by position * frequency[i] (RoFormer, arXiv:2104.09864, eq. 34).
+
+    The pairing by halves is that of Hugging Face checkpoints, whose q and k projections are permuted for it.
+    Hashable numbers only: the frequencies are computed while tracing, so layers share one program.
+    """
+
+    head_dim: int
+    theta: float
+    scaling: RopeScaling | None = None
+
+    @classmethod
+    def of(cls, config: LlamaConfig) -> "Rope":
+        """The rope of a model."""
+        return cls(config.head_dim, config.rope_theta, config.rope_scaling)
+
+    def frequencies(self) -> np.ndarray:
+        """Radians per position, float32 [D/2], with Llama 3.1's stretching of long wavelengths if asked."""
+        exponents = np.arange(0, self.head_dim, 2, dtype=np.float32) / np.float32(self.head_dim)
+        frequencies = np.float32(1) / np.float32(self.theta) ** exponents
+        if self.scaling is None:
+            return frequencies
+        # turns = rotations within the context that the model was first trained on. Below low_freq_factor
+        # turns a frequency is divided by `factor`, above high_freq_factor it stays, between it is blended.
+        s = self.scaling
+        turns = s.original_max_position_embeddings * frequencies / (2 * math.pi)
+        kept = np.clip((turns - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor), 0, 1)
+        return ((1 - kept) * frequencies / s.factor + kept * frequencies).astype(np.float32)
+
+    def rotate(self, x: jax.Array, positions: jax.Array) -> jax.Array:
+        """Rotate x [B, T, heads, D] by positions int32 [B, T]; float32 inside, x's dtype outside."""
+        angles = positions.astype(jnp.float32)[:, :, None, None] * self.frequencies()
+        cos, sin = jnp.cos(angles), jnp.sin(angles)
+        low, high = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+        return jnp.concatenate([low * cos - high * sin, high * cos + low * sin], axis=-1).astype(x.dtype)

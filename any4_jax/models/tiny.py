@@ -1,0 +1,53 @@
+"""Small models for tests and for machines without a network."""
+
+import numpy as np
+from flax import nnx
+from jax.typing import DTypeLike
+
+from any4_jax.data import bundled
+from any4_jax.models.config import LlamaConfig
+from any4_jax.models.hf import llama_from_tensors, load_folder, name_of
+from any4_jax.models.llama import Llama
+
+
+def tiny(dtype: DTypeLike | None = None) -> Llama:
+    """The bundled stories260K (MIT): 5 layers, hidden 64, trained on TinyStories, with its tokenizer.
+
+    float32 as trained, unless another dtype is asked for.
+
+    Its MLPs are 172 wide and its heads 8, so short last groups and unusual sizes come up by themselves.
+    """
+    with bundled("stories260k") as folder:
+        return load_folder(folder, dtype)
+
+
+def random_llama(config: LlamaConfig | None = None, seed: int = 0) -> Llama:
+    """A float32 Llama of random weights without a tokenizer; None is a shape of about 50,000 parameters."""
+    if config is None:
+        config = LlamaConfig(
+            vocab_size=128,
+            hidden_size=48,
+            intermediate_size=88,
+            num_hidden_layers=2,
+            num_attention_heads=6,
+            num_key_value_heads=2,
+            head_dim=8,
+            max_position_embeddings=128,
+        )
+    return llama_from_tensors(config, random_tensors(config, seed))
+
+
+def random_tensors(config: LlamaConfig, seed: int = 0) -> dict[str, np.ndarray]:
+    """Random float32 tensors under Hugging Face names, linears [N, K] of variance 1 / K, norms about 1.
+
+    Drawn by numpy: nothing is compiled, and a seed means the same weights with every version of jax.
+    """
+    rng = np.random.default_rng(seed)
+    tensors = {}
+    abstract = nnx.state(nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0))))
+    for path, variable in nnx.to_flat_state(abstract):
+        shape = variable.get_value().shape
+        shape = shape[::-1] if path[-1] == "kernel" else shape
+        centre, spread = (1.0, 0.1) if path[-1] == "scale" else (0.0, shape[-1] ** -0.5)
+        tensors[name_of(path)] = rng.normal(centre, spread, shape).astype(np.float32)
+    return tensors
