@@ -1,0 +1,7 @@
+"""Checkpoints: Orbax arrays and a JSON manifest in one directory that changes as a whole or not at all."""
+
+from any4_jax.checkpoint.manifest import Manifest
+from any4_jax.checkpoint.model import load, save
+from any4_jax.checkpoint.store import read, read_manifest, verify, write
+
+__all__ = ["Manifest", "load", "read", "read_manifest", "save", "verify", "write"]

@@ -1,0 +1,88 @@
+"""Operators and method settings as plain JSON and named arrays, and back."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+
+from any4_jax.methods import CATALOGUE, Method
+from any4_jax.surgery import Recipe
+from any4_jax.weights import OPERATORS
+
+_BY_NAME = {cls.__name__: cls for cls in OPERATORS}
+
+
+def operator_spec(operator: Any, name: str, arrays: dict[str, jax.Array]) -> Any:
+    """JSON that describes an operator; its arrays are added to `arrays` under `name`/field."""
+    if isinstance(operator, OPERATORS):
+        fields = {
+            f.name: operator_spec(getattr(operator, f.name), f"{name}/{f.name}", arrays)
+            for f in dataclasses.fields(operator)
+        }
+        return {"operator": type(operator).__name__, **fields}
+    if isinstance(operator, tuple):
+        return [operator_spec(item, f"{name}/{i}", arrays) for i, item in enumerate(operator)]
+    if operator is None or isinstance(operator, (bool, int, str)):
+        return operator
+    arrays[name] = operator
+    return {"array": name}
+
+
+def operator_from_spec(spec: Any, take: Callable[[str], jax.Array]) -> Any:
+    """The inverse of `operator_spec`; `take` gives the array of a name.
+
+    Raises:
+      ValueError: the spec names an operator that this version doesn't have.
+    """
+    if isinstance(spec, list):
+        return tuple(operator_from_spec(item, take) for item in spec)
+    if not isinstance(spec, dict):
+        return spec
+    if "array" in spec:
+        return take(spec["array"])
+    kind = spec.get("operator")
+    if kind not in _BY_NAME:
+        raise ValueError(f"got an operator {kind!r}, this version knows {', '.join(_BY_NAME)}; upgrade any4_jax")
+    return _BY_NAME[kind](**{key: operator_from_spec(value, take) for key, value in spec.items() if key != "operator"})
+
+
+def recipe_spec(recipe: Recipe) -> dict[str, Any]:
+    """How a model was quantized, as JSON: rules, and each layer's method, fields and notes."""
+    return {
+        "rules": [[pattern, _method_spec(method)] for pattern, method in recipe.rules],
+        "layers": {path: _method_spec(method) | {"notes": dict(notes)} for path, method, notes in recipe.layers},
+    }
+
+
+def recipe_from_spec(spec: Mapping[str, Any]) -> Recipe:
+    """The inverse of `recipe_spec`.
+
+    Raises:
+      ValueError: a method or a field of it that this version doesn't have.
+    """
+    layers = []
+    for path, entry in spec["layers"].items():
+        method = _method_from_spec(entry)
+        assert method is not None
+        layers.append((path, method, tuple(sorted(entry["notes"].items()))))
+    return Recipe(tuple((pattern, _method_from_spec(entry)) for pattern, entry in spec["rules"]), tuple(layers))
+
+
+def _method_spec(method: Method | None) -> Any:
+    return None if method is None else {"method": method.name, "fields": dataclasses.asdict(method)}  # type: ignore[call-overload]
+
+
+def _method_from_spec(spec: Any) -> Method | None:
+    if spec is None:
+        return None
+    cls = CATALOGUE.get(spec["method"])
+    if cls is None:
+        raise ValueError(
+            f"got a method {spec['method']!r}, this version knows {', '.join(CATALOGUE)}; upgrade any4_jax"
+        )
+    known = {f.name for f in dataclasses.fields(cls)}
+    unknown = sorted(set(spec["fields"]) - known)
+    if unknown:
+        raise ValueError(f"method {spec['method']!r} has no field {unknown[0]!r} in this version; upgrade any4_jax")
+    return cls(**spec["fields"])

@@ -1,0 +1,526 @@
+"""The checkpoint store: exact round trips, damage refused by name, kill -9, memory, device topology."""
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from any4_jax import checkpoint
+from any4_jax.checkpoint import arrays as stored_arrays
+from any4_jax.checkpoint import manifest as manifests
+
+DTYPES = [
+    *("bool", "int8", "int16", "int32", "uint8", "uint16", "uint32", "float16", "float32", "bfloat16"),
+    *("float8_e4m3fn", "float8_e5m2", "float8_e8m0fnu", "int4", "uint4"),
+]
+SHAPES = {"matrix": (5, 3), "scalar": (), "empty": (0, 3), "stack": (2, 1, 7)}
+CONTENT = {"model": {"layers": 2, "eps": 1e-5, "name": "é"}, "rules": [[".*", None]]}
+FILES = {"tokenizer.json": b'{"a": 1}\n', "deep/er/merges.txt": b"", "raw.bin": bytes(range(256))}
+
+
+def example(seed: int = 0) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return {
+        f"layers.0.q_proj/{dtype}/{label}": rng.integers(0, 7, shape).astype(jnp.dtype(dtype))
+        for dtype in DTYPES
+        for label, shape in SHAPES.items()
+    }
+
+
+def assert_equal(found, wanted):
+    assert set(found) == set(wanted)
+    for name, array in wanted.items():
+        assert (found[name].dtype, found[name].shape) == (array.dtype, array.shape), name
+        assert np.asarray(found[name]).tobytes() == np.asarray(array).tobytes(), name
+
+
+def data_directory(root: Path) -> Path:
+    (data,) = root.glob("data-*")
+    return data
+
+
+def run(script: str, *arguments: object, devices: int = 1) -> str:
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "PYTHONPATH": str(Path(__file__).parent.parent),
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script), *map(str, arguments)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A checkpoint that tests only read, or copy before they damage it."""
+    root = tmp_path_factory.mktemp("saved") / "ckpt"
+    checkpoint.write(root, example(), CONTENT, FILES)
+    return root
+
+
+@pytest.fixture
+def copied(saved, tmp_path):
+    return Path(shutil.copytree(saved, tmp_path / "ckpt"))
+
+
+def test_round_trip_is_exact(saved):
+    arrays, content, files = checkpoint.read(saved)
+    assert_equal(arrays, example())
+    assert all(isinstance(array, jax.Array) for array in arrays.values())
+    assert content == CONTENT
+    assert files == FILES
+
+
+def test_jax_arrays_and_arrays_of_odd_layout_round_trip(tmp_path):
+    wide = np.random.default_rng(1).standard_normal((300, 4000), np.float32)
+    given = {"jax": jnp.asarray(wide, jnp.bfloat16), "transposed": wide.T, "strided": wide[::3, ::-7]}
+    checkpoint.write(tmp_path / "c", given, {})
+    assert_equal(checkpoint.read(tmp_path / "c")[0], given)
+
+
+def test_arrays_of_several_blocks_and_chunks(tmp_path, monkeypatch):
+    for name in ("BLOCK_BYTES", "_CHUNK_BYTES", "_BAND_BYTES"):
+        monkeypatch.setattr(stored_arrays, name, 4096)
+    rng = np.random.default_rng(2)
+    given = {"tall": rng.integers(0, 256, (5000, 3), np.uint8), "flat": rng.standard_normal(9999, np.float32)}
+    given |= {"wide": rng.integers(0, 256, (3, 50000), np.uint8), "cube": rng.standard_normal((9, 10, 111))}
+    given["cube"] = given["cube"].astype(np.float16)
+    checkpoint.write(tmp_path / "c", given, {})
+    assert len(checkpoint.read_manifest(tmp_path / "c").arrays["tall"].sha256) == 4
+    assert_equal(checkpoint.read(tmp_path / "c")[0], given)
+
+
+def test_nothing_at_all_round_trips(tmp_path):
+    checkpoint.write(tmp_path / "c", {}, {})
+    assert checkpoint.read(tmp_path / "c") == ({}, {}, {})
+
+
+def test_plain_orbax_reads_the_arrays(saved):
+    import orbax.checkpoint as ocp
+
+    found = ocp.PyTreeCheckpointer().restore(data_directory(saved) / "arrays")
+    wanted = {name: array for name, array in example().items() if array.size}
+    assert set(found) == set(wanted)
+    for name, array in wanted.items():
+        values = np.asarray(found[name]).astype(np.float32)
+        assert np.array_equal(values, array.astype(np.float32), equal_nan=True), name
+
+
+def test_paths_select_arrays(saved):
+    name = "layers.0.q_proj/uint4/matrix"
+    assert_equal(checkpoint.read(saved, paths=[name])[0], {name: example()[name]})
+    assert checkpoint.read(saved, paths=[])[0] == {}
+    with pytest.raises(ValueError, match="has no array 'nope'"):
+        checkpoint.read(saved, paths=[name, "nope"])
+
+
+def test_manifest_is_readable_without_the_arrays(copied):
+    shutil.rmtree(data_directory(copied))
+    manifest = checkpoint.read_manifest(copied)
+    assert manifest.content == CONTENT
+    assert manifest.arrays["layers.0.q_proj/bfloat16/matrix"].shape == (5, 3)
+    assert manifest.library["jax"] == jax.__version__
+
+
+def test_save_replaces_and_cleans_leftovers_but_load_does_not(copied):
+    leftovers = [copied / "data-0123456789ab", copied / "any4.json.0123456789ab.tmp"]
+    leftovers[0].mkdir()
+    leftovers[1].write_text("half")
+    (copied / "README").write_text("the user's own")
+    checkpoint.read(copied)
+    assert all(path.exists() for path in leftovers)
+    checkpoint.write(copied, {"w": jnp.arange(3)}, {"version": 2})
+    arrays, content, files = checkpoint.read(copied)
+    assert arrays["w"].tolist() == [0, 1, 2]
+    assert (content, files) == ({"version": 2}, {})
+    assert {path.name for path in copied.iterdir()} == {"any4.json", "README", data_directory(copied).name}
+
+
+def test_leftovers_of_a_killed_first_save_are_no_obstacle(tmp_path):
+    (tmp_path / "c" / "data-0123456789ab").mkdir(parents=True)
+    checkpoint.write(tmp_path / "c", {}, {})
+    assert len(list((tmp_path / "c").iterdir())) == 2
+    assert data_directory(tmp_path / "c").name == checkpoint.read_manifest(tmp_path / "c").data
+
+
+REFUSED_CALLS = [
+    ({"arrays": {"../up": np.zeros(1)}}, ValueError, "array name '../up'"),
+    ({"arrays": {"a//b": np.zeros(1)}}, ValueError, "array name 'a//b'"),
+    ({"arrays": {"": np.zeros(1)}}, ValueError, "array name ''"),
+    ({"arrays": {"a": np.zeros(1)}}, ValueError, "'a' has dtype float64"),
+    ({"arrays": {"a": [1, 2]}}, TypeError, "'a' is a list"),
+    ({"arrays": {"a": jax.random.key(0)}}, ValueError, "'a' has dtype key"),
+    ({"files": {"/etc/passwd": b""}}, ValueError, "file name '/etc/passwd'"),
+    ({"manifest": {"a": float("nan")}}, ValueError, "not plain JSON"),
+    ({"manifest": {"a": np.float32(1)}}, ValueError, "not plain JSON"),
+]
+
+
+@pytest.mark.parametrize(("change", "error", "message"), REFUSED_CALLS, ids=[row[2] for row in REFUSED_CALLS])
+def test_what_cannot_be_stored_is_refused_and_makes_nothing(tmp_path, change, error, message):
+    with pytest.raises(error, match=message):
+        checkpoint.write(tmp_path / "c", **({"arrays": {}, "manifest": {}} | change))
+    assert not (tmp_path / "c").exists()
+
+
+def test_foreign_directories_and_missing_parents_are_refused(tmp_path):
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "thesis.tex").write_text("years of work")
+    (tmp_path / "file").write_text("")
+    for name, error, message in (
+        ("home", FileExistsError, "home is not empty and holds no any4_jax checkpoint"),
+        ("file", FileExistsError, "file is a file"),
+        ("none/ckpt", FileNotFoundError, "none is no directory"),
+        ("file/ckpt", FileNotFoundError, "file is no directory"),
+    ):
+        with pytest.raises(error, match=message):
+            checkpoint.write(tmp_path / name, {}, {})
+    assert [path.name for path in (tmp_path / "home").iterdir()] == ["thesis.tex"]
+    for name in ("home", "none", "file"):
+        with pytest.raises(FileNotFoundError, match=f"{name} holds no any4.json"):
+            checkpoint.read(tmp_path / name)
+
+
+def test_a_second_save_at_the_same_time_is_refused(copied):
+    handle = os.open(copied, os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_EX)
+    with pytest.raises(BlockingIOError, match="another save .* is running"):
+        checkpoint.write(copied, {}, {})
+    os.close(handle)
+    assert checkpoint.read(copied)[1] == CONTENT
+
+
+@pytest.mark.parametrize("fails", ["os.fsync", "os.replace", "shutil.disk_usage"])
+def test_a_failed_save_changes_nothing(copied, tmp_path, monkeypatch, fails):
+    module, name = fails.split(".")
+
+    def refuse(*_args, **_kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(sys.modules[module], name, refuse)
+    for target in (copied, tmp_path / "new"):
+        with pytest.raises(OSError, match=rf"can't write checkpoint {target} \(No space left"):
+            checkpoint.write(target, {"w": np.zeros(3, np.float32)}, {}, {"a": b"b"})
+    monkeypatch.undo()
+    assert not (tmp_path / "new").exists()
+    assert checkpoint.read(copied)[1] == CONTENT
+    assert len(list(copied.iterdir())) == 2
+
+
+def test_one_flipped_byte_in_any_file_is_refused_by_name(copied):
+    rng = np.random.default_rng(3)
+    files = [path for path in copied.rglob("*") if path.is_file()]
+    assert len(files) > 8
+    for file in files:
+        raw = bytearray(file.read_bytes())
+        for _ in range(8 if file.name == "any4.json" else 1):
+            position, bit = (int(rng.integers(max(1, len(raw)))), 1 << int(rng.integers(8)))
+            damaged = bytearray(raw) if raw else bytearray(1)
+            damaged[position] ^= bit
+            file.write_bytes(damaged)
+            with pytest.raises(ValueError) as caught:
+                checkpoint.read(copied)
+            assert str(file.relative_to(copied)) in str(caught.value)
+            assert str(copied) in str(caught.value)
+            assert "\n" not in str(caught.value)
+        file.write_bytes(raw)
+    assert_equal(checkpoint.read(copied)[0], example())
+
+
+@pytest.mark.parametrize("name", ["files/tokenizer.json", "arrays/manifest.ocdbt"])
+def test_truncated_missing_and_linked_files_are_refused_by_name(copied, tmp_path, name):
+    file = data_directory(copied) / name
+    raw = file.read_bytes()
+    file.write_bytes(raw[:-1])
+    with pytest.raises(ValueError, match=f"{name} has {len(raw) - 1} bytes and needs {len(raw)}"):
+        checkpoint.read(copied)
+    file.unlink()
+    with pytest.raises(ValueError, match=f"{name} can't be read"):
+        checkpoint.read(copied)
+    (tmp_path / "outside").write_bytes(raw)
+    file.symlink_to(tmp_path / "outside")
+    with pytest.raises(ValueError, match=f"{name} is a link out of it"):
+        checkpoint.read(copied)
+
+
+def matrix_entry(**change):
+    def edit(body):
+        body["arrays"]["layers.0.q_proj/uint8/matrix"] |= change
+
+    return edit
+
+
+def put(key, value):
+    return lambda body: body.__setitem__(key, value)
+
+
+FILE_ENTRY = {"size": 0, "sha256": "0" * 64}
+FORGED = {
+    "newer": (put("schema", 2), r"newer any4_jax \(schema 2\); this one reads up to 1, upgrade"),
+    "schema 0": (put("schema", 0), "is damaged: schema 0"),
+    "schema true": (put("schema", True), "no integer"),
+    "extra key": (put("extra", 1), "is damaged: schema 1 has the keys"),
+    "data outside": (put("data", "../data-0123456789ab"), "names the data directory '../data"),
+    "file outside": (put("files", {"../x": FILE_ENTRY}), "could leave the checkpoint: the path '../x'"),
+    "absolute file": (put("files", {"/x": FILE_ENTRY}), "could leave the checkpoint: the path '/x'"),
+    "array outside": (put("arrays", {"a/../../b": {}}), "names an array: the name"),
+    "file size": (put("files", {"x": FILE_ENTRY | {"size": -1}}), "no valid size and sha256 for file 'x'"),
+    "array shape": (matrix_entry(shape=[-1, 3]), "no valid shape, dtype and sha256"),
+    "other shape": (matrix_entry(shape=[3, 5]), r"uint8 \[5, 3\] on disk but uint8 \[3, 5\]"),
+    "huge shape": (matrix_entry(shape=[1 << 40, 1 << 20]), r"uint8 \[5, 3\] on disk"),
+    "other dtype": (matrix_entry(dtype="int8"), r"uint8 \[5, 3\] on disk but int8 \[5, 3\]"),
+    "cast dtype": (matrix_entry(dtype="float32"), r"uint8 \[5, 3\] on disk but float32 \[5, 3\]"),
+    "unknown dtype": (matrix_entry(dtype="posit8"), "dtype 'posit8'"),
+    "array hash": (
+        matrix_entry(sha256=["0" * 64]),
+        "'layers.0.q_proj/uint8/matrix' does not match its sha256",
+    ),
+    "hash missing": (matrix_entry(sha256=[]), "'layers.0.q_proj/uint8/matrix' does not match its sha256"),
+    "array missing": (
+        lambda body: body["arrays"].update(ghost=body["arrays"]["layers.0.q_proj/uint8/matrix"]),
+        "array 'ghost' is not readable",
+    ),
+    "content": (put("content", []), '"content" that is no object'),
+}
+
+
+@pytest.mark.parametrize(("edit", "message"), FORGED.values(), ids=FORGED)
+def test_forged_manifests_are_refused(copied, edit, message):
+    """Each has a right digest of itself, so only the check of its fields or of the arrays can refuse it."""
+    body = json.loads((copied / "any4.json").read_bytes())
+    del body["sha256"]
+    edit(body)
+    body["sha256"] = manifests._digest(body)
+    (copied / "any4.json").write_bytes(manifests._text(body))
+    with pytest.raises(ValueError, match=message) as caught:
+        checkpoint.read(copied)
+    assert str(copied) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "raw", [b"", b"{", b"[1]", b"{}", b'{"schema": "1"}', b"\xff\xfe", b"[" * 100_000], ids=range(7)
+)
+def test_what_is_no_manifest_is_refused(copied, raw):
+    (copied / "any4.json").write_bytes(raw)
+    with pytest.raises(ValueError, match="any4.json is not"):
+        checkpoint.read_manifest(copied)
+
+
+def test_other_device_topologies(saved, tmp_path):
+    """One device's checkpoint loads on four and on a mesh of two; a sharded one of four loads on one."""
+    script = """
+        import sys
+        import jax, numpy as np
+        from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+        from any4_jax import checkpoint
+
+        mesh = Mesh(np.array(jax.devices()[:2]), ("x",))
+        split, one = NamedSharding(mesh, P(None, "x")), jax.sharding.SingleDeviceSharding(jax.devices()[3])
+        name = "layers.0.q_proj/int4/stack"
+        whole = checkpoint.read(sys.argv[1])[0]
+        assert {d for a in whole.values() for d in a.devices()} == {jax.devices()[0]}
+        rule = lambda name, struct: one if struct.shape == () else None
+        assert checkpoint.read(sys.argv[1], sharding=rule)[0][name.replace("stack", "scalar")].devices() == {
+            jax.devices()[3]
+        }
+        wide = np.arange(24, dtype=np.int32).reshape(3, 8)
+        four = NamedSharding(Mesh(np.array(jax.devices()).reshape(2, 2), ("x", "y")), P(None, "x"))
+        checkpoint.write(sys.argv[2], {"w": jax.device_put(wide, four)}, {})
+        back = checkpoint.read(sys.argv[2], sharding=split)[0]["w"]
+        assert back.sharding == split and {s.data.shape for s in back.addressable_shards} == {(3, 4)}
+        assert np.array_equal(back, wide)
+        try:
+            checkpoint.read(sys.argv[1], sharding=split, paths=[name])
+        except ValueError as error:
+            print(error)
+    """
+    printed = run(script, saved, tmp_path / "four", devices=4)
+    assert "array 'layers.0.q_proj/int4/stack' of shape [2, 1, 7] does not fit" in printed
+    loaded = checkpoint.read(tmp_path / "four")[0]["w"]
+    assert np.array_equal(loaded, np.arange(24).reshape(3, 8))
+    assert loaded.devices() == {jax.devices()[0]}
+
+
+def test_memory_of_a_load_stays_near_the_arrays(tmp_path):
+    """Incompressible bytes, one array of half the checkpoint: nothing may hold an array twice."""
+    rng = np.random.default_rng(4)
+    sizes = {"embed": (12_000, 10_000)} | {f"layers.{i}/codes": (2000, 1000) for i in range(90)}
+    checkpoint.write(tmp_path / "c", {n: rng.integers(0, 256, s, np.uint8) for n, s in sizes.items()}, {})
+    script = """
+        import sys
+        import jax, numpy as np
+        from any4_jax import checkpoint
+
+        def megabytes(field):
+            (line,) = [line for line in open("/proc/self/status") if line.startswith(field + ":")]
+            return int(line.split()[1]) / 1024
+
+        jax.block_until_ready(jax.device_put(np.zeros(3)))
+        idle = megabytes("VmRSS")
+        arrays = checkpoint.read(sys.argv[1])[0]
+        print((megabytes("VmHWM") - idle) / (sum(a.nbytes for a in arrays.values()) / 2**20))
+    """
+    assert float(run(script, tmp_path / "c")) <= 1.3
+
+
+KILL_SERVER = """
+import json, os, resource, shutil, signal, sys
+import numpy as np
+import jax, orbax.checkpoint, tensorstore
+from any4_jax import checkpoint
+
+def save(root, version):
+    arrays = {f"a.{i}/codes": np.full((40, 50), version * 10 + i, np.int32) for i in range(3)}
+    checkpoint.write(root, arrays, {"version": version}, {"tokenizer.json": b"%d" % version})
+
+def job(root, version, point, call, after):
+    signal.alarm(60)
+    counts = {}
+    def wrap(name):
+        module = {"os": os, "shutil": shutil}[name.split(".")[0]]
+        plain = getattr(module, name.split(".")[1])
+        def counted(*args, **kwargs):
+            counts[name] = counts.get(name, 0) + 1
+            last = name == point and counts[name] == call
+            if last and not after:
+                os.kill(os.getpid(), signal.SIGKILL)
+            result = plain(*args, **kwargs)
+            if last:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return result
+        setattr(module, name.split(".")[1], counted)
+    if point == "full":
+        resource.setrlimit(resource.RLIMIT_FSIZE, (200, 200))
+    for name in ("os.fsync", "os.replace", "shutil.rmtree"):
+        wrap(name)
+    jax.devices()
+    print("started", os.getpid(), flush=True)
+    try:
+        save(root, version)
+    except OSError as error:
+        counts["error"] = str(error)
+    print(json.dumps(counts), flush=True)
+    os._exit(0)
+
+for line in sys.stdin:
+    pid = os.fork()
+    if pid == 0:
+        job(**json.loads(line))
+    os.waitpid(pid, 0)
+    print("ended", flush=True)
+"""
+
+
+class KillServer:
+    """A process with everything imported and no thread started, which forks one save after another."""
+
+    def __init__(self, root: Path):
+        self.root, self.version = root, 0
+        environment = os.environ | {
+            "JAX_PLATFORMS": "cpu",
+            "OPENBLAS_NUM_THREADS": "1",
+            "PYTHONPATH": str(Path(__file__).parent.parent),
+        }
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", KILL_SERVER],
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+
+    def save(self, point=None, call=0, after=False, delay=None):
+        """Save the next version, killed at a call or after a delay; (counts or None, seconds it ran)."""
+        self.version += 1
+        order = {
+            "root": str(self.root),
+            "version": self.version,
+            "point": point,
+            "call": call,
+            "after": after,
+        }
+        self.process.stdin.write(json.dumps(order) + "\n")
+        self.process.stdin.flush()
+        start_line = self.process.stdout.readline().split()
+        begun = time.monotonic()
+        if delay is not None:
+            time.sleep(delay)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(start_line[1]), 9)
+        lines = list(iter(self.process.stdout.readline, "ended\n"))
+        return (json.loads(lines[0]) if lines else None), time.monotonic() - begun
+
+    def loaded_version(self) -> int:
+        """The version found, after checking that all of it is of that version."""
+        arrays, content, files = checkpoint.read(self.root)
+        version = content["version"]
+        assert files == {"tokenizer.json": b"%d" % version}
+        wanted = {f"a.{i}/codes": np.full((40, 50), version * 10 + i, np.int32) for i in range(3)}
+        assert_equal(arrays, wanted)
+        return version
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory):
+    server = KillServer(tmp_path_factory.mktemp("kill") / "ckpt")
+    server.counts, server.seconds = server.save()
+    yield server
+    server.process.stdin.close()
+    server.process.wait(timeout=30)
+
+
+def test_kill_at_chosen_calls_leaves_the_old_or_the_new(killed):
+    replaces, syncs = killed.counts["os.replace"], killed.counts["os.fsync"]
+    # The last syncs: any4.json's new text, its directory, (the rename), the directory again, its parent.
+    old = [("os.fsync", 1, False), ("os.fsync", syncs // 2, False), ("os.fsync", syncs - 3, False)]
+    old += [("os.fsync", syncs - 2, True), ("os.replace", replaces, False)]
+    new = [("os.replace", replaces, True), ("os.fsync", syncs - 1, False), ("shutil.rmtree", 1, False)]
+    for points, is_new in ((old, False), (new, True)):
+        for point, call, after in points:
+            before = killed.loaded_version()
+            counts, _ = killed.save(point, call, after)
+            assert counts is None, f"{point} was not called {call} times"
+            assert killed.loaded_version() == (killed.version if is_new else before), (point, call, after)
+
+
+def test_kill_at_twenty_moments_leaves_the_old_or_the_new(killed):
+    _, seconds = killed.save()
+    outcomes = []
+    for moment in range(20):
+        before = killed.loaded_version()
+        killed.save(delay=seconds * moment / 18)
+        found = killed.loaded_version()
+        assert found in (before, killed.version)
+        outcomes.append(found == killed.version)
+    assert False in outcomes
+    killed.save()
+    assert killed.loaded_version() == killed.version
+    assert {path.name for path in killed.root.iterdir()} == {"any4.json", data_directory(killed.root).name}
+
+
+def test_a_disk_that_takes_no_more_is_one_sentence(killed):
+    before = killed.loaded_version()
+    counts, _ = killed.save("full")
+    assert counts["error"].startswith(f"can't write checkpoint {killed.root} (")
+    assert "\n" not in counts["error"]
+    assert killed.loaded_version() == before
+    assert len(list(killed.root.iterdir())) == 2
