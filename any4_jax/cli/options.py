@@ -1,0 +1,142 @@
+"""Command line flags from the fields of a dataclass, so that a new method needs no code here."""
+
+import argparse
+import dataclasses
+import inspect
+import re
+import types
+import typing
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax.numpy as jnp
+
+from any4_jax.cli.errors import CommandLineError
+
+# Flags are stored under names that no positional argument or option of a command has.
+_PREFIX = "field."
+
+
+def add_fields(parser: argparse._ActionsContainer, config: type) -> None:
+    """Adds a flag for each field of the dataclass `config`.
+
+    int, float and str take a value; bool becomes --x / --no-x; Literal becomes choices; `X | None` also takes
+    "none"; a str field named ..._dtype takes the name of a dtype. Help is the field's entry under "Attributes:"
+    in the docstring. A field whose default is a dataclass itself (a method inside a method) has no flag.
+
+    Raises:
+      TypeError: a field of a type with no meaning on a command line.
+    """
+    hints, described = typing.get_type_hints(config), _attributes(config)
+    for field in dataclasses.fields(config):
+        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        if dataclasses.is_dataclass(default):
+            continue
+        common: dict[str, Any] = {
+            "dest": _PREFIX + field.name,
+            "default": argparse.SUPPRESS,  # what was not given is left to the dataclass
+            "help": _help(described.get(field.name, ""), default),
+        }
+        flag = "--" + field.name.replace("_", "-")
+        hint, optional = _without_none(hints[field.name])
+        if hint is bool and not optional:
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, **common)
+            continue
+        convert, metavar = _converter(hint, field.name, config)
+        if optional:
+            convert, metavar = _or_none(convert), f"{metavar}|none"
+        parser.add_argument(flag, type=convert, metavar=metavar, **common)
+
+
+def build(config: type, args: argparse.Namespace) -> Any:
+    """The dataclass `config` with the fields that were given on the command line; flags of other
+    dataclasses are left out.
+
+    Raises:
+      CommandLineError: the dataclass refuses the values.
+    """
+    names = {_PREFIX + field.name for field in dataclasses.fields(config)}
+    given = {name.removeprefix(_PREFIX): value for name, value in vars(args).items() if name in names}
+    try:
+        return config(**given)
+    except (ValueError, TypeError) as error:
+        raise CommandLineError(str(error)) from error
+
+
+def checked(method: Any, stats_given: bool) -> Any:
+    """The method, whose fields don't contradict each other.
+
+    Raises:
+      CommandLineError: they do, or they need the statistics that are not to be given.
+    """
+    try:
+        method.check(stats_given)
+    except ValueError as error:
+        raise CommandLineError(str(error)) from error
+    return method
+
+
+def _attributes(config: type) -> dict[str, str]:
+    """Field name -> text, from the "Attributes:" section of a docstring."""
+    _, _, section = (inspect.getdoc(config) or "").partition("Attributes:\n")
+    if not section:
+        return {}
+    indent = len(section) - len(section.lstrip(" "))
+    entries = re.findall(rf"^ {{{indent}}}(\w+(?:, \w+)*): (.*(?:\n {{{indent + 1},}}.*)*)", section, re.MULTILINE)
+    return {name: " ".join(text.split()) for names, text in entries for name in names.split(", ")}
+
+
+def _help(text: str, default: Any) -> str:
+    shown = "" if default is dataclasses.MISSING else f"(default: {'none' if default is None else default})"
+    return f"{text} {shown}".strip().replace("%", "%%")  # argparse formats help with %
+
+
+def _without_none(hint: Any) -> tuple[Any, bool]:
+    """`X | None` -> (X, True), Literal["a", None] -> (Literal["a"], True), anything else -> (itself, False)."""
+    arguments = typing.get_args(hint)
+    if typing.get_origin(hint) is Literal and None in arguments:
+        return Literal[tuple(value for value in arguments if value is not None)], True
+    if typing.get_origin(hint) in (typing.Union, types.UnionType) and type(None) in arguments:
+        rest = [argument for argument in arguments if argument is not type(None)]
+        if len(rest) == 1:
+            return rest[0], True
+    return hint, False
+
+
+def _converter(hint: Any, name: str, config: type) -> tuple[Callable[[str], Any], str]:
+    if typing.get_origin(hint) is Literal:
+        choices = {str(value): value for value in typing.get_args(hint)}
+        return _choice(choices), "|".join(choices)
+    if hint is str and name.endswith("_dtype"):
+        return _dtype_name, "DTYPE"
+    if hint in (int, float, str):
+        return hint, hint.__name__.upper()
+    raise TypeError(
+        f"the field {config.__name__}.{name} is of type {hint}, which no flag can give; "
+        "use int, float, str, bool, Literal, or one of these or None"
+    )
+
+
+def _choice(choices: dict[str, Any]) -> Callable[[str], Any]:
+    def choice(text: str) -> Any:
+        if text not in choices:
+            raise argparse.ArgumentTypeError(f"got {text!r}, need one of {', '.join(choices)}")
+        return choices[text]
+
+    return choice
+
+
+def _or_none(convert: Callable[[str], Any]) -> Callable[[str], Any]:
+    def converted(text: str) -> Any:
+        return None if text == "none" else convert(text)
+
+    # argparse names the converter where it refuses a value ("invalid int value: ...").
+    converted.__name__ = convert.__name__
+    return converted
+
+
+def _dtype_name(text: str) -> str:
+    try:
+        return jnp.dtype(text).name
+    except TypeError:
+        raise argparse.ArgumentTypeError(f"got {text!r}, need a dtype such as bfloat16, float16 or float32") from None

@@ -1,0 +1,95 @@
+"""`any4 quantize`: a model in, a checkpoint of 4-bit weights out."""
+
+import argparse
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from any4_jax import checkpoint, models
+from any4_jax.calibration import calibrate
+from any4_jax.cli.errors import WorkError
+from any4_jax.cli.options import add_fields, build, checked
+from any4_jax.cli.output import megabytes, progress
+from any4_jax.cli.sources import MODEL_HELP, calibration_text, check_output, is_checkpoint
+from any4_jax.methods import CATALOGUE
+from any4_jax.surgery import quantize_model, quantized_leaves
+
+_DEFAULT = "any4"
+
+
+def add(commands: Any, common: argparse.ArgumentParser, argv: Sequence[str]) -> None:
+    """`argv` is looked at beforehand for --method, whose fields become flags."""
+    parser = commands.add_parser(
+        "quantize", parents=[common], help="quantize a model, write a checkpoint", allow_abbrev=False
+    )
+    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    parser.add_argument("out", metavar="OUT", help="folder of the checkpoint; one that is there is replaced at the end")
+    parser.add_argument(
+        "--method", default=_DEFAULT, choices=sorted(CATALOGUE), help=f"how to quantize (default: {_DEFAULT})"
+    )
+    parser.add_argument(
+        "--calibrate",
+        metavar="prompt|FILE|none",
+        default="prompt",
+        help="text that shows which inputs matter; prompt is the bundled one (default)",
+    )
+    parser.add_argument(
+        "--rules",
+        action="append",
+        type=_rule,
+        default=[],
+        metavar="REGEX=METHOD",
+        help="layers whose path matches take METHOD, or stay as they are for none; "
+        "may be repeated, the first match counts, and --method serves the rest; "
+        "METHOD takes those fields below that it has too",
+    )
+    method = _method_in(argv)
+    add_fields(parser.add_argument_group(f"fields of the method {method}"), CATALOGUE[method])
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    calibrated = args.calibrate != "none"
+    method = checked(build(CATALOGUE[args.method], args), calibrated)
+    check_output(args.out)
+    if is_checkpoint(args.model):
+        raise WorkError(f"{args.model} is quantized already; give the float model that it was made from")
+    text = calibration_text(args.calibrate) if calibrated else ""
+    rules = [(pattern, None if name == "none" else build(CATALOGUE[name], args)) for pattern, name in args.rules]
+
+    begin = time.perf_counter()
+    model, stats = models.load(args.model), None
+    if calibrated:
+        with progress("calibrate", "layer") as bar:
+            stats = calibrate(model, text, method, rules=rules, progress=bar)
+    with progress("quantize", "layer") as bar:
+        model = quantize_model(model, method, stats=stats, rules=rules, progress=bar)
+    checkpoint.save(args.out, model)
+    leaves = quantized_leaves(model)
+    stored = sum(leaf.nbytes for leaf in leaves.values())
+    weights = sum(leaf.shape[-2] * leaf.shape[-1] for leaf in leaves.values())
+    print(
+        f"{len(leaves)} layers quantized: {8 * stored / weights:.3f} bits per weight, "
+        f"{megabytes(stored)} MB, {time.perf_counter() - begin:.1f} s; wrote {args.out}"
+    )
+    return 0
+
+
+def _method_in(argv: Sequence[str]) -> str:
+    """The method that the command line names, or the default where it names none that exists."""
+    scan = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    scan.add_argument("--method", default=_DEFAULT)
+    try:
+        name = scan.parse_known_args(argv)[0].method
+    except argparse.ArgumentError:  # --method without a value: the full parser says so
+        return _DEFAULT
+    return name if name in CATALOGUE else _DEFAULT
+
+
+def _rule(text: str) -> tuple[str, str]:
+    pattern, separator, name = text.rpartition("=")
+    if not separator or name not in (*CATALOGUE, "none"):
+        raise argparse.ArgumentTypeError(
+            f"got {text!r}, need REGEX=METHOD with METHOD one of {', '.join(sorted(CATALOGUE))}, none"
+        )
+    return pattern, name

@@ -1,0 +1,85 @@
+"""First centroids for Lloyd's iteration: functions of a sorted row x [P], weights w [P], k and a random key.
+
+Weights are non-negative and not all zero; values without weight (padding among them) are never drawn. Each
+function gives [k] float32, ascending. The key is the same for every row, so that a row's result does not
+depend on its place.
+"""
+
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+# The 16 quantiles of NormalFloat (Dettmers et al., "QLoRA", 2023, appendix E), as bitsandbytes stores them.
+NF4_LEVELS = (
+    -1.0, -0.6961928, -0.52507305, -0.39491749, -0.28444138, -0.18477343, -0.09105004, 0.0,
+    0.0795803, 0.1609302, 0.2461123, 0.33791524, 0.44070983, 0.5626170, 0.72295684, 1.0,
+)  # fmt: skip
+
+
+def _running_sum(values: jax.Array) -> jax.Array:
+    """Inclusive sums along the last axis by doubling: one fixed order whatever the number of rows."""
+    length = values.shape[-1]
+    front = [(0, 0)] * (values.ndim - 1) + [(length, 0)]
+
+    # A loop in the program: XLA would fuse unrolled doublings and recompute each in the next.
+    def double(power: jax.Array, sums: jax.Array) -> jax.Array:
+        start = length - (1 << power)
+        return sums + jax.lax.dynamic_slice_in_dim(jnp.pad(sums, front), start, length, axis=-1)
+
+    return jax.lax.fori_loop(0, (length - 1).bit_length(), double, values)
+
+
+def _at_mass(mass: jax.Array, fraction: jax.Array) -> jax.Array:
+    """Index of the first value whose running mass exceeds each fraction of the total: int32."""
+    index = jnp.sum((mass <= fraction[..., None] * mass[-1]).astype(jnp.int32), -1)
+    # A target that rounding put at the total itself belongs to the last value that has mass.
+    return jnp.minimum(index, jnp.sum((mass < mass[-1]).astype(jnp.int32)))
+
+
+def _plus_plus(x: jax.Array, w: jax.Array, k: int, key: jax.Array) -> jax.Array:
+    """Greedy k-means++ (Arthur and Vassilvitskii, 2007): of 2 + ln k draws by w * d^2, the best one."""
+    draws = jax.random.uniform(key, (k, 2 + int(math.log(k))))
+    first = x[_at_mass(_running_sum(w), draws[0, :1])]
+
+    def add(squared: jax.Array, fraction: jax.Array) -> tuple[jax.Array, jax.Array]:
+        chosen = x[_at_mass(_running_sum(jnp.maximum(w * squared, 0.0)), fraction)]
+        reduced = jnp.minimum(squared, (x - chosen[:, None]) ** 2)
+        best = jnp.argmin(_running_sum(jnp.maximum(w * reduced, 0.0))[:, -1])
+        return reduced[best], chosen[best]
+
+    _, others = jax.lax.scan(add, (x - first) ** 2, draws[1:])
+    return jnp.sort(jnp.concatenate([first, others]))
+
+
+def _random(x: jax.Array, w: jax.Array, k: int, key: jax.Array) -> jax.Array:
+    """k values drawn without replacement in proportion to w (those with the smallest exponentials / w)."""
+    arrival = jax.random.exponential(key, x.shape) / w
+    _, chosen = jax.lax.top_k(-arrival, min(k, x.size))
+    found = x[chosen]
+    return jnp.sort(jnp.concatenate([found, jnp.full((k - found.size,), found[0])]))
+
+
+def _int(x: jax.Array, w: jax.Array, k: int, key: jax.Array) -> jax.Array:
+    """k evenly spaced levels from the row's minimum to its maximum."""
+    return x[0] + (x[-1] - x[0]) * (jnp.arange(k, dtype=jnp.float32) / max(k - 1, 1))
+
+
+def _nf4(x: jax.Array, w: jax.Array, k: int, key: jax.Array) -> jax.Array:
+    """The 16 NormalFloat levels, -1 at the row's minimum and 1 at its maximum."""
+    return x[0] + (x[-1] - x[0]) * ((jnp.array(NF4_LEVELS, jnp.float32) + 1) / 2)
+
+
+def _quantile(x: jax.Array, w: jax.Array, k: int, key: jax.Array) -> jax.Array:
+    """The values at the middles of k equal shares of the row's weight."""
+    return x[_at_mass(_running_sum(w), (jnp.arange(k, dtype=jnp.float32) + 0.5) / k)]
+
+
+INITS: dict[str, Callable[[jax.Array, jax.Array, int, jax.Array], jax.Array]] = {
+    "kmeans++": _plus_plus,
+    "random": _random,
+    "int": _int,
+    "nf4": _nf4,
+    "quantile": _quantile,
+}

@@ -1,0 +1,296 @@
+"""The command line: exit codes and sentences, flags from dataclass fields, and the main job end to end."""
+
+import argparse
+import dataclasses
+import json
+import re
+import shutil
+from typing import Literal
+
+import pytest
+
+import any4_jax as a4
+from any4_jax.cli import main
+from any4_jax.cli.errors import CommandLineError
+from any4_jax.cli.options import add_fields, build
+from any4_jax.cli.output import table
+from any4_jax.data import assets, stories
+from any4_jax.methods import CATALOGUE
+
+
+@dataclasses.dataclass(frozen=True)
+class Toy:
+    """A method of no use.
+
+    Attributes:
+      bits: width of a code.
+      steps, start: where it begins.
+      share: how much of it, 100% at most;
+        told on two lines.
+    """
+
+    bits: Literal[2, 4] = 4
+    share: float = 0.5
+    steps: int | None = 3
+    start: Literal["zero", "one"] | None = None
+    refine: bool = False
+    clip: bool = True
+    scale_dtype: str = "bfloat16"
+    inner: "Inner" = dataclasses.field(default_factory=lambda: Inner())
+
+    def __post_init__(self):
+        if self.share > 1:
+            raise ValueError(f"share={self.share} is more than 1; pass less")
+
+
+@dataclasses.dataclass(frozen=True)
+class Inner:
+    depth: int = 1
+
+
+def parse(*argv):
+    parser = argparse.ArgumentParser()
+    add_fields(parser, Toy)
+    return build(Toy, parser.parse_args(argv))
+
+
+@pytest.mark.parametrize(
+    ("argv", "fields"),
+    [
+        ((), {}),
+        (("--bits", "2"), {"bits": 2}),
+        (("--share", "0.25"), {"share": 0.25}),
+        (("--steps", "7"), {"steps": 7}),
+        (("--steps", "none"), {"steps": None}),
+        (("--start", "one"), {"start": "one"}),
+        (("--start", "none"), {"start": None}),
+        (("--refine", "--no-clip"), {"refine": True, "clip": False}),
+        (("--scale-dtype", "float16"), {"scale_dtype": "float16"}),
+    ],
+)
+def test_flags_from_fields(argv, fields):
+    assert parse(*argv) == Toy(**fields)
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (("--bits", "3"), "need one of 2, 4"),
+        (("--bits", "none"), "need one of 2, 4"),
+        (("--steps", "many"), "invalid int value: 'many'"),
+        (("--start", "two"), "need one of zero, one"),
+        (("--scale-dtype", "bf17"), "need a dtype"),
+        (("--inner", "x"), "unrecognized"),
+    ],
+)
+def test_flags_refuse(argv, words, capsys):
+    with pytest.raises(SystemExit):
+        parse(*argv)
+    assert words in capsys.readouterr().err
+
+
+def test_a_value_that_the_dataclass_refuses_is_a_wrong_command_line():
+    with pytest.raises(CommandLineError, match="share=2.0 is more than 1"):
+        parse("--share", "2")
+
+
+def test_a_field_without_meaning_on_a_command_line_is_named():
+    @dataclasses.dataclass
+    class Odd:
+        table: tuple = ()
+
+    with pytest.raises(TypeError, match=r"Odd\.table"):
+        add_fields(argparse.ArgumentParser(), Odd)
+
+
+def test_help_has_docstring_and_default():
+    parser = argparse.ArgumentParser()
+    add_fields(parser, Toy)
+    text = " ".join(parser.format_help().split())
+    assert "width of a code. (default: 4)" in text
+    assert "100% at most; told on two lines. (default: 0.5)" in text
+    assert "--start zero|one|none where it begins. (default: none)" in text
+
+
+@pytest.mark.parametrize("name", sorted(CATALOGUE))
+def test_every_method_shows_its_fields(name, capsys):
+    assert main(["quantize", "--method", name, "--help"]) == 0
+    shown = capsys.readouterr().out
+    for field in dataclasses.fields(CATALOGUE[name]):
+        assert "--" + field.name.replace("_", "-") in shown
+
+
+@pytest.mark.parametrize(
+    ("argv", "code", "words"),
+    [
+        ([], 2, "COMMAND"),
+        (["paint"], 2, "invalid choice: 'paint'"),
+        (["quantize", "tiny"], 2, "OUT"),
+        (["quantize", "tiny", "{new}", "--method", "any5"], 2, "invalid choice: 'any5'"),
+        (["quantize", "tiny", "{new}", "--method"], 2, "--method"),
+        (["quantize", "tiny", "{new}", "--sovler", "exact"], 2, "--sovler"),
+        (["quantize", "tiny", "{new}", "--method", "nf4", "--solver", "exact"], 2, "--solver"),
+        (["quantize", "tiny", "{new}", "--group-size", "0"], 2, "group_size"),
+        (["quantize", "tiny", "{new}", "--init", "int"], 2, "solver='lloyd'"),
+        (
+            ["quantize", "tiny", "{new}", "--sample-weight", "mean_abs", "--calibrate", "none"],
+            2,
+            "without stat",
+        ),
+        (["quantize", "tiny", "{new}", "--rules", "layers"], 2, "REGEX=METHOD"),
+        (
+            ["quantize", "tiny", "{new}", "--rules", "nothing=nf4", "--calibrate", "none"],
+            1,
+            "'nothing' matches none",
+        ),
+        (["quantize", "tiny", "{new}", "--calibrate", "{missing}"], 1, "missing: No such file"),
+        (["quantize", "tiny", "{new}", "--calibrate", "{binary}"], 1, "no UTF-8 text"),
+        (["quantize", "tiny", "{new}", "--calibrate", "{blank}"], 1, "holds no text"),
+        (["quantize", "{missing}", "{new}"], 1, "missing"),
+        (["quantize", "tiny", "{missing}/below"], 1, "create it first"),
+        (["quantize", "tiny", "{full}"], 1, "not empty"),
+        (["quantize", "tiny", "{blank}"], 1, "is a file"),
+        (["generate", "tiny"], 2, "--prompt"),
+        (["generate", "{missing}", "--prompt", "x"], 1, "missing"),
+        (["generate", "tiny", "--prompt", "Once", "--max-new-tokens", "9999"], 1, "512"),
+        (["generate", "tiny", "--prompt", "Once", "--temperature", "hot"], 2, "invalid float value: 'hot'"),
+        (["eval", "tiny"], 2, "--text FILE"),
+        (["eval", "tiny", "--tasks", "wikitext-3"], 2, "invalid choice: 'wikitext-3'"),
+        (["eval", "tiny", "--text", "{missing}"], 1, "missing"),
+        (["eval", "tiny", "--text", "{short}", "--seqlen", "64"], 1, "longer text"),
+        (["eval", "tiny", "--text", "{short}", "--seqlen", "513"], 1, "context of 512"),
+        (["eval", "tiny", "--text", "{short}", "--out", "{missing}/results.json"], 1, "make it first"),
+        (["inspect", "{full}"], 1, "any4.json"),
+        (["inspect", "{missing}"], 1, "any4.json"),
+        (["explain", "{missing}"], 1, "missing"),
+        (["demo", "--model", "tiny", "--out", "{full}"], 1, "not empty"),
+        (["demo", "--model", "tiny", "--group-size", "0"], 2, "group_size"),
+    ],
+)
+def test_exit_code_and_one_sentence(argv, code, words, tmp_path, capsys):
+    paths = {name: tmp_path / name for name in ("new", "missing", "full", "binary", "blank", "short")}
+    paths["full"].mkdir()
+    (paths["full"] / "thesis.txt").write_text("years of work")
+    paths["binary"].write_bytes(b"\xff\xfe\x00\x01")
+    paths["blank"].write_text("\n")
+    paths["short"].write_text("Lily had a ball.")
+    before = sorted(tmp_path.rglob("*"))
+
+    assert main([part.format(**paths) for part in argv]) == code
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("any4: error: ")
+    assert words in lines[0]
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--debug", "generate", "nowhere", "--prompt", "x"],
+        ["generate", "nowhere", "--prompt", "x", "--debug"],
+    ],
+)
+def test_debug_shows_the_traceback(argv, capsys):
+    assert main(argv) == 1
+    error = capsys.readouterr().err
+    assert "Traceback" in error
+    assert error.strip().splitlines()[-1].startswith("any4: error: nowhere")
+
+
+def test_interrupt_is_130(monkeypatch, capsys):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("any4_jax.cli.generate.open_model", interrupt)
+    assert main(["generate", "tiny", "--prompt", "x"]) == 130
+    assert capsys.readouterr().err == "any4: interrupted\n"
+
+
+def test_a_bug_is_no_bare_key(monkeypatch, capsys):
+    monkeypatch.setattr("any4_jax.cli.generate.open_model", lambda name: {}[name])
+    assert main(["generate", "tiny", "--prompt", "x"]) == 1
+    assert "KeyError" in capsys.readouterr().err
+
+
+def test_columns_are_aligned():
+    text = table(["name", "a"], [["x", "1"], ["longer", "234"]])
+    assert text.splitlines() == ["name      a", "x         1", "longer  234"]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    out = str(tmp_path_factory.mktemp("cli") / "ckpt")
+    rules = ["--rules", r"layers\.4.*=none", "--rules", r".*\.down_proj=nf4"]
+    assert main(["quantize", "tiny", out, "--group-size", "32", *rules]) == 0
+    return out
+
+
+def test_quantize_then_inspect(checkpoint, capsys):
+    assert main(["inspect", checkpoint]) == 0
+    shown = capsys.readouterr().out
+    assert len(re.findall(r"^layers\.\d+\S+ +any4 ", shown, re.MULTILINE)) == 4 * 6
+    assert len(re.findall(r"^layers\.\d+\S+ +nf4 ", shown, re.MULTILINE)) == 4
+    assert "layers.4" not in shown
+    # A rule's method takes the flags that it has too; what "auto" came to is told.
+    assert "nf4: group_size=32" in shown
+    assert "sample_weight=second_moment" in shown
+
+
+def test_inspect_names_a_damaged_file(checkpoint, tmp_path, capsys):
+    copy = tmp_path / "copy"
+    shutil.copytree(checkpoint, copy)
+    victim = max((copy.rglob("*")), key=lambda path: path.stat().st_size if path.is_file() else 0)
+    raw = bytearray(victim.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    victim.write_bytes(raw)
+    assert main(["inspect", str(copy)]) == 1
+    assert victim.name in capsys.readouterr().err
+
+
+def test_explain(checkpoint, capsys):
+    assert main(["explain", checkpoint]) == 0
+    shown = capsys.readouterr().out
+    assert "layers.*.self_attn.q_proj  [64 x 64]  4 layers" in shown
+    assert "xla: taken" in shown
+
+
+def test_generate_streams_what_generate_returns(checkpoint, capsys):
+    prompt = "Once upon a time, there was a"
+    assert main(["generate", checkpoint, "--prompt", prompt, "--max-new-tokens", "40"]) == 0
+    streams = capsys.readouterr()
+    assert streams.out == a4.generate(a4.load(checkpoint), prompt, max_new_tokens=40) + "\n"
+    assert re.search(r"40 tokens in .* tokens/s", streams.err)
+
+
+def test_eval_writes_what_it_shows(checkpoint, tmp_path, capsys):
+    text, out = tmp_path / "text.txt", tmp_path / "results.json"
+    text.write_text(stories())
+    for model in ("tiny", checkpoint):
+        assert main(["eval", model, "--text", str(text), "--seqlen", "128", "--windows", "6", "--out", str(out)]) == 0
+        (result,) = json.loads(out.read_text())["results"].values()
+        assert result["windows"] == len(result["window_nats_per_token"]) == 6
+        assert f"{result['perplexity']:.4f}" in capsys.readouterr().out
+        if model == "tiny":
+            float_result = result
+    # 4 bits cost something, and do not break the model.
+    assert 0 < result["nats_per_token"] - float_result["nats_per_token"] < 0.5
+
+
+def test_demo_offline(tmp_path, capsys, monkeypatch):
+    def unavailable():
+        raise assets.AssetUnavailable("there is no network here")
+
+    monkeypatch.setattr(assets, "fetch_smollm2", unavailable)
+    out = tmp_path / "demo"
+    assert main(["demo", "--out", str(out), "--windows", "4", "--group-size", "32"]) == 0
+    shown = capsys.readouterr().out
+    assert "there is no network here" in shown
+    assert "serves instead" in shown
+    lines = shown.splitlines()
+    assert len(lines) < 60
+    assert max(map(len, lines)) <= 120
+    for method in ("float", "int4", "nf4", "any4"):
+        assert any(line.startswith(method) and "+-" in line for line in lines)
+    assert "the same 24 tokens" in shown
+    assert (out / "any4.json").is_file()
