@@ -2,7 +2,6 @@
 
 from any4_jax import clustering, data, evaluation, methods, models, statistics, surgery
 from any4_jax.calibration import calibrate
-
 from any4_jax.checkpoint import load, save
 from any4_jax.generate import generate
 from any4_jax.matmul import explain, matmul, prepare, unprepare

@@ -65,6 +65,8 @@ def calibrate(
         sequential = method is not None and method.sequential
     if sequential and method is None:
         raise ValueError("got sequential=True without a method, it quantizes as it goes; pass the method to be used")
+    if batch_size < 1 or seqlen < 1:
+        raise ValueError(f"got batch_size={batch_size} and seqlen={seqlen}, both must be at least 1; pass larger ones")
     batches = _batches(model, data, batch_size, seqlen)
     chosen = surgery.resolve(surgery.linears(model), method, rules) if sequential else {}
     return _walk(model, batches, chosen, progress)
@@ -168,6 +170,9 @@ def _sequences(model, data) -> list[np.ndarray]:
     rows: list[np.ndarray] = []
     for item in [data] if isinstance(data, str) else data:
         if isinstance(item, str):
+            # Encoding "" would give a lone beginning-of-text token, and statistics of nothing.
+            if not item.strip():
+                continue
             if model.tokenizer is None:
                 raise ValueError("got text for a model without a tokenizer; pass token ids")
             rows.append(np.asarray(model.tokenizer.encode(item), np.int32))
@@ -180,6 +185,9 @@ def _sequences(model, data) -> list[np.ndarray]:
             )
         rows += list(np.atleast_2d(array).astype(np.int32))
     top = max((int(row.max(initial=0)) for row in rows), default=0)
-    if top >= model.config.vocab_size or any(row.min(initial=0) < 0 for row in rows):
-        raise ValueError(f"got token ids up to {top}, the vocabulary has {model.config.vocab_size}; use its tokenizer")
+    low = min((int(row.min(initial=0)) for row in rows), default=0)
+    if top >= model.config.vocab_size or low < 0:
+        raise ValueError(
+            f"got token ids from {low} to {top}, the vocabulary has {model.config.vocab_size}; use its tokenizer"
+        )
     return rows

@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from any4_jax import formats, scaling, weights
+from any4_jax import weights
+from any4_jax.quantized_input import integer_product, is_integer_leaf, quantize_input
 from any4_jax.weights import PermuteInput, QuantizedTensor, QuantizeInput, ScaleInput, Sum
 
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
@@ -145,13 +146,10 @@ def matmul(x: jax.Array, w, backend: str | None = None) -> jax.Array:
 
 @functools.singledispatch
 def _apply(w, x: jax.Array, backend: str | None) -> jax.Array:
-    """matmul with x as [M, K]; registered for each operator."""
+    """matmul with x as [M, K]; registered for each operator, arrays (traced ones too) are dealt with here."""
+    if isinstance(w, jax.Array):
+        return _dense(x, w.astype(x.dtype))
     raise TypeError(f"got a weight of type {type(w).__name__}, need an array or an operator; register matmul for it")
-
-
-@_apply.register
-def _(w: jax.Array, x, backend):
-    return _dense(x, w.astype(x.dtype))
 
 
 @_apply.register
@@ -222,71 +220,9 @@ def _(w: PermuteInput, x, backend):
 
 @_apply.register
 def _(w: QuantizeInput, x, backend):
-    if w.levels is None and _is_integer_leaf(w.inner):
-        return _integer_product(x, w, w.inner)
+    if w.levels is None and is_integer_leaf(w.inner):
+        return integer_product(x, w, w.inner)
     return _apply(w.inner, quantize_input(x, w), backend)
-
-
-def _is_integer_leaf(w) -> bool:
-    plain = isinstance(w, QuantizedTensor) and not isinstance(w.scales, QuantizedTensor)
-    return plain and w.bits == 8 and w.uniform and not isinstance(w.offsets, QuantizedTensor)
-
-
-def quantize_input(x: jax.Array, w: QuantizeInput) -> jax.Array:
-    """x [M, K] rounded onto the grid of `w`, in x's dtype."""
-    if w.levels is not None:
-        scale = _absmax(x, w.per)
-        levels = w.levels.astype(jnp.float32)
-        rounded = levels[formats.nearest(x.astype(jnp.float32) / scale, levels[None])]
-        return (rounded * scale).astype(x.dtype)
-    q, scale, zero = _integer_input(x, w)
-    return ((q - zero) * scale).astype(x.dtype)
-
-
-def _absmax(x: jax.Array, per: str) -> jax.Array:
-    axis = -1 if per == "token" else None
-    largest = jnp.abs(x.astype(jnp.float32)).max(axis=axis, keepdims=True, initial=0.0)
-    return jnp.where(largest == 0, 1.0, largest)
-
-
-def _integer_input(x: jax.Array, w: QuantizeInput) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(q, scale, zero), float32 [M, K], [M or 1, 1], [M or 1, 1], with x close to (q - zero) * scale and q integral
-    in [-2^(bits-1), 2^(bits-1) - 1]."""
-    half = 2 ** (w.bits - 1)
-    x = x.astype(jnp.float32)
-    if w.symmetric:
-        scale = _absmax(x, w.per) / (half - 1)
-        return jnp.clip(jnp.round(x / scale), -half, half - 1), scale, jnp.zeros_like(scale)
-    axis = -1 if w.per == "token" else None
-    low = x.min(axis=axis, keepdims=True, initial=0.0)
-    high = x.max(axis=axis, keepdims=True, initial=0.0)
-    scale = jnp.where(high > low, (high - low) / (2 * half - 1), 1.0)
-    zero = -half - jnp.round(low / scale)
-    return jnp.clip(jnp.round(x / scale) + zero, -half, half - 1), scale, zero
-
-
-def _integer_product(x: jax.Array, w: QuantizeInput, leaf: QuantizedTensor) -> jax.Array:
-    """Quantized x by a uniform 8-bit leaf in int8 arithmetic, group by group.
-
-    With x = a (q - z), W = s (b + d c) + o per group, for signed codes c, table middle b and step d:
-    y = a * sum over groups of [ s d (q.c - z sum c) + (s b + o) (sum q - z G) ].
-    """
-    q, a, z = _integer_input(x, w)
-    k, group = leaf.shape[-1], min(leaf.group_size, leaf.shape[-1])
-    short = -k % group
-    q8 = jnp.pad(q.astype(jnp.int8), ((0, 0), (0, short))).reshape(q.shape[0], -1, group)
-    c8 = jax.lax.bitcast_convert_type(leaf.unpacked_codes() ^ jnp.uint8(128), jnp.int8)
-    c8 = jnp.pad(c8, ((0, 0), (0, short))).reshape(c8.shape[0], -1, group)
-    qc = jax.lax.dot_general(q8, c8, (((2,), (2,)), ((1,), (1,))), preferred_element_type=jnp.int32)  # [groups, M, N]
-    sum_q = q8.sum(axis=2, dtype=jnp.int32).T[:, :, None]
-    sum_c = c8.sum(axis=2, dtype=jnp.int32).T[:, None, :]
-    sizes = jnp.asarray(np.minimum(group, k - group * np.arange(q8.shape[1])), jnp.float32)[:, None, None]
-    table = leaf.lut.astype(jnp.float32)
-    middle, step = table[:, 128], table[:, 1] - table[:, 0]
-    s = scaling.scale_values(leaf.scales).T[:, None, :]
-    shift = s * middle + (0.0 if leaf.offsets is None else leaf.offsets.astype(jnp.float32).T[:, None, :])
-    by_group = s * step * (qc - z * sum_c) + shift * (sum_q - z * sizes)
-    return (a * by_group.sum(axis=0)).astype(x.dtype)
 
 
 def explain(x, w, platform: str | None = None) -> str:

@@ -43,6 +43,12 @@ def check_group_size(group_size: int) -> None:
         raise ValueError(f"got group_size={group_size}, a group holds at least 1 weight; pass a positive group_size")
 
 
+def check_stored_dtype(field: str, dtype: str) -> None:
+    """Raises ValueError unless `dtype` names a float dtype of 16 or 32 bits, which tables, scales and offsets have."""
+    if dtype not in ("bfloat16", "float16", "float32"):
+        raise ValueError(f"got {field}={dtype!r}, need 'bfloat16', 'float16' or 'float32'; choose one of these")
+
+
 def to_groups(w: jax.Array, group_size: int) -> jax.Array:
     """[..., K] to [..., ceil(K/G), G]; a short last group repeats the row's last weight, which changes no extremum."""
     short = -w.shape[-1] % group_size

@@ -6,13 +6,15 @@ as it was; the new one shares the arrays that were left alone.
 """
 
 import dataclasses
+import hashlib
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, Protocol
 
 import jax
+import numpy as np
 from flax import nnx
 
 from any4_jax.methods import Method, quantize
@@ -27,12 +29,24 @@ DEFAULT_RULES: Rules = ((r"(.*[./])?(lm_head|embed_tokens)([./].*)?", None),)
 """Always tried after the caller's: the head and the embedding stay as they are unless a rule names them."""
 
 
+class Finished(Protocol):
+    """Where layers are kept that a run has quantized, for one that starts anew; called by several threads at once."""
+
+    def get(self, path: str, key: str) -> Any | None:
+        """The operator of the layer at `path`, where it was put under the same key."""
+        ...
+
+    def put(self, path: str, key: str, operator: Any) -> None:
+        """Keeps an operator."""
+        ...
+
+
 @dataclasses.dataclass(frozen=True)
 class Recipe:
     """How a model was quantized; static, hashable, written to the manifest.
 
     Attributes:
-      rules: (regex, method or None) in the order they were tried.
+      rules: (regex, method or None) in the order they were tried, by the last call of `quantize_model`.
       layers: (path, method, notes) of every quantized layer; notes are (key, value) pairs.
     """
 
@@ -77,6 +91,7 @@ def quantize_model(
     stats: Mapping[str, Statistics] | None = None,
     rules: Rules | None = None,
     progress: Progress | None = None,
+    finished: Finished | None = None,
 ) -> Any:
     """The model with its dense layers quantized.
 
@@ -86,6 +101,8 @@ def quantize_model(
       stats: statistics of the input of each layer by path, as `calibrate` returns them.
       rules: see `resolve`.
       progress: called with (done, total, path) after each layer.
+      finished: where each layer is kept as soon as it is done, and looked for before any is computed; layers that it
+        holds under their `layer_key` are taken from there. None keeps nothing.
 
     Returns:
       A new module or tree.
@@ -102,43 +119,89 @@ def quantize_model(
             f"found {len(layers)} linear layers and the rules leave all of them alone; name one to quantize"
         )
     stats = stats or {}
-    done = _quantize_all({path: layers[path] for path in chosen}, chosen, stats, progress)
+    done = _quantize_all({path: layers[path] for path in chosen}, chosen, stats, progress, finished)
+    earlier = getattr(model, "recipe", None)
     recipe = Recipe(
         rules=tuple((p, m) for p, m in (*(rules or ()), *DEFAULT_RULES, (r".*", method))),
-        layers=tuple((p, m, tuple(sorted(m.notes(p in stats).items()))) for p, m in chosen.items()),
+        layers=(earlier.layers if isinstance(earlier, Recipe) else ())
+        + tuple((p, m, tuple(sorted(m.notes(p in stats).items()))) for p, m in chosen.items()),
     )
     return _with_modules(model, done, recipe) if is_module else _with_leaves(model, done)
 
 
-def _quantize_all(layers, chosen, stats, progress) -> dict[str, Any]:
+def _quantize_all(layers, chosen, stats, progress, finished) -> dict[str, Any]:
     """Two layers at a time on a CPU, whose solver loops keep one core each busy; one at a time elsewhere."""
     for path, method in chosen.items():
         try:
             method.check(path in stats)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
-    workers = min(2, os.cpu_count() or 1) if jax.default_backend() == "cpu" else 1
     done: dict[str, Any] = {}
-    with ThreadPoolExecutor(workers) as pool:
+    keys: dict[str, str] = {}
 
-        def work(path):
-            return quantize_layer(layers[path], chosen[path], stats.get(path), path)
+    def look(path):
+        keys[path] = layer_key(layers[path], chosen[path], stats.get(path))
+        return path, finished.get(path, keys[path])
 
-        for path, layer in zip(chosen, pool.map(work, chosen), strict=True):
-            done[path] = layer
-            if progress is not None:
-                progress(len(done), len(chosen), path)
-    return done
+    def work(path):
+        layer = quantize_layer(layers[path], chosen[path], stats.get(path), path)
+        if finished is not None:
+            finished.put(path, keys[path], layer.weight if isinstance(layer, Any4Linear) else layer)
+        return path, layer
+
+    def count(path, layer):
+        done[path] = layer
+        if progress is not None:
+            progress(len(done), len(chosen), path)
+
+    with ThreadPoolExecutor(min(2, os.cpu_count() or 1) if jax.default_backend() == "cpu" else 1) as pool:
+        found = {} if finished is None else {path: op for path, op in pool.map(look, chosen) if op is not None}
+        for path, operator in found.items():
+            count(path, _around(layers[path], operator))
+        rest = {path: method for path, method in chosen.items() if path not in found}
+        for paths in _one_of_each_first(layers, rest, stats):
+            for path, layer in pool.map(work, paths):
+                count(path, layer)
+    return {path: done[path] for path in chosen}
+
+
+def _one_of_each_first(layers, chosen, stats) -> tuple[list[str], list[str]]:
+    """A layer for each program that will be compiled, then the others: two threads that meet the same program
+    before it is compiled would both compile it."""
+    programs: dict[tuple, str] = {}
+    for path, method in chosen.items():
+        array = layers[path].kernel if isinstance(layers[path], nnx.Linear) else layers[path]
+        programs.setdefault((array.shape, str(array.dtype), method, path in stats), path)
+    first = list(programs.values())
+    return first, [path for path in chosen if path not in first]
 
 
 def quantize_layer(layer: Any, method: Method, stats: Statistics | None, path: str) -> Any:
     """The quantized counterpart of one layer: Any4Linear for an nnx.Linear, an operator for a matrix of a tree."""
-    if isinstance(layer, nnx.Linear):
-        weight = quantize(layer.kernel[...], method, stats, transposed=True, path=path)
-        jax.block_until_ready(weight)
-        bias = None if layer.bias is None else layer.bias[...]
-        return Any4Linear(weight, bias=bias, dtype=layer.dtype)
-    return quantize(layer, method, stats, transposed=path.rsplit(".", 1)[-1] == "kernel", path=path)
+    if not isinstance(layer, nnx.Linear):
+        return quantize(layer, method, stats, transposed=path.rsplit(".", 1)[-1] == "kernel", path=path)
+    weight = quantize(layer.kernel[...], method, stats, transposed=True, path=path)
+    jax.block_until_ready(weight)
+    return _around(layer, weight)
+
+
+def _around(layer: Any, weight: Any) -> Any:
+    """What takes the place of `layer` once its matrix is the operator `weight`."""
+    if not isinstance(layer, nnx.Linear):
+        return weight
+    bias = None if layer.bias is None else layer.bias[...]
+    return Any4Linear(weight, bias=bias, dtype=layer.dtype)
+
+
+def layer_key(layer: Any, method: Method, stats: Statistics | None) -> str:
+    """What a quantized layer follows from: the hex sha256 of its weight and statistics (dtypes, shapes and bytes) and
+    of its method's name and fields."""
+    digest = hashlib.sha256(repr((method.name, method)).encode())
+    for leaf in jax.tree.leaves((layer.kernel[...] if isinstance(layer, nnx.Linear) else layer, stats)):
+        host = np.asarray(leaf, order="C")
+        digest.update(repr((str(host.dtype), host.shape)).encode())
+        digest.update(host.reshape(-1).view(np.uint8).data)
+    return digest.hexdigest()
 
 
 def linears(model: nnx.Module) -> dict[str, nnx.Linear]:
@@ -169,7 +232,7 @@ def replace_module(model: nnx.Module, path: str, new: nnx.Module) -> None:
 
 def copy_module(model: nnx.Module) -> nnx.Module:
     """A module with variables of its own over the same arrays."""
-    return nnx.merge(*nnx.split(model))
+    return nnx.clone(model)
 
 
 def _dotted(path: tuple) -> str:

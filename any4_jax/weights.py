@@ -99,8 +99,8 @@ class ScaleInput:
     """W[:, k] = inner[:, k] * scale[k]: the input is scaled before the inner product (AWQ, SmoothQuant).
 
     Attributes:
-      inner: operator [N, K].
-      scale: [K].
+      inner: operator [*L, N, K].
+      scale: [*L, K].
     """
 
     inner: Any
@@ -116,8 +116,8 @@ class PermuteInput:
     """W[:, permutation[i]] = inner[:, i]: the inner operator sees its inputs in another order (act-order).
 
     Attributes:
-      inner: operator [N, K].
-      permutation: int32 [K], a permutation of 0..K-1.
+      inner: operator [*L, N, K].
+      permutation: int32 [*L, K], a permutation of 0..K-1.
     """
 
     inner: Any
@@ -158,14 +158,12 @@ def dequantize(w, dtype=jnp.float32) -> jax.Array:
     Raises:
       TypeError: `w` is not an operator.
     """
+    # Tracers are jax.Arrays to isinstance but not to singledispatch, so arrays have no registration of their own.
+    if isinstance(w, jax.Array):
+        return w.astype(dtype)
     raise TypeError(
         f"got a {type(w).__name__}, need an array or an operator of any4_jax.weights; register dequantize for it"
     )
-
-
-@dequantize.register
-def _(w: jax.Array, dtype=jnp.float32) -> jax.Array:
-    return w.astype(dtype)
 
 
 @dequantize.register
@@ -191,12 +189,12 @@ def _(w: Sum, dtype=jnp.float32) -> jax.Array:
 
 @dequantize.register
 def _(w: ScaleInput, dtype=jnp.float32) -> jax.Array:
-    return (dequantize(w.inner) * w.scale.astype(jnp.float32)).astype(dtype)
+    return (dequantize(w.inner) * w.scale.astype(jnp.float32)[..., None, :]).astype(dtype)
 
 
 @dequantize.register
 def _(w: PermuteInput, dtype=jnp.float32) -> jax.Array:
-    return jnp.take(dequantize(w.inner, dtype), jnp.argsort(w.permutation), axis=-1)
+    return jnp.take_along_axis(dequantize(w.inner, dtype), jnp.argsort(w.permutation)[..., None, :], axis=-1)
 
 
 @dequantize.register

@@ -17,6 +17,7 @@ LAYERS = (
     ("formats",),
     ("scaling", "packing"),
     ("weights",),
+    ("quantized_input",),
     ("clustering", "matmul", "statistics"),
     ("methods",),
     ("kv_cache",),

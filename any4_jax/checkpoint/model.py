@@ -36,6 +36,7 @@ def save(path: str | os.PathLike[str], model: Any) -> None:
 
     Raises:
       TypeError: a model of another kind.
+      ValueError: a dict with keys that are no strings, or hold "." or "/".
       FileExistsError, OSError: `path` holds other things, can't be written, or another save to it is running.
     """
     arrays: dict[str, Any] = {}
@@ -138,6 +139,10 @@ def _build_llama(content: Mapping[str, Any], arrays: Mapping[str, jax.Array], fi
 
 def _describe_tree(node: Any, name: str, arrays: dict[str, Any]) -> Any:
     if isinstance(node, Mapping):
+        for key in node:
+            if not isinstance(key, str) or "." in key or "/" in key:
+                where = name or "the tree"
+                raise ValueError(f"got the key {key!r} in {where!r}, need strings without '.' and '/'; rename it")
         return {
             "dict": {
                 key: _describe_tree(value, f"{name}.{key}" if name else key, arrays) for key, value in node.items()
@@ -147,6 +152,7 @@ def _describe_tree(node: Any, name: str, arrays: dict[str, Any]) -> Any:
         return {
             "list": [_describe_tree(value, f"{name}.{i}" if name else str(i), arrays) for i, value in enumerate(node)]
         }
+    node = unprepare(node)
     if is_operator(node):
         return {"leaf": operator_spec(node, name, arrays)}
     arrays[name] = node

@@ -1,15 +1,20 @@
 """`any4 quantize`: a model in, a checkpoint of 4-bit weights out."""
 
 import argparse
+import os
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
+
+from tqdm import tqdm
 
 from any4_jax import checkpoint, models
 from any4_jax.calibration import calibrate
+from any4_jax.checkpoint.partial import PartialStore
 from any4_jax.cli.errors import WorkError
 from any4_jax.cli.options import add_fields, build, checked
-from any4_jax.cli.output import megabytes, progress
+from any4_jax.cli.output import Progress, megabytes, progress
 from any4_jax.cli.sources import MODEL_HELP, calibration_text, check_output, is_checkpoint
 from any4_jax.methods import CATALOGUE
 from any4_jax.surgery import quantize_model, quantized_leaves
@@ -43,6 +48,13 @@ def add(commands: Any, common: argparse.ArgumentParser, argv: Sequence[str]) -> 
         "may be repeated, the first match counts, and --method serves the rest; "
         "METHOD takes those fields below that it has too",
     )
+    parser.add_argument(
+        "--no-resume",
+        dest="resume",
+        action="store_false",
+        help="compute every layer anew; else the layers that an interrupted run of the same arguments left in "
+        "OUT.partial are taken from there (calibration always runs anew)",
+    )
     method = _method_in(argv)
     add_fields(parser.add_argument_group(f"fields of the method {method}"), CATALOGUE[method])
     parser.set_defaults(run=run)
@@ -58,13 +70,17 @@ def run(args: argparse.Namespace) -> int:
     rules = [(pattern, None if name == "none" else build(CATALOGUE[name], args)) for pattern, name in args.rules]
 
     begin = time.perf_counter()
-    model, stats = models.load(args.model), None
-    if calibrated:
-        with progress("calibrate", "layer") as bar:
-            stats = calibrate(model, text, method, rules=rules, progress=bar)
-    with progress("quantize", "layer") as bar:
-        model = quantize_model(model, method, stats=stats, rules=rules, progress=bar)
-    checkpoint.save(args.out, model)
+    # abspath takes off a trailing slash, which would put the folder inside OUT.
+    with PartialStore(os.path.abspath(args.out) + ".partial", resume=args.resume) as finished:
+        model, stats = models.load(args.model), None
+        if calibrated:
+            with progress("calibrate", "layer") as bar:
+                stats = calibrate(model, text, method, rules=rules, progress=bar)
+        with progress("quantize", "layer") as bar:
+            step = _telling(finished, bar)
+            model = quantize_model(model, method, stats=stats, rules=rules, progress=step, finished=finished)
+        checkpoint.save(args.out, model)
+        finished.clear()
     leaves = quantized_leaves(model)
     stored = sum(leaf.nbytes for leaf in leaves.values())
     weights = sum(leaf.shape[-2] * leaf.shape[-1] for leaf in leaves.values())
@@ -73,6 +89,17 @@ def run(args: argparse.Namespace) -> int:
         f"{megabytes(stored)} MB, {time.perf_counter() - begin:.1f} s; wrote {args.out}"
     )
     return 0
+
+
+def _telling(finished: PartialStore, bar: Progress) -> Callable[[int, int, str], None]:
+    """Moves `bar`, and says once how many layers were found done: all are looked for before the first step."""
+
+    def step(done: int, total: int, path: str) -> None:
+        if done == 1 and finished.reused:
+            tqdm.write(f"resuming: {finished.reused} of {total} layers were done before", file=sys.stderr)
+        bar(done, total, path)
+
+    return step
 
 
 def _method_in(argv: Sequence[str]) -> str:

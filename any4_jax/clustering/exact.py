@@ -89,9 +89,7 @@ def _own_minimum(stage: Stage, own: jax.Array, before: jax.Array) -> tuple[jax.A
     return _lanes_min(value, start + part * size + jnp.arange(size, dtype=jnp.int32))
 
 
-def _tile_minimum(
-    stage: Stage, cut: Moments, before: jax.Array, ends: jax.Array
-) -> tuple[jax.Array, jax.Array]:
+def _tile_minimum(stage: Stage, cut: Moments, before: jax.Array, ends: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Minimum and minimiser over the candidates of earlier blocks within the bounds: [blocks, parts] each.
 
     cut: Moments [levels, length].  before: [length].  ends: [blocks], non-decreasing minimisers at the
@@ -152,12 +150,8 @@ def _minimiser(table: Intervals, before: jax.Array, last: jax.Array) -> jax.Arra
     left = Moments(*(m[0, : i.size] for m in table.cut))
     right = Moments(*(jnp.full(i.shape, m[0, last]) for m in table.cut))
     for row in range(1, table.cut.error.shape[0]):
-        left = Moments(
-            *(jnp.where(level == row, m[row, : i.size], v) for m, v in zip(table.cut, left, strict=True))
-        )
-        right = Moments(
-            *(jnp.where(level == row, m[row, last], v) for m, v in zip(table.cut, right, strict=True))
-        )
+        left = Moments(*(jnp.where(level == row, m[row, : i.size], v) for m, v in zip(table.cut, left, strict=True)))
+        right = Moments(*(jnp.where(level == row, m[row, last], v) for m, v in zip(table.cut, right, strict=True)))
     error = jnp.where(i == last, 0.0, left.error + right.error + join_error(left, right))
     total = jnp.where(i <= last, before + error, jnp.inf)
     return jnp.min(jnp.where(total == jnp.min(total), i, i.size)).astype(jnp.int32)

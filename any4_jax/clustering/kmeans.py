@@ -19,9 +19,7 @@ _CHUNK_BYTES = 32 << 20
 _BYTES_PER_VALUE = 400
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass, data_fields=("centroids", "codes", "inertia"), meta_fields=()
-)
+@functools.partial(jax.tree_util.register_dataclass, data_fields=("centroids", "codes", "inertia"), meta_fields=())
 @dataclasses.dataclass(frozen=True)
 class KMeans:
     """Clusters of R rows of K values.
@@ -135,9 +133,7 @@ def _check(rows: jax.Array, k: int, sample_weight: jax.Array | None, solver: str
     if solver not in SOLVERS:
         raise ValueError(f"solver is {solver!r}; choose one of {', '.join(SOLVERS)}.")
     if solver == "exact" and init is not None:
-        raise ValueError(
-            f'init is {init!r} but solver "exact" has no start; leave init None or use solver="lloyd".'
-        )
+        raise ValueError(f'init is {init!r} but solver "exact" has no start; leave init None or use solver="lloyd".')
     if init is not None and init not in INITS:
         raise ValueError(f"init is {init!r}; choose one of {', '.join(INITS)}.")
     if init == "nf4" and k != 16:

@@ -19,8 +19,10 @@ _BINS = 1 << 14
 """A table for a whole matrix is learned on this many bins of equal count: sorting is exact, the solver then sees
 means and weights of neighbours that differ by a ten-thousandth of the range."""
 
-_CHUNK_WEIGHTS = 1 << 21
-"""Weights worked on at a time: eight float32 temporaries of 8 MB each, whatever the matrix's size."""
+_CHUNK_ROWS = 64
+"""Rows worked on at a time: a few float32 temporaries of 64 rows, whatever the matrix's size. The number is the same
+for every matrix, since XLA may order sums and fuse products differently for another, and a row's bits must not depend
+on its company."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,14 +40,13 @@ class Any4:
       symmetric: scale by max|w| without an offset.
       per_row: a table for each row; False: one for the matrix.
       solver: "exact" (optimal), "lloyd" (k-means as published) or "gradient" (Adam on the tables).
-      init: where Lloyd and the gradient start; None is k-means++ for Lloyd and quantiles for the gradient. The exact
-        solver has no start.
+      init: where Lloyd and the gradient start; None is k-means++. The exact solver has no start.
       sample_weight: h: "second_moment" E[x^2], "mean_abs" E|x|, "abs_mean" |E x|, None for 1; "auto" is the second
         moment where statistics are given and None where not.
       scale_weighting: p, the power of the group scale in the weight of a sample.
       max_iter, tol: when Lloyd, the gradient and the refit stop (tol is relative to the row's variance).
       seed: of the random starts; every row draws the same numbers.
-      keep_outliers: the table's ends are put on the row's smallest and largest scaled weight.
+      keep_outliers: the table's ends are put on the row's smallest and largest scaled weight, and refit leaves them.
       bias_pow: cluster sign(u)|u|^bias_pow about the middle of the table, and transform back.
       refit: alternate least-squares updates of table, scales and offsets with new codes, on the stored dtypes.
       sequential: gather statistics on the model as quantized so far (used by `calibrate`).
@@ -90,6 +91,8 @@ class Any4:
                 raise ValueError(f"got {field}={getattr(self, field)!r}, need one of {choices}; choose one of these")
         if self.group_size is not None:
             scaling.check_group_size(self.group_size)
+        scaling.check_stored_dtype("scale_dtype", self.scale_dtype)
+        scaling.check_stored_dtype("table_dtype", self.table_dtype)
         if self.solver == "exact" and self.init is not None:
             raise ValueError(
                 f"got init={self.init!r} with solver='exact', which has no start; pass init=None or solver='lloyd'"
@@ -127,9 +130,8 @@ class Any4:
     def _map_rows(self, f, w: jax.Array) -> weights.QuantizedTensor:
         """f over chunks of rows; the last chunk is filled up with copies of the last row, which are cut off after."""
         n, k = w.shape
-        chunk = min(n, max(8, _CHUNK_WEIGHTS // k))
-        chunks = -(-n // chunk)
-        padded = jnp.pad(w, ((0, chunks * chunk - n), (0, 0)), mode="edge").reshape(chunks, chunk, k)
+        chunks = -(-n // _CHUNK_ROWS)
+        padded = jnp.pad(w, ((0, chunks * _CHUNK_ROWS - n), (0, 0)), mode="edge").reshape(chunks, _CHUNK_ROWS, k)
         stacked = jax.lax.map(f, padded)
         shared = not self.per_row
         rows = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:])[:n], stacked)
@@ -156,28 +158,23 @@ class Any4:
     def _encode(self, w, importance, group_size, table) -> weights.QuantizedTensor:
         u, sample_weight, scales, offsets = self._scaled(w, importance, group_size)
         if table is None:
-            table = self._tables(u, sample_weight)
+            table = self._tables(u, sample_weight, (u.min(axis=1), u.max(axis=1)))
         lut = table.astype(jnp.dtype(self.table_dtype))
         if self.refit:
+            inner = slice(1, -1) if self.keep_outliers else slice(None)
+            free = inner if self.per_row else slice(0)
             lut, scales, offsets = refit(
-                w,
-                importance,
-                lut,
-                scales,
-                offsets,
-                group_size,
-                max_iter=self.max_iter,
-                tol=self.tol,
-                fit_table=self.per_row,
+                w, importance, lut, scales, offsets, group_size, max_iter=self.max_iter, tol=self.tol, entries=free
             )
         return weights.encode(w, lut, scales, offsets, bits=self.bits, group_size=group_size)
 
     def _matrix_table(self, w, importance, group_size) -> jax.Array:
         u, sample_weight, _, _ = self._scaled(w, importance, group_size)
-        return self._tables(*_binned(u.reshape(-1), sample_weight.reshape(-1)))
+        ends = u.min()[None], u.max()[None]
+        return self._tables(*_binned(u.reshape(-1), sample_weight.reshape(-1)), ends)
 
-    def _tables(self, u: jax.Array, sample_weight: jax.Array) -> jax.Array:
-        """Tables float32 [R, 2**bits] for rows u [R, K], ascending."""
+    def _tables(self, u: jax.Array, sample_weight: jax.Array, ends: tuple[jax.Array, jax.Array]) -> jax.Array:
+        """Tables float32 [R, 2**bits] for rows u [R, K], ascending; ends [R] are what keep_outliers keeps."""
         middle = -0.5 if self.group_size is not None and not self.symmetric else 0.0
         bent = _power(u - middle, self.bias_pow)
         if self.solver == "gradient":
@@ -197,7 +194,7 @@ class Any4:
             ).centroids
         table = _power(table, 1.0 / self.bias_pow) + middle
         if self.keep_outliers:
-            table = table.at[:, 0].set(u.min(axis=1)).at[:, -1].set(u.max(axis=1))
+            table = table.at[:, 0].set(ends[0]).at[:, -1].set(ends[1])
         return table
 
 
@@ -207,13 +204,14 @@ def _power(u: jax.Array, power: float) -> jax.Array:
 
 def _binned(u: jax.Array, sample_weight: jax.Array) -> tuple[jax.Array, jax.Array]:
     """One row of at most _BINS weighted values that stands for u [K] under its sample weights."""
+    # Equal values are ordered by weight, so that the order of the rows changes no bit of the sums.
+    u, sample_weight = jax.lax.sort((u, sample_weight), num_keys=2)
     if u.size <= _BINS:
         return u[None], sample_weight[None]
-    order = jnp.argsort(u)
     per_bin = -(-u.size // _BINS)
     short = -u.size % per_bin
-    values = jnp.pad(u[order], (0, short)).reshape(-1, per_bin)
-    mass = jnp.pad(sample_weight[order], (0, short)).reshape(-1, per_bin)
+    values = jnp.pad(u, (0, short)).reshape(-1, per_bin)
+    mass = jnp.pad(sample_weight, (0, short)).reshape(-1, per_bin)
     total = mass.sum(axis=1)
     mean = (values * mass).sum(axis=1) / jnp.where(total == 0, 1.0, total)
     return jnp.where(total == 0, values[:, 0], mean)[None], total[None]

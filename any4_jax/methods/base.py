@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from any4_jax.statistics import Statistics
-from any4_jax.weights import is_operator
+from any4_jax.weights import is_operator, partition
 
 
 @runtime_checkable
@@ -35,10 +35,22 @@ class Method(Protocol):
         ...
 
 
+_FAULTS = (
+    "the weights hold NaN or infinite values, need finite ones; mend the checkpoint or leave the layer out",
+    "the statistics hold NaN or infinite values, need finite ones; gather them from other text",
+    "its scales or tables overflow the dtype they are stored in; pass scale_dtype='float32' and table_dtype='float32'",
+)
+
+
 @functools.partial(jax.jit, static_argnames=("method", "transposed"))
 def _apply(w, stats, method: Method, transposed: bool):
     w = (w.T if transposed else w).astype(jnp.float32)
-    return method.apply(w, stats), jnp.isfinite(w).all()
+    operator = method.apply(w, stats)
+    return operator, [_all_finite(w), _all_finite(stats), _all_finite(partition(operator)[0])]
+
+
+def _all_finite(tree) -> jax.Array:
+    return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)] or [jnp.array(True)]).all()
 
 
 def quantize(w, method: Method, stats: Statistics | None = None, *, transposed: bool = False, path: str = "the weight"):
@@ -54,8 +66,9 @@ def quantize(w, method: Method, stats: Statistics | None = None, *, transposed: 
       An operator of shape [N, K]; a QuantizedTensor for methods that store one table-coded matrix.
 
     Raises:
-      ValueError: a weight that is empty, not two-dimensional or not finite; statistics of another K; fields of the
-        method that contradict each other, or that need statistics where none are given.
+      ValueError: a weight that is empty, not two-dimensional or not finite; statistics of another K or not finite;
+        scales that overflow their dtype; fields of the method that contradict each other, or that need statistics
+        where none are given.
       TypeError: a weight that is not floating.
     """
     if is_operator(w):
@@ -73,8 +86,8 @@ def quantize(w, method: Method, stats: Statistics | None = None, *, transposed: 
         )
     method.check(stats is not None)
     operator, finite = _apply(w, stats, method, transposed)
-    if not isinstance(finite, jax.core.Tracer) and not np.asarray(finite):
-        raise ValueError(
-            f"{path} holds NaN or infinite values, need finite weights; mend the checkpoint or leave it out"
-        )
+    if not isinstance(finite[0], jax.core.Tracer):
+        for ok, fault in zip(finite, _FAULTS, strict=True):
+            if not np.asarray(ok):
+                raise ValueError(f"{path}: {fault}")
     return operator

@@ -22,7 +22,7 @@ def gradient_tables(
       rows: [R, K] float32.
       entries: size of a table.
       sample_weight: [R, K] float32, not negative.
-      init: as Lloyd's; None starts from quantiles.
+      init: as Lloyd's; None is k-means++, which puts entries on outliers that steps this small would not reach.
 
     Returns:
       float32 [R, entries], ascending.
@@ -33,7 +33,7 @@ def gradient_tables(
     total = sample_weight.sum(axis=1, keepdims=True)
     share = jnp.where(total == 0, 1.0 / rows.shape[1], sample_weight / jnp.where(total == 0, 1.0, total))
     start = clustering.kmeans_1d(
-        rows, entries, sample_weight=share, solver="lloyd", init=init or "quantile", max_iter=1, seed=seed
+        rows, entries, sample_weight=share, solver="lloyd", init=init, max_iter=1, seed=seed
     ).centroids
     optimizer = optax.adam(optax.cosine_decay_schedule(LEARNING_RATE, max(steps, 1)))
 

@@ -21,32 +21,33 @@ def refit(
     *,
     max_iter: int,
     tol: float,
-    fit_table: bool = True,
+    entries: slice = slice(None),
 ):
     """Improves (lut, scales, offsets) for rows w [R, K] under importance h [K]; returns them in their dtypes.
 
-    A row stops when an iteration lowers its error by less than `tol` of it. With `fit_table` False the table
-    [1, 2**bits] is shared and left alone.
+    A row stops when an iteration lowers its error by less than `tol` of it. `entries` are those of the table that may
+    change; a table [1, 2**bits] that rows share must be left alone (slice(0)).
     """
+    free = range(lut.shape[1])[entries]
     h = jnp.broadcast_to(importance, w.shape)
 
     def step(state):
         count, active, before, lut, scales, offsets = state
         codes = formats.nearest(scaling.normalize(w, scales, offsets, group_size), lut)
-        table = _fit_table(w, h, codes, lut, scales, offsets, group_size) if fit_table else lut
+        table = _fit_table(w, h, codes, lut, scales, offsets, group_size, free) if free else lut
         new_scales, new_offsets = _fit_groups(w, h, codes, table, scales, offsets, group_size)
         codes = formats.nearest(scaling.normalize(w, new_scales, new_offsets, group_size), table)
-        after = _error(w, h, _levels(table, codes), new_scales, new_offsets, group_size).sum(axis=1)
+        after = _error(w, h, _levels(table, codes), new_scales, new_offsets, group_size).sum(axis=-1)
         better = active & (after < before)
         keep = better[:, None]
-        lut = jnp.where(keep, table, lut) if fit_table else lut
+        lut = jnp.where(keep, table, lut) if free else lut
         scales = jnp.where(keep, new_scales, scales)
         offsets = None if offsets is None else jnp.where(keep, new_offsets, offsets)
         still = better & (before - after > tol * before)
         return count + 1, still, jnp.where(better, after, before), lut, scales, offsets
 
     codes = formats.nearest(scaling.normalize(w, scales, offsets, group_size), lut)
-    start = _error(w, h, _levels(lut, codes), scales, offsets, group_size).sum(axis=1)
+    start = _error(w, h, _levels(lut, codes), scales, offsets, group_size).sum(axis=-1)
     state = (jnp.int32(0), jnp.ones(w.shape[0], bool), start, lut, scales, offsets)
     state = jax.lax.while_loop(lambda s: (s[0] < max_iter) & s[1].any(), step, state)
     return state[3:]
@@ -66,23 +67,25 @@ def _error(w, h, levels, scales, offsets, group_size) -> jax.Array:
     return h * (w - values) ** 2
 
 
-def _fit_table(w, h, codes, lut, scales, offsets, group_size) -> jax.Array:
-    """Each entry's weighted least-squares value over the weights that use it."""
+def _fit_table(w, h, codes, lut, scales, offsets, group_size, free: range) -> jax.Array:
+    """Each free entry's weighted least-squares value over the weights that use it."""
     k = w.shape[1]
     s = scaling.expand(scales.astype(jnp.float32), group_size, k)
     target = w if offsets is None else w - scaling.expand(offsets.astype(jnp.float32), group_size, k)
-    old = lut.astype(jnp.float32)
-    entries = []
-    for i in range(lut.shape[1]):
+
+    # A loop in the program, whose body is compiled once.
+    def fit(i, table):
+        old = jax.lax.dynamic_index_in_dim(table, i, 1)
         mine = codes == i
-        mass = jnp.where(mine, h * s * s, 0.0).sum(axis=1)
-        value = jnp.where(mine, h * s * target, 0.0).sum(axis=1) / jnp.where(mass == 0, 1.0, mass)
-        value = jnp.where(mass == 0, old[:, i], value).astype(lut.dtype)
-        gain = (value.astype(jnp.float32) - old[:, i])[:, None] * s
-        residual = target - old[:, i : i + 1] * s
-        change = jnp.where(mine, h * gain * (gain - 2 * residual), 0.0).sum(axis=1)
-        entries.append(jnp.where(change < 0, value, lut[:, i]))
-    return jnp.sort(jnp.stack(entries, axis=1), axis=1)
+        mass = jnp.where(mine, h * s * s, 0.0).sum(axis=-1)[:, None]
+        value = jnp.where(mine, h * s * target, 0.0).sum(axis=-1)[:, None] / jnp.where(mass == 0, 1.0, mass)
+        value = jnp.where(mass == 0, old.astype(jnp.float32), value).astype(table.dtype)
+        gain = (value.astype(jnp.float32) - old.astype(jnp.float32)) * s
+        residual = target - old.astype(jnp.float32) * s
+        change = jnp.where(mine, h * gain * (gain - 2 * residual), 0.0).sum(axis=-1)[:, None]
+        return jax.lax.dynamic_update_index_in_dim(table, jnp.where(change < 0, value, old), i, 1)
+
+    return jnp.sort(jax.lax.fori_loop(free.start, free.stop, fit, lut), axis=1)
 
 
 def _fit_groups(w, h, codes, lut, scales, offsets, group_size):
@@ -90,15 +93,15 @@ def _fit_groups(w, h, codes, lut, scales, offsets, group_size):
     levels = _levels(lut, codes)
     short = -w.shape[1] % group_size
     w, h, t = (jnp.pad(a, ((0, 0), (0, short))).reshape(w.shape[0], -1, group_size) for a in (w, h, levels))
-    mass = h.sum(axis=2)
+    mass = h.sum(axis=-1)
     safe = jnp.where(mass == 0, 1.0, mass)
     if offsets is None:
         mean_t = mean_w = jnp.zeros_like(mass)
     else:
-        mean_t, mean_w = (h * t).sum(axis=2) / safe, (h * w).sum(axis=2) / safe
+        mean_t, mean_w = (h * t).sum(axis=-1) / safe, (h * w).sum(axis=-1) / safe
     dt, dw = t - mean_t[..., None], w - mean_w[..., None]
-    spread = (h * dt * dt).sum(axis=2)
-    s = (h * dt * dw).sum(axis=2) / jnp.where(spread == 0, 1.0, spread)
+    spread = (h * dt * dt).sum(axis=-1)
+    s = (h * dt * dw).sum(axis=-1) / jnp.where(spread == 0, 1.0, spread)
     s = jnp.where((spread > 0) & (s > 0), s, scales.astype(jnp.float32)).astype(scales.dtype)
     o = None if offsets is None else (mean_w - s.astype(jnp.float32) * mean_t).astype(offsets.dtype)
 
@@ -106,7 +109,7 @@ def _fit_groups(w, h, codes, lut, scales, offsets, group_size):
         values = t * s.astype(jnp.float32)[..., None]
         if o is not None:
             values = values + o.astype(jnp.float32)[..., None]
-        return (h * (w - values) ** 2).sum(axis=2)
+        return (h * (w - values) ** 2).sum(axis=-1)
 
     better = error(s, o) < error(scales, offsets)
     return jnp.where(better, s, scales), None if o is None else jnp.where(better, o, offsets)

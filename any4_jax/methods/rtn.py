@@ -31,6 +31,11 @@ class RoundToNearest:
 
     def check(self, stats_given: bool) -> None:
         scaling.check_group_size(self.group_size)
+        scaling.check_stored_dtype("table_dtype", self.table_dtype)
+        self._check_scale_dtype()
+
+    def _check_scale_dtype(self) -> None:
+        scaling.check_stored_dtype("scale_dtype", self.scale_dtype)
 
     def notes(self, stats_given: bool) -> dict[str, str]:
         return {}
@@ -127,6 +132,8 @@ class MX4(RoundToNearest):
         super().check(stats_given)
         if self.scale not in ("round", "ocp"):
             raise ValueError(f"got scale={self.scale!r}, need 'round' or 'ocp'; choose one of these")
+
+    def _check_scale_dtype(self) -> None:
         if self.scale_dtype != "uint8":
             raise ValueError(f"got scale_dtype={self.scale_dtype!r}, mx4 stores e8m0 exponents; leave it at 'uint8'")
 

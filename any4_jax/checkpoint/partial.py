@@ -1,0 +1,186 @@
+"""Layers of a model that is being quantized, kept on disk so that a run that was killed can be continued.
+
+    DIR/layer-<32 hex>.safetensors   one layer; the digits are the start of the sha256 of its path
+
+A file holds the bytes of the operator's arrays as uint8 vectors. Its metadata has two entries:
+
+    description   JSON: path, key, library, operator (as in a checkpoint), arrays {name: [dtype, shape]}
+    sha256        hex digest of the description and of the arrays' bytes, in the order of their names
+
+Files are trusted for nothing: one that is cut short, damaged, of another kind, of another key (the weights, the
+statistics or the method's fields have changed) or of another version of the libraries counts as absent, and its layer
+is computed again.
+
+Only the quantization of layers is resumed. Calibration runs anew, which is seconds for a pass over one prompt; where
+it is sequential (`Any4.paper()`) it quantizes each block as it goes, and that work is done again in full.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import re
+import threading
+import uuid
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from any4_jax.checkpoint.arrays import check_array, to_host
+from any4_jax.checkpoint.operators import operator_from_spec, operator_spec
+
+_OURS = re.compile(r"layer-[0-9a-f]{32}\.safetensors(\.[0-9a-f]{12}\.tmp)?")
+
+
+class PartialStore:
+    """Finished layers in a directory; the `finished` of `quantize_model`. Safe to call from several threads.
+
+    Used as a context manager: within it the directory is there and locked against other runs, and at its end the
+    directory stays only if it holds something.
+
+    Attributes:
+      reused: how many layers `get` has given so far.
+    """
+
+    def __init__(self, directory: str | os.PathLike[str], *, resume: bool = True) -> None:
+        """`directory` is made on entry, in a folder that exists; without `resume`, layers kept there are removed."""
+        self._root = Path(directory)
+        self._resume = resume
+        self._library = _library()
+        self._counting = threading.Lock()
+        self.reused = 0
+
+    def __enter__(self) -> "PartialStore":
+        """Raises OSError, one sentence, where the directory can't be written or another run is using it."""
+        try:
+            self._root.mkdir(exist_ok=True)
+            self._handle = os.open(self._root, os.O_RDONLY | os.O_DIRECTORY)
+        except OSError as error:
+            raise self._unwritable(error) from None
+        try:
+            fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._remove(temporary_only=self._resume)
+        except BlockingIOError:
+            os.close(self._handle)
+            raise OSError(
+                f"another run keeps its finished layers in {self._root}; wait until it is done, or pass another output"
+            ) from None
+        except OSError as error:
+            os.close(self._handle)
+            raise self._unwritable(error) from None
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        # A directory with layers, or with files of someone else's, can't be removed by rmdir, and so stays.
+        with contextlib.suppress(OSError):
+            self._root.rmdir()
+        os.close(self._handle)
+
+    def get(self, path: str, key: str) -> Any | None:
+        """The operator that was put for a layer under the same key, its arrays on the default device.
+
+        None where there is no whole, undamaged file of this path, this key and these versions of the libraries.
+        """
+        try:
+            operator = self._read(path, key)
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, safetensors.SafetensorError):
+            return None
+        with self._counting:
+            self.reused += 1
+        return operator
+
+    def put(self, path: str, key: str, operator: Any) -> None:
+        """Keeps an operator, in the place of what was kept for this path.
+
+        Raises:
+          OSError: the directory is full or can't be written.
+          TypeError, ValueError: an array of the operator that a checkpoint couldn't hold either.
+        """
+        arrays: dict[str, jax.Array] = {}
+        spec = operator_spec(operator, path, arrays)
+        for name, array in arrays.items():
+            check_array(name, array)
+        description = json.dumps(
+            {
+                "path": path,
+                "key": key,
+                "library": self._library,
+                "operator": spec,
+                "arrays": {name: [str(array.dtype), list(array.shape)] for name, array in arrays.items()},
+            }
+        )
+        parts = {name: to_host(array).reshape(-1).view(np.uint8) for name, array in arrays.items()}
+        raw = safetensors.numpy.save(parts, {"description": description, "sha256": _digest(description, parts)})
+        file = self._file(path)
+        temporary = file.with_name(f"{file.name}.{uuid.uuid4().hex[:12]}.tmp")
+        try:
+            # Not synced to disk: after a power cut a file that is not whole fails its digest, which costs one layer.
+            temporary.write_bytes(raw)
+            os.replace(temporary, file)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+            raise self._unwritable(error) from None
+
+    def clear(self) -> None:
+        """Removes all kept layers, once the checkpoint that they were for is saved."""
+        with contextlib.suppress(OSError):  # what can't be removed is only in the way, the checkpoint is whole
+            self._remove()
+
+    def _read(self, path: str, key: str) -> Any:
+        with safetensors.safe_open(self._file(path), framework="numpy") as file:
+            metadata = file.metadata()
+            text = metadata["description"]
+            described = json.loads(text)
+            wanted = {"path": path, "key": key, "library": self._library}
+            if {name: described[name] for name in wanted} != wanted:
+                raise ValueError("the layer was kept for another model, method or version")
+            parts = {name: np.asarray(file.get_tensor(name)) for name in described["arrays"]}
+        if any(part.dtype != np.uint8 for part in parts.values()) or metadata["sha256"] != _digest(text, parts):
+            raise ValueError("the file is damaged")
+
+        def take(name: str) -> jax.Array:
+            dtype, shape = described["arrays"][name]
+            return jnp.asarray(parts[name].view(jnp.dtype(dtype)).reshape(shape))
+
+        return operator_from_spec(described["operator"], take)
+
+    def _file(self, path: str) -> Path:
+        # Paths of a user's tree may hold any character, and may be too long for a file's name.
+        return self._root / f"layer-{hashlib.sha256(path.encode()).hexdigest()[:32]}.safetensors"
+
+    def _remove(self, *, temporary_only: bool = False) -> None:
+        for name in os.listdir(self._root):
+            match = _OURS.fullmatch(name)
+            if match and (match[1] or not temporary_only):
+                (self._root / name).unlink(missing_ok=True)
+
+    def _unwritable(self, error: OSError) -> OSError:
+        return OSError(
+            f"can't keep finished layers in {self._root} ({error.strerror}); make room and a writable folder there, "
+            "or pass another output"
+        )
+
+
+def _library() -> dict[str, str]:
+    """What decides the last bits of a result besides its inputs."""
+    try:
+        own = version("any4_jax")
+    except PackageNotFoundError:
+        own = "not installed"
+    return {"any4_jax": own, "jax": jax.__version__, "platform": jax.default_backend()}
+
+
+def _digest(description: str, parts: Mapping[str, np.ndarray]) -> str:
+    digest = hashlib.sha256(description.encode())
+    for name in sorted(parts):
+        digest.update(parts[name].data)
+    return digest.hexdigest()

@@ -1,0 +1,83 @@
+"""Seconds to learn the tables of one matrix, next to scikit-learn's KMeans on the same rows.
+
+    python examples/benchmarks/solver.py --out examples/benchmarks/results/solver.json
+
+The rows are normal, weighted, K values each. scikit-learn is timed on a few of them, on one core, as any4's original
+calls it (k-means++, one start); our solvers on all of them. Each is run once before it is timed.
+"""
+
+import argparse
+import json
+import os
+import platform
+import resource
+import sys
+import time
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import sklearn
+from sklearn.cluster import KMeans
+
+from any4_jax import methods
+
+ENTRIES = 16
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", type=int, nargs=2, default=(4096, 4096), metavar=("N", "K"))
+    parser.add_argument("--sample", type=int, default=32, help="rows that scikit-learn is timed on")
+    parser.add_argument("--out", help="a JSON file for the figures")
+    args = parser.parse_args()
+    n, k = args.shape
+    w = np.random.default_rng(0).standard_normal((n, k)).astype(np.float32)
+
+    rows = [{"solver": "scikit-learn", "ms_per_row": 1e3 * _sklearn(w[: args.sample]), "compile_s": 0.0}]
+    for solver in ("lloyd", "exact"):
+        rows.append({"solver": solver} | _ours(w, methods.Any4(solver=solver)))
+    for row in rows:
+        row["seconds_per_matrix"] = row["ms_per_row"] * n / 1e3
+        print("  ".join(f"{key} {v:.2f}" if isinstance(v, float) else f"{v:<12}" for key, v in row.items()))
+    if args.out:
+        report = {
+            "command": "python " + " ".join(sys.argv),
+            "device": f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores, {platform.machine()}",
+            "versions": {"python": platform.python_version(), "jax": jax.__version__, "sklearn": sklearn.__version__},
+            "shape": [n, k],
+            "rows": rows,
+        }
+        with open(args.out, "w", encoding="utf-8") as file:
+            json.dump(report, file, indent=1)
+            file.write("\n")
+
+
+def _sklearn(rows: np.ndarray) -> float:
+    """Seconds a row, of one process."""
+    weight = np.ones(rows.shape[1])
+    begin = time.perf_counter()
+    for row in rows:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            KMeans(ENTRIES, random_state=0, n_init=1).fit(row[:, None], sample_weight=weight)
+    return (time.perf_counter() - begin) / len(rows)
+
+
+def _ours(w: np.ndarray, method: methods.Any4) -> dict[str, float]:
+    """The whole of `quantize`: scales, tables, codes, packing."""
+    array = jnp.asarray(w)
+    seconds = []
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for _ in range(2):
+        begin = time.perf_counter()
+        jax.block_until_ready(methods.quantize(array, method))
+        seconds.append(time.perf_counter() - begin)
+    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / w.nbytes
+    first, second = seconds
+    return {"ms_per_row": 1e3 * second / len(w), "compile_s": first - second, "peak_growth_in_matrices": grown}
+
+
+if __name__ == "__main__":
+    main()

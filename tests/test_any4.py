@@ -1,0 +1,157 @@
+"""Any4: its fields alone and together, what learned tables hold exactly, and that each part earns its place."""
+
+import dataclasses
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from any4_jax import statistics, weights
+from any4_jax.methods import NF4, Any4, Int, quantize
+
+N, K, G = 20, 32, 16
+dequantize = jax.jit(weights.dequantize)
+
+# Each compiled solver costs seconds, so that the tests share a few configurations and shapes.
+FLOAT = dict(group_size=G, table_dtype="float32", scale_dtype="float32")
+EXACT = Any4(**FLOAT)
+SHARED = Any4(bits=2, group_size=G, symmetric=True, per_row=False)
+
+
+def layer() -> np.ndarray:
+    return np.random.default_rng(0).standard_t(3, (N, K)).astype(np.float32)
+
+
+def inputs() -> np.ndarray:
+    """Activations [T, K] whose channels differ a hundredfold in size."""
+    rng = np.random.default_rng(1)
+    return (rng.normal(0.3, 1, (400, K)) * 10.0 ** rng.uniform(-1, 1, K)).astype(np.float32)
+
+
+STATS = statistics.from_activations(inputs())
+FLAT = statistics.from_activations(np.ones((1, K), np.float32))
+
+
+def errors(method, stats=STATS) -> np.ndarray:
+    """Each row's squared error weighted by E[x^2], float64 [N]."""
+    gap = np.asarray(dequantize(quantize(jnp.asarray(layer()), method, stats)), np.float64) - layer()
+    return (np.asarray(STATS.second_moment, np.float64) * gap**2).sum(axis=1)
+
+
+def test_below_nf4_and_int4_on_a_heavy_tailed_layer() -> None:
+    learned = errors(EXACT).sum()
+    for baseline in (NF4(group_size=G), Int(group_size=G), Int(group_size=G, zero_point="float")):
+        assert learned < 0.8 * errors(baseline).sum()
+
+
+def test_statistics_pay() -> None:
+    assert errors(EXACT).sum() < 0.9 * errors(EXACT, FLAT).sum()
+
+
+@pytest.mark.parametrize("fields", [{"solver": "lloyd", "init": "nf4"}, {"solver": "gradient"}], ids=repr)
+def test_no_solver_is_below_the_exact_one(fields) -> None:
+    best, other = errors(EXACT), errors(Any4(**FLOAT, **fields))
+    assert (best <= other * (1 + 1e-5)).all()
+    assert np.isfinite(other).all()
+
+
+@pytest.mark.parametrize("plain", [EXACT, SHARED], ids=["per row", "shared, symmetric, 2 bits"])
+def test_refit_raises_no_rows_error(plain: Any4) -> None:
+    before, after = errors(plain), errors(dataclasses.replace(plain, refit=True))
+    assert (after <= before * (1 + 1e-5)).all()
+    assert after.sum() < 0.99 * before.sum()
+
+
+def test_a_rows_company_changes_no_bit() -> None:
+    """20 rows alone, and among 50 others in front of them: another chunk, another place in it, another padding."""
+    w, method = layer(), dataclasses.replace(EXACT, refit=True)
+    alone = quantize(jnp.asarray(w), method, STATS)
+    others = np.random.default_rng(9).normal(size=(50, K)).astype(np.float32)
+    among = quantize(jnp.asarray(np.concatenate([others, w])), method, STATS)
+    assert alone.shape == (N, K)
+    for ours, theirs in zip(jax.tree.leaves(alone), jax.tree.leaves(among), strict=True):
+        np.testing.assert_array_equal(ours, theirs[50:])
+
+
+def test_chunk_size_changes_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    w = jnp.asarray(layer())
+    whole = quantize(w, EXACT, STATS)
+    monkeypatch.setattr(sys.modules["any4_jax.methods.any4"], "_CHUNK_ROWS", 8)
+    chunked = jax.jit(lambda w: EXACT.apply(w, STATS))(w)
+    for ours, theirs in zip(jax.tree.leaves(chunked), jax.tree.leaves(whole), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_few_values_without_scaling_are_held_exactly() -> None:
+    rng = np.random.default_rng(2)
+    values = np.asarray(jnp.asarray(rng.normal(size=(N, 16)), jnp.bfloat16))
+    w = np.take_along_axis(values, rng.integers(0, 16, (N, K)), axis=1)
+    w[3] = w[3, 0]
+    q = quantize(jnp.asarray(w), Any4(group_size=None))
+    assert q.group_size == K
+    np.testing.assert_array_equal(dequantize(q), w.astype(np.float32))
+
+
+def test_few_values_in_groups_are_held_closely() -> None:
+    """Every group holds the row's least and largest value, so all groups of a row share one scale."""
+    rng = np.random.default_rng(3)
+    values = np.sort(rng.normal(size=(N, 16)), axis=1).astype(np.float32)
+    w = np.take_along_axis(values, rng.integers(0, 16, (N, K)), axis=1)
+    w[:, ::G], w[:, 1::G] = values[:, :1], values[:, -1:]
+    q = quantize(jnp.asarray(w), EXACT, STATS)
+    np.testing.assert_allclose(dequantize(q), w, rtol=1e-5, atol=1e-5 * np.abs(w).max())
+
+
+def test_a_matrix_beyond_the_bins_keeps_its_outliers() -> None:
+    """The table of a large matrix is learned on means of neighbours; its ends are still those of the weights."""
+    w = np.random.default_rng(6).normal(size=(300, 96)).astype(np.float32)
+    w[17, 5] = 40.0
+    fields = dict(bits=2, per_row=False, keep_outliers=True, bias_pow=0.5, solver="lloyd", init="quantile")
+    q = quantize(jnp.asarray(w), Any4(group_size=None, table_dtype="float32", **fields))
+    assert q.lut.shape == (1, 4)
+    np.testing.assert_allclose(np.asarray(q.lut)[0, [0, -1]], [w.min(), 40.0], rtol=1e-6)
+
+
+def test_row_order_leaves_a_shared_table_alone() -> None:
+    """Equal weights of different importance: their order must not reach the sums."""
+    w = np.round(layer() * 2) / 2
+    order = np.random.default_rng(8).permutation(N)
+    tables = [np.asarray(quantize(jnp.asarray(rows), SHARED, STATS).lut) for rows in (w, w[order])]
+    np.testing.assert_array_equal(*tables)
+
+
+def test_the_seed_decides_random_starts() -> None:
+    u = jnp.asarray(layer())
+    fields = dict(bits=2, solver="gradient", init="random", max_iter=0)
+    tables = [Any4(**fields, seed=seed)._tables(u, jnp.ones_like(u), (u[:, 0], u[:, 0])) for seed in (0, 1)]
+    assert (tables[0] != tables[1]).any()
+
+
+def test_the_published_recipe() -> None:
+    paper = Any4.paper()
+    assert (paper.solver, paper.init, paper.sample_weight) == ("lloyd", "kmeans++", "abs_mean")
+    assert (paper.scale_weighting, paper.sequential, paper.bits, paper.group_size) == (1, True, 4, 128)
+    assert not (paper.refit or paper.keep_outliers or paper.symmetric) and paper.bias_pow == 1.0 and paper.per_row
+    assert Any4.paper(bits=3).bits == 3 and Any4.paper(bits=3).solver == "lloyd"
+
+
+@pytest.mark.parametrize(
+    "fields,given,expected",
+    [
+        ({}, True, STATS.second_moment),
+        ({}, False, np.ones(K)),
+        ({"sample_weight": None}, True, np.ones(K)),
+        ({"sample_weight": "mean_abs"}, True, STATS.mean_abs),
+        ({"sample_weight": "abs_mean"}, True, np.abs(STATS.mean)),
+    ],
+)
+def test_sample_weights_are_the_statistic_times_a_power_of_the_scale(fields, given: bool, expected) -> None:
+    for power in (0, 1, 2):
+        method = Any4(group_size=G, scale_weighting=power, **fields)
+        importance = method._importance(STATS if given else None, K)
+        np.testing.assert_allclose(importance, expected, rtol=1e-6)
+        _, weight, scales, _ = method._scaled(jnp.asarray(layer()), importance, G)
+        by_weight = np.repeat(np.asarray(scales, np.float32), G, axis=1) ** power
+        np.testing.assert_allclose(weight, np.asarray(expected) * by_weight, rtol=1e-5)

@@ -1,0 +1,144 @@
+"""Calibration: statistics equal numpy's on captured inputs, masking, the sequential walk, compiled programs."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from any4_jax import statistics, surgery
+from any4_jax.calibration import calibrate
+from any4_jax.methods import NF4, Any4
+from any4_jax.models.config import LlamaConfig
+from any4_jax.models.tiny import random_llama, tiny
+
+NF = NF4(group_size=16)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return random_llama()
+
+
+def random_tokens(batch: int, length: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 128, (batch, length), dtype=np.int32)
+
+
+def captured(model, tokens: np.ndarray) -> dict[str, np.ndarray]:
+    """{path of a linear: what enters it, [tokens, K]}, by running the model's blocks one after the other."""
+    found: dict[str, np.ndarray] = {}
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+    x = model.embed(tokens)
+    for index, (layer, cache) in enumerate(zip(model.layers, model.init_cache(*tokens.shape), strict=True)):
+        taps: dict[str, jax.Array] = {}
+        x, _ = layer(x, cache, positions, taps.__setitem__)
+        for site in model.sites:
+            for linear in site.linears:
+                found[f"layers.{index}.{linear}"] = np.asarray(taps[site.name]).reshape(-1, taps[site.name].shape[-1])
+    found["lm_head"] = np.asarray(model.norm(x)).reshape(-1, x.shape[-1])
+    return found
+
+
+def assert_statistics(stats: statistics.Statistics, x: np.ndarray, rtol: float = 1e-4) -> None:
+    x = x.astype(np.float64)
+    assert int(stats.count) == len(x)
+    for name, of in (("mean", x), ("mean_abs", np.abs(x)), ("second_moment", x**2)):
+        expected = of.mean(axis=0)
+        np.testing.assert_allclose(getattr(stats, name), expected, rtol=rtol, atol=rtol * np.abs(expected).max())
+    np.testing.assert_allclose(stats.absmax, np.abs(x).max(axis=0), rtol=rtol)
+
+
+def test_statistics_equal_those_of_captured_inputs(model) -> None:
+    tokens = random_tokens(2, 12)
+    stats, inputs = calibrate(model, tokens), captured(model, tokens)
+    assert set(stats) == set(inputs) == set(surgery.linears(model))
+    for path, x in inputs.items():
+        assert_statistics(stats[path], x)
+
+
+def test_padding_is_masked_and_batches_add_up(model) -> None:
+    """A ragged batch equals its rows run alone, whatever the number of rows in a batch."""
+    rows = [random_tokens(1, n, seed=n)[0] for n in (4, 9)]
+    together = calibrate(model, rows)
+    alone = [captured(model, row[None]) for row in rows]
+    for path, stats in together.items():
+        assert_statistics(stats, np.concatenate([inputs[path] for inputs in alone]))
+    apart = calibrate(model, rows, batch_size=1)
+    for path, stats in apart.items():
+        np.testing.assert_allclose(stats.second_moment, together[path].second_moment, rtol=1e-4)
+
+
+def test_long_sequences_are_cut(model) -> None:
+    tokens = random_tokens(1, 24)
+    pieces = calibrate(model, tokens, seqlen=12)
+    whole = calibrate(model, tokens.reshape(2, 12))
+    for path, stats in pieces.items():
+        np.testing.assert_array_equal(stats.second_moment, whole[path].second_moment)
+
+
+def by_hand(model, tokens: np.ndarray, paths: list[str]):
+    """`model` with the layers at `paths` quantized, and what enters its linears then."""
+    rules = [("|".join(path.replace(".", r"\.") for path in paths), NF)]
+    return captured(surgery.quantize_model(model, None, rules=rules), tokens)
+
+
+def test_sequential_is_the_walk_by_hand(model) -> None:
+    """A site sees the model with every earlier site quantized, and its own and later ones as they were."""
+    tokens = random_tokens(1, 12)
+    stats, offline = calibrate(model, tokens, NF, sequential=True), calibrate(model, tokens)
+    qkv = [f"layers.0.self_attn.{name}_proj" for name in "qkv"]
+    first = [path for path in surgery.linears(model) if path.startswith("layers.0.")]
+    np.testing.assert_array_equal(stats[qkv[0]].second_moment, offline[qkv[0]].second_moment)
+    for path, quantized in (("layers.0.self_attn.o_proj", qkv), ("layers.1.self_attn.q_proj", first)):
+        assert_statistics(stats[path], by_hand(model, tokens, quantized)[path])
+        assert not np.allclose(stats[path].second_moment, offline[path].second_moment, rtol=1e-4)
+
+
+def test_sequential_respects_rules(model) -> None:
+    tokens = random_tokens(1, 12)
+    stats = calibrate(model, tokens, NF, sequential=True, rules=[(r"layers\.0\..*", None)])
+    offline = calibrate(model, tokens)
+    path = "layers.1.self_attn.q_proj"
+    np.testing.assert_array_equal(stats[path].second_moment, offline[path].second_moment)
+
+
+def test_sequential_is_the_methods_choice(model) -> None:
+    assert Any4.paper().sequential and not Any4().sequential
+    tokens = random_tokens(1, 12)
+    offline = calibrate(model, tokens)
+    path = "layers.1.mlp.down_proj"
+    np.testing.assert_array_equal(calibrate(model, tokens, NF)[path].absmax, offline[path].absmax)
+
+
+def test_text_goes_through_the_tokenizer() -> None:
+    stories = tiny()
+    text = "Once upon a time there was a small cat."
+    stats = calibrate(stories, text)
+    tokens = np.asarray(stories.tokenizer.encode(text))
+    assert int(stats["layers.0.self_attn.q_proj"].count) == len(tokens)
+    assert "lm_head" not in stats or not stories.config.tie_word_embeddings
+
+
+def test_progress_is_told_after_each_block(model) -> None:
+    seen: list[tuple] = []
+    calibrate(model, random_tokens(1, 12), progress=lambda *step: seen.append(step))
+    assert seen == [(1, 2, "layers.0"), (2, 2, "layers.1")]
+
+
+DEEP = LlamaConfig(
+    vocab_size=64, hidden_size=16, intermediate_size=40, num_hidden_layers=30, num_attention_heads=2,
+    num_key_value_heads=1, head_dim=8, max_position_embeddings=32,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("method", [NF4(group_size=8), Any4(group_size=8, bits=2, max_iter=9)], ids=["nf4", "any4"])
+def test_thirty_layers_compile_a_program_for_each_shape(method, count_compiles) -> None:
+    model = random_llama(DEEP)
+    shapes = {layer.kernel[...].shape for path, layer in surgery.linears(model).items() if path != "lm_head"}
+    tokens = random_tokens(2, 7) % 64
+    with count_compiles() as compiles:
+        stats = calibrate(model, tokens, method)
+        new = surgery.quantize_model(model, method, stats=stats)
+        jax.block_until_ready(jax.tree.leaves(nnx.state(new)))
+    assert len(surgery.quantized_leaves(new)) == 30 * 7
+    assert compiles.count <= len(shapes) + 5, compiles.names

@@ -1,0 +1,181 @@
+"""The method contract: a table of methods and options, each held to the same laws."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from any4_jax import statistics, weights
+from any4_jax.methods import AF4, CATALOGUE, FP4, MX4, NF4, Any4, Int, Method, quantize
+
+N, K = 12, 40
+
+FIXED = [
+    Int(bits=bits, zero_point=zero, group_size=16)
+    for bits, zero in ((2, "float"), (3, "integer"), (5, "float"), (8, "integer"))
+]
+FIXED += [Int(bits=3, symmetric=True, group_size=16)]
+FIXED += [NF4(group_size=16), FP4(group_size=16), AF4(group_size=16), MX4(), MX4(scale="ocp", group_size=16)]
+FIXED += [Int(scale_dtype="float32", table_dtype="float32"), NF4(group_size=1), Int(group_size=7)]
+# Every compiled solver costs seconds: few rows, each crossing several options.
+LEARNED = [
+    Any4(group_size=16),
+    Any4(bits=2, group_size=16, symmetric=True, solver="lloyd", init="quantile", refit=True),
+    Any4(bits=3, group_size=24, solver="gradient", max_iter=30, keep_outliers=True),
+    Any4(bits=3, group_size=16, per_row=False, bias_pow=0.8),
+]
+METHODS = [pytest.param(m, id=f"{m.name}-{i}") for i, m in enumerate(FIXED + LEARNED)]
+contract = pytest.mark.parametrize("method", METHODS)
+
+
+def layer(seed: int = 0) -> np.ndarray:
+    """Heavy-tailed weights [N, K] with an all-zero row, a constant row and an all-zero group."""
+    w = np.random.default_rng(seed).standard_t(3, (N, K)).astype(np.float32)
+    w[2], w[5], w[7, :16] = 0, 0.75, 0
+    return w
+
+
+def stats() -> statistics.Statistics:
+    rng = np.random.default_rng(9)
+    return statistics.from_activations(rng.normal(0.2, 10.0 ** rng.uniform(-1, 1, K), (64, K)).astype(np.float32))
+
+
+STATS = stats()
+
+
+dequantize = jax.jit(weights.dequantize)
+
+
+def run(w: np.ndarray, method: Method):
+    return quantize(jnp.asarray(w), method, STATS)
+
+
+def assert_equal_trees(a, b) -> None:
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for ours, theirs in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        assert ours.dtype == theirs.dtype
+        np.testing.assert_array_equal(ours, theirs)
+
+
+@contract
+def test_shapes_dtypes_and_size(method) -> None:
+    q = run(layer(), method)
+    group_size = min(method.group_size, K)
+    bits = getattr(method, "bits", 4)
+    assert q.shape == (N, K) and q.bits == bits and q.group_size == group_size
+    assert q.lut.shape == ((N if getattr(method, "per_row", True) and method in LEARNED else 1), 2**bits)
+    assert q.lut.dtype == method.table_dtype and q.scales.dtype == method.scale_dtype
+    assert q.scales.shape == (N, -(-K // group_size))
+    assert (np.diff(np.asarray(q.lut, np.float32), axis=1) >= 0).all()
+    assert int(q.unpacked_codes().max()) < 2**bits
+    assert np.isfinite(dequantize(q)).all()
+    assert q.bits_per_weight == 8 * sum(a.nbytes for a in jax.tree.leaves(q)) / (N * K)
+
+
+@contract
+def test_two_runs_give_the_same_bits(method) -> None:
+    assert_equal_trees(run(layer(), method), run(layer(), method))
+
+
+@contract
+def test_row_order_changes_no_bit(method) -> None:
+    order = np.random.default_rng(1).permutation(N)
+    straight, shuffled = run(layer(), method), run(layer()[order], method)
+    rows = jax.tree.map(lambda a: a[order] if a.shape[0] == N else a, straight)
+    assert_equal_trees(shuffled, rows)
+
+
+@contract
+@pytest.mark.parametrize("power", [-6, 9])
+def test_powers_of_two_scale_the_matrix_exactly(method, power: int) -> None:
+    # No zeros or constants: the floor on the range of a constant group is absolute.
+    w = np.random.default_rng(5).standard_t(3, (N, K)).astype(np.float32)
+    plain, scaled = (np.asarray(dequantize(run(v, method))) for v in (w, w * np.float32(2.0**power)))
+    np.testing.assert_array_equal(scaled, plain * np.float32(2.0**power))
+
+
+@contract
+def test_zero_and_constant_rows_and_groups(method) -> None:
+    w, q = layer(), run(layer(), method)
+    back = np.asarray(dequantize(q))
+    # Where the table or the zero point has no zero, a group of zeros gives the floor of the range at most.
+    zeros = 16 // q.group_size * q.group_size
+    assert np.abs(back[2]).max() <= 1e-6 and np.abs(back[7, :zeros]).max(initial=0) <= 1e-6
+    if getattr(method, "per_row", True):
+        np.testing.assert_allclose(back[5], w[5], rtol=0.35 if isinstance(method, MX4) else 0.02)
+
+
+@pytest.mark.parametrize("method", [Int(group_size=16), NF4(group_size=16), MX4()], ids=repr)
+def test_a_transposed_kernel_is_the_same_layer(method) -> None:
+    kernel = jnp.asarray(layer().T)
+    assert_equal_trees(quantize(kernel, method, STATS, transposed=True), run(layer(), method))
+
+
+# MX4's "round" moves 4 * 2^e * 1.5 = 6 * 2^e up a binade, so that its own output isn't on the next grid.
+@pytest.mark.parametrize("method", [m for m in FIXED if m != MX4()], ids=repr)
+def test_weights_on_the_grid_come_back(method) -> None:
+    """What a method makes of random weights is on its grid; a second pass finds the same matrix."""
+    exact = {"table_dtype": "float32"} | ({} if isinstance(method, MX4) else {"scale_dtype": "float32"})
+    method = dataclasses.replace(method, **exact)
+    once = np.asarray(dequantize(run(layer(), method)))
+    twice = np.asarray(dequantize(run(once, method)))
+    np.testing.assert_allclose(twice, once, rtol=2e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    "amax,code_value",
+    [(1.0, 1.0), (1.49, 1.5), (1.5, 1.5), (2.0, 2.0), (2.99, 3.0), (3.0, 3.0), (6.0, 6.0), (7.0, 8.0)],
+)
+def test_mx4_by_hand(amax: float, code_value: float) -> None:
+    """A block's largest magnitude under the rounded exponent, as the any4 reference has it."""
+    w = np.zeros((2, 32), np.float32)
+    w[:, 3] = amax, -amax
+    back = dequantize(run_without_stats(w, MX4()))
+    assert back[:, 3].tolist() == [code_value, -code_value]
+    assert not np.delete(np.asarray(back), 3, axis=1).any()
+
+
+def test_mx4_ocp_saturates() -> None:
+    w = np.full((1, 32), 7.9, np.float32)
+    assert float(dequantize(run_without_stats(w, MX4(scale="ocp")))[0, 0]) == 6.0
+
+
+def run_without_stats(w: np.ndarray, method: Method):
+    return quantize(jnp.asarray(w), method)
+
+
+@pytest.mark.parametrize("method", [Int(zero_point="float"), NF4(), Int(symmetric=True)], ids=repr)
+def test_codes_suit_the_stored_scales(method) -> None:
+    """No other code under the stored table, scale and offset is closer to the weight."""
+    w = layer()
+    q = run(w, method)
+    chosen = np.abs(np.asarray(dequantize(q)) - w)
+    lut = np.broadcast_to(np.asarray(q.lut, np.float32), (N, 16))
+    scales, offsets = np.asarray(q.scales, np.float32), 0.0
+    if q.offsets is not None:
+        offsets = np.asarray(q.offsets, np.float32)[:, :1, None]
+    every = lut[:, None, :] * scales[:, :1, None] + offsets
+    best = np.abs(every - w[:, :, None]).min(axis=2)
+    np.testing.assert_allclose(chosen, best, rtol=1e-5, atol=1e-6)
+
+
+def test_more_bits_and_smaller_groups_are_closer() -> None:
+    w = layer()
+
+    def error(method):
+        return float(((np.asarray(dequantize(run_without_stats(w, method))) - w) ** 2).sum())
+
+    by_bits = [error(Int(bits=bits)) for bits in (2, 3, 4, 5, 6, 8)]
+    assert by_bits == sorted(by_bits, reverse=True)
+    assert error(NF4(group_size=8)) < error(NF4(group_size=20)) < error(NF4())
+
+
+def test_the_catalogue_names_each_method_once() -> None:
+    assert {cls.name for cls in CATALOGUE.values()} == set(CATALOGUE)
+    for cls in CATALOGUE.values():
+        method = cls()
+        assert isinstance(method, Method)
+        assert cls(**dataclasses.asdict(method)) == method and hash(method) == hash(cls())
+        assert all(isinstance(v, (int, float, str, bool, type(None))) for v in dataclasses.asdict(method).values())

@@ -1,0 +1,158 @@
+"""Surgery: rules, what is left alone, what is recorded, and that the original stays as it was."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from any4_jax import statistics, weights
+from any4_jax.methods import NF4, Any4, Int, quantize
+from any4_jax.models.tiny import random_llama
+from any4_jax.nn.nnx import Any4Linear, Codes, Tables
+from any4_jax.surgery import linears, quantize_model, quantized_leaves, resolve
+
+PATHS = ["layers.0.self_attn.q_proj", "layers.0.mlp.up_proj", "layers.1.mlp.up_proj", "lm_head"]
+NF, INT = NF4(group_size=16), Int(group_size=16)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return random_llama()
+
+
+def test_the_first_matching_rule_decides() -> None:
+    rules = [(r".*\.1\..*", None), (r".*mlp.*", INT)]
+    assert resolve(PATHS, NF, rules) == {PATHS[0]: NF, PATHS[1]: INT}
+    assert resolve(PATHS, NF, rules[::-1]) == {PATHS[0]: NF, PATHS[1]: INT, PATHS[2]: INT}
+
+
+def test_no_method_leaves_the_rest_alone() -> None:
+    assert resolve(PATHS, None, [(r".*up_proj", INT)]) == {PATHS[1]: INT, PATHS[2]: INT}
+
+
+def test_the_head_is_skipped_until_it_is_named() -> None:
+    assert "lm_head" not in resolve(PATHS, NF, None)
+    assert resolve(PATHS, NF, [("lm_head", INT)])["lm_head"] == INT
+    assert resolve(["model/lm_head/kernel", "a.embed_tokens.x", "my_lm_head"], NF, None) == {"my_lm_head": NF}
+
+
+@pytest.mark.parametrize("pattern,message", [("up_proj", "matches none of the 4"), ("(", "no regular expression")])
+def test_a_rule_that_cannot_work_is_refused(pattern: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        resolve(PATHS, NF, [(pattern, INT)])
+
+
+def test_quantized_copy_and_untouched_original(model) -> None:
+    before = {p: np.asarray(layer.kernel[...]) for p, layer in linears(model).items()}
+    embedding = model.embed_tokens.embedding[...]
+    new = quantize_model(model, NF, rules=[(r".*layers\.1\..*", None)])
+    assert set(linears(model)) == set(before) and not quantized_leaves(model) and model.recipe is None
+    for path, layer in linears(model).items():
+        np.testing.assert_array_equal(layer.kernel[...], before[path])
+    assert set(quantized_leaves(new)) == {p for p in before if p.startswith("layers.0.")}
+    assert new.embed_tokens.embedding[...] is embedding
+    assert new.layers[1].mlp.up_proj.kernel[...] is model.layers[1].mlp.up_proj.kernel[...]
+    new.norm.scale[...] = jnp.zeros_like(new.norm.scale[...])
+    assert np.asarray(model.norm.scale[...]).any()
+
+
+def test_the_head_is_quantized_where_named(model) -> None:
+    new = quantize_model(model, None, rules=[("lm_head", INT)])
+    assert list(quantized_leaves(new)) == ["lm_head"]
+    tokens = np.arange(6, dtype=np.int32)[None]
+    assert np.abs(np.asarray(new(tokens) - model(tokens))).max() > 1e-4
+
+
+def test_a_model_computes_with_its_dequantized_weights(model) -> None:
+    new = quantize_model(model, NF)
+    dense = nnx.merge(*nnx.split(model))
+    for path, weight in quantized_leaves(new).items():
+        linears(dense)[path].kernel[...] = weights.dequantize(weight).T
+    tokens = np.arange(12, dtype=np.int32).reshape(2, 6)
+    np.testing.assert_allclose(new(tokens), dense(tokens), rtol=1e-4, atol=1e-4)
+
+
+def test_each_layer_is_what_quantize_makes_of_it(model) -> None:
+    path = "layers.1.mlp.down_proj"
+    new = quantized_leaves(quantize_model(model, None, rules=[(path.replace(".", r"\."), NF)]))[path]
+    alone = quantize(linears(model)[path].kernel[...].T, NF)
+    for ours, theirs in zip(jax.tree.leaves(new), jax.tree.leaves(alone), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_recipe_and_progress(model) -> None:
+    seen = []
+    rules = [(r".*up_proj", INT), (r".*layers\.1\..*", None)]
+    new = quantize_model(model, NF, rules=rules, progress=lambda *step: seen.append(step))
+    assert new.recipe.rules[:2] == tuple(rules) and new.recipe.rules[-1] == (".*", NF)
+    assert any("lm_head" in pattern and method is None for pattern, method in new.recipe.rules)
+    assert {path: method for path, method, _ in new.recipe.layers} == {
+        path: INT if "up_proj" in path else NF for path in quantized_leaves(new)
+    }
+    assert [(done, total) for done, total, _ in seen] == [(i + 1, len(seen)) for i in range(len(seen))]
+    assert [path for *_, path in seen] == list(quantized_leaves(new)) or len(seen) == len(quantized_leaves(new))
+    assert hash(new.recipe) == hash(dataclasses.replace(new.recipe))
+
+
+@pytest.mark.parametrize("given,resolved", [(True, "second_moment"), (False, "None")])
+def test_auto_is_recorded_as_what_it_came_to(given: bool, resolved: str) -> None:
+    assert Any4().notes(given) == {"sample_weight": resolved}
+    assert Any4(sample_weight=None).notes(given) == {"sample_weight": "None"}
+    assert Any4(sample_weight="mean_abs").notes(True) == {"sample_weight": "mean_abs"}
+
+
+def test_a_named_sample_weight_without_statistics_names_the_path(model) -> None:
+    method = Any4(sample_weight="abs_mean")
+    k = linears(model)["layers.0.self_attn.q_proj"].in_features
+    stats = {"layers.0.self_attn.q_proj": statistics.from_activations(np.ones((2, k), np.float32))}
+    with pytest.raises(ValueError, match=r"^layers\.0\.self_attn\.k_proj: got sample_weight='abs_mean' without"):
+        quantize_model(model, method, stats=stats, rules=[(r".*(gate|up|down)_proj", None)])
+
+
+def test_plain_trees(rng: np.random.Generator) -> None:
+    """A kernel is [K, N], a weight is [N, K]; vectors, stacks and other names stay."""
+    kernel = rng.normal(size=(32, 6)).astype(np.float32)
+    tree = {
+        "a": {"kernel": jnp.asarray(kernel), "bias": jnp.zeros(6)},
+        "b": [{"weight": jnp.asarray(kernel.T)}],
+        "norm": {"weight": jnp.ones(32)},
+        "embedding": jnp.ones((8, 32)),
+        "lm_head": {"kernel": jnp.ones((32, 8))},
+    }
+    new = quantize_model(tree, NF)
+    assert set(quantized_leaves(new)) == {"a.kernel", "b.0.weight"}
+    assert new["a"]["kernel"].shape == new["b"][0]["weight"].shape == (6, 32)
+    np.testing.assert_array_equal(new["a"]["kernel"].codes, new["b"][0]["weight"].codes)
+    assert new["a"]["bias"] is tree["a"]["bias"] and new["lm_head"] is not None
+    assert new["lm_head"]["kernel"] is tree["lm_head"]["kernel"]
+    assert isinstance(tree["a"]["kernel"], jax.Array)
+
+
+def test_nothing_to_quantize_is_refused(model) -> None:
+    with pytest.raises(ValueError, match="found 15 linear layers and the rules leave all of them alone"):
+        quantize_model(model, None)
+    with pytest.raises(ValueError, match="found 0 linear layers"):
+        quantize_model({"x": jnp.ones(3)}, NF)
+
+
+def test_any4_linear_is_its_weight_and_bias(rng: np.random.Generator) -> None:
+    layer = nnx.Linear(24, 5, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    layer.bias[...] = jnp.arange(5.0)
+    weight = quantize(layer.kernel[...].T, NF)
+    new = Any4Linear(weight, bias=layer.bias[...], dtype=layer.dtype)
+    x = jnp.asarray(rng.normal(size=(3, 24)), jnp.float32)
+    assert (new.in_features, new.out_features, new(x).dtype) == (24, 5, jnp.bfloat16)
+    expected = np.asarray(x) @ np.asarray(weights.dequantize(weight)).T + np.arange(5)
+    np.testing.assert_allclose(np.asarray(new(x), np.float32), expected, atol=0.05)
+
+
+def test_gradients_reach_tables_and_never_codes(rng: np.random.Generator) -> None:
+    new = Any4Linear(quantize(jnp.asarray(rng.normal(size=(5, 24)), jnp.float32), NF))
+    x = jnp.asarray(rng.normal(size=(3, 24)), jnp.float32)
+    slopes = nnx.grad(lambda m: (m(x) ** 2).sum(), argnums=nnx.DiffState(0, Tables))(new)
+    assert all(np.asarray(g, np.float32).any() for g in jax.tree.leaves(slopes))
+    assert not jax.tree.leaves(nnx.state(new, nnx.Param))
+    assert all(leaf.dtype == jnp.uint8 for leaf in jax.tree.leaves(nnx.state(new, Codes)))
