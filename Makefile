@@ -6,6 +6,8 @@ SHELL := /bin/sh
 .PHONY: help demo test test-newest lint clean
 
 INSTALL_INPUTS := pyproject.toml CMakeLists.txt $(wildcard cuda_ffi/csrc/*)
+# Most of a test's time is XLA compiling on one core. A file's tests share their compiled programs, so they stay together.
+PARALLEL := -n auto --dist loadfile
 PIP := -m pip --disable-pip-version-check --quiet --quiet
 
 # $(call find_python,NAMES,LEAST): prints the first interpreter of at least that sys.hexversion, from PATH, then
@@ -31,11 +33,11 @@ demo: .venv/demo.stamp
 
 test: lint
 	@[ -n "$$($(NEWEST_IF_OTHER))" ] || echo "one run only: no Python 3.12 or newer was found beside the one of .venv"
-	@JAX_PLATFORMS=cpu .venv/bin/python -m pytest
+	@JAX_PLATFORMS=cpu .venv/bin/python -m pytest $(PARALLEL)
 	@[ -z "$$($(NEWEST_IF_OTHER))" ] || $(MAKE) --no-print-directory test-newest
 
 test-newest: .venv-newest/dev.stamp
-	@JAX_PLATFORMS=cpu .venv-newest/bin/python -m pytest -m "not slow"
+	@JAX_PLATFORMS=cpu .venv-newest/bin/python -m pytest $(PARALLEL) -m "not slow"
 
 lint: .venv/dev.stamp
 	@.venv/bin/ruff format --check .
