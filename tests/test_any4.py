@@ -79,7 +79,7 @@ def test_chunk_size_changes_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
     w = jnp.asarray(layer())
     whole = quantize(w, EXACT, STATS)
     monkeypatch.setattr(sys.modules["any4_jax.methods.any4"], "_CHUNK_ROWS", 8)
-    chunked = jax.jit(lambda w: EXACT.apply(w, STATS))(w)
+    chunked = jax.jit(EXACT.apply)(w, STATS)
     for ours, theirs in zip(jax.tree.leaves(chunked), jax.tree.leaves(whole), strict=True):
         np.testing.assert_array_equal(ours, theirs)
 

@@ -158,7 +158,7 @@ def _subject(source: str | None, steps: _Steps) -> _Subject:
 
 
 def _speaker(source: str, name: str) -> _Subject:
-    return _Subject(models.load(source), name, texts.essays(), "The capital of France is")
+    return _Subject(models.load(source), name, texts.essays(), "Once upon a time, in a small village by the sea,")
 
 
 def _story_teller() -> _Subject:

@@ -1,8 +1,8 @@
-"""First centroids for Lloyd's iteration: functions of a sorted row x [P], weights w [P], k and a random key.
+"""First centroids for Lloyd's iteration: functions of a sorted row x [P], weights w [P], k and random draws.
 
-Weights are non-negative and not all zero; values without weight (padding among them) are never drawn. Each
-function gives [k] float32, ascending. The key is the same for every row, so that a row's result does not
-depend on its place.
+Weights are non-negative and not all zero; values without weight (padding among them) are never drawn. Each function
+gives [k] float32, ascending. The draws are the same for every row, so that a row's result does not depend on its place;
+they are made by numpy, whose generator needs no compiling.
 """
 
 import math
@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 # The 16 quantiles of NormalFloat (Dettmers et al., "QLoRA", 2023, appendix E), as bitsandbytes stores them.
 NF4_LEVELS = (
@@ -18,7 +19,7 @@ NF4_LEVELS = (
 )  # fmt: skip
 
 
-def _running_sum(values: jax.Array) -> jax.Array:
+def running_sum(values: jax.Array) -> jax.Array:
     """Inclusive sums along the last axis by doubling: one fixed order whatever the number of rows."""
     length = values.shape[-1]
     front = [(0, 0)] * (values.ndim - 1) + [(length, 0)]
@@ -38,45 +39,58 @@ def _at_mass(mass: jax.Array, fraction: jax.Array) -> jax.Array:
     return jnp.minimum(index, jnp.sum((mass < mass[-1]).astype(jnp.int32)))
 
 
-def _plus_plus(x: jax.Array, w: jax.Array, k: int, key: jax.Array) -> jax.Array:
+def _plus_plus(x: jax.Array, w: jax.Array, k: int, draws: jax.Array) -> jax.Array:
     """Greedy k-means++ (Arthur and Vassilvitskii, 2007): of 2 + ln k draws by w * d^2, the best one."""
-    draws = jax.random.uniform(key, (k, 2 + int(math.log(k))))
-    first = x[_at_mass(_running_sum(w), draws[0, :1])]
+    first = x[_at_mass(running_sum(w), draws[0, :1])]
 
     def add(squared: jax.Array, fraction: jax.Array) -> tuple[jax.Array, jax.Array]:
-        chosen = x[_at_mass(_running_sum(jnp.maximum(w * squared, 0.0)), fraction)]
+        chosen = x[_at_mass(running_sum(jnp.maximum(w * squared, 0.0)), fraction)]
         reduced = jnp.minimum(squared, (x - chosen[:, None]) ** 2)
-        best = jnp.argmin(_running_sum(jnp.maximum(w * reduced, 0.0))[:, -1])
+        best = jnp.argmin(running_sum(jnp.maximum(w * reduced, 0.0))[:, -1])
         return reduced[best], chosen[best]
 
     _, others = jax.lax.scan(add, (x - first) ** 2, draws[1:])
     return jnp.sort(jnp.concatenate([first, others]))
 
 
-def _random(x: jax.Array, w: jax.Array, k: int, key: jax.Array) -> jax.Array:
+def _random(x: jax.Array, w: jax.Array, k: int, draws: jax.Array) -> jax.Array:
     """k values drawn without replacement in proportion to w (those with the smallest exponentials / w)."""
-    arrival = jax.random.exponential(key, x.shape) / w
+    arrival = draws / w
     _, chosen = jax.lax.top_k(-arrival, min(k, x.size))
     found = x[chosen]
     return jnp.sort(jnp.concatenate([found, jnp.full((k - found.size,), found[0])]))
 
 
-def _int(x: jax.Array, w: jax.Array, k: int, key: jax.Array) -> jax.Array:
+def _spread(x: jax.Array, places: np.ndarray) -> jax.Array:
+    """Levels at the given places between the row's minimum (0) and its maximum (1)."""
+    # The maximum keeps the product from joining the sum as a fused multiply-add, which depends on the chunk.
+    return x[0] + jnp.maximum((x[-1] - x[0]) * places.astype(np.float32), 0.0)
+
+
+def _int(x: jax.Array, w: jax.Array, k: int, draws: None) -> jax.Array:
     """k evenly spaced levels from the row's minimum to its maximum."""
-    return x[0] + (x[-1] - x[0]) * (jnp.arange(k, dtype=jnp.float32) / max(k - 1, 1))
+    return _spread(x, np.arange(k) / max(k - 1, 1))
 
 
-def _nf4(x: jax.Array, w: jax.Array, k: int, key: jax.Array) -> jax.Array:
+def _nf4(x: jax.Array, w: jax.Array, k: int, draws: None) -> jax.Array:
     """The 16 NormalFloat levels, -1 at the row's minimum and 1 at its maximum."""
-    return x[0] + (x[-1] - x[0]) * ((jnp.array(NF4_LEVELS, jnp.float32) + 1) / 2)
+    return _spread(x, (np.array(NF4_LEVELS) + 1) / 2)
 
 
-def _quantile(x: jax.Array, w: jax.Array, k: int, key: jax.Array) -> jax.Array:
+def _quantile(x: jax.Array, w: jax.Array, k: int, draws: None) -> jax.Array:
     """The values at the middles of k equal shares of the row's weight."""
-    return x[_at_mass(_running_sum(w), (jnp.arange(k, dtype=jnp.float32) + 0.5) / k)]
+    return x[_at_mass(running_sum(w), (jnp.arange(k, dtype=jnp.float32) + 0.5) / k)]
 
 
-INITS: dict[str, Callable[[jax.Array, jax.Array, int, jax.Array], jax.Array]] = {
+def draw(init: str, length: int, k: int, seed: int) -> np.ndarray | None:
+    """The random numbers (float32) that the start named `init` takes for rows padded to `length` values."""
+    rng = np.random.default_rng(seed)
+    if init == "kmeans++":
+        return rng.random((k, 2 + int(math.log(k))), np.float32)
+    return rng.standard_exponential(length, np.float32) if init == "random" else None
+
+
+INITS: dict[str, Callable[..., jax.Array]] = {
     "kmeans++": _plus_plus,
     "random": _random,
     "int": _int,

@@ -9,6 +9,10 @@ scale.
 
 The cut of [i, j] is the start of j's half in the smallest aligned power-of-two segment that holds both ends,
 so each position is stored once per segment size: log2(P) * P entries answer all P * P intervals.
+
+Moments of intervals that end at a reference point are arrays [3, ...], float32, none negative: the weight sum w, the
+distance |weighted mean - reference| and the error sum w * (x - weighted mean)^2. One array rather than three, since the
+time to compile grows with the number of operations.
 """
 
 from typing import NamedTuple
@@ -22,52 +26,38 @@ import jax.numpy as jnp
 EMPTY = 1e-30
 
 
-class Moments(NamedTuple):
-    """Moments of intervals that end at a reference point: arrays of one shape, float32, none negative.
-
-    weight: sum of w.  distance: |weighted mean - reference|.  error: sum of w * (x - weighted mean)^2.
-    """
-
-    weight: jax.Array
-    distance: jax.Array
-    error: jax.Array
-
-
 class Intervals(NamedTuple):
     """What `build` derives from a sorted row of P values.
 
     x, w: [P], the row and its weights.
-    cut: Moments [log2(P), P]; entry (l, j) spans from j to the middle of j's aligned segment of 2**(l + 1)
-    values.
-    head: Moments [P] of [0, j], measured from x[0].
-    tail_error: [log2(P), P]; entry (l, j) is the error from j to the end of j's aligned segment of 2**l
-    values.
+    cut: [log2(P), 3, P]; entry (l, :, j) has the moments from j to the middle of j's aligned segment of 2**(l + 1)
+        values, measured from there.
+    head: [3, P], moments of [0, j], measured from x[0].
     """
 
     x: jax.Array
     w: jax.Array
-    cut: Moments
-    head: Moments
-    tail_error: jax.Array
+    cut: jax.Array
+    head: jax.Array
 
 
-def join_error(left: Moments, right: Moments) -> jax.Array:
-    """Squared error that joining two adjacent intervals adds to the sum of their own (shapes broadcast)."""
-    distance = left.distance + right.distance
-    weight = left.weight + jnp.maximum(right.weight, EMPTY)
-    return left.weight * right.weight * (distance * distance) / weight
+def join_error(left: jax.Array, right: jax.Array) -> jax.Array:
+    """Squared error of two adjacent intervals joined: [3, ...] each, measured from their common end, to [...]."""
+    weight = left[0] + jnp.maximum(right[0], EMPTY)
+    distance = left[1] + right[1]
+    return left[2] + right[2] + left[0] * right[0] * (distance * distance) / weight
 
 
-def _extend(near: Moments, far: Moments, near_from_middle: Moments, gap: jax.Array) -> Moments:
+def _extend(near: jax.Array, far: jax.Array, near_from_middle: jax.Array, gap: jax.Array) -> jax.Array:
     """Moments of near + far, measured from near's own reference, which lies `gap` away from far's reference.
 
-    near_from_middle: near's moments measured from far's reference.
+    near_from_middle: near's distance from far's reference.
     """
-    weight = near.weight + far.weight
+    weight = near[0] + far[0]
     total = jnp.maximum(weight, EMPTY)
     # Division comes last in each term, see weight_and_mean.
-    distance = near.weight * near.distance / total + far.weight * (gap + far.distance) / total
-    return Moments(weight, distance, near.error + far.error + join_error(far, near_from_middle))
+    distance = near[0] * near[1] / total + far[0] * (gap + far[1]) / total
+    return jnp.stack([weight, distance, join_error(far, jnp.stack([near[0], near_from_middle, near[2]]))])
 
 
 def build(x: jax.Array, w: jax.Array) -> Intervals:
@@ -77,34 +67,29 @@ def build(x: jax.Array, w: jax.Array) -> Intervals:
     extended = jnp.append(x, x[-1])
     zero = jnp.zeros_like(x)
     # head: from a segment's start to j, measured from its first value.
-    # tail: from j to the segment's end, measured from the first value after it (the row's last value at its
-    # end).
-    head = Moments(w, zero, zero)
-    tail = Moments(w, extended[1:] - x, zero)
+    # tail: from j to the segment's end, measured from the first value after it (the row's last value at its end).
+    head = jnp.stack([w, zero, zero])
+    tail = jnp.stack([w, extended[1:] - x, zero])
 
-    # A loop in the program rather than in Python: unrolled, XLA fuses the levels and recomputes each in the
-    # next.
-    def double(halves: tuple[Moments, Moments], level: jax.Array) -> tuple[tuple[Moments, Moments], tuple]:
+    # A loop in the program rather than in Python: unrolled, XLA fuses the levels and recomputes each in the next.
+    def double(halves: tuple[jax.Array, jax.Array], level: jax.Array) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
         head, tail = halves
         second = (index >> level) & 1 == 1
         start = (index >> level >> 1) << level << 1
         middle = start + (1 << level)
         end = middle + (1 << level)
-        cut = Moments(*(jnp.where(second, h, t) for h, t in zip(head, tail, strict=True)))
+        cut = jnp.where(second, head, tail)
         # The other half as a whole: for a j in the second half, its head; in the first, its tail.
-        whole = jnp.where(second, middle - 1, size + middle)
-        both = Moments(*(jnp.concatenate(pair) for pair in zip(head, tail, strict=True)))
-        near = Moments(*(m[whole] for m in both))
-        from_middle = near._replace(distance=both.distance[jnp.where(second, size + start, end - 1)])
-        gap = jnp.where(second, extended[middle] - extended[start], extended[end] - extended[middle])
+        both = jnp.concatenate([head, tail], 1)
+        near = both[:, jnp.where(second, middle - 1, size + middle)]
+        from_middle = both[1, jnp.where(second, size + start, end - 1)]
+        gap = extended[jnp.where(second, middle, end)] - extended[jnp.where(second, start, middle)]
         grown = _extend(near, cut, from_middle, gap)
-        new_head = Moments(*(jnp.where(second, g, h) for g, h in zip(grown, head, strict=True)))
-        new_tail = Moments(*(jnp.where(second, t, g) for g, t in zip(grown, tail, strict=True)))
-        return (new_head, new_tail), (cut, tail.error)
+        return (jnp.where(second, grown, head), jnp.where(second, tail, grown)), cut
 
     levels = jnp.arange(size.bit_length() - 1, dtype=jnp.int32)
-    (head, _), (cut, tail_error) = jax.lax.scan(double, (head, tail), levels)
-    return Intervals(x, w, cut, head, tail_error)
+    (head, _), cut = jax.lax.scan(double, (head, tail), levels)
+    return Intervals(x, w, cut, head)
 
 
 def cut_level(first: jax.Array, last: jax.Array) -> jax.Array:
@@ -121,13 +106,13 @@ def weight_and_mean(table: Intervals, first: jax.Array, last: jax.Array) -> tupl
     empty = last < first
     last = jnp.maximum(last, first)
     level = cut_level(first, last)
-    left = Moments(*(m[level, first] for m in table.cut))
-    right = Moments(*(m[level, last] for m in table.cut))
-    weight = left.weight + right.weight
+    left_weight, left_distance, _ = jnp.moveaxis(table.cut[level, :, first], -1, 0)
+    right_weight, right_distance, _ = jnp.moveaxis(table.cut[level, :, last], -1, 0)
+    weight = left_weight + right_weight
     # Division comes last in each term: a product next to a sum may or may not become a fused multiply-add,
     # depending on the number of rows, and change the last bit.
     total = jnp.maximum(weight, EMPTY)
-    moved = right.weight * right.distance / total - left.weight * left.distance / total
+    moved = right_weight * right_distance / total - left_weight * left_distance / total
     mean = table.x[(last >> level) << level] + moved
     single = first == last
     weight = jnp.where(single, table.w[first], weight)

@@ -7,16 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .exact import exact_centroids
-from .inits import INITS
+from .exact import block_size, exact_centroids
+from .inits import INITS, draw, running_sum
 from .intervals import build
 from .lloyd import lloyd_centroids
 
 SOLVERS = ("exact", "lloyd")
-# Bytes of temporaries of one chunk of rows. About 100 float32 numbers per value are alive at once in the
-# exact solver (the interval tables and the errors inside blocks).
+# Bytes of temporaries of one chunk of rows.
 _CHUNK_BYTES = 32 << 20
-_BYTES_PER_VALUE = 400
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=("centroids", "codes", "inertia"), meta_fields=())
@@ -40,29 +38,20 @@ def _power_of_two(values: jax.Array) -> jax.Array:
     return jnp.where(exponent > 0, jax.lax.bitcast_convert_type(exponent, jnp.float32), 1.0)
 
 
-def _sum(values: jax.Array) -> jax.Array:
-    """Sum of a vector by halving: its order cannot depend on how many rows are solved together."""
-    length = values.shape[0]
-    values = jnp.pad(values, (0, (1 << (length - 1).bit_length()) - length))
-    while values.shape[0] > 1:
-        half = values.shape[0] // 2
-        values = values[:half] + values[half:]
-    return values[0]
-
-
 def _nearest(x: jax.Array, centroids: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Code (uint8) of each value and its distance to that centroid: shape of x each."""
 
     def closer(index: jax.Array, best: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         code, distance = best
         new = jnp.abs(x - centroids[index])
-        return jnp.where(new < distance, jnp.uint8(index), code), jnp.minimum(new, distance)
+        return jnp.where(new < distance, index.astype(jnp.uint8), code), jnp.minimum(new, distance)
 
-    k = centroids.shape[0]
-    first = (jnp.zeros(x.shape, jnp.uint8), jnp.abs(x - centroids[0]))
-    if k == 1:
-        return first
-    return jax.lax.fori_loop(1, k, closer, first, unroll=min(k - 1, 15))
+    first = (jnp.zeros(x.shape, jnp.uint8), jnp.full(x.shape, jnp.inf))
+    return jax.lax.fori_loop(0, centroids.shape[0], closer, first)
+
+
+def _padded(length: int) -> int:
+    return 1 << max((length - 1).bit_length(), 1)
 
 
 @functools.partial(jax.jit, static_argnames=("k", "solver", "init", "max_iter", "chunk_rows"))
@@ -70,7 +59,7 @@ def _solve(
     rows: jax.Array,
     weights: jax.Array | None,
     tol: jax.Array,
-    seed: jax.Array,
+    draws: jax.Array | None,
     *,
     k: int,
     solver: str,
@@ -79,7 +68,7 @@ def _solve(
     chunk_rows: int,
 ) -> KMeans:
     length = rows.shape[1]
-    padded = 1 << max((length - 1).bit_length(), 1)
+    padded = _padded(length)
 
     def one_row(row: jax.Array, weight: jax.Array | None) -> KMeans:
         row = row.astype(jnp.float32)
@@ -95,13 +84,13 @@ def _solve(
         if solver == "exact":
             centroids = exact_centroids(table, length, k)
         else:
-            start = INITS[init](table.x, table.w, k, jax.random.key(seed))
+            start = INITS[init](table.x, table.w, k, draws)
             centroids = lloyd_centroids(table, start, max_iter, tol)
         centroids = centroids * unit
         codes, distance = _nearest(row, centroids)
         used = jnp.where(heaviest > 0, weight, 1.0)
         # The maximum keeps the product from joining a sum as a fused multiply-add.
-        return KMeans(centroids, codes, _sum(jnp.maximum(used * (distance * distance), 0.0)))
+        return KMeans(centroids, codes, running_sum(jnp.maximum(used * (distance * distance), 0.0))[-1])
 
     if weights is not None and weights.ndim == 2:
         return jax.lax.map(lambda both: one_row(*both), (rows, weights), batch_size=chunk_rows)
@@ -113,7 +102,11 @@ def _default_chunk(rows: int, length: int) -> int:
 
     A remainder is compiled as a second program of its own.
     """
-    most = max(1, min(rows, _CHUNK_BYTES // (_BYTES_PER_VALUE * max(length, 1))))
+    # What the exact solver holds of a row, and once more for what is derived from it: float32 errors to block ends and
+    # within blocks, and three moments a level.
+    size = block_size(length)
+    bytes_of_row = 8 * length * (length // size + size + 3 * length.bit_length())
+    most = max(1, min(rows, _CHUNK_BYTES // bytes_of_row))
     return next((c for c in range(most, most // 2, -1) if rows % c == 0), most)
 
 
@@ -194,14 +187,15 @@ def kmeans_1d(
     if sample_weight is not None:
         _check_values("sample_weight", sample_weight, signed=False)
     lloyd = solver == "lloyd"
+    start = (init or "kmeans++") if lloyd else ""
     return _solve(
         rows,
         sample_weight,
         np.float32(tol),
-        np.uint32(seed),
+        draw(start, _padded(rows.shape[1]), k, seed),
         k=k,
         solver=solver,
-        init=(init or "kmeans++") if lloyd else None,
+        init=start,
         max_iter=max_iter if lloyd else 0,
         chunk_rows=chunk_rows or _default_chunk(*rows.shape),
     )

@@ -43,7 +43,7 @@ def lloyd_centroids(table: Intervals, start: jax.Array, max_iter: int, tol: jax.
     max_iter. A cluster without weight is then moved to the value with the largest weighted error and the
     steps go on, so that no cluster stays empty while another value has an error.
     """
-    limit = tol * table.head.error[-1] / table.head.weight[-1]
+    limit = tol * table.head[2, -1] / table.head[0, -1]
 
     def step(state: _State) -> _State:
         centroids, _ = _means(table, state.centroids)
