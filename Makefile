@@ -6,8 +6,13 @@ SHELL := /bin/sh
 .PHONY: help demo test test-newest lint clean
 
 INSTALL_INPUTS := pyproject.toml CMakeLists.txt $(wildcard cuda_ffi/csrc/*)
-# Most of a test's time is XLA compiling on one core. A file's tests share their compiled programs, so they stay together.
-PARALLEL := -n auto --dist loadfile
+# Most of a test's time is XLA compiling, much of it the same programs in several files: a file stays on one worker, and
+# the workers share a cache that lives for the run (an older one might be of another processor).
+PYTEST = cache=$$(mktemp -d) && trap 'rm -rf "$$cache"' EXIT && JAX_PLATFORMS=cpu JAX_COMPILATION_CACHE_DIR="$$cache" \
+	JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0.3 $(1) -m pytest -n auto --dist loadfile
+# What depends on the version of jax.
+CORE := $(patsubst %,tests/test_%.py,formats scaling packing weights matmul statistics clustering methods any4 surgery \
+	calibration llama generate checkpoint_model)
 PIP := -m pip --disable-pip-version-check --quiet --quiet
 
 # $(call find_python,NAMES,LEAST): prints the first interpreter of at least that sys.hexversion, from PATH, then
@@ -33,11 +38,11 @@ demo: .venv/demo.stamp
 
 test: lint
 	@[ -n "$$($(NEWEST_IF_OTHER))" ] || echo "one run only: no Python 3.12 or newer was found beside the one of .venv"
-	@JAX_PLATFORMS=cpu .venv/bin/python -m pytest $(PARALLEL)
+	@$(call PYTEST,.venv/bin/python)
 	@[ -z "$$($(NEWEST_IF_OTHER))" ] || $(MAKE) --no-print-directory test-newest
 
 test-newest: .venv-newest/dev.stamp
-	@JAX_PLATFORMS=cpu .venv-newest/bin/python -m pytest $(PARALLEL) -m "not slow"
+	@$(call PYTEST,.venv-newest/bin/python) -m "not slow" $(CORE)
 
 lint: .venv/dev.stamp
 	@.venv/bin/ruff format --check .

@@ -32,6 +32,13 @@ class GroupScales(NamedTuple):
     offsets: jax.Array | None
 
 
+def rounded(values: jax.Array, dtype) -> jax.Array:
+    """float32 values in a stored dtype, really rounded: XLA may drop a cast to bfloat16 that is followed by one back
+    to float32, and codes would then be chosen for values that are not the stored ones."""
+    info = jnp.finfo(dtype)
+    return jax.lax.reduce_precision(values, info.nexp, info.nmant).astype(dtype)
+
+
 def group_count(k: int, group_size: int) -> int:
     """Number of groups in a row of `k` weights; the last may be short."""
     return -(-k // group_size)
@@ -83,9 +90,9 @@ def group_scales(w: jax.Array, group_size: int, *, rule: ScaleRule, bits: int, d
         return _asymmetric(groups, bits, dtype, integer_zero=rule == "integer_zero")
     absmax = jnp.abs(groups).max(axis=-1)
     if rule == "symmetric":
-        return GroupScales((jnp.maximum(absmax, _FLOOR) / max(2 ** (bits - 1) - 1, 1)).astype(dtype), None)
+        return GroupScales(rounded(jnp.maximum(absmax, _FLOOR) / max(2 ** (bits - 1) - 1, 1), dtype), None)
     if rule == "absmax":
-        return GroupScales(absmax.astype(dtype), None)
+        return GroupScales(rounded(absmax, dtype), None)
     return GroupScales(_e8m0_exponent(absmax, round_mantissa=rule == "e8m0_round"), None)
 
 
@@ -94,12 +101,12 @@ def _asymmetric(groups: jax.Array, bits: int, dtype, *, integer_zero: bool) -> G
     half = 2 ** (bits - 1)
     if integer_zero:
         low, high = jnp.minimum(low, 0.0), jnp.maximum(high, 0.0)
-    scales = (jnp.maximum(high - low, _FLOOR) / (2**bits - 1)).astype(dtype)
+    scales = rounded(jnp.maximum(high - low, _FLOOR) / (2**bits - 1), dtype)
     step = scales.astype(jnp.float32)
     if integer_zero:
         zero = jnp.clip(jnp.round(-low / step), 0, 2**bits - 1)
-        return GroupScales(scales, ((half - zero) * step).astype(dtype))
-    return GroupScales(scales, (low + half * step).astype(dtype))
+        return GroupScales(scales, rounded((half - zero) * step, dtype))
+    return GroupScales(scales, rounded(low + half * step, dtype))
 
 
 def _e8m0_exponent(absmax: jax.Array, *, round_mantissa: bool) -> jax.Array:

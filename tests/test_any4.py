@@ -57,6 +57,7 @@ def test_no_solver_is_below_the_exact_one(fields) -> None:
     assert np.isfinite(other).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("plain", [EXACT, SHARED], ids=["per row", "shared, symmetric, 2 bits"])
 def test_refit_raises_no_rows_error(plain: Any4) -> None:
     before, after = errors(plain), errors(dataclasses.replace(plain, refit=True))
@@ -122,6 +123,7 @@ def test_row_order_leaves_a_shared_table_alone() -> None:
     np.testing.assert_array_equal(*tables)
 
 
+@pytest.mark.slow
 def test_the_seed_decides_random_starts() -> None:
     u = jnp.asarray(layer())
     fields = dict(bits=2, solver="gradient", init="random", max_iter=0)

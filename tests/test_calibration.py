@@ -82,6 +82,7 @@ def by_hand(model, tokens: np.ndarray, paths: list[str]):
     return captured(surgery.quantize_model(model, None, rules=rules), tokens)
 
 
+@pytest.mark.slow
 def test_sequential_is_the_walk_by_hand(model) -> None:
     """A site sees the model with every earlier site quantized, and its own and later ones as they were."""
     tokens = random_tokens(1, 12)
@@ -131,6 +132,7 @@ DEEP = LlamaConfig(
 )  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", [NF4(group_size=8), Any4(group_size=8, bits=2, max_iter=9)], ids=["nf4", "any4"])
 def test_thirty_layers_compile_a_program_for_each_shape(method, count_compiles) -> None:
     model = random_llama(DEEP)

@@ -59,6 +59,7 @@ def test_a_quantized_model_comes_back(quantized: Llama, saved: Path) -> None:
     np.testing.assert_array_equal(back(TOKENS), quantized(TOKENS))
 
 
+@pytest.mark.slow
 def test_text_and_tokenizer_come_back(tmp_path: Path) -> None:
     model = quantize_model(tiny(), NF4(group_size=32))
     save(tmp_path / "m", model)

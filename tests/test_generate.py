@@ -74,7 +74,12 @@ def test_programs_are_shared_by_prompts_settings_and_lengths_of_one_bucket(model
     with count_compiles() as compiles:
         generate(model, [ROWS[0], ROWS[1]], max_new_tokens=20)
         generate(model, [list(range(30)), ROWS[2]], max_new_tokens=31, seed=3, eos=[4, 5])
-        generate(model, ROWS[:2], temperature=0.7, top_k=3, top_p=0.5, max_new_tokens=3)
+    assert compiles.count == 0
+    with count_compiles() as compiles:
+        generate(model, ROWS[:2], temperature=0.7, max_new_tokens=20)
+    assert sorted(compiles.names) == ["jit(_decode)", "jit(_prefill)"]
+    with count_compiles() as compiles:
+        generate(model, ROWS[:2], temperature=1.3, top_k=3, top_p=0.5, seed=3, max_new_tokens=3)
     assert compiles.count == 0
 
 

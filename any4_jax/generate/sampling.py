@@ -1,32 +1,40 @@
 """Choosing the next token from logits: greedy, temperature, top-k, top-p."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 
-@jax.tree_util.register_dataclass
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["temperature", "top_k", "top_p", "seed"],
+    meta_fields=["greedy"],
+)
 @dataclasses.dataclass(frozen=True)
 class Sampler:
-    """How to sample. All fields are traced scalars: one compiled program serves every setting.
+    """How to sample. All fields but `greedy` are traced scalars: one program is greedy, another serves all settings.
 
     Attributes:
-        temperature: float32; 0 is greedy and ignores the rest.
+        temperature: float32 > 0.
         top_k: int32; only this many likeliest tokens stay, the vocabulary's size keeps all.
         top_p: float32; only the likeliest tokens that together hold this probability stay, 1 keeps all.
         seed: uint32.
+        greedy: the likeliest token, whatever the rest says; static, since compiling the sampler takes as long as
+            compiling a small model.
     """
 
     temperature: np.ndarray | jax.Array
     top_k: np.ndarray | jax.Array
     top_p: np.ndarray | jax.Array
     seed: np.ndarray | jax.Array
+    greedy: bool
 
     @classmethod
     def of(cls, vocabulary: int, temperature: float, top_k: int | None, top_p: float | None, seed: int) -> "Sampler":
-        """Check a user's settings; None means no limit.
+        """Check a user's settings; None means no limit, temperature 0 is greedy.
 
         Raises:
             ValueError: temperature is negative or not finite, top_k < 1, or top_p is outside (0, 1].
@@ -42,23 +50,19 @@ class Sampler:
             np.asarray(vocabulary if top_k is None else min(top_k, vocabulary), np.int32),
             np.asarray(1.0 if top_p is None else top_p, np.float32),
             np.asarray(seed % 2**32, np.uint32),
+            greedy=temperature == 0,
         )
 
     def sample(self, logits: jax.Array, step: jax.Array | int) -> jax.Array:
         """float32 logits [B, V] -> int32 tokens [B]; the same seed and step draw the same tokens."""
-
-        def greedy(logits: jax.Array) -> jax.Array:
+        if self.greedy:
             return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-
-        def draw(logits: jax.Array) -> jax.Array:
-            scaled = logits / self.temperature
-            limited = (self.top_k < logits.shape[-1]) | (self.top_p < 1)
-            # A branch, since the sort behind it costs more than the rest of sampling together.
-            scaled = jax.lax.cond(limited, self._limit, lambda scaled: scaled, scaled)
-            key = jax.random.fold_in(jax.random.key(self.seed), step)
-            return jax.random.categorical(key, scaled, axis=-1).astype(jnp.int32)
-
-        return jax.lax.cond(self.temperature > 0, draw, greedy, logits)
+        scaled = logits / self.temperature
+        limited = (self.top_k < logits.shape[-1]) | (self.top_p < 1)
+        # A branch, since the sort behind it costs more than the rest of sampling together.
+        scaled = jax.lax.cond(limited, self._limit, lambda scaled: scaled, scaled)
+        key = jax.random.fold_in(jax.random.key(self.seed), step)
+        return jax.random.categorical(key, scaled, axis=-1).astype(jnp.int32)
 
     def _limit(self, scaled: jax.Array) -> jax.Array:
         """Set all but the top-k and top-p tokens of scaled logits [B, V] to -inf.

@@ -159,7 +159,7 @@ class Any4:
         u, sample_weight, scales, offsets = self._scaled(w, importance, group_size)
         if table is None:
             table = self._tables(u, sample_weight, (u.min(axis=1), u.max(axis=1)))
-        lut = table.astype(jnp.dtype(self.table_dtype))
+        lut = scaling.rounded(table, jnp.dtype(self.table_dtype))
         if self.refit:
             inner = slice(1, -1) if self.keep_outliers else slice(None)
             free = inner if self.per_row else slice(0)

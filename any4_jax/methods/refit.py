@@ -79,7 +79,7 @@ def _fit_table(w, h, codes, lut, scales, offsets, group_size, free: range) -> ja
         mine = codes == i
         mass = jnp.where(mine, h * s * s, 0.0).sum(axis=-1)[:, None]
         value = jnp.where(mine, h * s * target, 0.0).sum(axis=-1)[:, None] / jnp.where(mass == 0, 1.0, mass)
-        value = jnp.where(mass == 0, old.astype(jnp.float32), value).astype(table.dtype)
+        value = scaling.rounded(jnp.where(mass == 0, old.astype(jnp.float32), value), table.dtype)
         gain = (value.astype(jnp.float32) - old.astype(jnp.float32)) * s
         residual = target - old.astype(jnp.float32) * s
         change = jnp.where(mine, h * gain * (gain - 2 * residual), 0.0).sum(axis=-1)[:, None]
@@ -102,8 +102,8 @@ def _fit_groups(w, h, codes, lut, scales, offsets, group_size):
     dt, dw = t - mean_t[..., None], w - mean_w[..., None]
     spread = (h * dt * dt).sum(axis=-1)
     s = (h * dt * dw).sum(axis=-1) / jnp.where(spread == 0, 1.0, spread)
-    s = jnp.where((spread > 0) & (s > 0), s, scales.astype(jnp.float32)).astype(scales.dtype)
-    o = None if offsets is None else (mean_w - s.astype(jnp.float32) * mean_t).astype(offsets.dtype)
+    s = scaling.rounded(jnp.where((spread > 0) & (s > 0), s, scales.astype(jnp.float32)), scales.dtype)
+    o = None if offsets is None else scaling.rounded(mean_w - s.astype(jnp.float32) * mean_t, offsets.dtype)
 
     def error(s, o):
         values = t * s.astype(jnp.float32)[..., None]
