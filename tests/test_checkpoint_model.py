@@ -166,7 +166,10 @@ print("sharded")
 
 def test_arrays_are_restored_onto_a_mesh(quantized: Llama, saved: Path, tmp_path: Path) -> None:
     np.save(tmp_path / "logits.npy", quantized(TOKENS))
-    code = "import os; os.environ['XLA_FLAGS'] = '--xla_force_host_platform_device_count=2'\n" + SHARDED
+    code = (
+        "import os; os.environ['XLA_FLAGS'] = '--xla_force_host_platform_device_count=2'\n"
+        "os.environ['JAX_PLATFORMS'] = 'cpu'\n" + SHARDED
+    )
     command = [sys.executable, "-c", code, str(saved), str(tmp_path / "logits.npy")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr

@@ -12,11 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-# The 16 quantiles of NormalFloat (Dettmers et al., "QLoRA", 2023, appendix E), as bitsandbytes stores them.
-NF4_LEVELS = (
-    -1.0, -0.6961928, -0.52507305, -0.39491749, -0.28444138, -0.18477343, -0.09105004, 0.0,
-    0.0795803, 0.1609302, 0.2461123, 0.33791524, 0.44070983, 0.5626170, 0.72295684, 1.0,
-)  # fmt: skip
+from any4_jax.formats import NF4_LEVELS
 
 
 def running_sum(values: jax.Array) -> jax.Array:

@@ -38,8 +38,11 @@ def gradient_tables(
     optimizer = optax.adam(optax.cosine_decay_schedule(LEARNING_RATE, max(steps, 1)))
 
     def loss(tables):
-        codes = formats.nearest(rows, jax.lax.stop_gradient(tables)).astype(jnp.int32)
-        chosen = jnp.take_along_axis(tables, codes, axis=1, mode="promise_in_bounds")
+        codes = formats.nearest(rows, jax.lax.stop_gradient(tables))
+        # A product with one-hot codes rather than a gather: a gather's gradient is a scatter, whose order of additions
+        # is not fixed on a GPU.
+        picked = jax.nn.one_hot(codes, entries, dtype=tables.dtype)
+        chosen = jnp.einsum("rke,re->rk", picked, tables, precision=jax.lax.Precision.HIGHEST)
         by_row = (share * (rows - chosen) ** 2).sum(axis=1)
         return by_row.sum(), by_row
 
