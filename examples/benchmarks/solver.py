@@ -2,8 +2,9 @@
 
     python examples/benchmarks/solver.py --out examples/benchmarks/results/solver.json
 
-The rows are normal, weighted, K values each. scikit-learn is timed on a few of them, on one core, as any4's original
-calls it (k-means++, one start); our solvers on all of them. Each is run once before it is timed.
+The rows are normal, weighted, K values each. scikit-learn is timed on a few of them, with its own threads and as any4's
+original calls it (k-means++, one start); our solvers on all of them, compiled before they are timed. The growth of peak
+memory, in matrices, is over all that ran before in the process.
 """
 
 import argparse
