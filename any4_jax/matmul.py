@@ -162,7 +162,7 @@ def _(w: Prepared, x, backend):
 @_apply.register
 def _(w: QuantizedTensor, x, backend):
     if backend is not None:
-        reason = _named(backend).supports(x, w, jax.default_backend())
+        reason = _named(backend).supports(x, w, _platform())
         if reason is not None:
             raise ValueError(f"backend {backend!r} can't do this product: {reason}; pass another backend, or None")
         return _leaf(x, w, backend)
@@ -172,6 +172,14 @@ def _(w: QuantizedTensor, x, backend):
     if not special:
         return _leaf(x, w, default)
     return jax.lax.platform_dependent(x, w, default=functools.partial(_leaf, backend=default), **special)
+
+
+def _platform() -> str:
+    """This process's default, in the words of PLATFORMS: jax calls a GPU of either make "gpu"."""
+    name = jax.default_backend()
+    if name != "gpu":
+        return name
+    return "rocm" if "rocm" in jax.devices()[0].client.platform_version.lower() else "cuda"
 
 
 def _choose(x, w: QuantizedTensor, platform: str) -> Backend:
@@ -233,8 +241,7 @@ def explain(x, w, platform: str | None = None) -> str:
       w: an operator [N, K]; each of its leaves gets its lines.
       platform: "cpu", "cuda", "rocm" or "tpu"; None for this process's default device.
     """
-    where = platform or jax.default_backend()
-    where = "cuda" if where == "gpu" else where
+    where = platform or _platform()
     leaves = jax.tree.leaves(w, is_leaf=lambda node: isinstance(node, (QuantizedTensor, Prepared)))
     lines = []
     for leaf in leaves:

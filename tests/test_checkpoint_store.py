@@ -1,6 +1,5 @@
-"""The checkpoint store: exact round trips, damage refused by name, kill -9, memory, device topology."""
+"""The checkpoint store: exact round trips, damage refused by name, memory, device topology."""
 
-import contextlib
 import fcntl
 import json
 import os
@@ -8,7 +7,6 @@ import shutil
 import subprocess
 import sys
 import textwrap
-import time
 from pathlib import Path
 
 import jax
@@ -379,148 +377,3 @@ def test_memory_of_a_load_stays_near_the_arrays(tmp_path):
         print((megabytes("VmHWM") - idle) / (sum(a.nbytes for a in arrays.values()) / 2**20))
     """
     assert float(run(script, tmp_path / "c")) <= 1.3
-
-
-KILL_SERVER = """
-import json, os, resource, shutil, signal, sys
-import numpy as np
-import jax, orbax.checkpoint, tensorstore
-from any4_jax import checkpoint
-
-def save(root, version):
-    arrays = {f"a.{i}/codes": np.full((40, 50), version * 10 + i, np.int32) for i in range(3)}
-    checkpoint.write(root, arrays, {"version": version}, {"tokenizer.json": b"%d" % version})
-
-def job(root, version, point, call, after):
-    signal.alarm(60)
-    counts = {}
-    def wrap(name):
-        module = {"os": os, "shutil": shutil}[name.split(".")[0]]
-        plain = getattr(module, name.split(".")[1])
-        def counted(*args, **kwargs):
-            counts[name] = counts.get(name, 0) + 1
-            last = name == point and counts[name] == call
-            if last and not after:
-                os.kill(os.getpid(), signal.SIGKILL)
-            result = plain(*args, **kwargs)
-            if last:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return result
-        setattr(module, name.split(".")[1], counted)
-    if point == "full":
-        resource.setrlimit(resource.RLIMIT_FSIZE, (200, 200))
-    for name in ("os.fsync", "os.replace", "shutil.rmtree"):
-        wrap(name)
-    jax.devices()
-    print("started", os.getpid(), flush=True)
-    try:
-        save(root, version)
-    except OSError as error:
-        counts["error"] = str(error)
-    print(json.dumps(counts), flush=True)
-    os._exit(0)
-
-for line in sys.stdin:
-    pid = os.fork()
-    if pid == 0:
-        job(**json.loads(line))
-    os.waitpid(pid, 0)
-    print("ended", flush=True)
-"""
-
-
-class KillServer:
-    """A process with everything imported and no thread started, which forks one save after another."""
-
-    def __init__(self, root: Path):
-        self.root, self.version = root, 0
-        environment = os.environ | {
-            "JAX_PLATFORMS": "cpu",
-            "OPENBLAS_NUM_THREADS": "1",
-            "PYTHONPATH": str(Path(__file__).parent.parent),
-        }
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", KILL_SERVER],
-            env=environment,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-        )
-
-    def save(self, point=None, call=0, after=False, delay=None):
-        """Save the next version, killed at a call or after a delay; (counts or None, seconds it ran)."""
-        self.version += 1
-        order = {
-            "root": str(self.root),
-            "version": self.version,
-            "point": point,
-            "call": call,
-            "after": after,
-        }
-        self.process.stdin.write(json.dumps(order) + "\n")
-        self.process.stdin.flush()
-        start_line = self.process.stdout.readline().split()
-        begun = time.monotonic()
-        if delay is not None:
-            time.sleep(delay)
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(int(start_line[1]), 9)
-        lines = list(iter(self.process.stdout.readline, "ended\n"))
-        return (json.loads(lines[0]) if lines else None), time.monotonic() - begun
-
-    def loaded_version(self) -> int:
-        """The version found, after checking that all of it is of that version."""
-        arrays, content, files = checkpoint.read(self.root)
-        version = content["version"]
-        assert files == {"tokenizer.json": b"%d" % version}
-        wanted = {f"a.{i}/codes": np.full((40, 50), version * 10 + i, np.int32) for i in range(3)}
-        assert_equal(arrays, wanted)
-        return version
-
-
-@pytest.fixture(scope="module")
-def killed(tmp_path_factory):
-    server = KillServer(tmp_path_factory.mktemp("kill") / "ckpt")
-    server.counts, server.seconds = server.save()
-    yield server
-    server.process.stdin.close()
-    server.process.wait(timeout=30)
-
-
-def test_kill_at_chosen_calls_leaves_the_old_or_the_new(killed):
-    replaces, syncs = killed.counts["os.replace"], killed.counts["os.fsync"]
-    # The last syncs: any4.json's new text, its directory, (the rename), the directory again, its parent.
-    old = [("os.fsync", 1, False), ("os.fsync", syncs // 2, False), ("os.fsync", syncs - 3, False)]
-    old += [("os.fsync", syncs - 2, True), ("os.replace", replaces, False)]
-    new = [("os.replace", replaces, True), ("os.fsync", syncs - 1, False), ("shutil.rmtree", 1, False)]
-    for points, is_new in ((old, False), (new, True)):
-        for point, call, after in points:
-            before = killed.loaded_version()
-            counts, _ = killed.save(point, call, after)
-            assert counts is None, f"{point} was not called {call} times"
-            assert killed.loaded_version() == (killed.version if is_new else before), (point, call, after)
-
-
-def test_kill_at_twenty_moments_leaves_the_old_or_the_new(killed):
-    _, seconds = killed.save()
-    outcomes = []
-    for moment in range(20):
-        before = killed.loaded_version()
-        killed.save(delay=seconds * moment / 18)
-        found = killed.loaded_version()
-        assert found in (before, killed.version)
-        outcomes.append(found == killed.version)
-    assert False in outcomes
-    killed.save()
-    assert killed.loaded_version() == killed.version
-    assert {path.name for path in killed.root.iterdir()} == {"any4.json", data_directory(killed.root).name}
-
-
-def test_a_disk_that_takes_no_more_is_one_sentence(killed):
-    before = killed.loaded_version()
-    counts, _ = killed.save("full")
-    assert counts["error"].startswith(f"can't write checkpoint {killed.root} (")
-    assert "\n" not in counts["error"]
-    assert killed.loaded_version() == before
-    assert len(list(killed.root.iterdir())) == 2

@@ -17,7 +17,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from .intervals import Intervals, cut_level, join_error, weight_and_mean
+from any4_jax.clustering.intervals import Intervals, cut_level, join_error, weight_and_mean
 
 
 def block_size(length: int) -> int:

@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .exact import block_size, exact_centroids
-from .inits import INITS, draw, running_sum
-from .intervals import build
-from .lloyd import lloyd_centroids
+from any4_jax.clustering.exact import block_size, exact_centroids
+from any4_jax.clustering.inits import INITS, draw, running_sum
+from any4_jax.clustering.intervals import build
+from any4_jax.clustering.lloyd import lloyd_centroids
 
 SOLVERS = ("exact", "lloyd")
 # Bytes of temporaries of one chunk of rows.

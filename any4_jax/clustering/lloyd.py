@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from .intervals import Intervals, weight_and_mean
+from any4_jax.clustering.intervals import Intervals, weight_and_mean
 
 
 class _State(NamedTuple):

@@ -115,17 +115,21 @@ class Any4:
             return self.sample_weight
         return "second_moment" if stats_given else None
 
+    def format(self) -> formats.Format:
+        """A learned table and the rule that scales groups onto it."""
+        if self.group_size is None:
+            return formats.learned(self.bits, "none")
+        return formats.learned(self.bits, "symmetric" if self.symmetric else "asymmetric")
+
     def notes(self, stats_given: bool) -> dict[str, str]:
         return {"sample_weight": str(self.resolved_weight(stats_given))}
 
     def apply(self, w: jax.Array, stats: Statistics | None) -> weights.QuantizedTensor:
-        n, k = w.shape
+        k = w.shape[1]
         importance = self._importance(stats, k)
         group_size = k if self.group_size is None else min(self.group_size, k)
-        if not self.per_row:
-            table = self._matrix_table(w, importance, group_size)
-            return self._map_rows(lambda rows: self._encode(rows, importance, group_size, table), w)
-        return self._map_rows(lambda rows: self._encode(rows, importance, group_size, None), w)
+        table = None if self.per_row else self._matrix_table(w, importance, group_size)
+        return self._map_rows(lambda rows: self._encode(rows, importance, group_size, table), w)
 
     def _map_rows(self, f, w: jax.Array) -> weights.QuantizedTensor:
         """f over chunks of rows; the last chunk is filled up with copies of the last row, which are cut off after."""
@@ -133,9 +137,8 @@ class Any4:
         chunks = -(-n // _CHUNK_ROWS)
         padded = jnp.pad(w, ((0, chunks * _CHUNK_ROWS - n), (0, 0)), mode="edge").reshape(chunks, _CHUNK_ROWS, k)
         stacked = jax.lax.map(f, padded)
-        shared = not self.per_row
         rows = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:])[:n], stacked)
-        return dataclasses.replace(rows, lut=stacked.lut[0]) if shared else rows
+        return rows if self.per_row else dataclasses.replace(rows, lut=stacked.lut[0])
 
     def _importance(self, stats: Statistics | None, k: int) -> jax.Array:
         kind = self.resolved_weight(stats is not None)
@@ -147,9 +150,9 @@ class Any4:
 
     def _scaled(self, w, importance, group_size):
         """(u, sample weights, scales, offsets) of some rows."""
-        rule: formats.ScaleRule = "none" if self.group_size is None else "symmetric" if self.symmetric else "asymmetric"
+        fmt = self.format()
         scales, offsets = scaling.group_scales(
-            w, group_size, rule=rule, bits=self.bits, dtype=jnp.dtype(self.scale_dtype)
+            w, group_size, rule=fmt.rule, bits=fmt.bits, dtype=jnp.dtype(self.scale_dtype)
         )
         u = scaling.normalize(w, scales, offsets, group_size)
         by_group = scaling.expand(scaling.scale_values(scales), group_size, w.shape[1])
