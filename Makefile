@@ -10,9 +10,9 @@ INSTALL_INPUTS := pyproject.toml CMakeLists.txt $(wildcard cuda_ffi/csrc/*)
 # the workers share a cache that lives for the run (an older one might be of another processor).
 PYTEST = cache=$$(mktemp -d) && trap 'rm -rf "$$cache"' EXIT && JAX_PLATFORMS=cpu JAX_COMPILATION_CACHE_DIR="$$cache" \
 	JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0.3 $(1) -m pytest -n auto --dist loadfile
-# What depends on the version of jax.
+# What depends on the versions of jax and flax.
 CORE := $(patsubst %,tests/test_%.py,formats scaling packing weights matmul statistics clustering methods any4 surgery \
-	calibration llama generate checkpoint_model)
+	calibration llama generate checkpoint_model linen nnx hf_flax)
 PIP := -m pip --disable-pip-version-check --quiet --quiet
 
 # $(call find_python,NAMES,LEAST): prints the first interpreter of at least that sys.hexversion, from PATH, then

@@ -13,8 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from any4_jax import weights
+from any4_jax.partition import combine, partition
 from any4_jax.quantized_input import integer_product, is_integer_leaf, quantize_input
-from any4_jax.weights import PermuteInput, QuantizedTensor, QuantizeInput, ScaleInput, Sum
+from any4_jax.weights import LowRank, PermuteInput, QuantizedTensor, QuantizeInput, ScaleInput, Sum
 
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 
@@ -40,6 +41,8 @@ class Backend:
 
 
 def _xla_run(x: jax.Array, w: QuantizedTensor) -> jax.Array:
+    # Ties the weight to x: else XLA dequantizes every layer before a decoding loop and keeps the lot through it.
+    x, w = jax.lax.optimization_barrier((x, w))
     return _dense(x, weights.dequantize(w, x.dtype))
 
 
@@ -200,12 +203,12 @@ def _leaf_forward(x, w, backend):
 
 def _leaf_backward(backend, saved, dy):
     x, w = saved
-    tables, codes = weights.partition(w)
-    dense, pull = jax.vjp(lambda t: weights.dequantize(weights.combine(t, codes)), tables)
+    tables, codes = partition(w)
+    dense, pull = jax.vjp(lambda t: weights.dequantize(combine(t, codes)), tables)
     dx = _dense(dy, dense.T.astype(dy.dtype))
     (d_tables,) = pull(_dense(dy.T.astype(jnp.float32), x.T.astype(jnp.float32)))
     d_codes = jax.tree.map(lambda c: np.zeros(c.shape, jax.dtypes.float0), codes)
-    return dx.astype(x.dtype), weights.combine(d_tables, d_codes)
+    return dx.astype(x.dtype), combine(d_tables, d_codes)
 
 
 _leaf.defvjp(_leaf_forward, _leaf_backward)
@@ -231,6 +234,12 @@ def _(w: QuantizeInput, x, backend):
     if w.levels is None and is_integer_leaf(w.inner):
         return integer_product(x, w, w.inner)
     return _apply(w.inner, quantize_input(x, w), backend)
+
+
+@_apply.register
+def _(w: LowRank, x, backend):
+    b = (w.b.astype(jnp.float32) * w.scale).astype(x.dtype)
+    return _dense(_dense(x, w.a.astype(x.dtype)), b)
 
 
 def explain(x, w, platform: str | None = None) -> str:

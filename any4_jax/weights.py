@@ -151,6 +151,25 @@ class QuantizeInput:
         return self.inner.shape
 
 
+@_operator()
+class LowRank:
+    """W = scale * b @ a, of rank R: the update of LoRA (arXiv 2106.09685, section 4.1), with alpha / R as the scale.
+
+    Attributes:
+      a: floating [*L, R, K], the factor that x meets first.
+      b: floating [*L, N, R].
+      scale: float32 [*L]; [] for one matrix.
+    """
+
+    a: jax.Array
+    b: jax.Array
+    scale: jax.Array
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (*self.b.shape[:-1], self.a.shape[-1])
+
+
 @functools.singledispatch
 def dequantize(w, dtype=jnp.float32) -> jax.Array:
     """The dense matrix [*L, N, K] that an operator stands for, computed in float32 and rounded once to `dtype`.
@@ -202,7 +221,13 @@ def _(w: QuantizeInput, dtype=jnp.float32) -> jax.Array:
     return dequantize(w.inner, dtype)
 
 
-OPERATORS = (QuantizedTensor, Sum, ScaleInput, PermuteInput, QuantizeInput)
+@dequantize.register
+def _(w: LowRank, dtype=jnp.float32) -> jax.Array:
+    product = jnp.matmul(w.b.astype(jnp.float32), w.a.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
+    return (product * w.scale[..., None, None]).astype(dtype)
+
+
+OPERATORS = (QuantizedTensor, Sum, ScaleInput, PermuteInput, QuantizeInput, LowRank)
 
 
 def is_operator(node) -> bool:
@@ -240,21 +265,3 @@ def from_codes(
         padding=packing.padding(codes.shape[-1], bits),
         uniform=uniform,
     )
-
-
-def partition(tree) -> tuple[Any, Any]:
-    """Splits a tree into (tables, codes), each with None where the other has an array.
-
-    Tables are the floating-point leaves (lut, scales, offsets, input scales, dense weights): what gradients and
-    optimisers may see. Codes are the integer leaves (codes, e8m0 exponents, permutations): what they never see.
-    """
-    leaves, structure = jax.tree.flatten(tree)
-    trained = [jnp.issubdtype(leaf.dtype, jnp.inexact) for leaf in leaves]
-    tables = jax.tree.unflatten(structure, [leaf if t else None for leaf, t in zip(leaves, trained, strict=True)])
-    codes = jax.tree.unflatten(structure, [None if t else leaf for leaf, t in zip(leaves, trained, strict=True)])
-    return tables, codes
-
-
-def combine(tables, codes):
-    """The inverse of `partition`."""
-    return jax.tree.map(lambda t, c: c if t is None else t, tables, codes, is_leaf=lambda node: node is None)

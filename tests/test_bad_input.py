@@ -80,7 +80,8 @@ PRODUCTS = [
     (lambda: matmul(X, jnp.ones((2, 4, 8))), ValueError, "(2, 4, 8) [N, K] jax.vmap"),
     (lambda: matmul(X, quantize(W, NF4()), backend="magic"), ValueError, "backend='magic' 'xla' pass"),
     (lambda: prepare(quantize(W, NF4()), "magic"), ValueError, "backend='magic' 'xla' pass"),
-    (lambda: Any4Linear(jnp.ones((2, 4, 8))), ValueError, "(2, 4, 8) [N, K] nnx.vmap"),
+    (lambda: Any4Linear.of(jnp.ones(4)), ValueError, "(4,) [N, K] reshape"),
+    (lambda: Any4Linear.of(jnp.ones((2, 4, 8)))(X), ValueError, "(2, 4, 8) [N, K] jax.vmap"),
 ]
 CALIBRATION = [
     (lambda: calibrate(tiny(), ""), ValueError, "no calibration text pass some text"),
@@ -97,7 +98,7 @@ CALIBRATION = [
     (lambda: calibrate({"w": X}, "text"), TypeError, "dict from_activations"),
 ]
 CHECKPOINTS = [
-    (lambda path: save(path, [X]), TypeError, "list Llama dict"),
+    (lambda path: save(path, [X]), TypeError, "list NNX dict"),
     (lambda path: save(path, {"a.b": X}), ValueError, "'a.b' strings without rename"),
     (lambda path: save(path, {"a": {"b/c": X}}), ValueError, "'b/c' 'a' rename"),
     (lambda path: save(path, {1: X}), ValueError, "key 1 strings rename"),

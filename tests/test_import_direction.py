@@ -15,7 +15,7 @@ PACKAGES = ("any4_jax", "pallas_kernels", "cuda_ffi")
 # From the bottom up. A module imports modules of lower rows, and of its own package; never its own row.
 LAYERS = (
     ("formats",),
-    ("scaling", "packing"),
+    ("scaling", "packing", "partition"),
     ("weights",),
     ("quantized_input",),
     ("clustering", "matmul", "statistics"),
@@ -25,7 +25,7 @@ LAYERS = (
     ("data",),
     ("models",),
     ("surgery", "generate"),
-    ("calibration",),
+    ("calibration", "training"),
     ("checkpoint", "evaluation", "benchmarks"),
     ("cli",),
     ("__main__",),

@@ -10,7 +10,8 @@ import pytest
 
 from any4_jax import weights
 from any4_jax.matmul import BACKENDS, Prepared, explain, matmul, prepare, quantize_input, unprepare
-from any4_jax.weights import PermuteInput, QuantizeInput, ScaleInput, Sum, combine, partition
+from any4_jax.partition import combine, partition
+from any4_jax.weights import LowRank, PermuteInput, QuantizeInput, ScaleInput, Sum
 
 dequantize = jax.jit(weights.dequantize, static_argnums=1)
 
@@ -40,6 +41,12 @@ def nested(seed: int = 0):
     return dataclasses.replace(plain, scales=scales)
 
 
+def low_rank(seed: int = 0, rank: int = 3) -> LowRank:
+    rng = np.random.default_rng(seed)
+    a, b = rng.normal(size=(rank, K)), rng.normal(size=(N, rank))
+    return LowRank(jnp.asarray(a, jnp.float32), jnp.asarray(b, jnp.float32), jnp.float32(0.3))
+
+
 def operator(name: str, seed: int = 0):
     rng = np.random.default_rng(seed + 100)
     dense = jnp.asarray(rng.normal(size=(N, K)), jnp.float32)
@@ -54,11 +61,14 @@ def operator(name: str, seed: int = 0):
         "Sum": lambda: Sum((leaf(4, seed), leaf(1, seed + 1), dense)),
         "ScaleInput": lambda: ScaleInput(leaf(4, seed), scale),
         "PermuteInput": lambda: PermuteInput(leaf(4, seed), jnp.asarray(rng.permutation(K), jnp.int32)),
+        "LowRank": lambda: low_rank(seed),
+        "Sum with LowRank": lambda: Sum((leaf(4, seed), low_rank(seed))),
         "prepared": lambda: prepare(leaf(4, seed), "xla"),
     }[name]()
 
 
-NAMES = ("dense", "1 bit", "3 bits", "4 bits", "8 bits", "nested", "Sum", "ScaleInput", "PermuteInput", "prepared")
+NAMES = ("dense", "1 bit", "3 bits", "4 bits", "8 bits", "nested", "Sum", "ScaleInput", "PermuteInput")
+NAMES += ("LowRank", "Sum with LowRank", "prepared")
 
 
 def rows(*shape: int, dtype=jnp.float32):
@@ -122,6 +132,19 @@ def test_gradients_equal_those_through_dequantize(name: str) -> None:
         tolerance = 2e-2 if ours.dtype == jnp.bfloat16 else 1e-4
         ours, theirs = np.asarray(ours, np.float32), np.asarray(theirs, np.float32)
         np.testing.assert_allclose(ours, theirs, rtol=tolerance, atol=tolerance * np.abs(theirs).max())
+
+
+def test_low_rank_factors_keep_their_dtype_and_need_no_dense_matrix() -> None:
+    w, x = low_rank(), rows(M, dtype=jnp.bfloat16)
+    y = matmul(x, w)
+    assert y.dtype == jnp.bfloat16
+    np.testing.assert_allclose(y, reference(x, w), atol=0.02 * np.abs(reference(x, w)).max())
+    slope = jax.grad(lambda w: matmul(x, w).astype(jnp.float32).sum())(w)
+    assert slope.a.dtype == slope.b.dtype == jnp.float32
+    # d(sum y) / db[n] = scale * sum over rows of a x, which bfloat16 products round to some 1/256.
+    expected = 0.3 * (np.asarray(x, np.float64) @ np.asarray(w.a, np.float64).T).sum(axis=0)
+    np.testing.assert_allclose(slope.b, np.tile(expected, (N, 1)), atol=0.02 * np.abs(expected).max())
+    assert f"{N}x{K}x" not in jax.jit(matmul).lower(x, w).as_text()
 
 
 def test_gradients_of_float32_tables_equal_finite_differences() -> None:

@@ -16,14 +16,14 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from any4_jax import statistics, surgery
+from any4_jax import statistics
 from any4_jax.checkpoint import partial
 from any4_jax.checkpoint.partial import PartialStore
 from any4_jax.cli import main
 from any4_jax.methods import MX4, NF4, Any4, Int, quantize
 from any4_jax.models.config import LlamaConfig
 from any4_jax.models.tiny import random_llama
-from any4_jax.surgery import layer_key, linears, quantize_model, quantized_leaves
+from any4_jax.surgery import Matrix, layer_key, layers, linears, quantize_model, quantized_leaves
 from any4_jax.weights import PermuteInput, QuantizeInput, ScaleInput, Sum
 
 METHOD = Int(group_size=16)
@@ -59,7 +59,7 @@ def computed(monkeypatch):
     class Computed(list):
         limit: int | None = None
 
-    paths, lock, real = Computed(), threading.Lock(), surgery.quantize_layer
+    paths, lock, real = Computed(), threading.Lock(), layers.quantize_matrix
 
     def counting(layer, method, stats, path):
         with lock:
@@ -68,7 +68,7 @@ def computed(monkeypatch):
             paths.append(path)
         return real(layer, method, stats, path)
 
-    monkeypatch.setattr(surgery, "quantize_layer", counting)
+    monkeypatch.setattr(layers, "quantize_matrix", counting)
     return paths
 
 
@@ -216,12 +216,15 @@ def test_what_another_version_or_platform_made_is_not_reused(change, kept, monke
 def test_the_key_tells_dtype_and_shape_from_bytes(rng) -> None:
     w = jnp.asarray(rng.normal(size=(8, 4)), jnp.float32)
     alike = [w, w.reshape(4, 8), jax.lax.bitcast_convert_type(w, jnp.int32), w.astype(jnp.bfloat16)]
-    assert len({layer_key(x, METHOD, None) for x in alike}) == 4
-    assert layer_key(w, METHOD, None) == layer_key(np.asarray(w), Int(group_size=16), None)
+    assert len({layer_key(Matrix(x, False), METHOD, None) for x in alike}) == 4
+    assert layer_key(Matrix(w, False), METHOD, None) == layer_key(
+        Matrix(np.asarray(w), False), Int(group_size=16), None
+    )
+    assert layer_key(Matrix(w, False), METHOD, None) != layer_key(Matrix(w, True), METHOD, None)
 
 
 def test_the_key_tells_methods_and_statistics(rng) -> None:
-    w = rng.normal(size=(8, 4))
+    w = Matrix(rng.normal(size=(8, 4)), False)
     fields = [{}, {"bits": 3}, {"group_size": 16}, {"symmetric": True}, {"scale_dtype": "float16"}]
     methods = [cls(**given) for cls in (Int, Any4) for given in fields] + [NF4(), MX4()]
     stats = [None, made_up(4), made_up(4, 1), dataclasses.replace(made_up(4), count=np.int32(5))]
@@ -370,15 +373,15 @@ def test_a_place_that_can_not_be_written_is_one_sentence(tmp_path) -> None:
 
 KILL = """
 import os, signal, sys, threading
-from any4_jax import surgery
+from any4_jax.surgery import layers
 from any4_jax.cli import main
-real, lock, count = surgery.quantize_layer, threading.Lock(), iter(range(1000))
+real, lock, count = layers.quantize_matrix, threading.Lock(), iter(range(1000))
 def killing(*layer):
     with lock:
         if next(count) == 12:
             os.kill(os.getpid(), signal.SIGKILL)
     return real(*layer)
-surgery.quantize_layer = killing
+layers.quantize_matrix = killing
 main(sys.argv[1:])
 """
 

@@ -142,7 +142,7 @@ def test_any4_linear_is_its_weight_and_bias(rng: np.random.Generator) -> None:
     layer = nnx.Linear(24, 5, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
     layer.bias[...] = jnp.arange(5.0)
     weight = quantize(layer.kernel[...].T, NF)
-    new = Any4Linear(weight, bias=layer.bias[...], dtype=layer.dtype)
+    new = Any4Linear.of(weight, bias=layer.bias[...], dtype=layer.dtype)
     x = jnp.asarray(rng.normal(size=(3, 24)), jnp.float32)
     assert (new.in_features, new.out_features, new(x).dtype) == (24, 5, jnp.bfloat16)
     expected = np.asarray(x) @ np.asarray(weights.dequantize(weight)).T + np.arange(5)
@@ -150,7 +150,7 @@ def test_any4_linear_is_its_weight_and_bias(rng: np.random.Generator) -> None:
 
 
 def test_gradients_reach_tables_and_never_codes(rng: np.random.Generator) -> None:
-    new = Any4Linear(quantize(jnp.asarray(rng.normal(size=(5, 24)), jnp.float32), NF))
+    new = Any4Linear.of(quantize(jnp.asarray(rng.normal(size=(5, 24)), jnp.float32), NF))
     x = jnp.asarray(rng.normal(size=(3, 24)), jnp.float32)
     slopes = nnx.grad(lambda m: (m(x) ** 2).sum(), argnums=nnx.DiffState(0, Tables))(new)
     assert all(np.asarray(g, np.float32).any() for g in jax.tree.leaves(slopes))

@@ -11,6 +11,7 @@ import pytest
 from any4_jax import packing, weights
 from any4_jax.matmul import matmul
 from any4_jax.weights import (
+    LowRank,
     PermuteInput,
     QuantizedTensor,
     QuantizeInput,
@@ -107,6 +108,9 @@ def operators(rng: np.random.Generator) -> dict:
     a, b = leaf(4, rng), leaf(1, rng, shared=True, offsets=False)
     scale = jnp.asarray(rng.uniform(0.5, 2, K), jnp.float32)
     permutation = jnp.asarray(rng.permutation(K), jnp.int32)
+    down, up = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((2, K), (N, 2)))
+    update = 0.25 * np.asarray(up, np.float64) @ np.asarray(down, np.float64)
+    pair = LowRank(down, up, jnp.float32(0.25))
     scattered = np.empty((N, K))
     scattered[:, np.asarray(permutation)] = law(a)
     return {
@@ -114,18 +118,22 @@ def operators(rng: np.random.Generator) -> dict:
         "ScaleInput": (ScaleInput(a, scale), law(a) * np.asarray(scale)),
         "PermuteInput": (PermuteInput(a, permutation), scattered),
         "QuantizeInput": (QuantizeInput(a, None, 8, True, "token"), law(a)),
-        "nested": (ScaleInput(Sum((a, b)), scale), (law(a) + law(b)) * np.asarray(scale)),
+        "LowRank": (pair, update),
+        "nested": (ScaleInput(Sum((a, b, pair)), scale), (law(a) + law(b) + update) * np.asarray(scale)),
     }
 
 
-@pytest.mark.parametrize("name", ["Sum", "ScaleInput", "PermuteInput", "QuantizeInput", "nested"])
+OPERATORS = ("Sum", "ScaleInput", "PermuteInput", "QuantizeInput", "LowRank", "nested")
+
+
+@pytest.mark.parametrize("name", OPERATORS)
 def test_operators_stand_for_their_matrix(name: str, rng: np.random.Generator) -> None:
     operator, dense = operators(rng)[name]
     assert operator.shape == (N, K)
     np.testing.assert_allclose(dequantize(operator), dense, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["Sum", "ScaleInput", "PermuteInput", "QuantizeInput", "nested"])
+@pytest.mark.parametrize("name", OPERATORS)
 def test_a_stack_of_as_many_layers_as_rows(name: str) -> None:
     """Leading axes are layers, also where a layer's count equals N and a wrong broadcast would go unnoticed."""
     layers = [operators(np.random.default_rng(seed))[name][0] for seed in range(N)]
@@ -144,6 +152,20 @@ def test_partition_splits_by_dtype_and_combine_restores(rng: np.random.Generator
     assert jax.tree.structure(back) == jax.tree.structure(tree)
     for ours, theirs in zip(jax.tree.leaves(back), jax.tree.leaves(tree), strict=True):
         assert ours is theirs
+
+
+def test_partition_by_a_mask_and_combine_restores(rng: np.random.Generator) -> None:
+    tree = {"low": LowRank(jnp.ones((2, K)), jnp.ones((N, 2)), jnp.ones(())), "leaf": leaf(3, rng)}
+    mask = jax.tree.map(lambda _: False, tree)
+    mask["low"] = dataclasses.replace(mask["low"], b=True)
+    chosen, rest = partition(tree, mask)
+    assert [array is tree["low"].b for array in jax.tree.leaves(chosen)] == [True]
+    assert len(jax.tree.leaves(rest)) == len(jax.tree.leaves(tree)) - 1 and rest["low"].b is None
+    back = combine(chosen, rest)
+    assert jax.tree.structure(back) == jax.tree.structure(tree)
+    assert all(x is y for x, y in zip(jax.tree.leaves(back), jax.tree.leaves(tree), strict=True))
+    with pytest.raises(ValueError, match="leaf"):
+        partition(tree, {"leaf": mask["leaf"]})
 
 
 def test_adam_trains_the_tables_half(rng: np.random.Generator) -> None:

@@ -1,24 +1,25 @@
 """Save and load: a model or a tree of arrays to a checkpoint and back, never through float weights."""
 
-import dataclasses
+import contextlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from any4_jax import surgery
 from any4_jax.checkpoint import store
 from any4_jax.checkpoint.arrays import ShardingRule
-from any4_jax.checkpoint.operators import operator_from_spec, operator_spec, recipe_from_spec, recipe_spec
-from any4_jax.matmul import unprepare
-from any4_jax.models.config import LlamaConfig, RopeScaling
+from any4_jax.checkpoint.into import placement
+from any4_jax.checkpoint.llama import build_llama, check_llama, describe_llama
+from any4_jax.checkpoint.manifest import Manifest
+from any4_jax.checkpoint.operators import operator_from_spec
+from any4_jax.checkpoint.trees import build_tree, describe, recipe_in
+from any4_jax.models import flax_llama, hf_flax
 from any4_jax.models.llama import Llama
 from any4_jax.models.tokenizer import Tokenizer
-from any4_jax.nn.nnx import Any4Linear
-from any4_jax.weights import is_operator
+from any4_jax.surgery import kind_of, linen_modules, trees
 
 _TOKENIZER = "tokenizer/"
 
@@ -28,140 +29,140 @@ def save(path: str | os.PathLike[str], model: Any) -> None:
 
     The manifest, any4.json, says everything that `load` needs: the model's shape, its tokenizer's files, for each
     quantized layer the operator, the method with all its fields and what "auto" settings came to, and the sha256 of
-    every array and file. Arrays are named "<path of the layer>/<field>", other parameters by their dotted path.
+    every array and file. Arrays are named "<path of the layer>/<field>", other parameters by their dotted path; in
+    models of the user's, whose quantized layers are named by their "kernel", "<path of the kernel>/<field>".
 
     Args:
       path: a directory; it may hold an older checkpoint.
-      model: a Llama of this library, quantized or not, or a dict (nested, string keys) of arrays and operators.
+      model: quantized or not, a Llama of this library, another NNX module (the state of its random numbers is not
+        saved), a Hugging Face Flax model, a Linen pair (module, variables or params), or a dict (nested, string keys)
+        of arrays and operators. A Llama's or Hugging Face model's `.tokenizer` is saved if it is one of this library.
 
     Raises:
       TypeError: a model of another kind.
-      ValueError: a dict with keys that are no strings, or hold "." or "/".
+      ValueError: keys or names of modules that are no strings, or hold "." or "/".
       FileExistsError, OSError: `path` holds other things, can't be written, or another save to it is running.
     """
     arrays: dict[str, Any] = {}
-    files: dict[str, bytes] = {}
     if isinstance(model, Llama):
-        content = _describe_llama(model, arrays)
-        if model.tokenizer is not None:
-            files = {_TOKENIZER + name: raw for name, raw in model.tokenizer.files.items()}
-    elif isinstance(model, Mapping):
-        content = {"kind": "tree", "tree": _describe_tree(model, "", arrays)}
+        content = describe_llama(model, arrays)
+    elif isinstance(model, nnx.Module | Mapping) or hf_flax.is_hf_flax(model) or linen_modules.is_pair(model):
+        content = describe(model, arrays)
     else:
         raise TypeError(
-            f"got a {type(model).__name__}, save takes a Llama of this library or a dict of arrays; convert it"
+            f"got a {type(model).__name__}, save takes an NNX module, a Hugging Face Flax model, a pair (Linen module, "
+            "variables) or a dict of arrays; convert it"
         )
-    store.write(path, arrays, content, files)
+    tokenizer = getattr(model, "tokenizer", None)
+    files = tokenizer.files if isinstance(tokenizer, Tokenizer) else {}
+    store.write(path, arrays, content, {_TOKENIZER + name: raw for name, raw in files.items()})
 
 
-def load(path: str | os.PathLike[str], *, sharding: ShardingRule = None) -> Any:
-    """The model or tree of a checkpoint, every byte checked.
+def load(path: str | os.PathLike[str], *, into: Any = None, sharding: ShardingRule = None) -> Any:
+    """The model of a checkpoint, every byte checked.
 
     Args:
       path: what `save` wrote.
-      sharding: None for the default device, one jax.sharding.Sharding for all arrays, or a function of (array name,
-        ShapeDtypeStruct) that gives one.
+      into: a model that the checkpoint's contents fit, which stays as it was. It may hold arrays or
+        ShapeDtypeStructs and be quantized or not: an NNX module (such as `nnx.eval_shape` gives), a Hugging Face Flax
+        model (made with _do_init=False, too), a pair (Linen module, abstract variables, or None for whatever the
+        checkpoint holds), or a tree of arrays. How a layer is quantized is what the checkpoint says, other arrays
+        have to have the dtype that `into` gives them (transformers' abstract parameters, which say float32 of
+        everything, give none). For a Llama of this library, a Llama of the same config.
+      sharding: one jax.sharding.Sharding for all arrays, or a function of (array name, ShapeDtypeStruct) that gives
+        one or None for the default device. None follows the NamedShardings of `into`, see
+        `any4_jax.checkpoint.into.placement`; the default device where it has none.
+
+    Returns:
+      With `into`, a new model of that kind. Without, a Llama, or the Hugging Face model that `load_hf_flax` once
+      made, is made anew, with its tokenizer; of other models you get the contents: a nested dict of arrays, with
+      operators at the key "kernel" of their layers.
 
     Raises:
       FileNotFoundError: no checkpoint there.
-      ValueError: a damaged one (the file is named), or one of a newer version.
+      ValueError: a damaged one (the file is named), one of a newer version, or one that doesn't fit `into`.
+      ImportError: a Hugging Face model, and transformers is absent or of a version without Flax models.
     """
+    if into is not None:
+        manifest = store.read_manifest(path)
+        with _about(path):
+            rule = _rule(manifest, into)
+        sharding = rule if sharding is None else sharding
     arrays, content, files = store.read(path, sharding=sharding)
-    try:
-        if content.get("kind") == "tree":
-            return _build_tree(content["tree"], arrays)
-        if content.get("kind") == "llama":
-            return _build_llama(content, arrays, files)
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"checkpoint {path}: any4.json lacks or misnames {error}; save it again") from error
-    except ValueError as error:
-        raise ValueError(f"checkpoint {path}: {error}") from None
-    raise ValueError(
-        f"checkpoint {path} holds a {content.get('kind')!r}, this version loads llama and tree; upgrade any4_jax"
-    )
-
-
-def _describe_llama(model: Llama, arrays: dict[str, Any]) -> dict[str, Any]:
-    quantized = surgery.quantized_leaves(model)
-    layers = {path: operator_spec(unprepare(op), path, arrays) for path, op in quantized.items()}
-    names = []
-    for path, variable in nnx.to_flat_state(nnx.state(model)):
-        if ".".join(map(str, path[:-1])) in quantized and path[-1] in ("tables", "codes"):
-            continue
-        names.append(".".join(map(str, path)))
-        arrays[names[-1]] = variable.get_value()
-    return {
-        "kind": "llama",
-        "config": dataclasses.asdict(model.config),
-        "dtype": str(model.dtype),
-        "parameters": names,
-        "layers": layers,
-        "recipe": None if model.recipe is None else recipe_spec(model.recipe),
-    }
-
-
-def _build_llama(content: Mapping[str, Any], arrays: Mapping[str, jax.Array], files: Mapping[str, bytes]) -> Llama:
-    shape = dict(content["config"])
-    if shape["rope_scaling"] is not None:
-        shape["rope_scaling"] = RopeScaling(**shape["rope_scaling"])
-    config = LlamaConfig(**shape | {"eos_token_ids": tuple(shape["eos_token_ids"])})
-    model: Llama = nnx.eval_shape(lambda: Llama(config, dtype=jnp.dtype(content["dtype"]), rngs=nnx.Rngs(0)))
-    dense = surgery.linears(model)
-    for path, spec in content["layers"].items():
-        bias = arrays.get(f"{path}.bias")
-        weight = operator_from_spec(spec, arrays.__getitem__)
-        if weight.shape != (dense[path].out_features, dense[path].in_features):
-            raise ValueError(
-                f"{path} has shape {weight.shape}, the config needs another; the checkpoint contradicts itself"
-            )
-        surgery.replace_module(model, path, Any4Linear(weight, bias=bias, dtype=dense[path].dtype))
-    graphdef, state = nnx.split(model)
-    variables = dict(nnx.to_flat_state(state))
-    for name in content["parameters"]:
-        key = tuple(int(part) if part.isdigit() else part for part in name.split("."))
-        if variables[key].get_value().shape != arrays[name].shape:
-            raise ValueError(
-                f"{name} has shape {arrays[name].shape}, the config needs another; the checkpoint contradicts itself"
-            )
-        variables[key] = variables[key].replace(arrays[name])
-    empty = [
-        path for path, v in variables.items() if any(isinstance(a, jax.ShapeDtypeStruct) for a in jax.tree.leaves(v))
-    ]
-    if empty:
-        raise ValueError(f"parameter {'.'.join(map(str, empty[0]))} is missing; the checkpoint contradicts itself")
-    model = nnx.merge(graphdef, nnx.from_flat_state(variables))
-    if content["recipe"] is not None:
-        model.recipe = recipe_from_spec(content["recipe"])
     tokenizer = {name.removeprefix(_TOKENIZER): raw for name, raw in files.items() if name.startswith(_TOKENIZER)}
-    model.tokenizer = Tokenizer.from_files(tokenizer) if tokenizer else None
+    with _about(path):
+        model = _build(content, arrays, into)
+        if tokenizer and not isinstance(model, Mapping | tuple) and getattr(model, "tokenizer", None) is None:
+            model.tokenizer = Tokenizer.from_files(tokenizer)
     return model
 
 
-def _describe_tree(node: Any, name: str, arrays: dict[str, Any]) -> Any:
-    if isinstance(node, Mapping):
-        for key in node:
-            if not isinstance(key, str) or "." in key or "/" in key:
-                where = name or "the tree"
-                raise ValueError(f"got the key {key!r} in {where!r}, need strings without '.' and '/'; rename it")
-        return {
-            "dict": {
-                key: _describe_tree(value, f"{name}.{key}" if name else key, arrays) for key, value in node.items()
-            }
-        }
-    if isinstance(node, (list, tuple)):
-        return {
-            "list": [_describe_tree(value, f"{name}.{i}" if name else str(i), arrays) for i, value in enumerate(node)]
-        }
-    node = unprepare(node)
-    if is_operator(node):
-        return {"leaf": operator_spec(node, name, arrays)}
-    arrays[name] = node
-    return {"leaf": {"array": name}}
+def _build(content: Mapping[str, Any], arrays: Mapping[str, Any], into: Any) -> Any:
+    """The model that `content` describes."""
+    if _kind(content) == "llama":
+        with _parsing():
+            return build_llama(content, arrays)
+    with _parsing():
+        tree, recipe, made_of = build_tree(content["tree"], arrays.__getitem__), recipe_in(content), _made_of(content)
+    if into is None and made_of.get("repaired"):
+        with _parsing():
+            into = flax_llama.abstract_flax_llama(made_of["config"], made_of["dtype"])
+            into.generation_config = type(into.generation_config).from_dict(made_of["generation"])
+            into.tokenizer = None
+    return tree if into is None else kind_of(into).fill(into, tree, recipe)
 
 
-def _build_tree(spec: Mapping[str, Any], arrays: Mapping[str, jax.Array]) -> Any:
-    if "dict" in spec:
-        return {key: _build_tree(value, arrays) for key, value in spec["dict"].items()}
-    if "list" in spec:
-        return [_build_tree(value, arrays) for value in spec["list"]]
-    return operator_from_spec(spec["leaf"], arrays.__getitem__)
+def _rule(manifest: Manifest, into: Any) -> ShardingRule:
+    """Where the arrays go; refuses a misfit before anything is read."""
+    content = manifest.content
+    shapes = {name: jax.ShapeDtypeStruct(a.shape, jnp.dtype(a.dtype)) for name, a in manifest.arrays.items()}
+    with _parsing():
+        given, names = _leaves(content, shapes), _leaves(content, {name: name for name in shapes})
+    if _kind(content) == "llama":
+        check_llama(content, into)
+    else:
+        if _made_of(content).get("repaired") and hf_flax.is_hf_flax(into) and not flax_llama.is_repaired(into):
+            raise ValueError(
+                "it was made by a FlaxLlama of any4_jax.models.load_hf_flax, and `into`, which lacks its repairs, "
+                "might compute something else; leave `into` out, or pass one of load_hf_flax"
+            )
+        _build(content, shapes, into)
+    return placement(trees.leaves(kind_of(into).tree(into)), given, names)
+
+
+def _leaves(content: Mapping[str, Any], arrays: Mapping[str, Any]) -> dict[str, Any]:
+    """What the checkpoint holds by the dotted paths of `Kind.tree`."""
+    if _kind(content) == "tree":
+        return trees.leaves(build_tree(content["tree"], arrays.__getitem__))
+    layers = {
+        f"{path}.kernel": operator_from_spec(spec, arrays.__getitem__) for path, spec in content["layers"].items()
+    }
+    return layers | {name: arrays[name] for name in content["parameters"]}
+
+
+def _kind(content: Mapping[str, Any]) -> str:
+    if content.get("kind") not in ("llama", "tree"):
+        raise ValueError(f"it holds a {content.get('kind')!r}, this version loads llama and tree; upgrade any4_jax")
+    return content["kind"]
+
+
+def _made_of(content: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What `describe` said of the model; nothing in checkpoints of trees, and in old ones."""
+    return content.get("model") or {}
+
+
+@contextlib.contextmanager
+def _about(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Names the checkpoint in errors."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"checkpoint {path}: {error}") from None
+
+
+@contextlib.contextmanager
+def _parsing() -> Iterator[None]:
+    try:
+        yield
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"any4.json lacks or misnames {error}; save it again") from error

@@ -62,7 +62,7 @@ def recipe_from_spec(spec: Mapping[str, Any]) -> Recipe:
       ValueError: a method or a field of it that this version doesn't have.
     """
     layers = []
-    for path, entry in spec["layers"].items():
+    for path, entry in sorted(spec["layers"].items()):
         method = _method_from_spec(entry)
         assert method is not None
         layers.append((path, method, tuple(sorted(entry["notes"].items()))))

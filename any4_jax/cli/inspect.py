@@ -32,7 +32,7 @@ def run(args: argparse.Namespace) -> int:
     recipe = (manifest.content.get("recipe") or {}).get("layers", {})
     rows, stored, weights = [], 0, 0
     for path, operator in _operators(manifest):
-        method = recipe.get(path, {}).get("method", type(operator).__name__)
+        method = (recipe.get(path) or recipe.get(_layer(path)) or {}).get("method", type(operator).__name__)
         shape = " x ".join(map(str, operator.shape))
         rows.append([path, method, f"{operator.bits_per_weight:.3f}", shape, megabytes(operator.nbytes)])
         stored += operator.nbytes
@@ -59,6 +59,11 @@ def _operators(manifest: Manifest) -> Iterator[tuple[str, Any]]:
 
     for path, spec in _specs(manifest.content.get("layers", manifest.content.get("tree", {})), ""):
         yield path, operator_from_spec(spec, abstract)
+
+
+def _layer(place: str) -> str:
+    """The name that a recipe has for the layer whose operator is at this place of a tree."""
+    return place.removesuffix(".kernel").removeprefix("params.")
 
 
 def _specs(node: Any, path: str) -> Iterator[tuple[str, Any]]:

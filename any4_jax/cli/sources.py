@@ -16,9 +16,20 @@ def is_checkpoint(path: str | Path) -> bool:
     return (Path(path) / "any4.json").is_file()
 
 
-def open_model(name: str) -> Any:
-    """The model of a checkpoint, or the float model of anything else that `models.load` takes."""
+def open_any(name: str) -> Any:
+    """What a checkpoint holds, or the float model of anything else that `models.load` takes."""
     return checkpoint.load(name) if is_checkpoint(name) else models.load(name)
+
+
+def open_model(name: str) -> models.Llama:
+    """The same, for commands that run a Llama of this library."""
+    model = open_any(name)
+    if not isinstance(model, models.Llama):
+        raise WorkError(
+            f"{name} holds a {type(model).__name__}, and this command runs a Llama of this library; load it in Python, "
+            "with any4_jax.load"
+        )
+    return model
 
 
 def calibration_text(source: str) -> str:

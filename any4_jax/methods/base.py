@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from any4_jax.partition import partition
 from any4_jax.statistics import Statistics
-from any4_jax.weights import is_operator, partition
+from any4_jax.weights import is_operator
 
 
 @runtime_checkable
@@ -20,7 +21,11 @@ class Method(Protocol):
     """
 
     name: ClassVar[str]
-    sequential: bool
+
+    @property
+    def sequential(self) -> bool:
+        """Whether `calibrate` takes statistics from the model as quantized so far, where it is not told."""
+        ...
 
     def apply(self, w: jax.Array, stats: Statistics | None) -> Any:
         """The operator for w float32 [N, K]."""

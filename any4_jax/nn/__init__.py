@@ -1,1 +1,6 @@
-"""Layers over quantized weights; import `any4_jax.nn.nnx` for Flax NNX."""
+"""Layers over quantized weights: `linen.Any4Dense` and `nnx.Any4Linear`; `swapping` has Linen models of float layers
+compute with quantized weights."""
+
+from any4_jax.nn import linen, nnx, swapping
+
+__all__ = ["linen", "nnx", "swapping"]

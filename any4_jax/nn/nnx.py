@@ -1,56 +1,225 @@
 """Any4Linear: nnx.Linear over a quantized weight."""
 
+import dataclasses
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.nn import initializers
+from jax.tree_util import GetAttrKey, tree_flatten_with_path
 from jax.typing import DTypeLike
 
-from any4_jax import weights
-from any4_jax.matmul import matmul
+from any4_jax.methods import Any4, Method, quantize
+from any4_jax.nn.axes import array_axes
+from any4_jax.nn.linen import dense
+from any4_jax.weights import LowRank, QuantizedTensor
+
+_METHOD = Any4()
+_NONE: Mapping[str, Any] = {}
 
 
 class Tables(nnx.Variable):
-    """The floating-point arrays of a quantized weight (lut, scales, offsets): what may be trained."""
+    """A floating-point array of a quantized weight (lut, scales, offsets, input scales): what may be trained."""
 
 
 class Codes(nnx.Variable):
-    """The integer arrays of a quantized weight. No optimiser and no gradient looks at this class."""
+    """An integer array of a quantized weight. No optimiser and no gradient looks at this class."""
 
 
 class Any4Linear(nnx.Module):
-    """y = x W^T + b with W an operator [N, K] of any4_jax.weights; called like nnx.Linear.
+    """y = x W^T + b with W an operator [N, K] of any4_jax.weights; a drop-in for nnx.Linear.
 
-    The operator is kept in two variables, the halves of `weights.partition`, so that
-    `nnx.grad(..., wrt=nnx.filterlib.OfType(Tables))` and optimisers can leave the codes alone.
+    Each array of the operator is a variable of its own in `arrays`, named by its place in the operator ("codes",
+    "lut", "terms/0/scales"; those of checkpoints): Codes if it holds integers, nnx.LoRAParam if it is a factor of a
+    LowRank, a plain nnx.Variable if it is a constant (the scale of a LowRank, the table of an integer format), else
+    Tables. So `nnx.Optimizer(model, optimizer, wrt=Tables)` trains tables, scales and offsets, and optimisers see
+    the codes only where they are asked to.
+
+    Of nnx.Linear's parameters, `dot_general`, `promote_dtype` and `preferred_element_type` are left out, because the
+    product is any4_jax.matmul's: it decodes within the product, accumulates in float32 and gives the dtype of `x`.
+
+    Under nnx.vmap and nnx.scan the arrays have leading stack axes [*L, ...], added and taken by these transforms.
 
     Attributes:
-      tables, codes: the halves of the operator.
-      bias: nnx.Param [N] or None.
+      weight: the operator [*L, N, K], rebuilt from `arrays`; may be set.
+      arrays: nnx.Dict of variables.
+      bias: nnx.Param [*L, N] or None.
       in_features, out_features: K and N (static).
-      dtype: the dtype that inputs are cast to; None keeps the input's (static).
+      dtype: what x and the bias are cast to; None promotes one with the other. The dtypes that tables and scales are
+        stored in have no part in it (static).
     """
 
-    def __init__(self, weight: Any, *, bias: jax.Array | None = None, dtype: DTypeLike | None = None) -> None:
-        """Raises ValueError for a weight that is not [N, K]."""
-        if len(weight.shape) != 2:
-            raise ValueError(f"got a weight of shape {weight.shape}, Any4Linear takes [N, K]; use nnx.vmap for stacks")
-        self.out_features, self.in_features = weight.shape
-        tables, codes = weights.partition(weight)
-        self.tables = Tables(tables)
-        self.codes = Codes(codes)
-        self.bias = None if bias is None else nnx.Param(bias)
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        use_bias: bool = True,
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike = jnp.float32,
+        precision: jax.lax.PrecisionLike = None,
+        kernel_init: jax.nn.initializers.Initializer = initializers.lecun_normal(),  # noqa: B008 (a pure function)
+        bias_init: jax.nn.initializers.Initializer = initializers.zeros,
+        rngs: nnx.Rngs,
+        kernel_metadata: Mapping[str, Any] = _NONE,
+        bias_metadata: Mapping[str, Any] = _NONE,
+        method: Method = _METHOD,
+        group_size: int | None = None,
+    ) -> None:
+        """Draws the kernel and bias that nnx.Linear would draw, and quantizes the kernel.
+
+        Args:
+          in_features, out_features: K and N.
+          use_bias: whether there is a bias.
+          dtype: see the class.
+          param_dtype: what the kernel is drawn in, and the bias is kept in.
+          precision: taken so that calls written for nnx.Linear fit; the product runs at HIGHEST in any case.
+          kernel_init, bias_init: initializers of [K, N] and [N]. The axis names (K's, N's) of
+            nnx.with_partitioning go to each array of the operator along its own axes.
+          rngs: its stream `params` is drawn from.
+          kernel_metadata, bias_metadata: metadata of the variables, `out_sharding` like the names above.
+          method: how the kernel is quantized.
+          group_size: in the place of the method's; None keeps that.
+
+        Raises:
+          ValueError: what `any4_jax.quantize` refuses.
+          TypeError: a group_size for a method that has none.
+        """
+        kernel = nnx.Param(kernel_init(rngs.params(), (in_features, out_features), param_dtype), **kernel_metadata)
+        bias = nnx.Param(bias_init(rngs.params(), (out_features,), param_dtype), **bias_metadata) if use_bias else None
+        weight = quantize(kernel.get_value(), _with_group_size(method, group_size), transposed=True)
+        metadata = kernel.get_metadata()
+        self._hold(weight, bias, dtype, metadata, place=metadata["eager_sharding"])
+
+    @classmethod
+    def of(
+        cls,
+        weight: Any,
+        *,
+        bias: jax.Array | None = None,
+        dtype: DTypeLike | None = None,
+        kernel_metadata: Mapping[str, Any] = _NONE,
+        bias_metadata: Mapping[str, Any] = _NONE,
+    ) -> "Any4Linear":
+        """The layer around an operator in hand.
+
+        Args:
+          weight: an operator or array [*L, N, K]. Leading axes are for nnx.vmap and nnx.scan.
+          bias: [*L, N].
+          dtype: see the class.
+          kernel_metadata, bias_metadata: what the variables of an nnx.Linear's kernel [*L, K, N] and bias have; the
+            arrays stay on the devices where they are.
+
+        Raises:
+          ValueError: a weight with fewer than two axes.
+        """
+        if len(weight.shape) < 2:
+            raise ValueError(f"got a weight of shape {weight.shape}, Any4Linear takes [N, K]; reshape it")
+        layer: Any = _Blank()
+        # Past __init__, which draws random numbers, and past NNX's record of what was assigned.
+        object.__setattr__(layer, "__class__", cls)
+        parameter = None
+        if bias is not None:
+            parameter = nnx.Param(bias)
+            parameter.set_metadata(parameter.get_metadata() | _plain(bias_metadata))
+        layer._hold(weight, parameter, dtype, kernel_metadata, place=False)
+        return layer
+
+    def _hold(self, weight: Any, bias: Any, dtype: Any, metadata: Mapping[str, Any], place: bool) -> None:
+        self.out_features, self.in_features = weight.shape[-2:]
+        self._metadata = tuple(_plain(metadata).items())
+        self._arrange(weight, place)
+        self.bias = nnx.data(bias)
         self.dtype = None if dtype is None else jnp.dtype(dtype)
+
+    def _arrange(self, weight: Any, place: bool) -> None:
+        variables, self._structure = _variables(weight, self.kernel_metadata, place)
+        self.arrays = nnx.Dict(variables)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # NNX would note a property among the module's attributes, and layers with and without the note differ.
+        if name == "weight":
+            self._arrange(value, place=False)
+        else:
+            super().__setattr__(name, value)
 
     @property
     def weight(self) -> Any:
-        """The operator [N, K]."""
-        return weights.combine(self.tables.get_value(), self.codes.get_value())
+        """The operator [*L, N, K]."""
+        places = _places(jax.tree.unflatten(self._structure, range(self._structure.num_leaves)))
+        return jax.tree.unflatten(self._structure, [self.arrays[name].get_value() for name, *_ in places])
+
+    @property
+    def kernel_metadata(self) -> dict[str, Any]:
+        """The metadata that the arrays' was made from, as of a kernel [K, N]."""
+        return dict(self._metadata)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """x [..., K] -> [..., N]."""
-        if self.dtype is not None:
-            x = x.astype(self.dtype)
-        y = matmul(x, self.weight)
-        return y if self.bias is None else y + self.bias[...].astype(y.dtype)
+        """x [..., K], floating -> [..., N]."""
+        return dense(x, self.weight, None if self.bias is None else self.bias.get_value(), self.dtype)
+
+
+class _Blank(nnx.Module):
+    """A module with nothing in it."""
+
+
+def _with_group_size(method: Any, group_size: int | None) -> Method:
+    if group_size is None:
+        return method
+    if not hasattr(method, "group_size"):
+        raise TypeError(f"got group_size={group_size} for {method}, which has no such field; set it in the method")
+    return dataclasses.replace(method, group_size=group_size)
+
+
+def _variables(weight: Any, metadata: Mapping[str, Any], place: bool) -> tuple[dict[str, nnx.Variable], Any]:
+    """The arrays of an operator as variables by name, and the operator's structure.
+
+    `place` puts them on devices as their metadata says, if it does.
+    """
+    variables: dict[str, nnx.Variable] = {}
+    for name, owner, field, leaf in _places(weight):
+        mine = dict(metadata)
+        names = mine.pop("out_sharding", None)
+        # NNX takes the stack's name from a spec when it unstacks, and the empty one of a scalar has none.
+        if names and leaf.shape:
+            mine["out_sharding"] = array_axes(field, _padded(tuple(names), len(weight.shape)), leaf.shape)
+        kind = _kind(owner, field, leaf.dtype)
+        variable = kind(leaf, **mine) if place else kind(leaf)
+        variable.set_metadata(variable.get_metadata() | mine)
+        variables[name] = variable
+    return variables, jax.tree.structure(weight)
+
+
+def _places(node: Any, name: str = "", owner: Any = None, field: str = "dense") -> Iterator[tuple[str, Any, str, Any]]:
+    """(name, the operator it is in, the field there, leaf) of an operator's leaves, in their order. An array that is
+    in no operator is called dense."""
+    for path, child in tree_flatten_with_path(node, is_leaf=lambda inner: inner is not node)[0]:
+        if not path:
+            yield name or field, owner, field, node
+        elif isinstance(path[0], GetAttrKey):
+            yield from _places(child, f"{name}/{path[0].name}".lstrip("/"), node, path[0].name)
+        else:
+            yield from _places(child, f"{name}/{getattr(path[0], 'idx', path[0])}".lstrip("/"), owner, field)
+
+
+def _kind(owner: Any, field: str, dtype: Any) -> type[nnx.Variable]:
+    if not jnp.issubdtype(dtype, jnp.inexact):
+        return Codes
+    if isinstance(owner, LowRank):
+        return nnx.Variable if field == "scale" else nnx.LoRAParam
+    # Products with integers may take a uniform table for the ramp that it is, so it must stay one.
+    return nnx.Variable if isinstance(owner, QuantizedTensor) and owner.uniform and field == "lut" else Tables
+
+
+def _padded(names: tuple, rank: int) -> tuple:
+    """A name, or None, for each of `rank` axes: names may leave out a stack's axes in front, and one or two behind."""
+    named = (*names, None, None)[: max(2, len(names))]
+    return ((None,) * rank + named)[-rank:]
+
+
+def _plain(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """Metadata for other arrays: without hooks, which are written for float kernels, and without how NNX keeps it."""
+    kept = set(metadata) - nnx.Variable.required_metadata
+    return {key: metadata[key] for key in sorted(kept) if not key.startswith("on_")}

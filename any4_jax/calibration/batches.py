@@ -1,0 +1,53 @@
+"""Calibration data in any form to padded batches of tokens."""
+
+import numpy as np
+
+Batch = tuple[np.ndarray, np.ndarray]
+"""Tokens int32 [B, T] and a mask bool [B, T] that is False on padding."""
+
+
+def token_batches(model, data, batch_size: int, seqlen: int) -> list[Batch]:
+    """Pieces of at most `seqlen` tokens, padded on the right to the longest of their batch and masked there."""
+    seqlen = min(seqlen, getattr(model.config, "max_position_embeddings", seqlen))
+    pieces = [row[i : i + seqlen] for row in _sequences(model, data) for i in range(0, len(row), seqlen)]
+    if not pieces:
+        raise ValueError("got no calibration text or tokens, need at least one token; pass some text")
+    pieces.sort(key=len)
+    batches = []
+    for i in range(0, len(pieces), batch_size):
+        rows = pieces[i : i + batch_size]
+        tokens = np.zeros((len(rows), max(map(len, rows))), np.int32)
+        mask = np.zeros(tokens.shape, bool)
+        for j, row in enumerate(rows):
+            tokens[j, : len(row)] = row
+            mask[j, : len(row)] = True
+        batches.append((tokens, mask))
+    return batches
+
+
+def _sequences(model, data) -> list[np.ndarray]:
+    """Token sequences of any of the forms that `calibrate` takes."""
+    rows: list[np.ndarray] = []
+    for item in [data] if isinstance(data, str) else data:
+        if isinstance(item, str):
+            # Encoding "" would give a lone beginning-of-text token, and statistics of nothing.
+            if not item.strip():
+                continue
+            if getattr(model, "tokenizer", None) is None:
+                raise ValueError("got text for a model without a tokenizer; pass token ids")
+            rows.append(np.asarray(model.tokenizer.encode(item), np.int32))
+            continue
+        array = np.asarray(item)
+        if not np.issubdtype(array.dtype, np.integer) or array.ndim not in (1, 2):
+            raise ValueError(
+                f"got calibration data of dtype {array.dtype} and shape {array.shape}; pass texts, lists of token ids, "
+                "or [B, T] arrays of them"
+            )
+        rows += list(np.atleast_2d(array).astype(np.int32))
+    top = max((int(row.max(initial=0)) for row in rows), default=0)
+    low = min((int(row.min(initial=0)) for row in rows), default=0)
+    if top >= model.config.vocab_size or low < 0:
+        raise ValueError(
+            f"got token ids from {low} to {top}, the vocabulary has {model.config.vocab_size}; use its tokenizer"
+        )
+    return rows

@@ -1,0 +1,108 @@
+"""Statistics of models that are run as a whole: each Dense layer is tapped while the model computes as ever."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from any4_jax import statistics
+from any4_jax.models import hf_flax
+from any4_jax.nn.swapping import intercepted, quantized_dense, tapping
+from any4_jax.statistics import Statistics
+from any4_jax.surgery import Progress, linears
+from any4_jax.surgery.linen_modules import layer_path, params_of
+from any4_jax.surgery.trees import dotted
+
+Gathered = dict[str, Statistics]
+
+
+def run_hf(model: Any, batches: Sequence[Any], progress: Progress | None) -> Gathered:
+    """Of a Hugging Face Flax model, over batches of keyword arguments; tokens that "attention_mask" hides are not
+    counted."""
+
+    def forward(params, batch, tap):
+        run = hf_flax.with_params(model, params)
+        run._module = intercepted(run._module, tapping(tap))
+        run(**batch)
+
+    return _gather(forward, model.params, batches, progress)
+
+
+def run_linen(model: Any, batches: Sequence[Any], progress: Progress | None) -> Gathered:
+    """Of a pair (Linen module, variables), over batches of arguments of `apply`."""
+    module, variables = model
+
+    def forward(variables, batch, tap):
+        arguments, named = _arguments(batch)
+        tapped = intercepted(module, quantized_dense, tapping(tap))
+        tapped.apply(variables, *arguments, **named, mutable=True)
+
+    whole = variables if "params" in variables else {"params": params_of(variables)}
+    return _gather(forward, whole, batches, progress)
+
+
+def _gather(forward: Callable, variables: Any, batches: Sequence[Any], progress: Progress | None) -> Gathered:
+    @jax.jit
+    def step(variables, batch, seen):
+        seen = dict(seen)
+        mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+
+        def tap(path: tuple[str, ...], x: jax.Array) -> None:
+            name = layer_path(path)
+            hidden = mask if mask is not None and mask.shape == x.shape[:-1] else None
+            before = seen.get(name, statistics.empty(x.shape[-1]))
+            seen[name] = statistics.update(before, x, None if hidden is None else hidden.astype(bool))
+
+        forward(variables, batch, tap)
+        return seen
+
+    seen: Gathered = {}
+    for index, batch in enumerate(batches):
+        try:
+            seen = step(variables, batch, seen)
+        except jax.errors.UnexpectedTracerError:
+            raise ValueError(
+                "got a model with Dense layers inside a lifted transformation (nn.scan, nn.remat), whose inputs can't "
+                "be tapped; calibrate an unrolled one, or quantize without statistics"
+            ) from None
+        if progress is not None:
+            progress(index + 1, len(batches), "batch")
+    return seen
+
+
+class _Tapped(nnx.Module):
+    """A dense layer that reduces what it is given to statistics, in a variable of its own."""
+
+    def __init__(self, inner: nnx.Linear) -> None:
+        self.inner = inner
+        self.seen = nnx.Intermediate(jax.tree.map(jnp.asarray, statistics.empty(inner.in_features)))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        self.seen.set_value(statistics.update(self.seen.get_value(), x))
+        return self.inner(x)
+
+
+def run_nnx(model: nnx.Module, batches: Sequence[Any], progress: Progress | None) -> Gathered:
+    """Of any NNX module, over batches of its call's arguments."""
+    paths = set(linears(model))
+    tapped = nnx.recursive_map(lambda path, node: _Tapped(node) if dotted(path) in paths else node, nnx.clone(model))
+
+    @nnx.jit
+    def step(module, batch):
+        arguments, named = _arguments(batch)
+        module(*arguments, **named)
+
+    for index, batch in enumerate(batches):
+        step(tapped, batch)
+        if progress is not None:
+            progress(index + 1, len(batches), "batch")
+    found = {dotted(path): node for path, node in nnx.iter_modules(tapped) if isinstance(node, _Tapped)}
+    return {path: node.seen.get_value() for path, node in found.items()}
+
+
+def _arguments(batch: Any) -> tuple[tuple, dict[str, Any]]:
+    if isinstance(batch, Mapping):
+        return (), dict(batch)
+    return (batch if isinstance(batch, tuple) else (batch,)), {}

@@ -1,0 +1,141 @@
+"""Any4Dense: flax.linen.Dense over a quantized weight."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax.core import meta
+from flax.linen.dtypes import promote_dtype
+from jax.typing import DTypeLike
+
+from any4_jax.matmul import Prepared, matmul
+from any4_jax.methods import Any4, Method, quantize
+from any4_jax.nn.axes import array_axes, field_of
+from any4_jax.weights import is_operator
+
+
+class Any4Dense(nn.Module):
+    """y = x W^T + b with W an operator [N, K] of any4_jax.weights; a drop-in for `flax.linen.Dense`.
+
+    Parameters: "kernel", the operator, and "bias" [N]. `init` quantizes what `kernel_init` gives, which is what
+    nn.Dense of the same name and key starts from; `jax.eval_shape` of it is the abstract tree that a checkpoint is
+    loaded into. A kernel_init in `nn.with_partitioning` boxes every array of the operator, see `boxed`.
+
+    There is no dot_general, dot_general_cls or promote_dtype: they replace a product of two arrays, and here the
+    second factor is decoded inside the product, by the kernel that any4_jax.matmul chooses.
+
+    Attributes:
+      features: N.
+      use_bias: whether b is added.
+      dtype: what x and b are cast to; None promotes x with b. The dtypes that tables and scales are stored in have
+        no part in it.
+      param_dtype: of the bias, and of the initial kernel before it is quantized.
+      precision: taken so that calls written for nn.Dense fit. Products are at HIGHEST, never below what is asked.
+      kernel_init, bias_init: initializers of the float kernel [K, N] and of the bias.
+      method: quantizes the initial kernel, without statistics.
+      group_size: replaces the method's; None leaves that.
+    """
+
+    features: int
+    use_bias: bool = True
+    dtype: DTypeLike | None = None
+    param_dtype: DTypeLike = jnp.float32
+    precision: Any = None
+    kernel_init: nn.initializers.Initializer = nn.linear.default_kernel_init
+    bias_init: nn.initializers.Initializer = nn.initializers.zeros_init()
+    method: Method = Any4()
+    group_size: int | None = None
+
+    @nn.compact
+    def __call__(self, inputs: jax.Array) -> jax.Array:
+        """x [..., K] -> [..., N].
+
+        Raises:
+          ValueError: the kernel is not [N, K], or can't be quantized so.
+          TypeError: the kernel is no operator, or its method has no group size.
+        """
+        if self.has_variable("params", "kernel"):
+            # Not self.param: to compare shapes, it would trace the quantizing initializer in every call.
+            kernel = meta.unbox(self.get_variable("params", "kernel"))
+        else:
+            kernel = self.param("kernel", _initial_kernel, self, jnp.shape(inputs)[-1])
+        return call_dense(self, inputs, kernel, lambda key, shape: self.bias_init(key, shape, self.param_dtype))
+
+
+def _initial_kernel(key: jax.Array, layer: Any4Dense, k: int) -> Any:
+    method: Any = layer.method
+    if layer.group_size is not None:
+        if not any(field.name == "group_size" for field in dataclasses.fields(method)):
+            raise TypeError(
+                f"{layer_name(layer)}: got group_size={layer.group_size} for {type(method).__name__}, which has no "
+                "such field; set it in the method"
+            )
+        method = dataclasses.replace(method, group_size=layer.group_size)
+    kernel = layer.kernel_init(key, (k, layer.features), layer.param_dtype)
+    operator = quantize(meta.unbox(kernel), method, transposed=True, path=layer_name(layer))
+    return boxed(operator, kernel) if isinstance(kernel, meta.AxisMetadata) else operator
+
+
+def boxed(operator: Any, box: meta.AxisMetadata) -> Any:
+    """An operator [*L, N, K] with each array in a box like that of its float kernel [*L, K, N], under the names of
+    the axes that it has. An axis of length 1 (one table for all rows, one group) can't be split and gets None.
+
+    Raises:
+      TypeError: the box has no names (it is no `nn.Partitioned`), or fewer than two.
+    """
+    if not isinstance(box, meta.Partitioned) or len(box.names) < 2:
+        raise TypeError(f"got a kernel boxed as {box!r}, need nn.Partitioned with a name for each axis; box it so")
+
+    def box_leaf(path, leaf):
+        return box.replace(value=leaf, names=array_axes(field_of(path), box.names, leaf.shape))
+
+    return jax.tree_util.tree_map_with_path(box_leaf, operator)
+
+
+def is_quantized(kernel: Any) -> bool:
+    """Whether a parameter is an operator or one prepared for a backend."""
+    return is_operator(kernel) or isinstance(kernel, Prepared)
+
+
+def layer_name(module: nn.Module) -> str:
+    """The dotted path of a bound module, for errors."""
+    return ".".join(module.path) or "the model"
+
+
+def call_dense(module: Any, x: jax.Array, kernel: Any, bias_init: Callable[..., Any]) -> jax.Array:
+    """What a dense module, with nn.Dense's fields features, use_bias and dtype, computes with the operator `kernel`.
+
+    Args:
+      module: bound, inside its __call__.
+      x: [..., K].
+      kernel: [N, K].
+      bias_init: (key, (N,)) -> the bias, where there is none yet and parameters are being made.
+
+    Raises:
+      ValueError: the kernel is not [N, K] for the module's N and the K of x.
+      TypeError: the kernel is no operator.
+    """
+    if not is_quantized(kernel):
+        raise TypeError(
+            f"{layer_name(module)}: got a kernel of type {type(kernel).__name__}, need an operator [N, K]; "
+            "quantize the parameters, or initialise anew"
+        )
+    n = module.features if isinstance(module.features, int) else module.features[0]
+    need = (n, jnp.shape(x)[-1])
+    if kernel.shape != need:
+        raise ValueError(
+            f"{layer_name(module)}: got a kernel [N, K] = {kernel.shape} for {n} features and x of shape "
+            f"{jnp.shape(x)}, need {need}; pass the parameters and the input that belong together"
+        )
+    bias = module.param("bias", bias_init, (n,)) if module.use_bias else None
+    return dense(x, kernel, bias, module.dtype)
+
+
+def dense(x: jax.Array, kernel: Any, bias: jax.Array | None, dtype: DTypeLike | None) -> jax.Array:
+    """x [..., K] by an operator [N, K], plus bias [N]: in `dtype`, or that to which x and bias promote."""
+    x, bias = promote_dtype(x, bias, dtype=dtype)
+    y = matmul(x, kernel)
+    return y if bias is None else y + bias

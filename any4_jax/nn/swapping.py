@@ -1,0 +1,196 @@
+"""Quantized weights in Linen models that know nothing of them: interceptors around their dense layers.
+
+An operator [N, K] sits in the parameters at "kernel", where the float kernel [K, N] was. `quantized_dense` computes
+with it in place of the layer's own code, and `Intercepted` puts interceptors around a module once and for all.
+"""
+
+import dataclasses
+import threading
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any
+
+import jax
+from flax import linen as nn
+from flax.core import meta
+from flax.linen.dtypes import promote_dtype
+from flax.linen.module import InterceptorContext
+
+from any4_jax.nn.linen import Any4Dense, call_dense, is_quantized, layer_name
+
+Interceptor = Callable[[Callable[..., Any], Any, Any, InterceptorContext], Any]
+Path = tuple[str, ...]
+
+
+def quantized_dense(next_fun: Callable[..., Any], args: Any, kwargs: Any, context: InterceptorContext) -> Any:
+    """A `flax.linen.intercept_methods` interceptor: dense layers whose "kernel" is an operator compute with it.
+
+    These are nn.Dense, nn.DenseGeneral from the last axis to one, and the FlaxConv1D of transformers. Layers with a
+    float kernel, and everything else, run as they are.
+
+    Raises:
+      TypeError: a module of another class holds an operator.
+      ValueError: an operator is not of the layer's shape.
+    """
+    module: Any = context.module
+    if context.method_name != "__call__" or module.scope is None or isinstance(module, Any4Dense):
+        return next_fun(*args, **kwargs)
+    kernel = module.get_variable("params", "kernel")
+    if not is_quantized(kernel):
+        return next_fun(*args, **kwargs)
+    if _kernel_is_kn(module) is None:
+        path = layer_name(module)
+        raise TypeError(
+            f"{path}: a {type(module).__name__} holds a quantized kernel, need nn.Dense or nn.DenseGeneral (from the "
+            "last axis to one) as they are, with no dot_general of the caller's; leave it out with the rule "
+            f"({path!r}, None)"
+        )
+    return call_dense(module, _input(args, kwargs), meta.unbox(kernel), nn.initializers.zeros_init())
+
+
+def _kernel_is_kn(module: Any) -> bool | None:
+    """Whether a dense layer's float kernel is [K, N], or [N, K]; None for what is no dense layer.
+
+    A class is told by its __call__, so that subclasses which only add to nn.Dense count and those which compute
+    something else don't; a layer with a product of its own computes something else too.
+    """
+    cls: Any = type(module)
+    if cls.__name__ == "FlaxConv1D":
+        return False
+    if cls.__call__ is nn.DenseGeneral.__call__:
+        one_to_one = isinstance(module.features, int) or len(module.features) == 1
+        if not one_to_one or module.axis not in (-1, (-1,), [-1]) or module.batch_dims:
+            return None
+    elif cls.__call__ is not nn.Dense.__call__:
+        return None
+    plain = module.dot_general is None and module.dot_general_cls is None and module.promote_dtype is promote_dtype
+    return True if plain else None
+
+
+def _input(args: Any, kwargs: Any) -> jax.Array:
+    return (*args, *kwargs.values())[0]
+
+
+@dataclasses.dataclass(unsafe_hash=True)
+class Intercepted:
+    """A Linen module whose functions run under interceptors; everything else is the module's own.
+
+    Equal, and of equal hash, where module and interceptors are, so it can be a static argument of jit as the module
+    can. It is no nn.Module: it stands for a whole model, and can't be a part of one.
+
+    Attributes:
+      inner: the module.
+      interceptors: each wraps those before it.
+      recipe: how the parameters that belong to it were quantized (any4_jax.surgery.Recipe), or None; no part of
+        what makes two of them equal.
+    """
+
+    inner: Any
+    interceptors: tuple[Interceptor, ...]
+    recipe: Any = dataclasses.field(default=None, compare=False)
+
+    def apply(self, variables: Any, *args: Any, **kwargs: Any) -> Any:
+        """nn.Module.apply."""
+        return self._run(self.inner.apply, variables, *args, **kwargs)
+
+    def init(self, rngs: Any, *args: Any, **kwargs: Any) -> Any:
+        """nn.Module.init: the parameters are those of the module itself, kernels are floats."""
+        return self._run(self.inner.init, rngs, *args, **kwargs)
+
+    def init_with_output(self, rngs: Any, *args: Any, **kwargs: Any) -> Any:
+        """nn.Module.init_with_output."""
+        return self._run(self.inner.init_with_output, rngs, *args, **kwargs)
+
+    def tabulate(self, rngs: Any, *args: Any, **kwargs: Any) -> str:
+        """nn.Module.tabulate."""
+        return self._run(self.inner.tabulate, rngs, *args, **kwargs)
+
+    def bind(self, *args: Any, **kwargs: Any) -> Any:
+        """Raises TypeError: a bound module is called outside of the interceptors."""
+        raise TypeError(
+            "got bind on a module under interceptors, which would not see the bound module's calls; use apply, with "
+            "method= for a function of your own"
+        )
+
+    def clone(self, **updates: Any) -> "Intercepted":
+        """nn.Module.clone, under the same interceptors."""
+        return dataclasses.replace(self, inner=self.inner.clone(**updates))
+
+    def copy(self, **updates: Any) -> "Intercepted":
+        """nn.Module.copy, under the same interceptors."""
+        return dataclasses.replace(self, inner=self.inner.copy(**updates))
+
+    def _run(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        with ExitStack() as stack:
+            for interceptor in reversed(self.interceptors):  # Flax takes the outermost first
+                stack.enter_context(nn.intercept_methods(interceptor))
+            return function(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        # copy and pickle ask for dunders before there is an inner.
+        if name.startswith("__"):
+            raise AttributeError(f"{type(self).__name__!r} has no attribute {name!r}")
+        return getattr(self.inner, name)
+
+
+def intercepted(module: Any, *interceptors: Interceptor) -> Intercepted:
+    """`module` (one that is Intercepted already, too) under its interceptors and those of `interceptors` that it is
+    not under yet; later ones wrap earlier ones."""
+    wrapped = module if isinstance(module, Intercepted) else Intercepted(module, ())
+    return dataclasses.replace(wrapped, interceptors=tuple(dict.fromkeys((*wrapped.interceptors, *interceptors))))
+
+
+def tapping(tap: Callable[[Path, jax.Array], None]) -> Interceptor:
+    """An interceptor that calls tap(path, x) for each dense layer of the model that runs, after it ran as before.
+
+    The path is that of the layer's parameters; x [..., K] is the layer's input before any cast, a tracer under jit
+    and the lifted transforms. Put it around `quantized_dense`, which runs nothing below itself.
+    """
+    return _visiting(lambda module, x: tap(module.path, x))
+
+
+def dense_layers(trace: Callable[[], Any]) -> dict[Path, bool]:
+    """The dense layers that run in `trace()`, which is traced and not computed.
+
+    Returns:
+      By path, the nested keys of the layer in "params": whether its float kernel is [K, N] (FlaxConv1D has [N, K]).
+      A layer that is applied to parameters of the caller's, as tied heads are, owns none and isn't listed. As with
+      `tapping`, nothing is seen of what an earlier jit has traced.
+    """
+    found: dict[Path, bool] = {}
+
+    def record(module: nn.Module, x: jax.Array) -> None:
+        found[module.path] = bool(_kernel_is_kn(module))
+
+    with nn.intercept_methods(_visiting(record)):
+        jax.eval_shape(lambda: trace())  # a function of its own: jax would answer a known one from its cache
+    return found
+
+
+def _visiting(visit: Callable[[nn.Module, jax.Array], None]) -> Interceptor:
+    """Calls visit(module, x) for the dense layers that own a "kernel" in the tree of the outermost module."""
+    calls = threading.local()
+
+    def interceptor(next_fun, args, kwargs, context):
+        stack = calls.__dict__.setdefault("stack", [])
+        module = context.module
+        stack.append((module, not stack or (stack[-1][1] and not _is_applied_within(stack[0][0], module))))
+        try:
+            y = next_fun(*args, **kwargs)
+            own = stack[-1][1]
+        finally:
+            stack.pop()
+        is_dense = context.method_name == "__call__" and _kernel_is_kn(module) is not None
+        if own and is_dense and module.has_variable("params", "kernel"):
+            visit(module, _input(args, kwargs))
+        return y
+
+    return interceptor
+
+
+def _is_applied_within(root: Any, module: Any) -> bool:
+    """Whether `module` is the start of another `apply` inside that of `root`: at the empty path, but not root, nor a
+    clone of it that a lifted transform made, nor one that shares its scope."""
+    if module.scope is None or module.path:
+        return False
+    return module.scope is not root.scope and type(module) is not type(root)

@@ -1,0 +1,59 @@
+"""Which kernel each layer of a model runs on, and why."""
+
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from any4_jax import matmul
+from any4_jax.surgery.kinds import kind_of
+
+_NUMBER = re.compile(r"\b\d+\b")
+_DENSE = "no quantized leaf: a dense product in XLA"
+
+
+def explain(x: Any, w: Any = None, platform: str | None = None, *, rows: int = 1) -> str:
+    """In words: for each backend, whether it takes a product on `platform`, or why it can't.
+
+    Args:
+      x: with `w`, an array or ShapeDtypeStruct [..., K]; without, a model of any kind that `quantize_model` takes.
+      w: an operator [N, K], or None to have every dense layer of the model `x` told. Layers that differ only in
+        the numbers of their path, and say the same, are told together.
+      platform: "cpu", "cuda", "rocm" or "tpu"; None for this process's default device.
+      rows: M of the layers' inputs, where a model is given; 1 is decoding.
+    """
+    if w is not None:
+        return matmul.explain(x, w, platform)
+    kind, dtype = kind_of(x), _dtype(x)
+    groups: dict[str, dict[str, int]] = {}
+
+    def tell(path: str, shape: tuple[int, ...], text: str) -> None:
+        where = f"{_NUMBER.sub('*', path)}  [{' x '.join(map(str, shape))}]"
+        places = groups.setdefault(text, {})
+        places[where] = places.get(where, 0) + 1
+
+    for path, operator in kind.operators(x).items():
+        shape = tuple(operator.shape)
+        # A stack runs one matrix at a time.
+        one = operator if len(shape) == 2 else jax.eval_shape(_first(len(shape) - 2), operator)
+        tell(path, shape, matmul.explain(jax.ShapeDtypeStruct((rows, shape[-1]), dtype), one, platform))
+    for path, matrix in kind.matrices(x, None).items():
+        shape = tuple(matrix.array.shape)
+        tell(path, (*shape[:-2], *shape[:-3:-1]) if matrix.transposed else shape, _DENSE)
+
+    head = f"platform {platform or jax.default_backend()}, inputs {jnp.dtype(dtype).name} [{rows}, K]"
+    paragraphs = []
+    for text, places in groups.items():
+        lines = [f"{where}  {count} layer{'s' if count > 1 else ''}" for where, count in places.items()]
+        paragraphs.append("\n".join([*lines, *(f"    {line}" for line in text.splitlines())]))
+    return "\n\n".join([head, *paragraphs])
+
+
+def _first(axes: int):
+    return lambda tree: jax.tree.map(lambda leaf: leaf[(0,) * axes], tree)
+
+
+def _dtype(model: Any) -> Any:
+    """Of a model's activations: what it says itself; float32 where it says nothing."""
+    return getattr(model, "dtype", None) or jnp.float32

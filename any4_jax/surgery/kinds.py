@@ -1,0 +1,89 @@
+"""What models can be made of, and for each kind how layers are found, replaced, and taken apart into plain trees."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from flax import nnx
+
+from any4_jax.models.hf_flax import is_hf_flax
+from any4_jax.surgery import linen_modules, nnx_modules, trees
+from any4_jax.surgery.layers import Matrix
+from any4_jax.surgery.rules import Recipe
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """A kind of model. Layers are named by dotted paths, operators are those of any4_jax.weights.
+
+    Attributes:
+      name: what messages call it.
+      owns: whether a model is of this kind.
+      matrices: (model, inputs) -> the float matrices of its dense layers; see `quantize_model` for inputs.
+      operators: model -> the operators of its quantized layers.
+      replace: (model, operators by path, recipe or None) -> a new model.
+      tree: model -> its contents: a nested dict, by names, of arrays and operators (those at the key "kernel" of their
+        layer); ShapeDtypeStructs where the model is abstract. The state of an NNX module's random numbers is no part
+        of it. A tree of arrays is its own.
+      fill: (model, contents, recipe or None) -> a new model with these contents, and that record of how they were
+        quantized. The model may be abstract, float or quantized; ValueError where they don't fit, see `fitting.check`.
+    """
+
+    name: str
+    owns: Callable[[Any], bool]
+    matrices: Callable[[Any, Any], dict[str, Matrix]]
+    operators: Callable[[Any], dict[str, Any]]
+    replace: Callable[[Any, Mapping[str, Any], Any], Any]
+    tree: Callable[[Any], Any]
+    fill: Callable[[Any, Any, Any], Any]
+
+
+KINDS: tuple[Kind, ...] = (
+    Kind(
+        "an NNX module",
+        lambda model: isinstance(model, nnx.Module),
+        lambda model, inputs: nnx_modules.matrices(model),
+        nnx_modules.operators,
+        nnx_modules.replace,
+        nnx_modules.contents,
+        nnx_modules.fill,
+    ),
+    Kind(
+        "a Hugging Face Flax model",
+        is_hf_flax,
+        linen_modules.hf_matrices,
+        linen_modules.hf_operators,
+        linen_modules.hf_replace,
+        linen_modules.hf_contents,
+        linen_modules.hf_fill,
+    ),
+    Kind(
+        "a Linen module with its variables",
+        linen_modules.is_pair,
+        linen_modules.pair_matrices,
+        linen_modules.pair_operators,
+        linen_modules.pair_replace,
+        linen_modules.pair_contents,
+        linen_modules.pair_fill,
+    ),
+    Kind(
+        "a tree of arrays",
+        lambda model: True,
+        lambda model, inputs: trees.matrices(model),
+        trees.operators,
+        trees.replace,
+        trees.contents,
+        trees.fill,
+    ),
+)
+
+
+def kind_of(model: Any) -> Kind:
+    """The kind of a model: the first of KINDS that owns it."""
+    return next(kind for kind in KINDS if kind.owns(model))
+
+
+def recipe_of(model: Any) -> Recipe | None:
+    """How a model was quantized, where it says."""
+    recipe = getattr(model[0] if isinstance(model, tuple) else model, "recipe", None)
+    return recipe if isinstance(recipe, Recipe) else None

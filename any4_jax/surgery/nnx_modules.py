@@ -1,0 +1,126 @@
+"""NNX modules: every nnx.Linear may become an Any4Linear. A module stays as it was; new ones share its arrays."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+from flax import nnx
+from flax.traverse_util import unflatten_dict
+
+from any4_jax.matmul import unprepare
+from any4_jax.methods import Method
+from any4_jax.nn.nnx import Any4Linear
+from any4_jax.statistics import Statistics
+from any4_jax.surgery import fitting, trees
+from any4_jax.surgery.layers import Matrix, quantize_matrix
+from any4_jax.surgery.rules import Recipe
+from any4_jax.surgery.trees import dotted
+
+
+def linears(model: nnx.Module) -> dict[str, nnx.Linear]:
+    """The dense layers of an NNX module by dotted path."""
+    return {dotted(path): node for path, node in nnx.iter_modules(model) if isinstance(node, nnx.Linear)}
+
+
+def matrix_of(layer: nnx.Linear) -> Matrix:
+    """The weight of a dense layer."""
+    return Matrix(layer.kernel.get_value(), transposed=True)
+
+
+def matrices(model: nnx.Module) -> dict[str, Matrix]:
+    """The weights of the dense layers by dotted path."""
+    return {path: matrix_of(layer) for path, layer in linears(model).items()}
+
+
+def operators(model: nnx.Module) -> dict[str, Any]:
+    """The operators of the quantized layers by dotted path."""
+    return {dotted(path): node.weight for path, node in nnx.iter_modules(model) if isinstance(node, Any4Linear)}
+
+
+def quantize_linear(layer: nnx.Linear, method: Method, stats: Statistics | None, path: str) -> Any4Linear:
+    """The quantized counterpart of one layer."""
+    return around(layer, jax.block_until_ready(quantize_matrix(matrix_of(layer), method, stats, path)))
+
+
+def around(layer: nnx.Linear | Any4Linear, weight: Any) -> Any4Linear:
+    """The layer with the operator `weight` [*L, N, K] as its matrix."""
+    of_kernel = layer.kernel_metadata if isinstance(layer, Any4Linear) else layer.kernel.get_metadata()
+    bias, of_bias = (None, {}) if layer.bias is None else (layer.bias.get_value(), layer.bias.get_metadata())
+    return Any4Linear.of(weight, bias=bias, dtype=layer.dtype, kernel_metadata=of_kernel, bias_metadata=of_bias)
+
+
+def replace(model: nnx.Module, done: Mapping[str, Any], recipe: Recipe | None) -> nnx.Module:
+    """A new module with the operators of `done` in the layers at their paths; a layer that the module holds in
+    several places is replaced in all of them."""
+
+    def swap(path, node):
+        operator = done.get(dotted(path))
+        return node if operator is None else around(node, operator)
+
+    new: Any = nnx.recursive_map(swap, copy_module(model))
+    if recipe is not None:
+        new.recipe = recipe
+    return new
+
+
+def contents(model: nnx.Module) -> dict[str, Any]:
+    """The arrays and operators of a module; the state of its random numbers (nnx.RngState) is left out."""
+    flat: dict[tuple, Any] = {tuple(map(str, path)): v.get_value() for path, v in _variables(model)}
+    for path, node in nnx.iter_modules(model):
+        if isinstance(node, Any4Linear):
+            flat[*map(str, path), "kernel"] = unprepare(node.weight)
+    return unflatten_dict(flat)
+
+
+def fill(model: nnx.Module, given: Mapping[str, Any], recipe: Recipe | None) -> nnx.Module:
+    """A new module with other contents. What they leave out, the state of random numbers, is that of `model`."""
+    wanted, new = trees.leaves(contents(model)), trees.leaves(given)
+    layers = {
+        dotted((*path, "kernel")): dotted(path)
+        for path, node in nnx.iter_modules(model)
+        if isinstance(node, nnx.Linear | Any4Linear)
+    }
+    fitting.check(wanted, new, lambda path: True if path in layers else None)
+    done = {layers[path]: leaf for path, leaf in new.items() if fitting.is_quantized(leaf)}
+    for path, layer in layers.items():
+        if fitting.is_quantized(wanted[path]) and layer not in done:
+            raise ValueError(f"{layer} is quantized in the model, the contents have a float kernel; pass a float model")
+    filled: Any = replace(model, done, recipe)
+    if recipe is None and hasattr(filled, "recipe"):
+        filled.recipe = None
+    graphdef, state = nnx.split(filled)
+    variables = dict(nnx.to_flat_state(state))
+    for place, variable in _variables(filled):
+        variables[place] = variable.replace(_at(place, variable.get_value(), new))
+    return nnx.merge(graphdef, nnx.from_flat_state(variables))
+
+
+def _at(path: tuple, value: Any, new: Mapping[str, Any]) -> Any:
+    """What takes the place of a variable's value: most are one array, at the variable's own path."""
+    return jax.tree_util.tree_map_with_path(lambda inner, _: new[dotted((*path, *inner))], value)
+
+
+def _variables(model: nnx.Module) -> Iterator[tuple[tuple, nnx.Variable]]:
+    """The variables of a module but for those of operators and of random numbers."""
+    quantized = operators(model)
+    for path, variable in nnx.to_flat_state(nnx.state(model)):
+        of_operator = path[-2:-1] == ("arrays",) and dotted(path[:-2]) in quantized
+        if not of_operator and not isinstance(variable, nnx.RngState):
+            yield path, variable
+
+
+def replace_module(model: nnx.Module, path: str, new: nnx.Module) -> None:
+    """Puts `new` in the place of the submodule at a dotted path, in place."""
+    *parents, last = path.split(".")
+    node: Any = model
+    for name in parents:
+        node = node[int(name)] if name.isdigit() else getattr(node, name)
+    if last.isdigit():
+        node[int(last)] = new
+    else:
+        setattr(node, last, new)
+
+
+def copy_module(model: nnx.Module) -> nnx.Module:
+    """A module with variables of its own over the same arrays."""
+    return nnx.clone(model)

@@ -1,0 +1,66 @@
+"""Which layer is quantized by which method, and the record of it."""
+
+import dataclasses
+import re
+from collections.abc import Iterable, Sequence
+
+from any4_jax.methods import Method
+
+Rules = Sequence[tuple[str, Method | None]]
+
+DEFAULT_RULES: Rules = ((r"(.*[./])?(lm_head|embed_tokens)([./].*)?", None),)
+"""Always tried after the caller's: the head and the embedding stay as they are unless a rule names them."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """How a model was quantized; static, hashable, written to the manifest.
+
+    Attributes:
+      rules: (regex, method or None) in the order they were tried, by the last call of `quantize_model`.
+      layers: (path, method, notes) of every quantized layer, in the order of paths; notes are (key, value) pairs.
+    """
+
+    rules: tuple[tuple[str, Method | None], ...]
+    layers: tuple[tuple[str, Method, tuple[tuple[str, str], ...]], ...]
+
+
+def matching(paths: Iterable[str], pattern: str) -> list[str]:
+    """The paths that a regex matches as a whole.
+
+    Raises:
+      ValueError: the regex doesn't compile, or matches no path.
+    """
+    paths = list(paths)
+    try:
+        compiled = re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"got rule {pattern!r}, which is no regular expression ({error}); mend it") from None
+    found = [path for path in paths if compiled.fullmatch(path)]
+    if not found:
+        raise ValueError(
+            f"rule {pattern!r} matches none of the {len(paths)} linear layers (the first is "
+            f"{paths[0] if paths else 'absent'!r}); a rule must match a whole path"
+        )
+    return found
+
+
+def resolve(paths: Iterable[str], method: Method | None, rules: Rules | None) -> dict[str, Method]:
+    """The method of each path that is to be quantized.
+
+    Rules are tried in order: the caller's, DEFAULT_RULES, then `method` for the rest; the first whose regex matches
+    the whole path decides, and None leaves the layer alone.
+
+    Raises:
+      ValueError: a caller's rule that matches no path, or a regex that doesn't compile.
+    """
+    paths = list(paths)
+    chosen: dict[str, Method | None] = {}
+    for pattern, decided in rules or ():
+        for path in matching(paths, pattern):
+            chosen.setdefault(path, decided)
+    for pattern, decided in (*DEFAULT_RULES, (r".*", method)):
+        for path in filter(re.compile(pattern).fullmatch, paths):
+            chosen.setdefault(path, decided)
+    # In the order of the paths, whatever the rules' was.
+    return {path: taken for path in paths if (taken := chosen[path]) is not None}
