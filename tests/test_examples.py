@@ -1,0 +1,23 @@
+"""Every example runs as it is, in a folder of its own, and stays short."""
+
+import runpy
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).resolve().parent.parent / "examples"
+EXAMPLES = sorted(path.name for path in FOLDER.glob("*.py"))
+
+
+def test_there_are_examples() -> None:
+    assert {"swap_hf_llama.py", "swap_your_own_linen.py", "swap_your_own_nnx.py", "lora.py"} <= set(EXAMPLES)
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_example(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    assert len((FOLDER / name).read_text(encoding="utf-8").splitlines()) <= 60
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", [name])
+    runpy.run_path(str(FOLDER / name), run_name="__main__")
+    printed = capsys.readouterr().out
+    assert len(printed.splitlines()) >= 2 and "nan" not in printed.lower()
