@@ -19,7 +19,7 @@ LAYERS = (
     ("weights",),
     ("quantized_input",),
     ("clustering", "matmul", "statistics"),
-    ("methods",),
+    ("lookup", "methods"),
     ("kv_cache",),
     ("nn",),
     ("data",),

@@ -10,6 +10,7 @@ import pytest
 
 from any4_jax import packing, weights
 from any4_jax.matmul import matmul
+from any4_jax.partition import combine, partition
 from any4_jax.weights import (
     LowRank,
     PermuteInput,
@@ -17,8 +18,6 @@ from any4_jax.weights import (
     QuantizeInput,
     ScaleInput,
     Sum,
-    combine,
-    partition,
 )
 
 dequantize = jax.jit(weights.dequantize, static_argnums=1)

@@ -45,11 +45,12 @@ def walk_blocks(
         hidden = outputs
         if progress is not None:
             progress(index + 1, len(model.layers), prefix.rstrip("."))
-    if isinstance(getattr(model, "lm_head", None), nnx.Linear):
+    head = "embed_tokens" if model.config.tie_word_embeddings else "lm_head"
+    if isinstance(getattr(model, head), nnx.Linear | nnx.Embed):
         stats = statistics.empty(hidden[0].shape[-1])
         for x, (_, mask) in zip(hidden, batches, strict=True):
             stats = _head_statistics(*nnx.split(model.norm), x, mask, stats)
-        gathered["lm_head"] = stats
+        gathered[head] = stats
     return gathered
 
 

@@ -47,7 +47,7 @@ def calibrate(
       progress: called with (done, total, what) after each block, or each batch.
 
     Returns:
-      {path: Statistics} for every linear layer, the head included where it is one.
+      {path: Statistics} for every linear layer, and for the embedding of a model whose head it is.
 
     Raises:
       ValueError: no text or tokens; text for a model without a tokenizer; sequential=True without a method, or for a

@@ -13,7 +13,6 @@ from any4_jax.checkpoint.operators import operator_from_spec, operator_spec, rec
 from any4_jax.matmul import unprepare
 from any4_jax.models.config import LlamaConfig, RopeScaling
 from any4_jax.models.llama import Llama
-from any4_jax.nn.nnx import Any4Linear
 
 
 def describe_llama(model: Llama, arrays: dict[str, Any]) -> dict[str, Any]:
@@ -47,15 +46,15 @@ def build_llama(content: Mapping[str, Any], arrays: Mapping[str, jax.Array]) -> 
     """The inverse of `describe_llama`."""
     config = _config(content)
     model: Llama = nnx.eval_shape(lambda: Llama(config, dtype=jnp.dtype(content["dtype"]), rngs=nnx.Rngs(0)))
-    dense = surgery.linears(model)
+    held = surgery.holders(model)
     for path, spec in content["layers"].items():
-        bias = arrays.get(f"{path}.bias")
         weight = operator_from_spec(spec, arrays.__getitem__)
-        if weight.shape != (dense[path].out_features, dense[path].in_features):
+        layer = held[path]
+        if weight.shape != surgery.matrix_of(layer).shape:
             raise ValueError(
                 f"{path} has shape {weight.shape}, the config needs another; the checkpoint contradicts itself"
             )
-        surgery.replace_module(model, path, Any4Linear.of(weight, bias=bias, dtype=dense[path].dtype))
+        surgery.replace_module(model, path, surgery.around(layer, weight))
     graphdef, state = nnx.split(model)
     variables = dict(nnx.to_flat_state(state))
     for name in content["parameters"]:

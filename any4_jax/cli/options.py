@@ -48,9 +48,9 @@ def add_fields(parser: argparse._ActionsContainer, config: type) -> None:
         parser.add_argument(flag, type=convert, metavar=metavar, **common)
 
 
-def build(config: type, args: argparse.Namespace) -> Any:
-    """The dataclass `config` with the fields that were given on the command line; flags of other
-    dataclasses are left out.
+def build(config: type, args: argparse.Namespace, **fixed: Any) -> Any:
+    """The dataclass `config` with the fields that were given on the command line, but for those `fixed` here; flags
+    of other dataclasses are left out.
 
     Raises:
       CommandLineError: the dataclass refuses the values.
@@ -58,7 +58,7 @@ def build(config: type, args: argparse.Namespace) -> Any:
     names = {_PREFIX + field.name for field in dataclasses.fields(config)}
     given = {name.removeprefix(_PREFIX): value for name, value in vars(args).items() if name in names}
     try:
-        return config(**given)
+        return config(**given | fixed)
     except (ValueError, TypeError) as error:
         raise CommandLineError(str(error)) from error
 

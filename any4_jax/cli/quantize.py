@@ -46,7 +46,8 @@ def add(commands: Any, common: argparse.ArgumentParser, argv: Sequence[str]) -> 
         metavar="REGEX=METHOD",
         help="layers whose path matches take METHOD, or stay as they are for none; "
         "may be repeated, the first match counts, and --method serves the rest; "
-        "METHOD takes those fields below that it has too",
+        "METHOD takes those fields below that it has too, and int8 is int of 8 bits; the embedding, which is the head "
+        "of many models, is quantized only so: embed_tokens=int8",
     )
     parser.add_argument(
         "--no-resume",
@@ -67,7 +68,9 @@ def run(args: argparse.Namespace) -> int:
     if is_checkpoint(args.model):
         raise WorkError(f"{args.model} is quantized already; give the float model that it was made from")
     text = calibration_text(args.calibrate) if calibrated else ""
-    rules = [(pattern, None if name == "none" else build(CATALOGUE[name], args)) for pattern, name in args.rules]
+    rules = [
+        (pattern, None if name is None else build(CATALOGUE[name], args, **bits)) for pattern, name, bits in args.rules
+    ]
 
     begin = time.perf_counter()
     # abspath takes off a trailing slash, which would put the folder inside OUT.
@@ -113,10 +116,15 @@ def _method_in(argv: Sequence[str]) -> str:
     return name if name in CATALOGUE else _DEFAULT
 
 
-def _rule(text: str) -> tuple[str, str]:
+def _rule(text: str) -> tuple[str, str | None, dict[str, int]]:
+    """The pattern, the method's name or None, and the bits where the name gives them ("int8")."""
     pattern, separator, name = text.rpartition("=")
-    if not separator or name not in (*CATALOGUE, "none"):
-        raise argparse.ArgumentTypeError(
-            f"got {text!r}, need REGEX=METHOD with METHOD one of {', '.join(sorted(CATALOGUE))}, none"
-        )
-    return pattern, name
+    if separator and name == "none":
+        return pattern, None, {}
+    if separator and name in CATALOGUE:
+        return pattern, name, {}
+    if separator and name[:-1] == "int" and name[-1] in "2345678":
+        return pattern, "int", {"bits": int(name[-1])}
+    raise argparse.ArgumentTypeError(
+        f"got {text!r}, need REGEX=METHOD with METHOD one of {', '.join(sorted(CATALOGUE))}, int2 to int8, none"
+    )

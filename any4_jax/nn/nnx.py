@@ -1,34 +1,27 @@
-"""Any4Linear: nnx.Linear over a quantized weight."""
+"""Any4Linear and Any4Embed: nnx.Linear and nnx.Embed over quantized weights."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.nn import initializers
-from jax.tree_util import GetAttrKey, tree_flatten_with_path
 from jax.typing import DTypeLike
 
+from any4_jax.lookup import lookup
 from any4_jax.methods import Any4, Method, quantize
-from any4_jax.nn.axes import array_axes
 from any4_jax.nn.linen import dense
-from any4_jax.weights import LowRank, QuantizedTensor
+from any4_jax.nn.operator_variables import Codes, Quantized, Tables, blank
+
+__all__ = ["Any4Embed", "Any4Linear", "Codes", "Tables"]
 
 _METHOD = Any4()
 _NONE: Mapping[str, Any] = {}
 
 
-class Tables(nnx.Variable):
-    """A floating-point array of a quantized weight (lut, scales, offsets, input scales): what may be trained."""
-
-
-class Codes(nnx.Variable):
-    """An integer array of a quantized weight. No optimiser and no gradient looks at this class."""
-
-
-class Any4Linear(nnx.Module):
+class Any4Linear(Quantized):
     """y = x W^T + b with W an operator [N, K] of any4_jax.weights; a drop-in for nnx.Linear.
 
     Each array of the operator is a variable of its own in `arrays`, named by its place in the operator ("codes",
@@ -117,9 +110,7 @@ class Any4Linear(nnx.Module):
         """
         if len(weight.shape) < 2:
             raise ValueError(f"got a weight of shape {weight.shape}, Any4Linear takes [N, K]; reshape it")
-        layer: Any = _Blank()
-        # Past __init__, which draws random numbers, and past NNX's record of what was assigned.
-        object.__setattr__(layer, "__class__", cls)
+        layer = blank(cls)
         parameter = None
         if bias is not None:
             parameter = nnx.Param(bias)
@@ -134,23 +125,6 @@ class Any4Linear(nnx.Module):
         self.bias = nnx.data(bias)
         self.dtype = None if dtype is None else jnp.dtype(dtype)
 
-    def _arrange(self, weight: Any, place: bool) -> None:
-        variables, self._structure = _variables(weight, self.kernel_metadata, place)
-        self.arrays = nnx.Dict(variables)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        # NNX would note a property among the module's attributes, and layers with and without the note differ.
-        if name == "weight":
-            self._arrange(value, place=False)
-        else:
-            super().__setattr__(name, value)
-
-    @property
-    def weight(self) -> Any:
-        """The operator [*L, N, K]."""
-        places = _places(jax.tree.unflatten(self._structure, range(self._structure.num_leaves)))
-        return jax.tree.unflatten(self._structure, [self.arrays[name].get_value() for name, *_ in places])
-
     @property
     def kernel_metadata(self) -> dict[str, Any]:
         """The metadata that the arrays' was made from, as of a kernel [K, N]."""
@@ -161,8 +135,40 @@ class Any4Linear(nnx.Module):
         return dense(x, self.weight, None if self.bias is None else self.bias.get_value(), self.dtype)
 
 
-class _Blank(nnx.Module):
-    """A module with nothing in it."""
+class Any4Embed(Quantized):
+    """nnx.Embed over a quantized table: rows are decoded as they are looked up, and `attend` is a product.
+
+    Attributes:
+      weight: the operator [N, K] of the embedding; may be set.
+      arrays: nnx.Dict of variables, as in Any4Linear.
+      num_embeddings, features: N and K (static).
+      dtype: of what comes out; None is float32 for the lookup and the input's for `attend` (static).
+    """
+
+    dtype: Any
+
+    @classmethod
+    def of(cls, weight: Any, *, dtype: DTypeLike | None = None) -> "Any4Embed":
+        """The embedding around an operator [N, K] in hand.
+
+        Raises:
+          ValueError: a weight that is no matrix.
+        """
+        if len(weight.shape) != 2:
+            raise ValueError(f"got a weight of shape {weight.shape}, Any4Embed takes [N, K]; reshape it")
+        layer = blank(cls)
+        layer.num_embeddings, layer.features = weight.shape
+        layer._arrange(weight, False)
+        layer.dtype = None if dtype is None else jnp.dtype(dtype)
+        return layer
+
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        """int tokens [...] -> [..., K]."""
+        return lookup(self.weight, tokens, jnp.float32 if self.dtype is None else self.dtype)
+
+    def attend(self, x: jax.Array) -> jax.Array:
+        """x [..., K], floating -> [..., N], the products with all rows."""
+        return dense(x, self.weight, None, self.dtype)
 
 
 def _with_group_size(method: Any, group_size: int | None) -> Method:
@@ -171,52 +177,6 @@ def _with_group_size(method: Any, group_size: int | None) -> Method:
     if not hasattr(method, "group_size"):
         raise TypeError(f"got group_size={group_size} for {method}, which has no such field; set it in the method")
     return dataclasses.replace(method, group_size=group_size)
-
-
-def _variables(weight: Any, metadata: Mapping[str, Any], place: bool) -> tuple[dict[str, nnx.Variable], Any]:
-    """The arrays of an operator as variables by name, and the operator's structure.
-
-    `place` puts them on devices as their metadata says, if it does.
-    """
-    variables: dict[str, nnx.Variable] = {}
-    for name, owner, field, leaf in _places(weight):
-        mine = dict(metadata)
-        names = mine.pop("out_sharding", None)
-        # NNX takes the stack's name from a spec when it unstacks, and the empty one of a scalar has none.
-        if names and leaf.shape:
-            mine["out_sharding"] = array_axes(field, _padded(tuple(names), len(weight.shape)), leaf.shape)
-        kind = _kind(owner, field, leaf.dtype)
-        variable = kind(leaf, **mine) if place else kind(leaf)
-        variable.set_metadata(variable.get_metadata() | mine)
-        variables[name] = variable
-    return variables, jax.tree.structure(weight)
-
-
-def _places(node: Any, name: str = "", owner: Any = None, field: str = "dense") -> Iterator[tuple[str, Any, str, Any]]:
-    """(name, the operator it is in, the field there, leaf) of an operator's leaves, in their order. An array that is
-    in no operator is called dense."""
-    for path, child in tree_flatten_with_path(node, is_leaf=lambda inner: inner is not node)[0]:
-        if not path:
-            yield name or field, owner, field, node
-        elif isinstance(path[0], GetAttrKey):
-            yield from _places(child, f"{name}/{path[0].name}".lstrip("/"), node, path[0].name)
-        else:
-            yield from _places(child, f"{name}/{getattr(path[0], 'idx', path[0])}".lstrip("/"), owner, field)
-
-
-def _kind(owner: Any, field: str, dtype: Any) -> type[nnx.Variable]:
-    if not jnp.issubdtype(dtype, jnp.inexact):
-        return Codes
-    if isinstance(owner, LowRank):
-        return nnx.Variable if field == "scale" else nnx.LoRAParam
-    # Products with integers may take a uniform table for the ramp that it is, so it must stay one.
-    return nnx.Variable if isinstance(owner, QuantizedTensor) and owner.uniform and field == "lut" else Tables
-
-
-def _padded(names: tuple, rank: int) -> tuple:
-    """A name, or None, for each of `rank` axes: names may leave out a stack's axes in front, and one or two behind."""
-    named = (*names, None, None)[: max(2, len(names))]
-    return ((None,) * rank + named)[-rank:]
 
 
 def _plain(metadata: Mapping[str, Any]) -> dict[str, Any]:

@@ -39,8 +39,9 @@ def explain(x: Any, w: Any = None, platform: str | None = None, *, rows: int = 1
         one = operator if len(shape) == 2 else jax.eval_shape(_first(len(shape) - 2), operator)
         tell(path, shape, matmul.explain(jax.ShapeDtypeStruct((rows, shape[-1]), dtype), one, platform))
     for path, matrix in kind.matrices(x, None).items():
-        shape = tuple(matrix.array.shape)
-        tell(path, (*shape[:-2], *shape[:-3:-1]) if matrix.transposed else shape, _DENSE)
+        if matrix.by_name:
+            continue
+        tell(path, matrix.shape, _DENSE)
 
     head = f"platform {platform or jax.default_backend()}, inputs {jnp.dtype(dtype).name} [{rows}, K]"
     paragraphs = []

@@ -25,15 +25,18 @@ class Matrix:
     Attributes:
       array: [*L, K, N] where `transposed`, as Flax keeps kernels, else [*L, N, K]; L are layers stacked for a scan.
       transposed: see `array`.
+      by_name: whether only a rule of the caller's, which names it, has it quantized: it is no dense layer's.
     """
 
     array: jax.Array
     transposed: bool
+    by_name: bool = False
 
     @property
-    def in_features(self) -> int:
-        """K."""
-        return self.array.shape[-2 if self.transposed else -1]
+    def shape(self) -> tuple[int, ...]:
+        """(*L, N, K)."""
+        shape = tuple(self.array.shape)
+        return (*shape[:-2], *shape[:-3:-1]) if self.transposed else shape
 
 
 class Finished(Protocol):

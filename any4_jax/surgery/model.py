@@ -25,7 +25,7 @@ def quantize_model(
 
     Args:
       model: one of
-        - an NNX module: every nnx.Linear becomes an Any4Linear;
+        - an NNX module: every nnx.Linear becomes an Any4Linear, every nnx.Embed that a rule names an Any4Embed;
         - a Hugging Face Flax model: its kernels become operators, and it goes on working, `generate` included;
         - a pair (Linen module, variables or their "params"): the new pair's module has the same `apply` and `init`;
         - a tree of arrays (dicts and lists), where "kernel" is [K, N] and "weight" is [N, K].
@@ -47,11 +47,11 @@ def quantize_model(
     """
     kind = kind_of(model)
     matrices = kind.matrices(model, inputs)
-    chosen = resolve(matrices, method, rules)
+    by_name = {path for path, matrix in matrices.items() if matrix.by_name}
+    chosen = resolve(matrices, method, rules, by_name)
     if not chosen:
-        raise ValueError(
-            f"found {len(matrices)} linear layers and the rules leave all of them alone; name one to quantize"
-        )
+        found = len(matrices) - len(by_name)
+        raise ValueError(f"found {found} linear layers and the rules leave all of them alone; name one to quantize")
     stats = stats or {}
     done = quantize_layers(matrices, chosen, stats, progress, finished)
     earlier = recipe_of(model)

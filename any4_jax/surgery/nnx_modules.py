@@ -1,4 +1,5 @@
-"""NNX modules: every nnx.Linear may become an Any4Linear. A module stays as it was; new ones share its arrays."""
+"""NNX modules: every nnx.Linear may become an Any4Linear, every nnx.Embed an Any4Embed. A module stays as it was; new
+ones share its arrays."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -9,7 +10,8 @@ from flax.traverse_util import unflatten_dict
 
 from any4_jax.matmul import unprepare
 from any4_jax.methods import Method
-from any4_jax.nn.nnx import Any4Linear
+from any4_jax.nn.nnx import Any4Embed, Any4Linear
+from any4_jax.nn.operator_variables import Quantized
 from any4_jax.statistics import Statistics
 from any4_jax.surgery import fitting, trees
 from any4_jax.surgery.layers import Matrix, quantize_matrix
@@ -22,19 +24,27 @@ def linears(model: nnx.Module) -> dict[str, nnx.Linear]:
     return {dotted(path): node for path, node in nnx.iter_modules(model) if isinstance(node, nnx.Linear)}
 
 
-def matrix_of(layer: nnx.Linear) -> Matrix:
-    """The weight of a dense layer."""
+def holders(model: nnx.Module) -> dict[str, Any]:
+    """The modules that hold a matrix which is or can be quantized, by dotted path."""
+    kinds = nnx.Linear | nnx.Embed | Quantized
+    return {dotted(path): node for path, node in nnx.iter_modules(model) if isinstance(node, kinds)}
+
+
+def matrix_of(layer: nnx.Linear | nnx.Embed) -> Matrix:
+    """The float weight of a layer."""
+    if isinstance(layer, nnx.Embed):
+        return Matrix(layer.embedding.get_value(), transposed=False, by_name=True)
     return Matrix(layer.kernel.get_value(), transposed=True)
 
 
 def matrices(model: nnx.Module) -> dict[str, Matrix]:
-    """The weights of the dense layers by dotted path."""
-    return {path: matrix_of(layer) for path, layer in linears(model).items()}
+    """The float weights of dense layers and embeddings by dotted path."""
+    return {path: matrix_of(layer) for path, layer in holders(model).items() if not isinstance(layer, Quantized)}
 
 
 def operators(model: nnx.Module) -> dict[str, Any]:
     """The operators of the quantized layers by dotted path."""
-    return {dotted(path): node.weight for path, node in nnx.iter_modules(model) if isinstance(node, Any4Linear)}
+    return {path: layer.weight for path, layer in holders(model).items() if isinstance(layer, Quantized)}
 
 
 def quantize_linear(layer: nnx.Linear, method: Method, stats: Statistics | None, path: str) -> Any4Linear:
@@ -42,8 +52,10 @@ def quantize_linear(layer: nnx.Linear, method: Method, stats: Statistics | None,
     return around(layer, jax.block_until_ready(quantize_matrix(matrix_of(layer), method, stats, path)))
 
 
-def around(layer: nnx.Linear | Any4Linear, weight: Any) -> Any4Linear:
+def around(layer: Any, weight: Any) -> Any:
     """The layer with the operator `weight` [*L, N, K] as its matrix."""
+    if isinstance(layer, nnx.Embed | Any4Embed):
+        return Any4Embed.of(weight, dtype=layer.dtype)
     of_kernel = layer.kernel_metadata if isinstance(layer, Any4Linear) else layer.kernel.get_metadata()
     bias, of_bias = (None, {}) if layer.bias is None else (layer.bias.get_value(), layer.bias.get_metadata())
     return Any4Linear.of(weight, bias=bias, dtype=layer.dtype, kernel_metadata=of_kernel, bias_metadata=of_bias)
@@ -66,21 +78,23 @@ def replace(model: nnx.Module, done: Mapping[str, Any], recipe: Recipe | None) -
 def contents(model: nnx.Module) -> dict[str, Any]:
     """The arrays and operators of a module; the state of its random numbers (nnx.RngState) is left out."""
     flat: dict[tuple, Any] = {tuple(map(str, path)): v.get_value() for path, v in _variables(model)}
-    for path, node in nnx.iter_modules(model):
-        if isinstance(node, Any4Linear):
-            flat[*map(str, path), "kernel"] = unprepare(node.weight)
+    for path, layer in holders(model).items():
+        if isinstance(layer, Quantized):
+            flat[*filter(None, path.split(".")), _name(layer)] = unprepare(layer.weight)
     return unflatten_dict(flat)
+
+
+def _name(layer: Any) -> str:
+    """Of the matrix of a layer among its variables, or where it was before it was quantized."""
+    return "embedding" if isinstance(layer, nnx.Embed | Any4Embed) else "kernel"
 
 
 def fill(model: nnx.Module, given: Mapping[str, Any], recipe: Recipe | None) -> nnx.Module:
     """A new module with other contents. What they leave out, the state of random numbers, is that of `model`."""
     wanted, new = trees.leaves(contents(model)), trees.leaves(given)
-    layers = {
-        dotted((*path, "kernel")): dotted(path)
-        for path, node in nnx.iter_modules(model)
-        if isinstance(node, nnx.Linear | Any4Linear)
-    }
-    fitting.check(wanted, new, lambda path: True if path in layers else None)
+    held = holders(model)
+    layers = {f"{path}.{_name(layer)}".lstrip("."): path for path, layer in held.items()}
+    fitting.check(wanted, new, lambda path: _name(held[layers[path]]) == "kernel" if path in layers else None)
     done = {layers[path]: leaf for path, leaf in new.items() if fitting.is_quantized(leaf)}
     for path, layer in layers.items():
         if fitting.is_quantized(wanted[path]) and layer not in done:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 from any4_jax.methods import Method
 
@@ -45,11 +45,13 @@ def matching(paths: Iterable[str], pattern: str) -> list[str]:
     return found
 
 
-def resolve(paths: Iterable[str], method: Method | None, rules: Rules | None) -> dict[str, Method]:
+def resolve(
+    paths: Iterable[str], method: Method | None, rules: Rules | None, by_name: Collection[str] = ()
+) -> dict[str, Method]:
     """The method of each path that is to be quantized.
 
     Rules are tried in order: the caller's, DEFAULT_RULES, then `method` for the rest; the first whose regex matches
-    the whole path decides, and None leaves the layer alone.
+    the whole path decides, and None leaves the layer alone. The paths of `by_name` are for the caller's rules only.
 
     Raises:
       ValueError: a caller's rule that matches no path, or a regex that doesn't compile.
@@ -61,6 +63,6 @@ def resolve(paths: Iterable[str], method: Method | None, rules: Rules | None) ->
             chosen.setdefault(path, decided)
     for pattern, decided in (*DEFAULT_RULES, (r".*", method)):
         for path in filter(re.compile(pattern).fullmatch, paths):
-            chosen.setdefault(path, decided)
+            chosen.setdefault(path, None if path in by_name else decided)
     # In the order of the paths, whatever the rules' was.
     return {path: taken for path in paths if (taken := chosen[path]) is not None}
