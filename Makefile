@@ -5,14 +5,14 @@ SHELL := /bin/sh
 .NOTPARALLEL:
 .PHONY: help demo test test-newest lint clean
 
-INSTALL_INPUTS := pyproject.toml CMakeLists.txt $(wildcard cuda_ffi/csrc/*)
+INSTALL_INPUTS := pyproject.toml CMakeLists.txt $(wildcard cuda_ffi/csrc/*/*.* cuda_ffi/csrc/xla/ffi/api/*.h)
 # Most of a test's time is XLA compiling, much of it the same programs in several files: a file stays on one worker, and
 # the workers share a cache that lives for the run (an older one might be of another processor).
 PYTEST = cache=$$(mktemp -d) && trap 'rm -rf "$$cache"' EXIT && JAX_PLATFORMS=cpu JAX_COMPILATION_CACHE_DIR="$$cache" \
 	JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0.3 $(1) -m pytest -n auto --dist loadfile
 # What depends on the versions of jax and flax.
 CORE := $(patsubst %,tests/test_%.py,formats scaling packing weights matmul statistics clustering methods any4 surgery \
-	calibration llama generate checkpoint_model linen nnx hf_flax)
+	calibration llama generate checkpoint_model linen nnx hf_flax cpu_kernel)
 PIP := -m pip --disable-pip-version-check --quiet --quiet
 
 # $(call find_python,NAMES,LEAST): prints the first interpreter of at least that sys.hexversion, from PATH, then

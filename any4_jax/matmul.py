@@ -5,7 +5,6 @@ Backends are tried in the order of `BACKENDS`; the last, "xla", does everything 
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -13,31 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from any4_jax import weights
+from any4_jax.backends.base import Backend
+from any4_jax.backends.cpu import CPU
 from any4_jax.partition import combine, partition
 from any4_jax.quantized_input import integer_product, is_integer_leaf, quantize_input
 from any4_jax.weights import LowRank, PermuteInput, QuantizedTensor, QuantizeInput, ScaleInput, Sum
 
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
-
-
-@dataclasses.dataclass(frozen=True)
-class Backend:
-    """A kernel family.
-
-    Attributes:
-      name: what `matmul(backend=...)` calls it.
-      supports: (x, w, platform) -> None, or the reason in words why it can't. It looks at shapes, dtypes and the
-        platform only, so it works while tracing.
-      run: (x [M, K], arrays from `prepare`) -> y [M, N] in x's dtype.
-      prepare: QuantizedTensor -> the arrays that `run` reads.
-      unprepare: the exact inverse of `prepare`.
-    """
-
-    name: str
-    supports: Callable[[Any, QuantizedTensor, str], str | None]
-    run: Callable[[jax.Array, Any], jax.Array]
-    prepare: Callable[[QuantizedTensor], Any]
-    unprepare: Callable[[Any], QuantizedTensor]
 
 
 def _xla_run(x: jax.Array, w: QuantizedTensor) -> jax.Array:
@@ -66,7 +47,7 @@ XLA = Backend(
     unprepare=lambda arrays: arrays,
 )
 
-BACKENDS: tuple[Backend, ...] = (XLA,)
+BACKENDS: tuple[Backend, ...] = (CPU, XLA)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,7 +146,7 @@ def _(w: Prepared, x, backend):
 @_apply.register
 def _(w: QuantizedTensor, x, backend):
     if backend is not None:
-        reason = _named(backend).supports(x, w, _platform())
+        reason = _named(backend).supports(x, w, default_platform())
         if reason is not None:
             raise ValueError(f"backend {backend!r} can't do this product: {reason}; pass another backend, or None")
         return _leaf(x, w, backend)
@@ -177,8 +158,8 @@ def _(w: QuantizedTensor, x, backend):
     return jax.lax.platform_dependent(x, w, default=functools.partial(_leaf, backend=default), **special)
 
 
-def _platform() -> str:
-    """This process's default, in the words of PLATFORMS: jax calls a GPU of either make "gpu"."""
+def default_platform() -> str:
+    """The platform of this process by default, in the words of PLATFORMS: jax calls a GPU of either make "gpu"."""
     name = jax.default_backend()
     if name != "gpu":
         return name
@@ -250,7 +231,7 @@ def explain(x, w, platform: str | None = None) -> str:
       w: an operator [N, K]; each of its leaves gets its lines.
       platform: "cpu", "cuda", "rocm" or "tpu"; None for this process's default device.
     """
-    where = platform or _platform()
+    where = platform or default_platform()
     leaves = jax.tree.leaves(w, is_leaf=lambda node: isinstance(node, (QuantizedTensor, Prepared)))
     lines = []
     for leaf in leaves:

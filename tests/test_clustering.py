@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from any4_jax.clustering import kmeans_1d
+from any4_jax.clustering import bodies, kmeans_1d
 
 METHODS = [("exact", None)] + [("lloyd", i) for i in ("kmeans++", "random", "int", "nf4", "quantile")]
 ROWS = ("normal", "student", "clustered", "ties", "offset", "outlier", "tight", "constant")
@@ -68,6 +68,15 @@ def partition_error(x: np.ndarray, w: np.ndarray, codes: np.ndarray) -> float:
     return total
 
 
+@pytest.fixture(params=[body.name for body in bodies.BODIES])
+def body(request) -> str:
+    """Each of the solver's bodies that works here."""
+    reason = next(b for b in bodies.BODIES if b.name == request.param).supports(jax.default_backend())
+    if reason is not None:
+        pytest.skip(reason)
+    return request.param
+
+
 def same(a, b) -> None:
     for left, right in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
         np.testing.assert_array_equal(np.asarray(left), np.asarray(right))
@@ -76,6 +85,7 @@ def same(a, b) -> None:
 # Compiling takes most of this file's time: nearly all tests solve 8 weighted rows of 160 values with two programs a
 # solver, one for all rows at once and one row by row.
 R, K = 8, 160
+TOL = np.float32(1e-4)
 ones = np.ones((R, K), np.float32)
 
 
@@ -90,11 +100,11 @@ def solve(rows, weights=ones, solver="exact", init=None, chunk_rows=R, **options
 
 
 @pytest.mark.parametrize("weighted", [False, True])
-def test_exact_is_within_1e_6_of_a_float64_dynamic_program(weighted):
+def test_exact_is_within_1e_6_of_a_float64_dynamic_program(weighted, body):
     weights = make_weights(R, K) if weighted else ones
     for seed in range(3):
         rows = np.concatenate([make_rows(kind, 1, K, seed) for kind in ROWS])
-        result = solve(rows, weights)
+        result = solve(rows, weights, body=body)
         for kind, row, w, codes, inertia in zip(ROWS, rows, weights, result.codes, result.inertia, strict=True):
             best = least_error(row, w, 16)
             assert partition_error(row, w, codes) <= best * (1 + 1e-6)
@@ -104,19 +114,19 @@ def test_exact_is_within_1e_6_of_a_float64_dynamic_program(weighted):
 
 
 @pytest.mark.parametrize("length", [173, pytest.param(1100, marks=pytest.mark.slow)])
-def test_exact_holds_where_the_last_block_is_padded(length):
+def test_exact_holds_where_the_last_block_is_padded(length, body):
     rows, weights = make_rows("student", 2, length), make_weights(2, length)
-    codes = np.asarray(kmeans_1d(rows, 16, sample_weight=weights).codes)
+    codes = np.asarray(kmeans_1d(rows, 16, sample_weight=weights, body=body).codes)
     for row, w, code in zip(rows, weights, codes, strict=True):
         assert partition_error(row, w, code) <= least_error(row, w, 16) * (1 + 1e-6)
 
 
 @pytest.mark.parametrize("length, k", [(1, 1), (9, 4)])
-def test_exact_equals_brute_force(length, k):
+def test_exact_equals_brute_force(length, k, body):
     rng = np.random.default_rng(length)
     rows = rng.standard_normal((4, length)).astype(np.float32)
     weights = rng.uniform(0.1, 2, rows.shape).astype(np.float32)
-    inertia = np.asarray(kmeans_1d(rows, k, sample_weight=weights).inertia)
+    inertia = np.asarray(kmeans_1d(rows, k, sample_weight=weights, body=body).inertia)
     for row, w, got in zip(rows, weights, inertia, strict=True):
         order = np.argsort(row)
         best = min(
@@ -129,14 +139,14 @@ def test_exact_equals_brute_force(length, k):
 @pytest.mark.filterwarnings("ignore")  # scikit-learn warns of rows with fewer distinct values than clusters
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("kind", ["normal", "student", "clustered", "ties", "constant"])
-def test_exact_is_no_worse_than_scikit_learn_on_200_rows(kind, weighted):
+def test_exact_is_no_worse_than_scikit_learn_on_200_rows(kind, weighted, body):
     cluster = pytest.importorskip("sklearn.cluster")
     threadpoolctl = pytest.importorskip("threadpoolctl")
     rows = make_rows(kind, 24, K, seed=7)[:20]
     weights = make_weights(20, K) if weighted else np.ones_like(rows)
     for start in (0, 8, 12):  # the last eight overlap: another number of rows would be another program
         part, shares = rows[start : start + R], weights[start : start + R]
-        for row, w, mine in zip(part, shares, solve(part, shares).codes, strict=True):
+        for row, w, mine in zip(part, shares, solve(part, shares, body=body).codes, strict=True):
             # Its threads only wait for each other on rows this short, ten times longer than they compute.
             with threadpoolctl.threadpool_limits(1):
                 model = cluster.KMeans(16, n_init=10, random_state=0)
@@ -145,84 +155,111 @@ def test_exact_is_no_worse_than_scikit_learn_on_200_rows(kind, weighted):
 
 
 @pytest.mark.parametrize("solver, init", METHODS)
-def test_results_are_consistent(solver, init):
+def test_results_are_consistent(solver, init, body):
     rows, weights = mixed(), make_weights(R, K)
-    result = solve(rows, weights, solver, init)
+    result = solve(rows, weights, solver, init, body=body)
     assert (result.centroids.dtype, result.codes.dtype, result.inertia.dtype) == (np.float32, np.uint8, np.float32)
     assert (np.diff(result.centroids, axis=1) >= 0).all()
     distance = np.abs(rows[:, :, None] - result.centroids[:, None, :])
     np.testing.assert_array_equal(result.codes, distance.argmin(-1))
     inertia = np.sum(weights * distance.min(-1).astype(np.float64) ** 2, axis=1)
     np.testing.assert_allclose(result.inertia, inertia, rtol=1e-6)
-    best = solve(rows, weights)
+    best = solve(rows, weights, body=body)
     for row, w, mine, least in zip(rows, weights, result.codes, best.codes, strict=True):
         assert partition_error(row, w, least) <= partition_error(row, w, mine) * (1 + 1e-6)
 
 
 @pytest.mark.parametrize("solver, init", METHODS)
-def test_chunks_order_and_powers_of_two_change_no_bit(solver, init):
+def test_chunks_order_and_powers_of_two_change_no_bit(solver, init, body):
     rows, weights = mixed(), make_weights(R, K)
-    whole = solve(rows, weights, solver, init)
-    same(whole, solve(rows, weights, solver, init, chunk_rows=1))
+    whole = solve(rows, weights, solver, init, body=body)
+    same(whole, solve(rows, weights, solver, init, chunk_rows=1, body=body))
     order = np.random.default_rng(3).permutation(R)
-    same(jax.tree.map(lambda a: a[order], whole), solve(rows[order], weights[order], solver, init))
-    scaled = solve(rows * np.float32(2.0**-20), weights, solver, init)
+    same(jax.tree.map(lambda a: a[order], whole), solve(rows[order], weights[order], solver, init, body=body))
+    scaled = solve(rows * np.float32(2.0**-20), weights, solver, init, body=body)
     same((scaled.codes, scaled.centroids * np.float32(2.0**20)), (whole.codes, whole.centroids))
 
 
-def test_a_shared_weight_changes_no_bit():
+def test_a_shared_weight_changes_no_bit(body):
     rows, weights = mixed(), make_weights(1, K)[0]
-    whole = solve(rows, np.tile(weights, (R, 1)))
-    same(whole, solve(rows, weights, chunk_rows=4))
+    whole = solve(rows, np.tile(weights, (R, 1)), body=body)
+    same(whole, solve(rows, weights, chunk_rows=4, body=body))
 
 
 @pytest.mark.parametrize("solver, init", METHODS)
-def test_degenerate_rows(solver, init):
+def test_degenerate_rows(solver, init, body):
     few = np.tile(np.array([-1, -0.25, 0.5, 2], np.float32), K // 4)
     rows = np.stack([np.full(K, 0.3, np.float32), np.zeros(K, np.float32), few, -few[::-1]] * 2)
-    result = solve(rows, ones, solver, init)
+    result = solve(rows, ones, solver, init, body=body)
     np.testing.assert_array_equal(np.take_along_axis(result.centroids, result.codes.astype(int), 1), rows)
     np.testing.assert_array_equal(result.inertia, np.zeros(R))
 
 
-def test_fewer_values_than_clusters():
-    result = solve(np.array([[3.0, -1.0, 2.0]], np.float32), None)
+def test_fewer_values_than_clusters(body):
+    result = solve(np.array([[3.0, -1.0, 2.0]], np.float32), None, body=body)
     assert np.isfinite(result.centroids).all() and result.inertia[0] == 0
 
 
 @pytest.mark.parametrize("solver, init", METHODS)
-def test_weights_of_zero(solver, init):
+def test_weights_of_zero(solver, init, body):
     rows = make_rows("normal", R, K)
     weights = ones.copy()
     weights[:, ::2] = 0
-    some = solve(rows, weights, solver, init)
+    some = solve(rows, weights, solver, init, body=body)
     assert np.isfinite(some.centroids).all()
     if solver == "exact":
         for row, w, codes in zip(rows, weights, some.codes, strict=True):
             assert partition_error(row, w, codes) <= least_error(row[1::2], w[1::2], 16) * (1 + 1e-6)
-    same(solve(rows, 0 * ones, solver, init), solve(rows, ones, solver, init))
+    same(solve(rows, 0 * ones, solver, init, body=body), solve(rows, ones, solver, init, body=body))
 
 
-def test_lloyd_refills_empty_clusters():
+def test_lloyd_refills_empty_clusters(body):
     # Evenly spaced starts leave all clusters but two without values.
     rows = np.tile(np.append(np.linspace(0, 1, K - 1), 1e4).astype(np.float32), (R, 1))
-    assert np.unique(solve(rows, ones, "lloyd", "int").codes[0]).size == 16
+    assert np.unique(solve(rows, ones, "lloyd", "int", body=body).codes[0]).size == 16
 
 
-def test_lloyd_is_seeded_and_improves_on_its_start():
+def test_lloyd_is_seeded_and_improves_on_its_start(body):
     rows = make_rows("normal", R, K)
-    first = solve(rows, ones, "lloyd", "kmeans++", seed=1)
-    same(first, solve(rows, ones, "lloyd", None, seed=1))
-    assert (first.centroids != solve(rows, ones, "lloyd", "kmeans++", seed=2).centroids).any()
+    first = solve(rows, ones, "lloyd", "kmeans++", seed=1, body=body)
+    same(first, solve(rows, ones, "lloyd", None, seed=1, body=body))
+    assert (first.centroids != solve(rows, ones, "lloyd", "kmeans++", seed=2, body=body).centroids).any()
     # A tolerance this large stops after one step.
-    one, many = (solve(rows, ones, "lloyd", "int", tol=tol) for tol in (1e9, 1e-4))
+    one, many = (solve(rows, ones, "lloyd", "int", tol=tol, body=body) for tol in (1e9, 1e-4))
     assert many.inertia.mean() < one.inertia.mean()
 
 
-def test_low_precision_and_tracing():
+@pytest.mark.parametrize("solver, init", METHODS)
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("body", [b.name for b in bodies.BODIES[:-1]], indirect=True)
+def test_bodies_agree(solver, init, weighted, body):
+    rows, weights = mixed(), make_weights(R, K) if weighted else ones
+    truth, found = solve(rows, weights, solver, init, body="jnp"), solve(rows, weights, solver, init, body=body)
+    for kind, theirs, mine in zip(ROWS, truth.codes, found.codes, strict=True):
+        # Rows of ties have more than one optimum, and where an outlier sets the scale float32 can't tell some apart.
+        if kind not in ("ties", "outlier", "constant"):
+            np.testing.assert_array_equal(mine, theirs)
+    np.testing.assert_allclose(found.inertia, truth.inertia, rtol=1e-6, atol=1e-12)
+
+
+def test_what_is_not_finite_spoils_its_own_row_alone(body):
+    rows, weights = make_rows("normal", R, K), make_weights(R, K)
+    rows[1, 3], rows[2, 3], weights[3, 3], weights[4, 3] = np.nan, np.inf, np.nan, np.inf
+    # Not through kmeans_1d, which refuses such values unless they are traced.
+    options = bodies.Options(k=16, solver="exact", init="", max_iter=0, chunk_rows=R)
+    centroids, codes, inertia = map(np.asarray, bodies.solve(rows, weights, TOL, None, options=options, body=body))
+    for row in range(R):
+        spoilt = row in (1, 2, 4)
+        assert np.isnan(centroids[row]).all() == np.isnan(inertia[row]) == spoilt
+        assert not spoilt or not codes[row].any()
+    unweighted = solve(np.tile(rows[3], (R, 1)), ones, body=body)
+    np.testing.assert_array_equal(codes[3], unweighted.codes[0])
+
+
+def test_low_precision_and_tracing(body):
     rows = jnp.asarray(mixed(), jnp.bfloat16)
-    traced = jax.jit(lambda r, w: kmeans_1d(r, 16, sample_weight=w, chunk_rows=R))(rows, ones)
-    same(traced, solve(np.asarray(rows).astype(np.float32)))
+    traced = jax.jit(lambda r, w: kmeans_1d(r, 16, sample_weight=w, chunk_rows=R, body=body))(rows, ones)
+    same(traced, solve(np.asarray(rows).astype(np.float32), body=body))
 
 
 @pytest.mark.parametrize(
@@ -244,6 +281,7 @@ def test_low_precision_and_tracing():
         ({"solver": "lloyd", "init": "nf4", "k": 8}, ValueError, "nf4"),
         ({"max_iter": 0}, ValueError, "max_iter"),
         ({"chunk_rows": 0}, ValueError, "chunk_rows"),
+        ({"body": "cuda"}, ValueError, "'cpu', 'jnp'"),
     ],
 )
 def test_refusals(change, error, words):

@@ -17,7 +17,7 @@ LAYERS = (
     ("formats",),
     ("scaling", "packing", "partition"),
     ("weights",),
-    ("quantized_input",),
+    ("quantized_input", "backends"),
     ("clustering", "matmul", "statistics"),
     ("lookup", "methods"),
     ("kv_cache",),
@@ -35,7 +35,7 @@ LEVEL = {name: level for level, row in enumerate(LAYERS) for name in row}
 TOP = LEVEL["cli"]
 
 KERNEL_PACKAGES = ("pallas_kernels", "cuda_ffi")
-KERNEL_USERS = ("matmul", "clustering", "kv_cache")
+KERNEL_USERS = ("backends", "matmul", "clustering", "kv_cache")
 KERNEL_IMPORTS = frozenset(sys.stdlib_module_names) | {"jax", "numpy"}
 
 FORBIDDEN_MODULES = frozenset({"pickle", "cPickle", "cloudpickle", "dill", "marshal", "shelve"})

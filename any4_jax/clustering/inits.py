@@ -1,8 +1,8 @@
-"""First centroids for Lloyd's iteration: functions of a sorted row x [P], weights w [P], k and random draws.
+"""First centroids for Lloyd's iteration: functions of a sorted row x [P], weights w [P], k and numbers.
 
 Weights are non-negative and not all zero; values without weight (padding among them) are never drawn. Each function
-gives [k] float32, ascending. The draws are the same for every row, so that a row's result does not depend on its place;
-they are made by numpy, whose generator needs no compiling.
+gives [k] float32, ascending. The numbers, random or not, are the same for every row, so that a row's result does not
+depend on its place; they are made by numpy, whose generator needs no compiling.
 """
 
 import math
@@ -57,39 +57,36 @@ def _random(x: jax.Array, w: jax.Array, k: int, draws: jax.Array) -> jax.Array:
     return jnp.sort(jnp.concatenate([found, jnp.full((k - found.size,), found[0])]))
 
 
-def _spread(x: jax.Array, places: np.ndarray) -> jax.Array:
+def _spread(x: jax.Array, w: jax.Array, k: int, places: jax.Array) -> jax.Array:
     """Levels at the given places between the row's minimum (0) and its maximum (1)."""
     # The maximum keeps the product from joining the sum as a fused multiply-add, which depends on the chunk.
-    return x[0] + jnp.maximum((x[-1] - x[0]) * places.astype(np.float32), 0.0)
+    return x[0] + jnp.maximum((x[-1] - x[0]) * places, 0.0)
 
 
-def _int(x: jax.Array, w: jax.Array, k: int, draws: None) -> jax.Array:
-    """k evenly spaced levels from the row's minimum to its maximum."""
-    return _spread(x, np.arange(k) / max(k - 1, 1))
+def _quantile(x: jax.Array, w: jax.Array, k: int, fractions: jax.Array) -> jax.Array:
+    """The values at which the row's running weight passes the given fractions."""
+    return x[_at_mass(running_sum(w), fractions)]
 
 
-def _nf4(x: jax.Array, w: jax.Array, k: int, draws: None) -> jax.Array:
-    """The 16 NormalFloat levels, -1 at the row's minimum and 1 at its maximum."""
-    return _spread(x, (np.array(NF4_LEVELS) + 1) / 2)
-
-
-def _quantile(x: jax.Array, w: jax.Array, k: int, draws: None) -> jax.Array:
-    """The values at the middles of k equal shares of the row's weight."""
-    return x[_at_mass(running_sum(w), (jnp.arange(k, dtype=jnp.float32) + 0.5) / k)]
-
-
-def draw(init: str, length: int, k: int, seed: int) -> np.ndarray | None:
-    """The random numbers (float32) that the start named `init` takes for rows padded to `length` values."""
+def numbers(init: str, length: int, k: int, seed: int) -> np.ndarray:
+    """What the start named `init` takes for rows padded to `length` values, float32: random for "kmeans++" and
+    "random", places or fractions for the others."""
     rng = np.random.default_rng(seed)
     if init == "kmeans++":
         return rng.random((k, 2 + int(math.log(k))), np.float32)
-    return rng.standard_exponential(length, np.float32) if init == "random" else None
+    if init == "random":
+        return rng.standard_exponential(length, np.float32)
+    if init == "quantile":
+        # The middles of k equal shares.
+        return (np.arange(k, dtype=np.float32) + np.float32(0.5)) / np.float32(k)
+    places = (np.array(NF4_LEVELS) + 1) / 2 if init == "nf4" else np.arange(k) / max(k - 1, 1)
+    return places.astype(np.float32)
 
 
 INITS: dict[str, Callable[..., jax.Array]] = {
     "kmeans++": _plus_plus,
     "random": _random,
-    "int": _int,
-    "nf4": _nf4,
+    "int": _spread,
+    "nf4": _spread,
     "quantile": _quantile,
 }

@@ -1,0 +1,29 @@
+"""What a kernel has to say of itself to stand in the table of `any4_jax.matmul`."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from any4_jax.weights import QuantizedTensor
+
+
+@dataclasses.dataclass(frozen=True)
+class Backend:
+    """A kernel family.
+
+    Attributes:
+      name: what `matmul(backend=...)` calls it.
+      supports: (x, w, platform) -> None, or the reason in words why it can't. It looks at shapes, dtypes and the
+        platform only, so it works while tracing.
+      run: (x [M, K], arrays from `prepare`) -> y [M, N] in x's dtype.
+      prepare: QuantizedTensor -> the arrays that `run` reads.
+      unprepare: the exact inverse of `prepare`.
+    """
+
+    name: str
+    supports: Callable[[Any, QuantizedTensor, str], str | None]
+    run: Callable[[jax.Array, Any], jax.Array]
+    prepare: Callable[[QuantizedTensor], Any]
+    unprepare: Callable[[Any], QuantizedTensor]

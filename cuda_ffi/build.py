@@ -1,0 +1,158 @@
+"""Builds the native libraries where any4_jax is installed without them, or where their sources were edited.
+
+    python -m cuda_ffi.build          both kinds, as far as there are compilers
+    python -m cuda_ffi.build cpu      one kind; not being able to is an error
+
+A library's file name holds the hash of its sources, so that one of other sources is never taken for it. What is built
+here goes to `cache_folder()`; what `pip install` builds (CMakeLists.txt, with the same flags) goes into the package.
+"""
+
+import argparse
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+KINDS = ("cpu", "cuda")
+SOURCES = Path(__file__).resolve().parent / "csrc"
+SUFFIX = {"cpu": ".cc", "cuda": ".cu"}
+
+FLAGS = ("-std=c++17", "-O3", "-fPIC", "-pthread", "-Wall", "-Wextra")
+# By the end of a file's name; other machines than x86-64 compile these files without them, to nothing.
+ISA_FLAGS = {
+    "_avx512.cc": (
+        *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mprefer-vector-width=512"),
+        # GCC 12's own header of intrinsics reads variables that it means to leave undefined.
+        *("-Wno-uninitialized", "-Wno-maybe-uninitialized"),
+    ),
+    "_avx2.cc": ("-mavx2", "-mfma"),
+}
+# Ampere, Ada and Hopper as machine code, and PTX of the last for what comes after. The two numbers are nvcc's
+# complaints about constructs in XLA's headers.
+CUDA_FLAGS = (
+    *("-std=c++17", "-O3", "--cudart=static", "-Xcompiler=-fPIC,-pthread", "-diag-suppress=940,2473"),
+    *(f"-gencode=arch=compute_{n},code=sm_{n}" for n in (80, 86, 89, 90)),
+    "-gencode=arch=compute_90,code=compute_90",
+)
+
+
+def source_files(kind: str) -> list[Path]:
+    """Everything that the library of a kind is made of, by name."""
+    files = [*(SOURCES / kind).glob("*"), *(SOURCES / "xla" / "ffi" / "api").glob("*.h")]
+    return sorted((f for f in files if f.suffix in (".h", ".cc", ".cu", ".cuh")), key=lambda f: f.as_posix())
+
+
+def source_hash(kind: str) -> str:
+    """16 hexadecimal digits of the names and contents of `source_files`; CMakeLists.txt computes the same."""
+    listing = ""
+    for file in source_files(kind):
+        digest = hashlib.sha256(file.read_bytes()).hexdigest()
+        listing += f"{file.relative_to(SOURCES).as_posix()} {digest}\n"
+    return hashlib.sha256(listing.encode()).hexdigest()[:16]
+
+
+def library_name(kind: str) -> str:
+    """The file name of the library that the present sources make."""
+    return f"libany4_{kind}-{source_hash(kind)}.so"
+
+
+def cache_folder() -> Path:
+    """Where this user's builds for this kind of processor lie: `$XDG_CACHE_HOME` or ~/.cache, any4_jax/<machine>."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "any4_jax" / platform.machine()
+
+
+def find_compiler(kind: str) -> str | None:
+    """The compiler's path: $CXX, c++, g++ or clang++; for cuda nvcc on PATH or under $CUDA_HOME or /usr/local/cuda."""
+    if kind == "cuda":
+        home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+        return shutil.which("nvcc") or shutil.which("nvcc", path=f"{home}/bin")
+    candidates = [os.environ.get("CXX", ""), "c++", "g++", "clang++"]
+    return next((found for name in candidates if name and (found := shutil.which(name))), None)
+
+
+def flags(kind: str, source: Path) -> tuple[str, ...]:
+    """The compiler's flags for one file."""
+    if kind == "cuda":
+        return (*CUDA_FLAGS, f"-I{SOURCES}", f"-I{SOURCES / 'cuda'}")
+    on_x86 = platform.machine().lower() in ("x86_64", "amd64")
+    special = [isa for end, isa in ISA_FLAGS.items() if on_x86 and source.name.endswith(end)]
+    # XLA's headers are not clean under -Wextra.
+    return (*FLAGS, *(special[0] if special else ()), "-isystem", str(SOURCES), f"-I{SOURCES / 'cpu'}")
+
+
+def _run(command: Sequence[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise RuntimeError(f"the compiler failed ({' '.join(command)}): {(done.stderr or done.stdout).strip()}")
+
+
+def build(kind: str, folder: Path | None = None) -> Path:
+    """Builds the library of a kind from the present sources, unless it is there already.
+
+    Args:
+      kind: "cpu" or "cuda".
+      folder: where to put it; None for `cache_folder()`.
+
+    Returns:
+      The library's path.
+
+    Raises:
+      RuntimeError: there is no source or no compiler, or it failed; in one sentence, with the compiler's words.
+    """
+    sources = [f for f in source_files(kind) if f.suffix == SUFFIX[kind]]
+    if not sources:
+        raise RuntimeError(f"got kind {kind!r}, of which this version has no sources; nothing is to be built")
+    folder = cache_folder() if folder is None else folder
+    target = folder / library_name(kind)
+    if target.exists():
+        return target
+    compiler = find_compiler(kind)
+    if compiler is None:
+        what = "nvcc" if kind == "cuda" else "C++ compiler"
+        raise RuntimeError(f"found no {what} to build the {kind} library; install one, or name it in $CXX")
+    folder.mkdir(parents=True, exist_ok=True)
+    # Renamed into place when complete: another process may look for it meanwhile.
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        objects = [Path(scratch) / (f.stem + ".o") for f in sources]
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            commands = [
+                [compiler, *flags(kind, source), "-c", str(source), "-o", str(made)]
+                for source, made in zip(sources, objects, strict=True)
+            ]
+            list(pool.map(_run, commands))
+        linked = Path(scratch) / target.name
+        threads = ["-Xcompiler=-pthread", "--cudart=static"] if kind == "cuda" else ["-pthread"]
+        _run([compiler, "-shared", *threads, *map(str, objects), "-o", str(linked)])
+        os.replace(linked, target)
+    return target
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line: one line for each kind; 0 unless a kind that was named couldn't be built."""
+    parser = argparse.ArgumentParser(prog="python -m cuda_ffi.build", description="Build any4_jax's native libraries.")
+    parser.add_argument("kind", nargs="?", choices=KINDS, help="which one; both when left out")
+    named = parser.parse_args(arguments).kind
+    failed = False
+    for kind in [named] if named else KINDS:
+        there = (cache_folder() / library_name(kind)).exists()
+        start = time.monotonic()
+        try:
+            path = build(kind)
+        except RuntimeError as error:
+            print(f"{kind}: {error}")
+            failed = failed or named is not None or find_compiler(kind) is not None
+        else:
+            print(f"{kind}: {path} {'is up to date' if there else f'built in {time.monotonic() - start:.0f} s'}")
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

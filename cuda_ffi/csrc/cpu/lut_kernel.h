@@ -1,0 +1,76 @@
+// What lut_product.cc and the code of each instruction set (lut_kernel_*.cc) share.
+//
+// A word is 32 bits of the first plane of codes, CodesPerWord codes. A vector load brings one word to each of V lanes,
+// a block; shifting all words by the width of a code brings the block's next V codes into place. So lane i of step j
+// holds code i * CodesPerWord + j, and x is stored in that order: block, step, lane. All codes of a lane lie in one
+// group wherever the group size is a multiple of CodesPerWord, so scales are vectors over lanes too.
+#pragma once
+
+#include <cstdint>
+
+#include "lut_product.h"
+
+namespace any4 {
+
+// Widths of the planes of a code.
+constexpr int LowBits(int bits) { return bits == 3 ? 2 : bits == 5 || bits == 6 ? 4 : bits; }
+constexpr int HighBits(int bits) { return bits - LowBits(bits); }
+constexpr int CodesPerWord(int bits) { return 32 / LowBits(bits); }
+inline int64_t PlaneBytes(int64_t k, int width) { return (k * width + 7) / 8; }
+
+// x in the order above, padded with zeros to whole blocks, and what else is the same for all rows of the weight.
+struct Input {
+  int64_t rows;
+  int64_t blocks;           // in a row
+  int64_t stride;           // floats in a row of `values`
+  const float* values;      // [rows, stride]
+  int64_t padding;          // floats that vector loads may read beyond a row's groups
+  int64_t sums_stride;      // floats in a row of `sums`
+  const float* sums;        // [rows, sums_stride]: x summed over each group, then zeros; null without offsets
+  const int32_t* group;     // [blocks]: the group of a block's first lane
+  const int32_t* relative;  // [blocks, V]: the group of each lane, less the former
+  bool whole_blocks;        // every block lies in one group
+  bool whole_lanes;         // every lane does
+};
+
+struct Output {
+  void* y;
+  int64_t stride;
+  Type type;
+};
+
+// Rows of the weight whose tables are widened at a time, and the longest table.
+constexpr int64_t kTableRows = 8;
+constexpr int64_t kTableFloats = 256;
+// Rows of the weight that are decoded at a time where x has many rows.
+constexpr int64_t kDecodedRows = 4;
+// Rows of x in one pass over the weight: with 8 kB of each, x stays in a level-2 cache of 1 MB or more.
+constexpr int64_t kInputRows = 96;
+// Floats of a decoded row at a time: four rows are 32 kB, what a level-1 cache has. Rows lie a cache line further
+// apart, as those of x do: at distances of a power of two they would all compete for the same few places of the cache.
+constexpr int64_t kDecodedFloats = 2048;
+constexpr int64_t kLineFloats = 16;
+constexpr int64_t kDecodedStride = kDecodedFloats + kLineFloats;
+// Rows of the weight that one task takes at most.
+constexpr int64_t kTaskRows = 64;
+
+struct LutKernel {
+  int64_t lanes;
+  // Rows [begin, end) of the weight by all rows of the input; `scratch` has ScratchFloats. `few` decodes in registers:
+  // the faster one for 1, 2 or 4 rows of x, for which it is made, and it needs whole_lanes.
+  void (*few)(const LutWeight&, const Input&, int64_t begin, int64_t end, const Output&, float* scratch);
+  void (*many)(const LutWeight&, const Input&, int64_t begin, int64_t end, const Output&, float* scratch);
+};
+
+// Floats of scratch that a kernel needs: tables, scales and offsets, decoded rows, partial sums.
+inline int64_t ScratchFloats(const LutWeight& weight, const Input& input) {
+  return kTableRows * (kTableFloats + 2 * weight.groups()) + 2 * input.padding + kDecodedRows * kDecodedStride +
+         kTaskRows * kInputRows;
+}
+
+// Null where the library was built without them.
+const LutKernel* PortableKernel(int bits);
+const LutKernel* Avx2Kernel(int bits);
+const LutKernel* Avx512Kernel(int bits);
+
+}  // namespace any4

@@ -1,0 +1,116 @@
+// AVX-512 (F, BW, VL, DQ): a table of 16 floats is one register, and one permute looks up 16 codes.
+#include "lut_kernel.h"
+
+#if defined(__AVX512F__)
+
+#include <immintrin.h>
+
+namespace any4 {
+namespace avx512 {
+
+#include "lut_kernel_inl.h"
+
+struct Vector {
+  using Float = __m512;
+  using Int = __m512i;
+  static constexpr bool kUnrolled = true;
+  static constexpr int kLanes = 16;
+  // With 4 decoded rows 24 sums, 4 weights and a value: 29 of the 32 registers.
+  static constexpr int kTileRows = 6;
+
+  static Float Zero() { return _mm512_setzero_ps(); }
+  static Float Broadcast(float value) { return _mm512_set1_ps(value); }
+  static Float Load(const float* from) { return _mm512_loadu_ps(from); }
+  // The first `count` floats, which may be more than there are lanes, and zeros.
+  static Float LoadFirst(const float* from, int64_t count) {
+    return count >= kLanes ? Load(from) : _mm512_maskz_loadu_ps(static_cast<__mmask16>((1 << count) - 1), from);
+  }
+  static void Store(float* to, Float value) { _mm512_storeu_ps(to, value); }
+  static Float Add(Float a, Float b) { return _mm512_add_ps(a, b); }
+  static Float Multiply(Float a, Float b) { return _mm512_mul_ps(a, b); }
+  static Float Fma(Float a, Float b, Float c) { return _mm512_fmadd_ps(a, b, c); }
+  static float Sum(Float a) { return _mm512_reduce_add_ps(a); }
+  static Float Pick(const float* from, const int32_t* lanes) {
+    return _mm512_permutexvar_ps(_mm512_loadu_si512(lanes), _mm512_loadu_ps(from));
+  }
+
+  static Int LoadWords(const uint8_t* from) { return _mm512_loadu_si512(from); }
+  static Int LoadHalves(const uint8_t* from) {
+    return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+  }
+  static Int LoadBytes(const uint8_t* from) {
+    return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+  }
+  template <class Count>
+  static Int ShiftLeft(Int a, Count count) {
+    return _mm512_slli_epi32(a, count);
+  }
+  template <class Count>
+  static Int ShiftRight(Int a, Count count) {
+    return count == 0 ? a : _mm512_srli_epi32(a, count);
+  }
+  // Bits of `a` where the mask has ones, of `b` elsewhere.
+  template <int kMask>
+  static Int Select(Int a, Int b) {
+    return _mm512_ternarylogic_epi32(_mm512_set1_epi32(kMask), a, b, 0xca);
+  }
+
+  // Permutes ignore the bits above an index.
+  template <int kBits>
+  struct Table {
+    static constexpr int kRegisters = kBits <= 4 ? 1 : (1 << kBits) / 16;
+    __m512 part[kRegisters];
+
+    explicit Table(const float* from) {
+      for (int i = 0; i < kRegisters; ++i) part[i] = _mm512_loadu_ps(from + 16 * i);
+    }
+    Float At(Int index) const {
+      if constexpr (kBits <= 4) {
+        return _mm512_permutexvar_ps(index, part[0]);
+      } else if constexpr (kBits == 5) {
+        return _mm512_permutex2var_ps(part[0], index, part[1]);
+      } else {
+        const __mmask16 upper = _mm512_test_epi32_mask(index, _mm512_set1_epi32(32));
+        return _mm512_mask_blend_ps(upper, _mm512_permutex2var_ps(part[0], index, part[1]),
+                                    _mm512_permutex2var_ps(part[2], index, part[3]));
+      }
+    }
+  };
+};
+
+// 256 floats are half of the register file: an arithmetic ramp is computed, other tables are gathered from memory.
+template <>
+struct Vector::Table<8> {
+  const float* table;
+  bool ramp;
+  __m512 first, step;
+
+  explicit Table(const float* from)
+      : table(from), first(_mm512_set1_ps(from[0])), step(_mm512_set1_ps(from[1] - from[0])) {
+    ramp = true;
+    for (int i = 0; i < 256 && ramp; i += 16) {
+      const __m512i codes = _mm512_add_epi32(_mm512_set1_epi32(i), Lanes());
+      ramp = _mm512_cmpeq_ps_mask(Ramp(codes), _mm512_loadu_ps(from + i)) == 0xffff;
+    }
+  }
+  static Int Lanes() { return _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0); }
+  Float Ramp(Int codes) const { return _mm512_fmadd_ps(_mm512_cvtepi32_ps(codes), step, first); }
+  Float At(Int index) const {
+    const Int code = _mm512_and_si512(index, _mm512_set1_epi32(255));
+    return ramp ? Ramp(code) : _mm512_i32gather_ps(code, table, 4);
+  }
+};
+
+}  // namespace avx512
+
+const LutKernel* Avx512Kernel(int bits) { return avx512::KernelOf<avx512::Vector>(bits); }
+
+}  // namespace any4
+
+#else
+
+namespace any4 {
+const LutKernel* Avx512Kernel(int) { return nullptr; }
+}  // namespace any4
+
+#endif

@@ -1,0 +1,185 @@
+// The kernels, over a vector type V; included by the file of each instruction set, inside its own namespace so that
+// the linker never merges code of different ones. It calls nothing of the standard library for the same reason.
+
+#include "lut_rows_inl.h"
+#include "lut_codes_inl.h"
+#include "lut_tile_inl.h"
+
+template <class V, int kBits>
+struct Kernel {
+  using Float = typename V::Float;
+  static constexpr int kLanes = V::kLanes;
+  static constexpr int kSteps = CodesPerWord(kBits);
+  static constexpr int kBlock = kLanes * kSteps;
+  static constexpr int kLowBytes = kLanes * 4;
+  static constexpr int kHighBytes = kBlock * HighBits(kBits) / 8;
+
+  // Calls body(block, codes) for the blocks [begin, end) of row n.
+  template <class Body>
+  static inline __attribute__((always_inline)) void ForBlocks(const LutWeight& w, int64_t n, int64_t begin, int64_t end,
+                                                              const Body& body) {
+    const int64_t low_stride = PlaneBytes(w.k, LowBits(kBits)), high_stride = PlaneBytes(w.k, HighBits(kBits));
+    const uint8_t* low = w.codes + n * low_stride;
+    const uint8_t* high = kHighBytes > 0 ? w.high + n * high_stride : nullptr;
+    const int64_t whole = w.k / kBlock < end ? w.k / kBlock : end;
+    Codes<V, kBits> codes;
+    for (int64_t b = begin; b < whole; ++b) {
+      codes.Load(low + b * kLowBytes, high + b * kHighBytes);
+      body(b, codes);
+    }
+    if (whole == end) return;
+    // The bytes after a row are the next row's, which do no harm: x has zeros there. After the last they are nobody's.
+    const bool inside = (w.n - n) * low_stride >= (whole + 1) * kLowBytes &&
+                        (w.n - n) * high_stride >= (whole + 1) * kHighBytes;
+    if (inside) {
+      codes.Load(low + whole * kLowBytes, high + whole * kHighBytes);
+      body(whole, codes);
+    } else {
+      uint8_t last_low[kLowBytes] = {}, last_high[kHighBytes + 1] = {};
+      __builtin_memcpy(last_low, low + whole * kLowBytes, low_stride - whole * kLowBytes);
+      if constexpr (kHighBytes > 0) {
+        __builtin_memcpy(last_high, high + whole * kHighBytes, high_stride - whole * kHighBytes);
+      }
+      codes.Load(last_low, last_high);
+      body(whole, codes);
+    }
+  }
+
+  // The scale or offset of each lane of a block.
+  static inline Float OfLanes(const float* per_group, const Input& in, int64_t block) {
+    const float* first = per_group + in.group[block];
+    return in.whole_blocks ? V::Broadcast(first[0]) : V::Pick(first, in.relative + block * kLanes);
+  }
+
+  // For kRows rows of x. Scales multiply a block's sum, offsets a group's sum of x.
+  template <int kRows>
+  static void FewRows(const LutWeight& w, const Input& in, int64_t begin, int64_t end, const Output& out,
+                      float* scratch) {
+    Rows<kBits> rows(w, in, scratch);
+    for (int64_t n = begin; n < end; ++n) {
+      const int64_t row = (n - begin) % kTableRows;
+      if (row == 0) rows.Load(w, n, kTableRows < end - n ? kTableRows : end - n);
+      const float* scales = rows.scales + row * rows.groups;
+      const float* offsets = rows.offsets + row * rows.groups;
+      const typename V::template Table<kBits> table(rows.table(w, row));
+      Float total[kRows];
+      for (int r = 0; r < kRows; ++r) total[r] = V::Zero();
+      ForBlocks(w, n, 0, in.blocks, [&](int64_t block, const Codes<V, kBits>& codes) __attribute__((always_inline)) {
+        const float* x = in.values + block * kBlock;
+        Float sum[kRows][2];
+        ForSteps<V, kSteps>([&](auto step) __attribute__((always_inline)) {
+          const Float weight = table.At(codes.At(step));
+          // Two chains of additions, since one would wait for each addition's four cycles.
+          for (int r = 0; r < kRows; ++r) {
+            const Float values = V::Load(x + r * in.stride + step * kLanes);
+            sum[r][step % 2] = step < 2 ? V::Multiply(weight, values) : V::Fma(weight, values, sum[r][step % 2]);
+          }
+        });
+        const Float scale = OfLanes(scales, in, block);
+        for (int r = 0; r < kRows; ++r) total[r] = V::Fma(scale, V::Add(sum[r][0], sum[r][1]), total[r]);
+      });
+      for (int r = 0; r < kRows; ++r) {
+        if (in.sums != nullptr) {
+          for (int64_t g = 0; g < rows.groups; g += kLanes) {
+            const Float offset = V::LoadFirst(offsets + g, rows.groups - g);
+            total[r] = V::Fma(offset, V::Load(in.sums + r * in.sums_stride + g), total[r]);
+          }
+        }
+        Store(out, r, n, V::Sum(total[r]));
+      }
+    }
+  }
+
+  static void Few(const LutWeight& w, const Input& in, int64_t begin, int64_t end, const Output& out, float* scratch) {
+    switch (in.rows) {
+      case 1: return FewRows<1>(w, in, begin, end, out, scratch);
+      case 2: return FewRows<2>(w, in, begin, end, out, scratch);
+      default: return FewRows<4>(w, in, begin, end, out, scratch);
+    }
+  }
+
+  // Blocks [begin, end) of row n as floats in the order of Input.
+  static void Decode(const LutWeight& w, const Input& in, const float* entries, const float* scales,
+                     const float* offsets, int64_t n, int64_t begin, int64_t end, float* to) {
+    const typename V::template Table<kBits> table(entries);
+    ForBlocks(w, n, begin, end, [&](int64_t block, const Codes<V, kBits>& codes) __attribute__((always_inline)) {
+      const Float scale = OfLanes(scales, in, block);
+      const Float offset = w.offsets != nullptr ? OfLanes(offsets, in, block) : V::Zero();
+      float* here = to + (block - begin) * kBlock;
+      ForSteps<V, kSteps>([&](auto step) __attribute__((always_inline)) {
+        V::Store(here + step * kLanes, V::Fma(table.At(codes.At(step)), scale, offset));
+      });
+    });
+  }
+
+  // The same, code by code, for groups that begin within a word.
+  static void DecodeSingly(const LutWeight& w, const float* entries, const float* scales, const float* offsets,
+                           int64_t n, int64_t begin, int64_t end, float* to) {
+    constexpr int kLow = LowBits(kBits), kHigh = HighBits(kBits);
+    const uint8_t* low = w.codes + n * PlaneBytes(w.k, kLow);
+    const uint8_t* high = kHigh > 0 ? w.high + n * PlaneBytes(w.k, kHigh) : nullptr;
+    for (int64_t i = 0; i < (end - begin) * kBlock; ++i) {
+      const int64_t k = begin * kBlock + i;
+      const int64_t within = i % kBlock;
+      float* place = to + (i - within) + within % kSteps * kLanes + within / kSteps;
+      if (k >= w.k) {
+        *place = 0;
+        continue;
+      }
+      int code = low[k * kLow / 8] >> (k * kLow % 8) & ((1 << kLow) - 1);
+      if constexpr (kHigh > 0) code |= (high[k * kHigh / 8] >> (k * kHigh % 8) & ((1 << kHigh) - 1)) << kLow;
+      const int64_t group = k / w.group_size;
+      *place = entries[code] * scales[group] + (w.offsets != nullptr ? offsets[group] : 0);
+    }
+  }
+
+  static void Many(const LutWeight& w, const Input& in, int64_t begin, int64_t end, const Output& out,
+                   float* scratch) {
+    constexpr int64_t kChunk = kDecodedFloats / kBlock;
+    static_assert(kDecodedFloats % kBlock == 0);
+    float* decoded = scratch;
+    float* sums = decoded + kDecodedRows * kDecodedStride;
+    Rows<kBits> rows(w, in, sums + kTaskRows * kInputRows);
+    for (int64_t i = 0; i < in.rows * kTaskRows; ++i) sums[i] = 0;
+    for (int64_t first = 0; first < in.blocks; first += kChunk) {
+      const int64_t last = first + kChunk < in.blocks ? first + kChunk : in.blocks;
+      for (int64_t n = begin; n < end; n += kDecodedRows) {
+        const int64_t count = kDecodedRows < end - n ? kDecodedRows : end - n;
+        rows.Load(w, n, count);
+        for (int64_t d = 0; d < kDecodedRows; ++d) {
+          // Too few rows at the end: the last is repeated, and the surplus sums are never stored.
+          const int64_t row = d < count ? d : count - 1;
+          const float* scales = rows.scales + row * rows.groups;
+          const float* offsets = rows.offsets + row * rows.groups;
+          float* to = decoded + d * kDecodedStride;
+          if (in.whole_lanes) {
+            Decode(w, in, rows.table(w, row), scales, offsets, n + row, first, last, to);
+          } else {
+            DecodeSingly(w, rows.table(w, row), scales, offsets, n + row, first, last, to);
+          }
+        }
+        Tiles<V, V::kTileRows>(in.values + first * kBlock, in.rows, in.stride, decoded, (last - first) * kBlock,
+                            sums + (n - begin));
+      }
+    }
+    for (int64_t r = 0; r < in.rows; ++r) {
+      for (int64_t n = begin; n < end; ++n) Store(out, r, n, sums[r * kTaskRows + n - begin]);
+    }
+  }
+
+  static constexpr LutKernel kKernel = {kLanes, &Few, &Many};
+};
+
+template <class V>
+const LutKernel* KernelOf(int bits) {
+  switch (bits) {
+    case 1: return &Kernel<V, 1>::kKernel;
+    case 2: return &Kernel<V, 2>::kKernel;
+    case 3: return &Kernel<V, 3>::kKernel;
+    case 4: return &Kernel<V, 4>::kKernel;
+    case 5: return &Kernel<V, 5>::kKernel;
+    case 6: return &Kernel<V, 6>::kKernel;
+    case 8: return &Kernel<V, 8>::kKernel;
+    default: return nullptr;
+  }
+}

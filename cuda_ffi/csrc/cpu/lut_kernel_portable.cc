@@ -1,0 +1,100 @@
+// Plain C++ for every processor; the loops over lanes are what compilers turn into vectors of whatever length there is.
+#include "lut_kernel.h"
+
+namespace any4 {
+namespace portable {
+
+#include "lut_kernel_inl.h"
+
+struct Vector {
+  static constexpr int kLanes = 8;
+  static constexpr bool kUnrolled = false;
+  static constexpr int kTileRows = 2;
+
+  struct Float {
+    float lane[kLanes];
+  };
+  struct Int {
+    uint32_t lane[kLanes];
+  };
+
+  template <class Lanes, class Of>
+  static Lanes Each(const Of& of) {
+    Lanes result;
+    for (int i = 0; i < kLanes; ++i) result.lane[i] = of(i);
+    return result;
+  }
+
+  static Float Zero() { return Broadcast(0); }
+  static Float Broadcast(float value) {
+    return Each<Float>([&](int) { return value; });
+  }
+  static Float Load(const float* from) {
+    return Each<Float>([&](int i) { return from[i]; });
+  }
+  // The first `count` floats, which may be more than there are lanes, and zeros.
+  static Float LoadFirst(const float* from, int64_t count) {
+    return Each<Float>([&](int i) { return i < count ? from[i] : 0; });
+  }
+  static void Store(float* to, Float value) {
+    for (int i = 0; i < kLanes; ++i) to[i] = value.lane[i];
+  }
+  static Float Add(Float a, Float b) {
+    return Each<Float>([&](int i) { return a.lane[i] + b.lane[i]; });
+  }
+  static Float Multiply(Float a, Float b) {
+    return Each<Float>([&](int i) { return a.lane[i] * b.lane[i]; });
+  }
+  static Float Fma(Float a, Float b, Float c) {
+    return Each<Float>([&](int i) { return a.lane[i] * b.lane[i] + c.lane[i]; });
+  }
+  static float Sum(Float a) {
+    float total = 0;
+    for (float value : a.lane) total += value;
+    return total;
+  }
+  static Float Pick(const float* from, const int32_t* lanes) {
+    return Each<Float>([&](int i) { return from[lanes[i]]; });
+  }
+
+  // Byte by byte, so that the first code is in the lowest bits on machines of either byte order.
+  static Int LoadWords(const uint8_t* from) {
+    return Each<Int>([&](int i) {
+      const uint8_t* b = from + 4 * i;
+      return uint32_t{b[0]} | uint32_t{b[1]} << 8 | uint32_t{b[2]} << 16 | uint32_t{b[3]} << 24;
+    });
+  }
+  static Int LoadHalves(const uint8_t* from) {
+    return Each<Int>([&](int i) { return uint32_t{from[2 * i]} | uint32_t{from[2 * i + 1]} << 8; });
+  }
+  static Int LoadBytes(const uint8_t* from) {
+    return Each<Int>([&](int i) { return uint32_t{from[i]}; });
+  }
+  static Int ShiftLeft(Int a, int count) {
+    return Each<Int>([&](int i) { return a.lane[i] << count; });
+  }
+  static Int ShiftRight(Int a, int count) {
+    return Each<Int>([&](int i) { return a.lane[i] >> count; });
+  }
+  // Bits of `a` where the mask has ones, of `b` elsewhere.
+  template <int kMask>
+  static Int Select(Int a, Int b) {
+    return Each<Int>([&](int i) { return (a.lane[i] & kMask) | (b.lane[i] & ~uint32_t{kMask}); });
+  }
+
+  template <int kBits>
+  struct Table {
+    const float* table;
+
+    explicit Table(const float* from) : table(from) {}
+    Float At(Int index) const {
+      return Each<Float>([&](int i) { return table[index.lane[i] & ((1 << kBits) - 1)]; });
+    }
+  };
+};
+
+}  // namespace portable
+
+const LutKernel* PortableKernel(int bits) { return portable::KernelOf<portable::Vector>(bits); }
+
+}  // namespace any4

@@ -1,0 +1,136 @@
+#include "lut_product.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <new>
+#include <vector>
+
+#include "lut_kernel.h"
+
+namespace any4 {
+namespace {
+
+struct Free {
+  void operator()(float* memory) const { std::free(memory); }
+};
+using Floats = std::unique_ptr<float[], Free>;
+
+Floats Allocate(int64_t count) {
+  // Whole cache lines, which aligned_alloc asks for.
+  const size_t bytes = (static_cast<size_t>(count) * sizeof(float) + 63) / 64 * 64;
+  auto* memory = static_cast<float*>(std::aligned_alloc(64, std::max<size_t>(bytes, 64)));
+  if (memory == nullptr) throw std::bad_alloc();
+  return Floats(memory);
+}
+
+const LutKernel& KernelFor(int bits, Isa isa) {
+  const LutKernel* kernel = isa == Isa::kAvx512 ? Avx512Kernel(bits) : isa == Isa::kAvx2 ? Avx2Kernel(bits) : nullptr;
+  return kernel != nullptr ? *kernel : *PortableKernel(bits);
+}
+
+float ToFloat(uint16_t bf16) {
+  const uint32_t bits = uint32_t{bf16} << 16;
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+float ToFloat(float value) { return value; }
+
+// One row of x in the order of lut_kernel.h, and its sums over groups where `sums` isn't null.
+template <class T>
+void ArrangeRow(const T* x, int64_t k, int64_t lanes, int64_t codes, int64_t group_size, int64_t stride, float* values,
+                float* sums, int64_t sums_stride) {
+  const int64_t block = lanes * codes;
+  const int64_t whole = k / block * block;
+  for (int64_t first = 0; first < whole; first += block) {
+    for (int64_t lane = 0; lane < lanes; ++lane) {
+      for (int64_t j = 0; j < codes; ++j) values[first + j * lanes + lane] = ToFloat(x[first + lane * codes + j]);
+    }
+  }
+  std::fill(values + whole, values + stride, 0.0f);
+  for (int64_t i = whole; i < k; ++i) {
+    const int64_t within = i - whole;
+    values[whole + within % codes * lanes + within / codes] = ToFloat(x[i]);
+  }
+  if (sums == nullptr) return;
+  std::fill(sums, sums + sums_stride, 0.0f);
+  for (int64_t begin = 0, g = 0; begin < k; begin += group_size, ++g) {
+    float sum = 0;
+    for (int64_t i = begin; i < std::min(begin + group_size, k); ++i) sum += ToFloat(x[i]);
+    sums[g] = sum;
+  }
+}
+
+}  // namespace
+
+void LutProduct(const LutWeight& weight, const void* x, void* y, int64_t m, Type type, Isa isa,
+                const Executor& executor) {
+  if (m == 0 || weight.n == 0) return;
+  const LutKernel& kernel = KernelFor(weight.bits, isa);
+  const int64_t codes = CodesPerWord(weight.bits);
+  const int64_t block = kernel.lanes * codes;
+  const int64_t groups = weight.groups();
+  const size_t item = type == Type::kFloat32 ? 4 : 2;
+
+  Input input{};
+  input.blocks = (weight.k + block - 1) / block;
+  input.stride = input.blocks * block + kLineFloats;
+  input.padding = 16;
+  input.sums_stride = groups + input.padding;
+  input.whole_lanes = groups == 1 || weight.group_size % codes == 0;
+  input.whole_blocks = groups == 1 || weight.group_size % block == 0;
+  std::vector<int32_t> group(input.blocks), relative(input.blocks * kernel.lanes);
+  for (int64_t b = 0; b < input.blocks; ++b) {
+    group[b] = static_cast<int32_t>(b * block / weight.group_size);
+    for (int64_t lane = 0; lane < kernel.lanes; ++lane) {
+      const int64_t of_lane = std::min((b * block + lane * codes) / weight.group_size, groups - 1);
+      relative[b * kernel.lanes + lane] = static_cast<int32_t>(of_lane) - group[b];
+    }
+  }
+  input.group = group.data();
+  input.relative = relative.data();
+
+  const int64_t pass_rows = std::min(m, kInputRows);
+  const Floats values = Allocate(pass_rows * input.stride);
+  const Floats sums = weight.offsets != nullptr ? Allocate(pass_rows * input.sums_stride) : nullptr;
+  input.values = values.get();
+  input.sums = sums.get();
+
+  // Several tasks for each thread, so that one that is held up leaves its rest to others.
+  const int64_t share = weight.n / (executor.threads * 4) / kDecodedRows * kDecodedRows;
+  const int64_t task_rows = std::clamp(share, kDecodedRows, kTaskRows);
+  const int64_t tasks = (weight.n + task_rows - 1) / task_rows;
+
+  for (int64_t first = 0; first < m; first += pass_rows) {
+    input.rows = std::min(pass_rows, m - first);
+    const auto arrange = [&](int64_t row) {
+      const int64_t start = (first + row) * weight.k;
+      float* to = values.get() + row * input.stride;
+      float* to_sums = sums ? sums.get() + row * input.sums_stride : nullptr;
+      const auto of = [&](const auto* typed) {
+        ArrangeRow(typed + start, weight.k, kernel.lanes, codes, weight.group_size, input.stride, to, to_sums,
+                   input.sums_stride);
+      };
+      type == Type::kFloat32 ? of(static_cast<const float*>(x)) : of(static_cast<const uint16_t*>(x));
+    };
+    // A row takes about a microsecond; other threads are worth calling for many of them.
+    if (input.rows >= 32) {
+      ParallelFor(executor, input.rows, arrange);
+    } else {
+      for (int64_t row = 0; row < input.rows; ++row) arrange(row);
+    }
+
+    const Output output{static_cast<char*>(y) + first * weight.n * item, weight.n, type};
+    const bool few = (input.rows <= 2 || input.rows == 4) && input.whole_lanes;
+    ParallelFor(executor, tasks, [&](int64_t task) {
+      const Floats scratch = Allocate(ScratchFloats(weight, input));
+      const int64_t begin = task * task_rows;
+      const int64_t end = std::min(begin + task_rows, weight.n);
+      (few ? kernel.few : kernel.many)(weight, input, begin, end, output, scratch.get());
+    });
+  }
+}
+
+}  // namespace any4

@@ -1,0 +1,36 @@
+// y = x W^T for W[n, k] = lut[n or 0, codes[n, k]] * scales[n, k / G] + offsets[n, k / G], read as it is stored
+// (cuda_ffi/layout.py states the layout).
+#pragma once
+
+#include <cstdint>
+
+#include "isa.h"
+#include "threads.h"
+
+namespace any4 {
+
+// kE8m0 is a biased exponent in a byte, for scales alone.
+enum class Type { kFloat32, kBfloat16, kE8m0 };
+
+struct LutWeight {
+  int64_t n, k;
+  int bits;
+  int64_t group_size;
+  const uint8_t* codes;  // [n, plane bytes]
+  const uint8_t* high;   // the second plane of 3, 5 and 6 bits
+  const void* lut;       // [lut_rows, 2^bits]
+  int64_t lut_rows;      // 1 or n
+  Type lut_type;
+  const void* scales;  // [n, groups]
+  Type scales_type;
+  const void* offsets;  // [n, groups] or null
+  Type offsets_type;
+
+  int64_t groups() const { return (k + group_size - 1) / group_size; }
+};
+
+// y [m, n] of x [m, k], both of `type`, float32 or bf16, accumulated in float32.
+void LutProduct(const LutWeight& weight, const void* x, void* y, int64_t m, Type type, Isa isa,
+                const Executor& executor);
+
+}  // namespace any4

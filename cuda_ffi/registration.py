@@ -1,0 +1,105 @@
+"""Finds the native libraries, checks them, and registers their handlers with XLA when the first one is wanted.
+
+Conventions for a handler:
+- its source lies in csrc/cpu/*.cc (csrc/cuda/*.cu); every such file is compiled into the one library of its kind.
+  A file named *_avx512.cc or *_avx2.cc is compiled with that instruction set's flags (build.py, CMakeLists.txt), so it
+  holds nothing that runs on other processors; csrc/cpu/isa.h chooses at run time.
+- it is defined by XLA_FFI_DEFINE_HANDLER_SYMBOL and has a row in `TARGETS`: symbol -> target name.
+- its Python wrapper asks `why_not(kind)` where it may fall back, or calls `register(kind)` and lets it raise, each
+  time before `jax.ffi.ffi_call(target, ...)`; both are cheap once done.
+"""
+
+import ctypes
+import functools
+import importlib.metadata
+import re
+import warnings
+from pathlib import Path
+
+import jax
+
+from cuda_ffi import build
+
+TARGETS: dict[str, dict[str, str]] = {
+    "cpu": {
+        "any4_cpu_lut_product": "any4_cpu_lut_product",
+        "any4_cpu_kmeans": "any4_cpu_kmeans",
+    },
+    "cuda": {},
+}
+"""For each kind of library, its handlers: symbol in the library -> name of XLA's target."""
+
+PLATFORMS = {"cpu": "cpu", "cuda": "CUDA"}
+
+
+def installed() -> list[Path]:
+    """The libraries that were installed with the package, wherever an editable or a plain installation put them."""
+    try:
+        files = importlib.metadata.files("any4_jax") or []
+    except importlib.metadata.PackageNotFoundError:
+        return []
+    return [Path(str(file.locate())) for file in files if re.fullmatch(r"libany4_\w+-\w+\.so", file.name)]
+
+
+def find(kind: str) -> Path | None:
+    """The library made of the sources as they are now, or None; warns where one of other sources lies instead."""
+    name = build.library_name(kind)
+    libraries = [*installed(), *build.cache_folder().glob("libany4_*.so")]
+    for library in libraries:
+        if library.name == name and library.exists():
+            return library
+    if any(library.name.startswith(f"libany4_{kind}-") for library in libraries):
+        warnings.warn(
+            f"the {kind} library that is there was built from other sources than {build.SOURCES / kind} holds now, "
+            f"so it isn't used; run `python -m cuda_ffi.build {kind}`",
+            stacklevel=2,
+        )
+    return None
+
+
+def jaxlib_ffi_version() -> tuple[int, int]:
+    """(major, minor) of XLA's FFI in the running jaxlib, read from the header it ships."""
+    text = (Path(jax.ffi.include_dir()) / "xla" / "ffi" / "api" / "c_api.h").read_text(encoding="utf-8")
+    major, minor = (re.search(rf"#define XLA_FFI_API_{part} (\d+)", text) for part in ("MAJOR", "MINOR"))
+    assert major and minor
+    return int(major[1]), int(minor[1])
+
+
+@functools.cache
+def _register(kind: str) -> ctypes.CDLL | str:
+    """The loaded library with its handlers registered, or why that can't be, in one sentence."""
+    path = find(kind)
+    if path is None:
+        return f"no {kind} library is built; run `python -m cuda_ffi.build {kind}`, which needs a compiler"
+    try:
+        library = ctypes.CDLL(str(path))
+    except OSError as error:
+        return f"{path} can't be loaded ({error}); remove it and run `python -m cuda_ffi.build {kind}`"
+    # XLA refuses handlers of a newer interface, and where its backend isn't up yet, the whole backend fails for it.
+    library_version = divmod(library.any4_ffi_abi(), 1000)
+    version = jaxlib_ffi_version()
+    if library_version[0] != version[0] or library_version > version:
+        got, has = (".".join(map(str, v)) for v in (library_version, version))
+        return f"{path} was built for XLA FFI {got}, this jaxlib has {has}; upgrade jaxlib to use it"
+    for symbol, target in TARGETS[kind].items():
+        capsule = jax.ffi.pycapsule(getattr(library, symbol))
+        jax.ffi.register_ffi_target(target, capsule, platform=PLATFORMS[kind])
+    return library
+
+
+def why_not(kind: str) -> str | None:
+    """None where the library of a kind is loaded and registered (which this does), else the reason in one sentence."""
+    found = _register(kind)
+    return found if isinstance(found, str) else None
+
+
+def register(kind: str) -> ctypes.CDLL:
+    """The library of a kind, loaded, with its handlers known to XLA.
+
+    Raises:
+      RuntimeError: with `why_not`'s sentence.
+    """
+    found = _register(kind)
+    if isinstance(found, str):
+        raise RuntimeError(found)
+    return found

@@ -1,0 +1,150 @@
+// Runs the product's code of every instruction set on odd shapes, in buffers that end where the arrays end, against
+// sums in double; built with sanitizers by test_native_build.py. Prints the number of cases; fails at the first wrong
+// one.
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <mutex>
+#include <random>
+#include <thread>
+#include <vector>
+
+#include "lut_kernel.h"
+#include "lut_product.h"
+
+namespace {
+
+struct Shape {
+  int64_t m, n, k, group_size;
+  bool row_tables, offsets, e8m0;
+};
+
+// Rows of x for every kernel, tasks that end unevenly, words and groups that end within a block, chunks of K, one code.
+constexpr Shape kShapes[] = {
+    {1, 7, 300, 32, true, true, false},   {2, 5, 515, 64, false, false, false}, {3, 9, 130, 7, true, true, false},
+    {4, 66, 2100, 128, true, true, false}, {7, 13, 96, 16, true, false, true},   {100, 9, 264, 8, true, true, false},
+    {1, 1, 1, 1, false, true, false},     {5, 6, 33, 33, true, true, true},     {1, 3, 4097, 128, true, true, false},
+};
+
+// XLA's pool is not at hand: threads of its own, which a driver can afford.
+struct Threads {
+  std::mutex mutex;
+  std::vector<std::thread> running;
+
+  any4::Executor executor(int64_t count) {
+    return {count, [this](std::function<void()> task) {
+              const std::lock_guard<std::mutex> lock(mutex);
+              running.emplace_back(std::move(task));
+            }};
+  }
+  ~Threads() {
+    for (std::thread& thread : running) thread.join();
+  }
+};
+
+uint16_t ToBfloat16(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  return static_cast<uint16_t>(bits >> 16);
+}
+
+double FromBfloat16(uint16_t value) {
+  const uint32_t bits = uint32_t{value} << 16;
+  float result;
+  std::memcpy(&result, &bits, sizeof result);
+  return result;
+}
+
+void PutCode(std::vector<uint8_t>& plane, int64_t row_bytes, int64_t row, int64_t k, int width, int code) {
+  plane[row * row_bytes + k * width / 8] |= static_cast<uint8_t>(code << (k * width % 8));
+}
+
+bool Check(const Shape& s, int bits, any4::Type type, any4::Isa isa, int64_t thread_count) {
+  std::mt19937 random(static_cast<unsigned>(s.k * 8 + bits));
+  std::uniform_real_distribution<float> uniform(-1, 1);
+  const int low_bits = any4::LowBits(bits), high_bits = any4::HighBits(bits);
+  const int64_t low_bytes = any4::PlaneBytes(s.k, low_bits), high_bytes = any4::PlaneBytes(s.k, high_bits);
+  const int64_t groups = (s.k + s.group_size - 1) / s.group_size, size = int64_t{1} << bits;
+  const int64_t tables = s.row_tables ? s.n : 1;
+  std::vector<uint8_t> codes(s.n * s.k), low(s.n * low_bytes), high(s.n * high_bytes), exponents(s.n * groups);
+  std::vector<uint16_t> lut(tables * size), scales(s.n * groups), offsets(s.n * groups);
+  for (int64_t i = 0; i < s.n * s.k; ++i) {
+    codes[i] = static_cast<uint8_t>(random() % size);
+    PutCode(low, low_bytes, i / s.k, i % s.k, low_bits, codes[i] & ((1 << low_bits) - 1));
+    if (high_bits > 0) PutCode(high, high_bytes, i / s.k, i % s.k, high_bits, codes[i] >> low_bits);
+  }
+  for (uint16_t& v : lut) v = ToBfloat16(uniform(random));
+  for (uint16_t& v : scales) v = ToBfloat16(uniform(random));
+  for (uint16_t& v : offsets) v = ToBfloat16(uniform(random));
+  for (uint8_t& v : exponents) v = static_cast<uint8_t>(120 + random() % 8);
+  std::vector<float> x(s.m * s.k), y(s.m * s.n, NAN);
+  std::vector<uint16_t> x16(x.size()), y16(y.size(), 0x7fc0);
+  for (size_t i = 0; i < x.size(); ++i) {
+    x16[i] = ToBfloat16(uniform(random));
+    x[i] = static_cast<float>(FromBfloat16(x16[i]));
+  }
+
+  using any4::Type;
+  any4::LutWeight w{};
+  w.n = s.n;
+  w.k = s.k;
+  w.bits = bits;
+  w.group_size = s.group_size;
+  w.codes = low.data();
+  w.high = high.data();
+  w.lut = lut.data();
+  w.lut_rows = tables;
+  w.lut_type = Type::kBfloat16;
+  w.scales = s.e8m0 ? static_cast<const void*>(exponents.data()) : scales.data();
+  w.scales_type = s.e8m0 ? Type::kE8m0 : Type::kBfloat16;
+  w.offsets = s.offsets ? offsets.data() : nullptr;
+  w.offsets_type = Type::kBfloat16;
+  const bool is_float = type == Type::kFloat32;
+  {
+    Threads threads;
+    any4::LutProduct(w, is_float ? static_cast<void*>(x.data()) : x16.data(),
+                     is_float ? static_cast<void*>(y.data()) : y16.data(), s.m, type, isa,
+                     threads.executor(thread_count));
+  }
+  for (int64_t m = 0; m < s.m; ++m) {
+    for (int64_t n = 0; n < s.n; ++n) {
+      double sum = 0, magnitude = 0;
+      for (int64_t k = 0; k < s.k; ++k) {
+        const int64_t group = n * groups + k / s.group_size;
+        const double scale = s.e8m0 ? std::ldexp(1.0, exponents[group] - 127) : FromBfloat16(scales[group]);
+        const double entry = FromBfloat16(lut[(s.row_tables ? n : 0) * size + codes[n * s.k + k]]);
+        const double offset = s.offsets ? FromBfloat16(offsets[group]) : 0;
+        sum += x[m * s.k + k] * (entry * scale + offset);
+        magnitude += std::abs(x[m * s.k + k]) * (std::abs(entry * scale) + std::abs(offset));
+      }
+      const double got = is_float ? y[m * s.n + n] : FromBfloat16(y16[m * s.n + n]);
+      const double tolerance = 3e-6 * magnitude + (is_float ? 0 : std::abs(sum) / 256);
+      if (!(std::abs(got - sum) <= tolerance)) {
+        std::printf("m=%ld n=%ld k=%ld g=%ld bits=%d isa=%d: y[%ld, %ld] is %g, not %g\n", long(s.m), long(s.n),
+                    long(s.k), long(s.group_size), bits, int(isa), long(m), long(n), got, sum);
+        return false;
+      }
+    }
+  }
+  return true;
+}
+
+}  // namespace
+
+int main() {
+  int cases = 0;
+  for (const char* name : {"portable", "avx2", "avx512"}) {
+    const auto isa = any4::IsaNamed(name);
+    if (!isa) continue;
+    for (int bits : {1, 2, 3, 4, 5, 6, 8}) {
+      for (const Shape& shape : kShapes) {
+        const any4::Type type = cases % 2 == 0 ? any4::Type::kFloat32 : any4::Type::kBfloat16;
+        if (!Check(shape, bits, type, *isa, 1 + cases % 4)) return EXIT_FAILURE;
+        ++cases;
+      }
+    }
+  }
+  std::printf("%d cases\n", cases);
+  return EXIT_SUCCESS;
+}
