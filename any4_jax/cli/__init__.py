@@ -7,7 +7,7 @@ import traceback
 from collections.abc import Sequence
 from typing import NoReturn
 
-from any4_jax.cli import demo, evaluate, explain, generate, inspect, quantize
+from any4_jax.cli import bench, demo, evaluate, explain, generate, inspect, quantize
 from any4_jax.cli.errors import CommandLineError, sentence
 
 __all__ = ["main"]
@@ -62,4 +62,5 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     evaluate.add(commands, common)
     inspect.add(commands, common)
     explain.add(commands, common)
+    bench.add(commands, common, argv)
     return parser

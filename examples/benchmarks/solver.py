@@ -4,13 +4,10 @@
 
 The rows are normal, weighted, K values each. scikit-learn is timed on a few of them, with its own threads and as any4's
 original calls it (k-means++, one start); our solvers on all of them, compiled before they are timed. The growth of peak
-memory, in matrices, is over all that ran before in the process.
+memory, over the bytes of the matrix, is beyond all that ran before in the process.
 """
 
 import argparse
-import json
-import os
-import platform
 import resource
 import sys
 import time
@@ -19,10 +16,9 @@ import warnings
 import jax
 import jax.numpy as jnp
 import numpy as np
-import sklearn
 from sklearn.cluster import KMeans
 
-from any4_jax import methods
+from any4_jax import benchmarks, methods
 
 ENTRIES = 16
 
@@ -36,23 +32,25 @@ def main() -> None:
     n, k = args.shape
     w = np.random.default_rng(0).standard_normal((n, k)).astype(np.float32)
 
-    rows = [{"solver": "scikit-learn", "ms_per_row": 1e3 * _sklearn(w[: args.sample]), "compile_s": 0.0}]
+    rows = [
+        {
+            "solver": "scikit-learn",
+            "ms_per_row": 1e3 * _sklearn(w[: args.sample]),
+            "compile_s": 0.0,
+            "peak_growth_ratio": None,
+        }
+    ]
     for solver in ("lloyd", "exact"):
         rows.append({"solver": solver} | _ours(w, methods.Any4(solver=solver)))
     for row in rows:
         row["seconds_per_matrix"] = row["ms_per_row"] * n / 1e3
-        print("  ".join(f"{key} {v:.2f}" if isinstance(v, float) else f"{v:<12}" for key, v in row.items()))
+        print("  ".join(f"{key} {v:.2f}" if isinstance(v, float) else f"{v or '':<12}" for key, v in row.items()))
     if args.out:
-        report = {
-            "command": "python " + " ".join(sys.argv),
-            "device": f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores, {platform.machine()}",
-            "versions": {"python": platform.python_version(), "jax": jax.__version__, "sklearn": sklearn.__version__},
-            "shape": [n, k],
-            "rows": rows,
-        }
-        with open(args.out, "w", encoding="utf-8") as file:
-            json.dump(report, file, indent=1)
-            file.write("\n")
+        settings = {"n": n, "k": k, "sampled_rows": args.sample}
+        command = ["python", *sys.argv]
+        benchmarks.write(
+            args.out, benchmarks.result("solver", command, settings=settings, rows=rows, packages=["scikit-learn"])
+        )
 
 
 def _sklearn(rows: np.ndarray) -> float:
@@ -77,7 +75,7 @@ def _ours(w: np.ndarray, method: methods.Any4) -> dict[str, float]:
         seconds.append(time.perf_counter() - begin)
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / w.nbytes
     first, second = seconds
-    return {"ms_per_row": 1e3 * second / len(w), "compile_s": first - second, "peak_growth_in_matrices": grown}
+    return {"ms_per_row": 1e3 * second / len(w), "compile_s": first - second, "peak_growth_ratio": grown}
 
 
 if __name__ == "__main__":

@@ -1,0 +1,125 @@
+"""Tokens per second of greedy decoding with one row, after a prompt: several models in one run, in turns."""
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flax import nnx
+
+from any4_jax.benchmarks.timing import StreamingRead, significant, tree_bytes
+from any4_jax.generate import generate_tokens
+from any4_jax.models.llama import Llama
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """A model on an engine.
+
+    Attributes:
+      run: (prompt, number of new tokens) -> the new tokens, in chunks as they come; the first chunk is the one token
+        that follows from the prompt.
+      read_bytes: bytes of weights that each token needs.
+      vocabulary: token ids are below this.
+      facts: for its row: the model, the method, ...
+    """
+
+    run: Callable[[np.ndarray, int], Iterator[list[int]]]
+    read_bytes: int
+    vocabulary: int
+    facts: Mapping[str, Any]
+
+
+def contestant(name: str, model: Llama) -> Contestant:
+    """A model of this library, on the loop that `generate` runs; its row shows the last part of a path."""
+
+    def chunks(prompt: np.ndarray, tokens: int) -> Iterator[list[int]]:
+        # eos=(): an end-of-text token doesn't stop it, so that all decode as many.
+        return (chunk[0] for chunk in generate_tokens(model, [prompt], max_new_tokens=tokens, eos=()))
+
+    layers = () if model.recipe is None else model.recipe.layers
+    methods = sorted({method.name for _, method, _ in layers})
+    facts = {"model": Path(name).name, "method": " and ".join(methods) or "float", "dtype": model.dtype.name}
+    return Contestant(chunks, read_bytes(model), model.config.vocab_size, facts)
+
+
+def read_bytes(model: Llama) -> int:
+    """Bytes of weights that a token needs: all but an embedding that isn't the head too, of which it reads a row."""
+    total = tree_bytes(nnx.state(model))
+    return total if model.config.tie_word_embeddings else total - tree_bytes(nnx.state(model.embed_tokens))
+
+
+def run(
+    contestants: Mapping[str, Contestant],
+    *,
+    prompt_tokens: int,
+    tokens: int,
+    rounds: int,
+    stream: StreamingRead,
+    progress: Callable[[int, int, str], None] = lambda done, total, what: None,
+) -> list[dict[str, Any]]:
+    """A row for each contestant: medians over rounds, in which every contestant has one turn.
+
+    The prompt is random and the same for all. The first of the new tokens counts as the prompt's, so that `tokens` - 1
+    are decoded.
+
+    Args:
+      contestants: by name; speeds are told against the first.
+      prompt_tokens, tokens: of the prompt, and new ones, 2 or more.
+      rounds: at least 1, after one that compiles and is not counted.
+      stream: measured before each round.
+      progress: called as (done, total, what is next).
+
+    Raises:
+      ValueError: a number is too small, or a model's context too short.
+    """
+    for name, value, least in (("prompt_tokens", prompt_tokens, 1), ("tokens", tokens, 2), ("rounds", rounds, 1)):
+        if value < least:
+            raise ValueError(f"got {name}={value}, need {least} or more; raise it")
+    vocabulary = min(each.vocabulary for each in contestants.values())
+    prompt = np.random.default_rng(0).integers(0, vocabulary, prompt_tokens)
+    names, turns = list(contestants), (rounds + 1) * len(contestants)
+    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
+    for number in range(turns):
+        turn, place = divmod(number, len(names))
+        if place == 0:
+            stream.measure()
+        name = names[(turn + place) % len(names)]
+        progress(number, turns, name)
+        taken = _timed(contestants[name].run(prompt, tokens), tokens)
+        if turn > 0:
+            seconds[name].append(taken)
+
+    first = float(np.median([decode for _, decode in seconds[names[0]]]))
+    rows = []
+    for name, each in contestants.items():
+        prefill, decode = (float(np.median(column)) for column in zip(*seconds[name], strict=True))
+        rate = each.read_bytes * (tokens - 1) / decode / 1e9
+        rows.append(
+            {
+                **each.facts,
+                "prefill_ms": significant(1e3 * prefill),
+                "decode_tokens_per_s": significant((tokens - 1) / decode),
+                "best_decode_tokens_per_s": significant((tokens - 1) / min(d for _, d in seconds[name])),
+                "decode_ms_per_token": significant(1e3 * decode / (tokens - 1)),
+                "speed_ratio_to_first": significant(first / decode),
+                "read_mb_per_token": significant(each.read_bytes / 1e6),
+                "gb_per_s": significant(rate),
+                "share_of_streaming_read": significant(rate / stream.gb_per_s),
+            }
+        )
+    return rows
+
+
+def _timed(chunks: Iterator[list[int]], tokens: int) -> tuple[float, float]:
+    """Seconds to the first token, and of all others."""
+    begin = time.perf_counter()
+    count = len(next(chunks))
+    first = time.perf_counter()
+    count += sum(map(len, chunks))
+    end = time.perf_counter()
+    if count != tokens:
+        raise RuntimeError(f"got {count} new tokens, need {tokens}; the engine stopped early, so it isn't timed")
+    return first - begin, end - first

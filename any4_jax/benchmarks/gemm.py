@@ -1,0 +1,235 @@
+"""Microseconds of one product x W^T: dense in XLA against a weight of few bits on every backend that can.
+
+Letters: N outputs, K inputs, M rows of x. Weights are random, since no product's time depends on their values, and
+every candidate's result is checked before it is timed.
+"""
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from any4_jax import packing
+from any4_jax.benchmarks.machine import available_bytes, platform
+from any4_jax.benchmarks.timing import Candidate, StreamingRead, interleaved, significant, tree_bytes
+from any4_jax.matmul import BACKENDS, matmul, prepare
+from any4_jax.weights import QuantizedTensor, dequantize
+
+# [N, K] of the linears of a block.
+SHAPES: dict[str, tuple[tuple[int, int], ...]] = {
+    "smollm2-135m": ((576, 576), (192, 576), (1536, 576), (576, 1536)),
+    "llama-3.2-1b": ((2048, 2048), (512, 2048), (8192, 2048), (2048, 8192)),
+    "llama-3.1-8b": ((4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336)),
+}
+DTYPES = ("float32", "bfloat16")
+DENSE = ("dense x @ W[N, K].T", "dense x @ W[K, N]")
+# Of the norm of the right result: float32 sums of 10,000 terms stay below 1e-5, results rounded to bfloat16 below 1e-2.
+TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2}
+# More copies of a small matrix than these cost more memory for their handles than for their values.
+MOST_COPIES = 512
+# The result is checked in float64 by this many rows of W at a time.
+CHECKED_ROWS = 1024
+
+
+@dataclasses.dataclass(frozen=True)
+class Gemm:
+    """What to measure.
+
+    Attributes:
+      shapes: pairs of N and K.
+      m: numbers of rows of x.
+      bits, group_size: of the weight; each row has a table of its own, scales and offsets are bfloat16, as any4's.
+      rounds: turns of each candidate.
+      rotate_mb: a candidate's calls go through copies of its weight of so many bytes together, in units of 10**6,
+        so that they come from memory and not from a cache.
+    """
+
+    shapes: tuple[tuple[int, int], ...]
+    m: tuple[int, ...] = (1, 16)
+    bits: int = 4
+    group_size: int = 128
+    rounds: int = 15
+    rotate_mb: int = 400
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """Rows, settings and notes of a result."""
+
+    rows: list[dict[str, Any]]
+    settings: dict[str, Any]
+    notes: list[str]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Product:
+    """One way to compute x W^T: a compiled function of x and one of `copies`, and the matrix that it stands for."""
+
+    name: str
+    dtype: str
+    run: Callable[[jax.Array, Any], jax.Array]
+    copies: list[Any]
+    exact: jax.Array
+
+
+def run(config: Gemm, progress: Callable[[int, int, str], None] = lambda done, total, what: None) -> Measured:
+    """Measures every shape with every m.
+
+    Args:
+      config: what to measure.
+      progress: called as (done, total, what is next).
+
+    Raises:
+      RuntimeError: a candidate's result is wrong.
+    """
+    where = platform()
+    stream = StreamingRead(where)
+    rows: list[dict[str, Any]] = []
+    notes: dict[str, None] = {}
+    pairs = list(itertools.product(config.shapes, config.m))
+    for done, ((n, k), m) in enumerate(pairs):
+        progress(done, len(pairs), f"{n} x {k}, {m} rows")
+        stream.measure()
+        # No name is bound to the copies: they are gone before those of the next shape are made.
+        rows += _measured(
+            _products(config, n, k, m, where, notes.setdefault), n, k, m, config.rounds, overlap=where != "cpu"
+        )
+    stream.measure()
+    for row in rows:
+        row["share_of_streaming_read"] = significant(row["gb_per_s"] / stream.gb_per_s)
+    empty = Candidate(jax.jit(lambda x: x + 1), [jnp.zeros(1)] * MOST_COPIES)
+    settings: dict[str, Any] = {
+        **{name: value for name, value in dataclasses.asdict(config).items() if name not in ("shapes", "m")},
+        "empty_call_us": significant(1e6 * float(np.median(interleaved([empty], 5, where != "cpu")[0]))),
+        **stream.settings(),
+    }
+    return Measured(rows, settings, list(notes))
+
+
+def _measured(products: list[_Product], n: int, k: int, m: int, rounds: int, overlap: bool) -> Iterator[dict[str, Any]]:
+    """The rows of one shape and m; the share of the streaming read is filled in later."""
+    x = np.random.default_rng(m).standard_normal((m, k), np.float32)
+    inputs = {dtype: jnp.asarray(x, dtype) for dtype in DTYPES}
+    errors = [_error(product, inputs[product.dtype]) for product in products]
+    calls = [Candidate(functools.partial(p.run, inputs[p.dtype]), p.copies) for p in products]
+    seconds = interleaved(calls, rounds, overlap)
+    typical = [float(np.median(turns)) for turns in seconds]
+    dense = min(t for t, p in zip(typical, products, strict=True) if p.name in DENSE and p.dtype == "float32")
+    for product, error, turns, once in zip(products, errors, seconds, typical, strict=True):
+        read = tree_bytes(product.copies[0]) + inputs[product.dtype].nbytes
+        yield {
+            "n": n,
+            "k": k,
+            "m": m,
+            "product": product.name,
+            "dtype": product.dtype,
+            "us": significant(1e6 * once),
+            "best_us": significant(1e6 * float(turns.min())),
+            "speed_ratio_to_dense_float32": significant(dense / once),
+            "read_mb": significant(read / 1e6),
+            "gb_per_s": significant(read / once / 1e9),
+            "share_of_streaming_read": None,
+            "error_ratio": significant(error),
+            "copies": len(product.copies),
+        }
+
+
+def _products(config: Gemm, n: int, k: int, m: int, where: str, note: Callable[[str], object]) -> list[_Product]:
+    """All ways to compute one product here; `note` is told what is left out."""
+    w = jnp.asarray(np.random.default_rng(0).standard_normal((n, k), np.float32) * k**-0.5)
+    q = random_weight(n, k, config.bits, config.group_size)
+    able: dict[str, list[str]] = {}
+    for backend, dtype in itertools.product(BACKENDS, DTYPES):
+        reason = backend.supports(jax.ShapeDtypeStruct((m, k), dtype), q, where)
+        if reason is None:
+            able.setdefault(backend.name, []).append(dtype)
+        else:
+            note(f"no product on the backend {backend.name}: {reason}")
+
+    # Each of these keeps its own copies: two layouts in two dtypes, and the weight prepared for each backend.
+    rotate = config.rotate_mb * 10**6
+    room = available_bytes()
+    if room is not None and rotate * (4 + len(able)) > room // 2:
+        rotate = room // 2 // (4 + len(able))
+        note(f"{n} x {k}: copies take {rotate // 10**6} MB a candidate, half of the free memory for all of them")
+
+    def copies(weight: Any) -> list[Any]:
+        number = -(-rotate // tree_bytes(weight))
+        if number > MOST_COPIES:
+            total = MOST_COPIES * tree_bytes(weight) // 10**6
+            note(f"{n} x {k}: {MOST_COPIES} copies of {tree_bytes(weight) / 1e6:.2f} MB make {total} MB and no more")
+        return [_copy(weight) for _ in range(max(2, min(MOST_COPIES, number)))]
+
+    products = []
+    for dtype in DTYPES:
+        exact = w.astype(dtype)
+        products.append(_Product(DENSE[0], dtype, _dense_transposed, copies(exact), exact))
+        products.append(_Product(DENSE[1], dtype, _dense, copies(exact.T), exact))
+    dense = dequantize(q)
+    for name, dtypes in able.items():
+        prepared = copies(prepare(q, name))
+        for dtype in dtypes:
+            products.append(_Product(f"{config.bits} bits on {name}", dtype, _quantized, prepared, dense))
+    return products
+
+
+def random_weight(n: int, k: int, bits: int, group_size: int) -> QuantizedTensor:
+    """A weight of the form that any4 makes, of random codes and tables; its values are about 1 / sqrt(K)."""
+    rng = np.random.default_rng(1)
+    groups = -(-k // group_size)
+    size = (15 / (2**bits - 1)) * k**-0.5
+    return QuantizedTensor(
+        codes=packing.pack(jnp.asarray(rng.integers(0, 2**bits, (n, k), np.uint8)), bits),
+        lut=jnp.asarray(np.sort(rng.uniform(0, 2**bits - 1, (n, 2**bits))), jnp.bfloat16),
+        scales=jnp.asarray(rng.uniform(0.1, 0.3, (n, groups)) * size, jnp.bfloat16),
+        offsets=jnp.asarray(rng.uniform(-2.0, -1.0, (n, groups)) * k**-0.5, jnp.bfloat16),
+        bits=bits,
+        group_size=group_size,
+        padding=packing.padding(k, bits),
+        uniform=False,
+    )
+
+
+# HIGHEST, as models of this library compute: a GPU would round float32 to 10 bits.
+@jax.jit
+def _dense_transposed(x: jax.Array, w: jax.Array) -> jax.Array:
+    return jnp.matmul(x, w.T, precision=jax.lax.Precision.HIGHEST)
+
+
+@jax.jit
+def _dense(x: jax.Array, w: jax.Array) -> jax.Array:
+    return jnp.matmul(x, w, precision=jax.lax.Precision.HIGHEST)
+
+
+@jax.jit
+def _quantized(x: jax.Array, w: Any) -> jax.Array:
+    return matmul(x, w)
+
+
+def _copy(tree: Any) -> Any:
+    return jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), tree)
+
+
+def _error(product: _Product, x: jax.Array) -> float:
+    """The error's norm over the right result's, which numpy computes in float64 from what the product is given.
+
+    Raises:
+      RuntimeError: it is more than rounding.
+    """
+    wide = np.asarray(x, np.float64)
+    exact = np.asarray(product.exact, np.float32)
+    blocks = [wide @ exact[row : row + CHECKED_ROWS].astype(np.float64).T for row in range(0, len(exact), CHECKED_ROWS)]
+    right = np.concatenate(blocks, axis=1)
+    error = np.linalg.norm(np.asarray(product.run(x, product.copies[0]), np.float64) - right) / np.linalg.norm(right)
+    limit = TOLERANCE[product.dtype]
+    if not error <= limit:
+        raise RuntimeError(
+            f"{product.name}, {product.dtype}: the result is off by {error:.1e} of itself, and at most {limit:.0e} is "
+            "rounding; the kernel is wrong, so it isn't timed"
+        )
+    return float(error)

@@ -1,0 +1,116 @@
+"""What the figures were taken on: device, versions, memory, and the command that took them."""
+
+import os
+import platform as host
+import shlex
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from any4_jax.benchmarks.schema import VERSIONED, Device, Result
+from any4_jax.matmul import default_platform as platform
+
+__all__ = ["available_bytes", "command_line", "cores", "device", "platform", "result"]
+
+# Of the hundred flags of a processor, those that a product of few-bit weights can use.
+FEATURES = (
+    *("avx2", "fma", "f16c", "bmi2", "avx_vnni", "avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512vbmi"),
+    *("avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_int8", "amx_bf16"),
+    *("asimd", "asimdhp", "asimddp", "bf16", "i8mm", "sve", "sve2"),
+)
+# Environment variables without which the same command would measure something else.
+ENVIRONMENT = ("JAX_PLATFORMS", "XLA_FLAGS")
+
+
+def result(
+    benchmark: str,
+    command: Sequence[str],
+    *,
+    settings: Mapping[str, Any],
+    rows: Sequence[Mapping[str, Any]],
+    notes: Sequence[str] = (),
+    packages: Sequence[str] = (),
+) -> Result:
+    """A result of this process, now.
+
+    Args:
+      benchmark: its name.
+      command: the words of the command line.
+      settings, rows, notes: see `Result`.
+      packages: distributions whose versions matter besides those that every result has.
+    """
+    versions = {name: host.python_version() if name == "python" else _version(name) for name in VERSIONED}
+    return Result(
+        benchmark=benchmark,
+        command=command_line(command),
+        date=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        device=device(),
+        versions=versions | {name: _version(name) for name in packages},
+        settings=settings,
+        notes=tuple(notes),
+        rows=tuple(rows),
+    )
+
+
+def device() -> Device:
+    """The default device of this process."""
+    where = platform()
+    if where == "cpu":
+        name, flags = _processor()
+        return Device(name, where, cores(), tuple(flag for flag in FEATURES if flag in flags))
+    first = jax.devices()[0]
+    capability = getattr(first, "compute_capability", None)
+    return Device(
+        first.device_kind, where, cores(), () if capability is None else (f"compute capability {capability}",)
+    )
+
+
+def cores() -> int:
+    """Logical cores that this process may use: XLA makes as many threads."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def available_bytes() -> int | None:
+    """Bytes of memory that arrays on the default device may still take; None where that can't be known."""
+    if platform() == "cpu":
+        kilobytes = _proc("meminfo").get("MemAvailable", "").removesuffix("kB").strip()
+        return int(kilobytes) * 1024 if kilobytes.isdigit() else None
+    stats = jax.devices()[0].memory_stats() or {}
+    return stats["bytes_limit"] - stats["bytes_in_use"] if {"bytes_limit", "bytes_in_use"} <= set(stats) else None
+
+
+def command_line(words: Sequence[str]) -> str:
+    """The words as one would type them, after the environment variables that matter."""
+    given = {name: os.environ.get(name) for name in ENVIRONMENT}
+    return " ".join([*(f"{name}={shlex.quote(value)}" for name, value in given.items() if value), shlex.join(words)])
+
+
+def _processor() -> tuple[str, frozenset[str]]:
+    """Its name and its flags."""
+    facts = _proc("cpuinfo")
+    name = facts.get("model name") or host.processor() or host.machine()
+    return name, frozenset((facts.get("flags") or facts.get("Features") or "").split())
+
+
+def _proc(name: str) -> dict[str, str]:
+    """The first "key: value" of each key in a file of /proc; nothing where the system has none."""
+    path = Path("/proc") / name
+    facts: dict[str, str] = {}
+    if path.exists():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            key, _, value = line.partition(":")
+            facts.setdefault(key.strip(), value.strip())
+    return facts
+
+
+def _version(distribution: str) -> str:
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return "not installed"
