@@ -3,7 +3,7 @@ SHELL := /bin/sh
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test test-newest lint clean
+.PHONY: help demo test test-newest sanitize lint clean
 
 INSTALL_INPUTS := pyproject.toml CMakeLists.txt $(wildcard cuda_ffi/csrc/*/*.* cuda_ffi/csrc/xla/ffi/api/*.h)
 # Most of a test's time is XLA compiling, much of it the same programs in several files: a file stays on one worker, and
@@ -12,7 +12,7 @@ PYTEST = cache=$$(mktemp -d) && trap 'rm -rf "$$cache"' EXIT && JAX_PLATFORMS=cp
 	JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0.3 $(1) -m pytest -n auto --dist loadfile
 # What depends on the versions of jax and flax.
 CORE := $(patsubst %,tests/test_%.py,formats scaling packing weights matmul statistics clustering methods any4 surgery \
-	calibration llama generate checkpoint_model linen nnx hf_flax cpu_kernel)
+	calibration llama generate checkpoint_model linen nnx)
 PIP := -m pip --disable-pip-version-check --quiet --quiet
 
 # $(call find_python,NAMES,LEAST): prints the first interpreter of at least that sys.hexversion, from PATH, then
@@ -28,10 +28,11 @@ FIND_NEWEST := $(call find_python,python3.14 python3.13 python3.12,0x030C0000)
 NEWEST_IF_OTHER := if .venv/bin/python -c 'import sys; sys.exit(sys.hexversion >= 0x030C0000)'; then $(FIND_NEWEST); fi
 
 help:
-	@echo "make demo   quantize a real small model to 4 bits, compare, generate, save and load"
-	@echo "make test   format check, lint, types, all tests; the core tests again on the newest Python"
-	@echo "make lint   format check, lint and types only"
-	@echo "make clean  remove the virtual environments, caches and build products"
+	@echo "make demo      quantize a real small model to 4 bits, compare, generate, save and load"
+	@echo "make test      format check, lint, types, all tests; the core tests again on the newest Python"
+	@echo "make lint      format check, lint and types only"
+	@echo "make sanitize  the C++ kernels under the address, undefined-behaviour and thread sanitizers; two minutes"
+	@echo "make clean     remove the virtual environments, caches and build products"
 
 demo: .venv/demo.stamp
 	@.venv/bin/any4 demo
@@ -42,7 +43,11 @@ test: lint
 	@[ -z "$$($(NEWEST_IF_OTHER))" ] || $(MAKE) --no-print-directory test-newest
 
 test-newest: .venv-newest/dev.stamp
-	@$(call PYTEST,.venv-newest/bin/python) -m "not slow" $(CORE)
+	@$(call PYTEST,.venv-newest/bin/python) -m "not slow and not sanitize" $(CORE)
+
+# Two minutes of compiling that a change of Python code doesn't need.
+sanitize: .venv/dev.stamp
+	@.venv/bin/python -m pytest -m sanitize tests/test_native_build.py
 
 lint: .venv/dev.stamp
 	@.venv/bin/ruff format --check .

@@ -161,7 +161,7 @@ def sanitized(name: str, sanitizer: str, folder: Path) -> Path:
     return driver
 
 
-@pytest.mark.slow
+@pytest.mark.sanitize
 @needs_compiler
 @pytest.mark.parametrize("sanitizer", ["address", "thread"])
 @pytest.mark.parametrize("name", sorted(path.stem.removesuffix("_driver") for path in NATIVE.glob("*_driver.cc")))
