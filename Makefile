@@ -73,7 +73,9 @@ clean:
 	@.venv/bin/python $(PIP) install -e .
 	@touch $@
 
+# Without bytecode, of which tests need little, and in .venv-newest without the C++ library: two minutes less. There the
+# jnp bodies, which the first run seldom takes, are what is tested.
 %/dev.stamp: $(INSTALL_INPUTS) | %/bin/python
 	@echo "installing any4_jax and its development tools into $*"
-	@$*/bin/python $(PIP) install -e '.[dev]'
+	@$*/bin/python $(PIP) install --no-compile $(if $(findstring newest,$*),-C wheel.cmake=false) -e '.[dev]'
 	@touch $@ $*/demo.stamp
