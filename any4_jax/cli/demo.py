@@ -95,7 +95,7 @@ def run(args: argparse.Namespace) -> int:
 
     with progress("calibrate", "layer") as bar:
         stats = calibrate(model, texts.prompt(), methods["any4"], progress=bar)
-    steps.done("calibrate", f"read one prompt: how strongly each input of {len(stats)} linear layers is used")
+    steps.done("calibrate", f"read one prompt: how strongly each input of {len(linears(model))} linear layers is used")
 
     print(f"\nQuantized in groups of {args.group_size}, measured on {len(ids) // SEQLEN} windows of {SEQLEN} tokens:")
     print(COLUMNS.format("method", "bits/weight", "MB", "seconds", "perplexity", "nats lost per token"))
