@@ -65,6 +65,11 @@ class Prepared:
 jax.tree_util.register_dataclass(Prepared, ["arrays"], ["backend"])
 
 
+def is_quantized(node: Any) -> bool:
+    """Whether a node of a tree is an operator, be it prepared for a backend or not."""
+    return weights.is_operator(node) or isinstance(node, Prepared)
+
+
 def _named(name: str) -> Backend:
     for backend in BACKENDS:
         if backend.name == name:

@@ -247,3 +247,34 @@ def test_without_flax_models_both_ways_out_are_named(monkeypatch: pytest.MonkeyP
     monkeypatch.setitem(sys.modules, "transformers.modeling_flax_utils", None)
     with pytest.raises(ImportError, match=r"any4_jax\[hf-flax\].*any4_jax\.models\.load"):
         load_hf_flax("tiny")
+
+
+def test_a_quantized_model_says_what_runs_where_and_keeps_its_head(rng: np.random.Generator) -> None:
+    hf = random_model("FlaxLlamaForCausalLM", LLAMA, rng)
+    small = a4.quantize_model(hf, INT4)
+    layers = quantized_leaves(small)
+    assert set(layers) == set(dense_paths(hf)) - {"lm_head"} and len(layers) == 7
+    assert small.params["lm_head"]["kernel"] is hf.params["lm_head"]["kernel"]
+    shown = a4.explain(small)
+    for path in dense_paths(hf):
+        assert path.replace(".0.", ".*.") + "  [" in shown
+    # The parameters shrink by what the layers' claimed bits say, and by nothing else.
+    saved = sum(np.prod(q.shape) * (32 - q.bits_per_weight) / 8 for q in layers.values())
+    stored = [sum(leaf.nbytes for leaf in jax.tree.leaves(model.params)) for model in (hf, small)]
+    assert stored[0] - stored[1] == saved
+
+
+def test_low_rank_updates_over_quantized_weights_are_trained_alone(rng: np.random.Generator) -> None:
+    small = a4.quantize_model(random_model("FlaxLlamaForCausalLM", LLAMA, rng), INT4)
+    tokens = jnp.asarray(rng.integers(0, 32, (2, 6)))
+    tuned = a4.add_lora(small, rank=2)
+    np.testing.assert_array_equal(logits_of(tuned, tokens), logits_of(small, tokens))
+    trained, frozen = a4.partition(tuned.params, a4.trainable(tuned.params, "lora"))
+
+    @jax.jit
+    def slope(trained: Any) -> Any:
+        return jax.grad(lambda t: (tuned(tokens, params=a4.combine(t, frozen)).logits ** 2).mean())(trained)
+
+    found = jax.tree.leaves(slope(trained))
+    # a and b of seven layers; a's are zero while b is.
+    assert len(found) == 14 and sum(bool(np.any(leaf)) for leaf in found) == 7

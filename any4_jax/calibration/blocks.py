@@ -45,8 +45,8 @@ def walk_blocks(
         hidden = outputs
         if progress is not None:
             progress(index + 1, len(model.layers), prefix.rstrip("."))
-    head = "embed_tokens" if model.config.tie_word_embeddings else "lm_head"
-    if isinstance(getattr(model, head), nnx.Linear | nnx.Embed):
+    head = "embed_tokens" if getattr(model.config, "tie_word_embeddings", False) else "lm_head"
+    if isinstance(getattr(model, head, None), nnx.Linear | nnx.Embed):
         stats = statistics.empty(hidden[0].shape[-1])
         for x, (_, mask) in zip(hidden, batches, strict=True):
             stats = _head_statistics(*nnx.split(model.norm), x, mask, stats)

@@ -8,8 +8,8 @@ import jax
 from flax import linen
 from jax.sharding import NamedSharding, PartitionSpec
 
+from any4_jax.matmul import is_quantized
 from any4_jax.nn.linen import boxed
-from any4_jax.surgery.fitting import is_quantized
 
 Rule = Callable[[str, jax.ShapeDtypeStruct], NamedSharding | None]
 

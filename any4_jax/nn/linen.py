@@ -11,10 +11,9 @@ from flax.core import meta
 from flax.linen.dtypes import promote_dtype
 from jax.typing import DTypeLike
 
-from any4_jax.matmul import Prepared, matmul
+from any4_jax.matmul import is_quantized, matmul
 from any4_jax.methods import Any4, Method, quantize
 from any4_jax.nn.axes import array_axes, field_of
-from any4_jax.weights import is_operator
 
 
 class Any4Dense(nn.Module):
@@ -66,22 +65,30 @@ class Any4Dense(nn.Module):
 
 
 def _initial_kernel(key: jax.Array, layer: Any4Dense, k: int) -> Any:
-    method: Any = layer.method
-    if layer.group_size is not None:
-        if not any(field.name == "group_size" for field in dataclasses.fields(method)):
-            raise TypeError(
-                f"{layer_name(layer)}: got group_size={layer.group_size} for {type(method).__name__}, which has no "
-                "such field; set it in the method"
-            )
-        method = dataclasses.replace(method, group_size=layer.group_size)
+    method = with_group_size(layer.method, layer.group_size)
     kernel = layer.kernel_init(key, (k, layer.features), layer.param_dtype)
     operator = quantize(meta.unbox(kernel), method, transposed=True, path=layer_name(layer))
     return boxed(operator, kernel) if isinstance(kernel, meta.AxisMetadata) else operator
 
 
+def with_group_size(method: Any, group_size: int | None) -> Method:
+    """The method with another group size, or as it is where that is None.
+
+    Raises:
+      TypeError: it has no group size.
+    """
+    if group_size is None:
+        return method
+    if not hasattr(method, "group_size"):
+        raise TypeError(
+            f"got group_size={group_size} for {type(method).__name__}, which has no such field; set it in the method"
+        )
+    return dataclasses.replace(method, group_size=group_size)
+
+
 def boxed(operator: Any, box: meta.AxisMetadata) -> Any:
     """An operator [*L, N, K] with each array in a box like that of its float kernel [*L, K, N], under the names of
-    the axes that it has. An axis of length 1 (one table for all rows, one group) can't be split and gets None.
+    the axes that it has (`any4_jax.nn.axes`).
 
     Raises:
       TypeError: the box has no names (it is no `nn.Partitioned`), or fewer than two.
@@ -93,11 +100,6 @@ def boxed(operator: Any, box: meta.AxisMetadata) -> Any:
         return box.replace(value=leaf, names=array_axes(field_of(path), box.names, leaf.shape))
 
     return jax.tree_util.tree_map_with_path(box_leaf, operator)
-
-
-def is_quantized(kernel: Any) -> bool:
-    """Whether a parameter is an operator or one prepared for a backend."""
-    return is_operator(kernel) or isinstance(kernel, Prepared)
 
 
 def layer_name(module: nn.Module) -> str:

@@ -1,6 +1,5 @@
 """Any4Linear and Any4Embed: nnx.Linear and nnx.Embed over quantized weights."""
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,7 +11,7 @@ from jax.typing import DTypeLike
 
 from any4_jax.lookup import lookup
 from any4_jax.methods import Any4, Method, quantize
-from any4_jax.nn.linen import dense
+from any4_jax.nn.linen import dense, with_group_size
 from any4_jax.nn.operator_variables import Codes, Quantized, Tables, blank
 
 __all__ = ["Any4Embed", "Any4Linear", "Codes", "Tables"]
@@ -82,7 +81,7 @@ class Any4Linear(Quantized):
         """
         kernel = nnx.Param(kernel_init(rngs.params(), (in_features, out_features), param_dtype), **kernel_metadata)
         bias = nnx.Param(bias_init(rngs.params(), (out_features,), param_dtype), **bias_metadata) if use_bias else None
-        weight = quantize(kernel.get_value(), _with_group_size(method, group_size), transposed=True)
+        weight = quantize(kernel.get_value(), with_group_size(method, group_size), transposed=True)
         metadata = kernel.get_metadata()
         self._hold(weight, bias, dtype, metadata, place=metadata["eager_sharding"])
 
@@ -169,14 +168,6 @@ class Any4Embed(Quantized):
     def attend(self, x: jax.Array) -> jax.Array:
         """x [..., K], floating -> [..., N], the products with all rows."""
         return dense(x, self.weight, None, self.dtype)
-
-
-def _with_group_size(method: Any, group_size: int | None) -> Method:
-    if group_size is None:
-        return method
-    if not hasattr(method, "group_size"):
-        raise TypeError(f"got group_size={group_size} for {method}, which has no such field; set it in the method")
-    return dataclasses.replace(method, group_size=group_size)
 
 
 def _plain(metadata: Mapping[str, Any]) -> dict[str, Any]:

@@ -16,7 +16,8 @@ from flax.core import meta
 from flax.linen.dtypes import promote_dtype
 from flax.linen.module import InterceptorContext
 
-from any4_jax.nn.linen import Any4Dense, call_dense, is_quantized, layer_name
+from any4_jax.matmul import is_quantized
+from any4_jax.nn.linen import Any4Dense, call_dense, layer_name
 
 Interceptor = Callable[[Callable[..., Any], Any, Any, InterceptorContext], Any]
 Path = tuple[str, ...]
@@ -71,7 +72,7 @@ def _input(args: Any, kwargs: Any) -> jax.Array:
     return (*args, *kwargs.values())[0]
 
 
-@dataclasses.dataclass(unsafe_hash=True)
+@dataclasses.dataclass(frozen=True)
 class Intercepted:
     """A Linen module whose functions run under interceptors; everything else is the module's own.
 

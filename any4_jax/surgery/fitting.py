@@ -7,8 +7,7 @@ import jax
 import numpy as np
 from flax.core import meta
 
-from any4_jax.matmul import Prepared
-from any4_jax.weights import is_operator
+from any4_jax.matmul import is_quantized
 
 _NAMED = 3
 
@@ -47,11 +46,6 @@ def check(
     ]
     if faults:
         raise ValueError(f"the contents don't fit the model: {'; '.join(faults)}; pass the model they are from")
-
-
-def is_quantized(leaf: Any) -> bool:
-    """Whether a leaf is an operator, be it prepared for a backend or not."""
-    return is_operator(leaf) or isinstance(leaf, Prepared)
 
 
 def _misfit(path: str, wanted: Any, given: Any, turned: bool | None, declared: bool) -> str | None:

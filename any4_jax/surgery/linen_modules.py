@@ -13,13 +13,13 @@ import jax
 from flax import linen
 from flax.core import meta
 
+from any4_jax.matmul import is_quantized
 from any4_jax.models import hf_flax
 from any4_jax.nn.linen import boxed
 from any4_jax.nn.swapping import Intercepted, dense_layers, intercepted, quantized_dense
 from any4_jax.surgery import trees
 from any4_jax.surgery.layers import Matrix
 from any4_jax.surgery.rules import Recipe
-from any4_jax.weights import is_operator
 
 Pair = tuple[linen.Module | Intercepted, Mapping[str, Any]]
 
@@ -89,12 +89,10 @@ def pair_fill(model: Pair, given: Mapping[str, Any], recipe: Recipe | None) -> P
     """The pair with other contents, boxed where its own are. Its variables may be abstract, or None for whatever is
     given; the module is wrapped if an operator is among them."""
     module, variables = model
-    kernel = {True: True, False: None}
-    filled = (
-        dict(given)
-        if variables is None
-        else trees.fill(_unfrozen(variables), given, turned=lambda path: kernel[trees.is_kernel(path)])
-    )
+    if variables is None:
+        filled = dict(given)
+    else:
+        filled = trees.fill(_unfrozen(variables), given, turned=lambda path: True if trees.is_kernel(path) else None)
     if not isinstance(module, Intercepted) and not trees.operators(filled):
         return module, filled
     return dataclasses.replace(intercepted(module, quantized_dense), recipe=recipe), filled
@@ -150,7 +148,7 @@ def _layer(key: str) -> str:
 def _kernels(params: Mapping[str, Any], layers: Mapping[str, bool]) -> dict[str, Matrix]:
     here = trees.leaves(params)
     found = {path: Matrix(here[_key(path)], turned) for path, turned in layers.items() if _key(path) in here}
-    return {path: _unboxed(m) for path, m in found.items() if not is_operator(m.array)}
+    return {path: _unboxed(m) for path, m in found.items() if not is_quantized(m.array)}
 
 
 def _unboxed(matrix: Matrix) -> Matrix:

@@ -8,7 +8,7 @@ import jax
 from flax import nnx
 from flax.traverse_util import unflatten_dict
 
-from any4_jax.matmul import unprepare
+from any4_jax.matmul import is_quantized, unprepare
 from any4_jax.methods import Method
 from any4_jax.nn.nnx import Any4Embed, Any4Linear
 from any4_jax.nn.operator_variables import Quantized
@@ -95,9 +95,9 @@ def fill(model: nnx.Module, given: Mapping[str, Any], recipe: Recipe | None) -> 
     held = holders(model)
     layers = {f"{path}.{_name(layer)}".lstrip("."): path for path, layer in held.items()}
     fitting.check(wanted, new, lambda path: _name(held[layers[path]]) == "kernel" if path in layers else None)
-    done = {layers[path]: leaf for path, leaf in new.items() if fitting.is_quantized(leaf)}
+    done = {layers[path]: leaf for path, leaf in new.items() if is_quantized(leaf)}
     for path, layer in layers.items():
-        if fitting.is_quantized(wanted[path]) and layer not in done:
+        if is_quantized(wanted[path]) and layer not in done:
             raise ValueError(f"{layer} is quantized in the model, the contents have a float kernel; pass a float model")
     filled: Any = replace(model, done, recipe)
     if recipe is None and hasattr(filled, "recipe"):

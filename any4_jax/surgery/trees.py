@@ -7,12 +7,11 @@ from typing import Any
 import jax
 from flax.core import meta
 
-from any4_jax.matmul import Prepared, unprepare
+from any4_jax.matmul import is_quantized, unprepare
 from any4_jax.nn.linen import boxed
 from any4_jax.surgery import fitting
 from any4_jax.surgery.layers import Matrix
 from any4_jax.surgery.rules import Recipe
-from any4_jax.weights import is_operator
 
 _TRANSPOSED = {"kernel": True, "weight": False}
 
@@ -24,7 +23,7 @@ def dotted(path: tuple) -> str:
 
 def is_leaf(node: Any) -> bool:
     """Whether surgery looks at a node as a whole: operators, and Flax's boxes around an array."""
-    return is_operator(node) or isinstance(node, Prepared | meta.AxisMetadata)
+    return is_quantized(node) or isinstance(node, meta.AxisMetadata)
 
 
 def leaves(tree: Any) -> dict[str, Any]:
@@ -34,7 +33,7 @@ def leaves(tree: Any) -> dict[str, Any]:
 
 def operators(tree: Any) -> dict[str, Any]:
     """The operators of a tree by dotted path."""
-    return {path: leaf for path, leaf in leaves(tree).items() if is_operator(leaf) or isinstance(leaf, Prepared)}
+    return {path: leaf for path, leaf in leaves(tree).items() if is_quantized(leaf)}
 
 
 def matrices(tree: Any) -> dict[str, Matrix]:
@@ -42,7 +41,7 @@ def matrices(tree: Any) -> dict[str, Matrix]:
     found = {}
     for path, leaf in leaves(tree).items():
         name, array = path.rsplit(".", 1)[-1], meta.unbox(leaf)
-        if name in _TRANSPOSED and not is_operator(leaf) and getattr(array, "ndim", 0) == 2:
+        if name in _TRANSPOSED and not is_quantized(leaf) and getattr(array, "ndim", 0) == 2:
             found[path] = Matrix(array, _TRANSPOSED[name])
     return found
 
@@ -79,7 +78,7 @@ def fill(
         mine, box = new[dotted(path)], box_of(leaf)
         if box is None:
             return mine
-        return boxed(mine, box) if fitting.is_quantized(mine) else box.replace_boxed(mine)
+        return boxed(mine, box) if is_quantized(mine) else box.replace_boxed(mine)
 
     return jax.tree_util.tree_map_with_path(put, tree, is_leaf=is_leaf)
 
