@@ -70,7 +70,8 @@ def is_quantized(node: Any) -> bool:
     return weights.is_operator(node) or isinstance(node, Prepared)
 
 
-def _named(name: str) -> Backend:
+def named(name: str) -> Backend:
+    """The backend of that name, or a ValueError that gives the names there are."""
     for backend in BACKENDS:
         if backend.name == name:
             return backend
@@ -86,7 +87,7 @@ def prepare(w, backend: str):
     Raises:
       ValueError: there is no such backend.
     """
-    chosen = _named(backend)
+    chosen = named(backend)
     return jax.tree.map(
         lambda node: Prepared(backend, chosen.prepare(node)) if isinstance(node, QuantizedTensor) else node,
         w,
@@ -97,7 +98,7 @@ def prepare(w, backend: str):
 def unprepare(w):
     """The exact inverse of `prepare`, for an operator or any tree."""
     return jax.tree.map(
-        lambda node: _named(node.backend).unprepare(node.arrays) if isinstance(node, Prepared) else node,
+        lambda node: named(node.backend).unprepare(node.arrays) if isinstance(node, Prepared) else node,
         w,
         is_leaf=lambda node: isinstance(node, Prepared),
     )
@@ -145,22 +146,22 @@ def _apply(w, x: jax.Array, backend: str | None) -> jax.Array:
 def _(w: Prepared, x, backend):
     if backend is not None and backend != w.backend:
         raise ValueError(f"got backend={backend!r} for a weight prepared for {w.backend!r}; unprepare it first")
-    return _leaf(x, w, w.backend)
+    return leaf_product(x, w, w.backend)
 
 
 @_apply.register
 def _(w: QuantizedTensor, x, backend):
     if backend is not None:
-        reason = _named(backend).supports(x, w, default_platform())
+        reason = named(backend).supports(x, w, default_platform())
         if reason is not None:
             raise ValueError(f"backend {backend!r} can't do this product: {reason}; pass another backend, or None")
-        return _leaf(x, w, backend)
-    chosen = {platform: _choose(x, w, platform).name for platform in PLATFORMS}
+        return leaf_product(x, w, backend)
+    chosen = {platform: choose(x, w, platform).name for platform in PLATFORMS}
     default = BACKENDS[-1].name
-    special = {p: functools.partial(_leaf, backend=name) for p, name in chosen.items() if name != default}
+    special = {p: functools.partial(leaf_product, backend=name) for p, name in chosen.items() if name != default}
     if not special:
-        return _leaf(x, w, default)
-    return jax.lax.platform_dependent(x, w, default=functools.partial(_leaf, backend=default), **special)
+        return leaf_product(x, w, default)
+    return jax.lax.platform_dependent(x, w, default=functools.partial(leaf_product, backend=default), **special)
 
 
 def default_platform() -> str:
@@ -171,23 +172,25 @@ def default_platform() -> str:
     return "rocm" if "rocm" in jax.devices()[0].client.platform_version.lower() else "cuda"
 
 
-def _choose(x, w: QuantizedTensor, platform: str) -> Backend:
+def choose(x, w: QuantizedTensor, platform: str) -> Backend:
+    """The first backend that can do the product on a platform."""
     return next(b for b in BACKENDS if b.supports(x, w, platform) is None)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _leaf(x: jax.Array, w, backend: str) -> jax.Array:
+def leaf_product(x: jax.Array, w, backend: str) -> jax.Array:
     """The product on one backend. The custom derivative makes every kernel differentiable and recomputes the dense
     matrix in the backward pass instead of keeping it."""
-    kernel = _named(backend)
+    kernel = named(backend)
     return kernel.run(x, w.arrays if isinstance(w, Prepared) else kernel.prepare(w))
 
 
 def _leaf_forward(x, w, backend):
-    return _leaf(x, w, backend), (x, w)
+    return leaf_product(x, w, backend), (x, w)
 
 
-def _leaf_backward(backend, saved, dy):
+def leaf_gradients(backend, saved, dy):
+    """The cotangents of x and of a leaf."""
     x, w = saved
     tables, codes = partition(w)
     dense, pull = jax.vjp(lambda t: weights.dequantize(combine(t, codes)), tables)
@@ -197,7 +200,7 @@ def _leaf_backward(backend, saved, dy):
     return dx.astype(x.dtype), combine(d_tables, d_codes)
 
 
-_leaf.defvjp(_leaf_forward, _leaf_backward)
+leaf_product.defvjp(_leaf_forward, leaf_gradients)
 
 
 @_apply.register
@@ -243,7 +246,7 @@ def explain(x, w, platform: str | None = None) -> str:
         if isinstance(leaf, Prepared):
             lines.append(f"{leaf.backend}: taken, the weight is prepared for it")
         elif isinstance(leaf, QuantizedTensor):
-            taken = _choose(x, leaf, where)
+            taken = choose(x, leaf, where)
             for backend in BACKENDS:
                 reason = backend.supports(x, leaf, where)
                 verdict = "taken" if backend is taken else reason or f"could, but {taken.name!r} comes first"

@@ -15,7 +15,7 @@ from any4_jax.matmul import explain, matmul, prepare, unprepare
 from any4_jax.partition import combine, partition
 from any4_jax.weights import QuantizedTensor
 from cuda_ffi import registration
-from cuda_ffi.lut_product import TARGET, lut_product
+from cuda_ffi.lut_product import TARGET, Matrix, lut_products
 from cuda_ffi.threads import limit_threads
 
 WIDTHS = (1, 2, 3, 4, 5, 6, 8)
@@ -72,8 +72,12 @@ def exact(w: QuantizedTensor) -> tuple[np.ndarray, np.ndarray]:
 
 
 def product(x: jax.Array, w: QuantizedTensor, isa: str = "auto") -> jax.Array:
-    codes = w.codes if isinstance(w.codes, tuple) else (w.codes,)
-    return lut_product(x, codes, w.lut, w.scales, w.offsets, bits=w.bits, group_size=w.group_size, isa=isa)
+    (y,) = lut_products(x, [matrix(w)], bits=w.bits, group_size=w.group_size, isa=isa)
+    return y
+
+
+def matrix(w: QuantizedTensor) -> Matrix:
+    return Matrix(w.codes if isinstance(w.codes, tuple) else (w.codes,), w.lut, w.scales, w.offsets)
 
 
 def rows(*shape: int, dtype: Any = jnp.float32) -> jax.Array:

@@ -197,9 +197,11 @@ class UnrotatedCache(DenseCache):
         return super().append(keys, values, jnp.zeros_like(positions), rope)
 
     def attend(self, queries: jax.Array, positions: jax.Array, rope: Rope) -> jax.Array:
-        slots = jnp.arange(self.keys.shape[1]) - self.start[:, None]
-        rotated = DenseCache(rope.rotate(self.keys, slots), self.values, self.length, self.start)
-        return rotated.attend(queries, positions, rope)
+        rows, (heads, size, length) = len(self.start), self.keys.shape
+        slots = jnp.arange(length) - self.start[:, None]
+        keys = self.keys.reshape(rows, heads // rows, size, length).transpose(0, 3, 1, 2)
+        rotated = rope.rotate(keys, slots).transpose(0, 2, 3, 1).reshape(self.keys.shape)
+        return DenseCache(rotated, self.values, self.length, self.start).attend(queries, positions, rope)
 
 
 def test_another_cache_gives_the_same_tokens(model: Llama) -> None:

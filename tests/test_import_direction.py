@@ -19,7 +19,7 @@ LAYERS = (
     ("weights",),
     ("quantized_input", "backends"),
     ("clustering", "matmul", "statistics"),
-    ("lookup", "methods"),
+    ("lookup", "methods", "together"),
     ("kv_cache",),
     ("nn",),
     ("data",),

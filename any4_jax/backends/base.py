@@ -1,7 +1,7 @@
 """What a kernel has to say of itself to stand in the table of `any4_jax.matmul`."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -20,6 +20,8 @@ class Backend:
       run: (x [M, K], arrays from `prepare`) -> y [M, N] in x's dtype.
       prepare: QuantizedTensor -> the arrays that `run` reads.
       unprepare: the exact inverse of `prepare`.
+      run_together: (x [M, K], arrays of several weights that agree in bits, group size and K) -> y [M, N] of each, in
+        one call that is faster than several; None where there is no such call.
     """
 
     name: str
@@ -27,3 +29,4 @@ class Backend:
     run: Callable[[jax.Array, Any], jax.Array]
     prepare: Callable[[QuantizedTensor], Any]
     unprepare: Callable[[Any], QuantizedTensor]
+    run_together: Callable[[jax.Array, Sequence[Any]], tuple[jax.Array, ...]] | None = None

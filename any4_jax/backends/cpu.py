@@ -1,5 +1,6 @@
 """The C++ product of `cuda_ffi` as a backend. It reads weights as they are stored, so preparing one changes nothing."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -21,11 +22,28 @@ def _supports(x: Any, w: QuantizedTensor, platform: str) -> str | None:
 
 
 def _run(x: jax.Array, w: QuantizedTensor) -> jax.Array:
-    from cuda_ffi.lut_product import lut_product
-
-    codes = w.codes if isinstance(w.codes, tuple) else (w.codes,)
-    scales, offsets = (weights.dequantize(a) if isinstance(a, QuantizedTensor) else a for a in (w.scales, w.offsets))
-    return lut_product(x, codes, w.lut, scales, offsets, bits=w.bits, group_size=w.group_size)
+    (y,) = _run_together(x, (w,))
+    return y
 
 
-CPU = Backend(name="cpu", supports=_supports, run=_run, prepare=lambda w: w, unprepare=lambda arrays: arrays)
+def _run_together(x: jax.Array, ws: Sequence[QuantizedTensor]) -> tuple[jax.Array, ...]:
+    from cuda_ffi.lut_product import Matrix, lut_products
+
+    def plain(array: Any) -> Any:
+        return weights.dequantize(array) if isinstance(array, QuantizedTensor) else array
+
+    matrices = [
+        Matrix(w.codes if isinstance(w.codes, tuple) else (w.codes,), w.lut, plain(w.scales), plain(w.offsets))
+        for w in ws
+    ]
+    return lut_products(x, matrices, bits=ws[0].bits, group_size=ws[0].group_size)
+
+
+CPU = Backend(
+    name="cpu",
+    supports=_supports,
+    run=_run,
+    prepare=lambda w: w,
+    unprepare=lambda arrays: arrays,
+    run_together=_run_together,
+)

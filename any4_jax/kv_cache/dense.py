@@ -16,8 +16,9 @@ class DenseCache:
     """Keys and values as they are; see `kv_cache.base` for slots, positions and the letters.
 
     Attributes:
-        keys: [B, S, Hkv, D], rotated when appended.
-        values: [B, S, Hkv, D].
+        keys: [B, Hkv, D, S], rotated when appended. Both products then read the cache as it lies: with slots before
+            heads XLA transposes all of it on a CPU, each step and layer.
+        values: [B, Hkv, S, D].
         length: int32 scalar, the slots in use; the next token goes there.
         start: int32 [B], the first slot of each row that holds no padding.
     """
@@ -30,36 +31,44 @@ class DenseCache:
     @classmethod
     def create(cls, batch: int, length: int, heads: int, head_dim: int, start: jax.Array, dtype: DTypeLike) -> Self:
         """An empty cache: zeros, so that slots not yet written are finite behind their mask."""
-        shape = (batch, length, heads, head_dim)
-        return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros((), jnp.int32), start)
+        keys = jnp.zeros((batch * heads, head_dim, length), dtype)
+        values = jnp.zeros((batch * heads, length, head_dim), dtype)
+        return cls(keys, values, jnp.zeros((), jnp.int32), start)
 
     def append(self, keys: jax.Array, values: jax.Array, positions: jax.Array, rope: Rope) -> Self:
         """Write keys and values [B, T, Hkv, D] into the next T slots."""
-        tokens, slots = keys.shape[1], self.keys.shape[1]
+        tokens, slots = keys.shape[1], self.keys.shape[-1]
         if tokens > slots:
             raise ValueError(f"{tokens} tokens do not fit a cache of {slots} slots; create a longer cache")
 
-        def write(slab: jax.Array, new: jax.Array) -> jax.Array:
-            return jax.lax.dynamic_update_slice_in_dim(slab, new.astype(slab.dtype), self.length, axis=1)
+        def write(slab: jax.Array, new: jax.Array, axis: int) -> jax.Array:
+            new = new.reshape(-1, *new.shape[2:]).astype(slab.dtype)
+            return jax.lax.dynamic_update_slice_in_dim(slab, new, self.length, axis)
 
         return dataclasses.replace(
             self,
-            keys=write(self.keys, rope.rotate(keys, positions)),
-            values=write(self.values, values),
+            keys=write(self.keys, rope.rotate(keys, positions).transpose(0, 2, 3, 1), 2),
+            values=write(self.values, values.transpose(0, 2, 1, 3), 1),
             length=self.length + tokens,
         )
 
     def attend(self, queries: jax.Array, positions: jax.Array, rope: Rope) -> jax.Array:
         """Attention of queries [B, T, H, D] over the slots start..own of each row; softmax in float32."""
-        slots = jnp.arange(self.keys.shape[1], dtype=jnp.int32)
+        batch, tokens, heads, size = queries.shape
+        groups = self.keys.shape[0] // batch
+        slots = jnp.arange(self.keys.shape[-1], dtype=jnp.int32)
         own = positions + self.start[:, None]
         seen = (slots >= self.start[:, None, None]) & (slots <= own[:, :, None])
+        # Query heads that share keys are rows of one product, with the tokens.
+        rows = rope.rotate(queries, positions).reshape(batch, tokens, groups, heads // groups, size)
+        rows = rows.transpose(0, 2, 3, 1, 4).reshape(batch * groups, -1, size)
+        scores = jnp.einsum(
+            "brd,bds->brs", rows, self.keys.astype(queries.dtype), preferred_element_type=jnp.float32
+        ).reshape(batch, groups, -1, tokens, len(slots))
         # The mask is a large negative number and no infinity: a padding query, which sees nothing, averages
         # over everything instead of dividing zero by zero.
-        return jax.nn.dot_product_attention(
-            rope.rotate(queries, positions),
-            self.keys.astype(queries.dtype),
-            self.values.astype(queries.dtype),
-            mask=seen[:, None],
-            implementation="xla",
-        )
+        scores = jnp.where(seen[:, None, None], scores * size**-0.5, jnp.finfo(jnp.float32).min / 2)
+        mixing = jax.nn.softmax(scores).astype(queries.dtype).reshape(batch * groups, -1, len(slots))
+        mixed = jnp.einsum("brs,bsd->brd", mixing, self.values.astype(queries.dtype))
+        mixed = mixed.reshape(batch, groups, heads // groups, tokens, size).transpose(0, 3, 1, 2, 4)
+        return mixed.reshape(queries.shape)

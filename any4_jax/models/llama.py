@@ -20,6 +20,7 @@ from jax.typing import DTypeLike
 from any4_jax.kv_cache import Cache, CacheFactory, DenseCache
 from any4_jax.models.config import LlamaConfig
 from any4_jax.models.rope import Rope
+from any4_jax.nn.nnx import call_each
 
 Tap = Callable[[str, jax.Array], None]
 
@@ -92,8 +93,9 @@ class Attention(nnx.Module):
             return y.reshape(*y.shape[:2], -1, self.config.head_dim)
 
         tap("attn_in", x)
-        cache = cache.append(heads(self.k_proj(x)), heads(self.v_proj(x)), positions, rope)
-        mixed = cache.attend(heads(self.q_proj(x)), positions, rope)
+        queries, keys, values = map(heads, call_each((self.q_proj, self.k_proj, self.v_proj), x))
+        cache = cache.append(keys, values, positions, rope)
+        mixed = cache.attend(queries, positions, rope)
         mixed = mixed.reshape(*mixed.shape[:2], -1)
         tap("attn_out", mixed)
         return self.o_proj(mixed), cache
@@ -114,7 +116,8 @@ class MLP(nnx.Module):
     def __call__(self, x: jax.Array, tap: Tap = _no_tap) -> jax.Array:
         """x [B, T, E] -> [B, T, E]."""
         tap("mlp_in", x)
-        inner = jax.nn.silu(self.gate_proj(x)) * self.up_proj(x)
+        gate, up = call_each((self.gate_proj, self.up_proj), x)
+        inner = jax.nn.silu(gate) * up
         tap("mlp_out", inner)
         return self.down_proj(inner)
 

@@ -1,11 +1,12 @@
 """Any4Linear and Any4Embed: nnx.Linear and nnx.Embed over quantized weights."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from flax.linen.dtypes import promote_dtype
 from jax.nn import initializers
 from jax.typing import DTypeLike
 
@@ -13,8 +14,9 @@ from any4_jax.lookup import lookup
 from any4_jax.methods import Any4, Method, quantize
 from any4_jax.nn.linen import dense, with_group_size
 from any4_jax.nn.operator_variables import Codes, Quantized, Tables, blank
+from any4_jax.together import matmul_each
 
-__all__ = ["Any4Embed", "Any4Linear", "Codes", "Tables"]
+__all__ = ["Any4Embed", "Any4Linear", "Codes", "Tables", "call_each"]
 
 _METHOD = Any4()
 _NONE: Mapping[str, Any] = {}
@@ -132,6 +134,23 @@ class Any4Linear(Quantized):
     def __call__(self, x: jax.Array) -> jax.Array:
         """x [..., K], floating -> [..., N]."""
         return dense(x, self.weight, None if self.bias is None else self.bias.get_value(), self.dtype)
+
+
+def call_each(layers: Sequence[Any], x: jax.Array) -> list[jax.Array]:
+    """`[layer(x) for layer in layers]`, by `matmul_each` where all of them are Any4Linear.
+
+    Args:
+      layers: modules that read the same input.
+      x: [..., K].
+    """
+    if not all(type(layer) is Any4Linear for layer in layers):
+        return [layer(x) for layer in layers]
+    biases = [None if layer.bias is None else layer.bias.get_value() for layer in layers]
+    promoted = [promote_dtype(x, bias, dtype=layer.dtype) for layer, bias in zip(layers, biases, strict=True)]
+    if len({inputs.dtype for inputs, _ in promoted}) > 1:
+        return [layer(x) for layer in layers]
+    ys = matmul_each(promoted[0][0], [layer.weight for layer in layers])
+    return [y if bias is None else y + bias for y, (_, bias) in zip(ys, promoted, strict=True)]
 
 
 class Any4Embed(Quantized):

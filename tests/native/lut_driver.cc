@@ -101,10 +101,10 @@ bool Check(const Shape& s, int bits, any4::Type type, any4::Isa isa, int64_t thr
   w.offsets = s.offsets ? offsets.data() : nullptr;
   w.offsets_type = Type::kBfloat16;
   const bool is_float = type == Type::kFloat32;
+  const any4::Product product{w, is_float ? static_cast<void*>(y.data()) : y16.data()};
   {
     Threads threads;
-    any4::LutProduct(w, is_float ? static_cast<void*>(x.data()) : x16.data(),
-                     is_float ? static_cast<void*>(y.data()) : y16.data(), s.m, type, isa,
+    any4::LutProducts(&product, 1, is_float ? static_cast<void*>(x.data()) : x16.data(), s.m, type, isa,
                      threads.executor(thread_count));
   }
   for (int64_t m = 0; m < s.m; ++m) {

@@ -3,6 +3,7 @@
 // A number known to the compiler, which shifts by constants need.
 template <int kValue>
 struct Step {
+  static constexpr int value = kValue;
   constexpr operator int() const { return kValue; }
 };
 template <int kTimes, int kValue>
@@ -35,6 +36,9 @@ struct Codes {
     if constexpr (kBits == 5) high = V::ShiftLeft(V::LoadBytes(upper), Step<4>());
     if constexpr (kBits == 3 || kBits == 6) high = V::ShiftLeft(V::LoadHalves(upper), Step<LowBits(kBits)>());
   }
+
+  // Half as many from words of 16 bits, where codes have one plane.
+  void LoadHalf(const uint8_t* codes) { low = V::LoadHalves(codes); }
 
   // The codes of a step in the low bits; bits above them are arbitrary.
   template <class S>

@@ -3,7 +3,8 @@
 // A word is 32 bits of the first plane of codes, CodesPerWord codes. A vector load brings one word to each of V lanes,
 // a block; shifting all words by the width of a code brings the block's next V codes into place. So lane i of step j
 // holds code i * CodesPerWord + j, and x is stored in that order: block, step, lane. All codes of a lane lie in one
-// group wherever the group size is a multiple of CodesPerWord, so scales are vectors over lanes too.
+// group wherever the group size is a multiple of CodesPerWord, so scales are vectors over lanes too. Where at most half a
+// block is left at the end of a row its words have 16 bits and half as many codes: a tenth of the work at K = 576.
 #pragma once
 
 #include <cstdint>
@@ -31,6 +32,7 @@ struct Input {
   const int32_t* relative;  // [blocks, V]: the group of each lane, less the former
   bool whole_blocks;        // every block lies in one group
   bool whole_lanes;         // every lane does
+  bool half;                // the last block has words of 16 bits
 };
 
 struct Output {
@@ -53,6 +55,11 @@ constexpr int64_t kLineFloats = 16;
 constexpr int64_t kDecodedStride = kDecodedFloats + kLineFloats;
 // Rows of the weight that one task takes at most.
 constexpr int64_t kTaskRows = 64;
+
+// Whether the last block of a row of k codes is a half one.
+constexpr bool EndsInHalf(int bits, int64_t k, int64_t block) {
+  return HighBits(bits) == 0 && k % block > 0 && k % block <= block / 2;
+}
 
 struct LutKernel {
   int64_t lanes;

@@ -27,6 +27,16 @@ struct Vector {
     const Int wanted = _mm256_cmpgt_epi32(_mm256_set1_epi32(count < kLanes ? static_cast<int>(count) : kLanes), lanes);
     return _mm256_maskload_ps(from, wanted);
   }
+  static Float Load(const uint16_t* bf16) { return Widen(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bf16))); }
+  static Float LoadFirst(const uint16_t* bf16, int64_t count) {
+    if (count >= kLanes) return Load(bf16);
+    uint16_t first[kLanes] = {};
+    for (int64_t i = 0; i < count; ++i) first[i] = bf16[i];
+    return Load(first);
+  }
+  static Float Widen(__m128i bf16) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bf16), 16));
+  }
   static void Store(float* to, Float value) { _mm256_storeu_ps(to, value); }
   static Float Add(Float a, Float b) { return _mm256_add_ps(a, b); }
   static Float Multiply(Float a, Float b) { return _mm256_mul_ps(a, b); }
@@ -36,8 +46,9 @@ struct Vector {
     half = _mm_add_ps(half, _mm_movehl_ps(half, half));
     return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
   }
-  static Float Pick(const float* from, const int32_t* lanes) {
-    return _mm256_permutevar8x32_ps(_mm256_loadu_ps(from), LoadWords(reinterpret_cast<const uint8_t*>(lanes)));
+  template <class T>
+  static Float Pick(const T* from, const int32_t* lanes) {
+    return _mm256_permutevar8x32_ps(Load(from), LoadWords(reinterpret_cast<const uint8_t*>(lanes)));
   }
 
   static Int LoadWords(const uint8_t* from) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)); }

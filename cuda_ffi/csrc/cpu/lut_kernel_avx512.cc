@@ -25,13 +25,24 @@ struct Vector {
   static Float LoadFirst(const float* from, int64_t count) {
     return count >= kLanes ? Load(from) : _mm512_maskz_loadu_ps(static_cast<__mmask16>((1 << count) - 1), from);
   }
+  static Float Load(const uint16_t* bf16) {
+    return Widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(bf16)));
+  }
+  static Float LoadFirst(const uint16_t* bf16, int64_t count) {
+    if (count >= kLanes) return Load(bf16);
+    return Widen(_mm256_maskz_loadu_epi16(static_cast<__mmask16>((1 << count) - 1), bf16));
+  }
+  static Float Widen(__m256i bf16) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bf16), 16));
+  }
   static void Store(float* to, Float value) { _mm512_storeu_ps(to, value); }
   static Float Add(Float a, Float b) { return _mm512_add_ps(a, b); }
   static Float Multiply(Float a, Float b) { return _mm512_mul_ps(a, b); }
   static Float Fma(Float a, Float b, Float c) { return _mm512_fmadd_ps(a, b, c); }
   static float Sum(Float a) { return _mm512_reduce_add_ps(a); }
-  static Float Pick(const float* from, const int32_t* lanes) {
-    return _mm512_permutexvar_ps(_mm512_loadu_si512(lanes), _mm512_loadu_ps(from));
+  template <class T>
+  static Float Pick(const T* from, const int32_t* lanes) {
+    return _mm512_permutexvar_ps(_mm512_loadu_si512(lanes), Load(from));
   }
 
   static Int LoadWords(const uint8_t* from) { return _mm512_loadu_si512(from); }

@@ -13,61 +13,84 @@ struct Kernel {
   static constexpr int kBlock = kLanes * kSteps;
   static constexpr int kLowBytes = kLanes * 4;
   static constexpr int kHighBytes = kBlock * HighBits(kBits) / 8;
+  // Codes are asked for a page ahead, where the processor's own prefetching ends: a quarter more bytes a second.
+  static constexpr int kAhead = 4096;
 
-  // Calls body(block, codes) for the blocks [begin, end) of row n.
+  // Calls body(block, codes, steps) for the blocks [begin, end) of row n; `steps` is a Step.
   template <class Body>
-  static inline __attribute__((always_inline)) void ForBlocks(const LutWeight& w, int64_t n, int64_t begin, int64_t end,
-                                                              const Body& body) {
+  static inline __attribute__((always_inline)) void ForBlocks(const LutWeight& w, const Input& in, int64_t n,
+                                                              int64_t begin, int64_t end, const Body& body) {
     const int64_t low_stride = PlaneBytes(w.k, LowBits(kBits)), high_stride = PlaneBytes(w.k, HighBits(kBits));
     const uint8_t* low = w.codes + n * low_stride;
     const uint8_t* high = kHighBytes > 0 ? w.high + n * high_stride : nullptr;
     const int64_t whole = w.k / kBlock < end ? w.k / kBlock : end;
     Codes<V, kBits> codes;
     for (int64_t b = begin; b < whole; ++b) {
+      __builtin_prefetch(low + b * kLowBytes + kAhead);
       codes.Load(low + b * kLowBytes, high + b * kHighBytes);
-      body(b, codes);
+      body(b, codes, Step<kSteps>());
     }
     if (whole == end) return;
+    low += whole * kLowBytes;
+    high += whole * kHighBytes;
     // The bytes after a row are the next row's, which do no harm: x has zeros there. After the last they are nobody's.
-    const bool inside = (w.n - n) * low_stride >= (whole + 1) * kLowBytes &&
-                        (w.n - n) * high_stride >= (whole + 1) * kHighBytes;
-    if (inside) {
-      codes.Load(low + whole * kLowBytes, high + whole * kHighBytes);
-      body(whole, codes);
-    } else {
-      uint8_t last_low[kLowBytes] = {}, last_high[kHighBytes + 1] = {};
-      __builtin_memcpy(last_low, low + whole * kLowBytes, low_stride - whole * kLowBytes);
+    const int64_t low_left = (w.n - n) * low_stride - whole * kLowBytes;
+    const int64_t high_left = (w.n - n) * high_stride - whole * kHighBytes;
+    uint8_t last_low[kLowBytes] = {}, last_high[kHighBytes + 1] = {};
+    if (low_left < (in.half ? kLowBytes / 2 : kLowBytes) || high_left < kHighBytes) {
+      __builtin_memcpy(last_low, low, low_stride - whole * kLowBytes);
+      low = last_low;
       if constexpr (kHighBytes > 0) {
-        __builtin_memcpy(last_high, high + whole * kHighBytes, high_stride - whole * kHighBytes);
+        __builtin_memcpy(last_high, high, high_stride - whole * kHighBytes);
+        high = last_high;
       }
-      codes.Load(last_low, last_high);
-      body(whole, codes);
+    }
+    if (in.half) {
+      codes.LoadHalf(low);
+      body(whole, codes, Step<kSteps / 2>());
+    } else {
+      codes.Load(low, high);
+      body(whole, codes, Step<kSteps>());
     }
   }
 
   // The scale or offset of each lane of a block.
-  static inline Float OfLanes(const float* per_group, const Input& in, int64_t block) {
-    const float* first = per_group + in.group[block];
-    return in.whole_blocks ? V::Broadcast(first[0]) : V::Pick(first, in.relative + block * kLanes);
+  template <class T>
+  static inline Float OfLanes(const T* per_group, const Input& in, int64_t block) {
+    const T* first = per_group + in.group[block];
+    return in.whole_blocks ? V::Broadcast(ToFloat(first[0])) : V::Pick(first, in.relative + block * kLanes);
   }
 
-  // For kRows rows of x. Scales multiply a block's sum, offsets a group's sum of x.
-  template <int kRows>
+  // For kRows rows of x. Scales multiply a block's sum, offsets a group's sum of x. T is float where scales and offsets
+  // were widened into the scratch, uint16_t where they are read as they are stored: vector loads that span the stores
+  // of the widening would wait for these to reach the cache.
+  template <int kRows, class T>
   static void FewRows(const LutWeight& w, const Input& in, int64_t begin, int64_t end, const Output& out,
                       float* scratch) {
+    constexpr bool kStored = sizeof(T) == 2;
     Rows<kBits> rows(w, in, scratch);
+    const int64_t groups = rows.groups;
     for (int64_t n = begin; n < end; ++n) {
       const int64_t row = (n - begin) % kTableRows;
-      if (row == 0) rows.Load(w, n, kTableRows < end - n ? kTableRows : end - n);
-      const float* scales = rows.scales + row * rows.groups;
-      const float* offsets = rows.offsets + row * rows.groups;
+      if (row == 0) rows.template Load<kStored>(w, n, kTableRows < end - n ? kTableRows : end - n);
+      const T* scales;
+      const T* offsets;
+      if constexpr (kStored) {
+        // Loads read up to `padding` scales beyond a row, which the last rows don't have.
+        const bool inside = (w.n - n - 1) * groups >= in.padding;
+        scales = inside ? static_cast<const T*>(w.scales) + n * groups : rows.Padded(w, n);
+        offsets = static_cast<const T*>(w.offsets) + n * groups;
+      } else {
+        scales = rows.scales + row * groups;
+        offsets = rows.offsets + row * groups;
+      }
       const typename V::template Table<kBits> table(rows.table(w, row));
       Float total[kRows];
       for (int r = 0; r < kRows; ++r) total[r] = V::Zero();
-      ForBlocks(w, n, 0, in.blocks, [&](int64_t block, const Codes<V, kBits>& codes) __attribute__((always_inline)) {
+      ForBlocks(w, in, n, 0, in.blocks, [&](int64_t block, const auto& codes, auto steps) __attribute__((always_inline)) {
         const float* x = in.values + block * kBlock;
         Float sum[kRows][2];
-        ForSteps<V, kSteps>([&](auto step) __attribute__((always_inline)) {
+        ForSteps<V, decltype(steps)::value>([&](auto step) __attribute__((always_inline)) {
           const Float weight = table.At(codes.At(step));
           // Two chains of additions, since one would wait for each addition's four cycles.
           for (int r = 0; r < kRows; ++r) {
@@ -79,9 +102,9 @@ struct Kernel {
         for (int r = 0; r < kRows; ++r) total[r] = V::Fma(scale, V::Add(sum[r][0], sum[r][1]), total[r]);
       });
       for (int r = 0; r < kRows; ++r) {
-        if (in.sums != nullptr) {
-          for (int64_t g = 0; g < rows.groups; g += kLanes) {
-            const Float offset = V::LoadFirst(offsets + g, rows.groups - g);
+        if (w.offsets != nullptr) {
+          for (int64_t g = 0; g < groups; g += kLanes) {
+            const Float offset = V::LoadFirst(offsets + g, groups - g);
             total[r] = V::Fma(offset, V::Load(in.sums + r * in.sums_stride + g), total[r]);
           }
         }
@@ -90,25 +113,33 @@ struct Kernel {
     }
   }
 
-  static void Few(const LutWeight& w, const Input& in, int64_t begin, int64_t end, const Output& out, float* scratch) {
+  template <class T>
+  static void FewOf(const LutWeight& w, const Input& in, int64_t begin, int64_t end, const Output& out,
+                    float* scratch) {
     switch (in.rows) {
-      case 1: return FewRows<1>(w, in, begin, end, out, scratch);
-      case 2: return FewRows<2>(w, in, begin, end, out, scratch);
-      default: return FewRows<4>(w, in, begin, end, out, scratch);
+      case 1: return FewRows<1, T>(w, in, begin, end, out, scratch);
+      case 2: return FewRows<2, T>(w, in, begin, end, out, scratch);
+      default: return FewRows<4, T>(w, in, begin, end, out, scratch);
     }
+  }
+
+  static void Few(const LutWeight& w, const Input& in, int64_t begin, int64_t end, const Output& out, float* scratch) {
+    const bool stored = w.scales_type == Type::kBfloat16 && (w.offsets == nullptr || w.offsets_type == w.scales_type);
+    (stored ? FewOf<uint16_t> : FewOf<float>)(w, in, begin, end, out, scratch);
   }
 
   // Blocks [begin, end) of row n as floats in the order of Input.
   static void Decode(const LutWeight& w, const Input& in, const float* entries, const float* scales,
                      const float* offsets, int64_t n, int64_t begin, int64_t end, float* to) {
     const typename V::template Table<kBits> table(entries);
-    ForBlocks(w, n, begin, end, [&](int64_t block, const Codes<V, kBits>& codes) __attribute__((always_inline)) {
+    ForBlocks(w, in, n, begin, end, [&](int64_t block, const auto& codes, auto steps) __attribute__((always_inline)) {
       const Float scale = OfLanes(scales, in, block);
       const Float offset = w.offsets != nullptr ? OfLanes(offsets, in, block) : V::Zero();
       float* here = to + (block - begin) * kBlock;
-      ForSteps<V, kSteps>([&](auto step) __attribute__((always_inline)) {
+      ForSteps<V, decltype(steps)::value>([&](auto step) __attribute__((always_inline)) {
         V::Store(here + step * kLanes, V::Fma(table.At(codes.At(step)), scale, offset));
       });
+      for (int step = steps; step < kSteps; ++step) V::Store(here + step * kLanes, V::Zero());
     });
   }
 

@@ -33,8 +33,9 @@ struct Vector {
     return Each<Float>([&](int i) { return from[i]; });
   }
   // The first `count` floats, which may be more than there are lanes, and zeros.
-  static Float LoadFirst(const float* from, int64_t count) {
-    return Each<Float>([&](int i) { return i < count ? from[i] : 0; });
+  template <class T>
+  static Float LoadFirst(const T* from, int64_t count) {
+    return Each<Float>([&](int i) { return i < count ? ToFloat(from[i]) : 0; });
   }
   static void Store(float* to, Float value) {
     for (int i = 0; i < kLanes; ++i) to[i] = value.lane[i];
@@ -53,8 +54,9 @@ struct Vector {
     for (float value : a.lane) total += value;
     return total;
   }
-  static Float Pick(const float* from, const int32_t* lanes) {
-    return Each<Float>([&](int i) { return from[lanes[i]]; });
+  template <class T>
+  static Float Pick(const T* from, const int32_t* lanes) {
+    return Each<Float>([&](int i) { return ToFloat(from[lanes[i]]); });
   }
 
   // Byte by byte, so that the first code is in the lowest bits on machines of either byte order.

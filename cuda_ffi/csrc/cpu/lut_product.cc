@@ -40,8 +40,8 @@ float ToFloat(float value) { return value; }
 
 // One row of x in the order of lut_kernel.h, and its sums over groups where `sums` isn't null.
 template <class T>
-void ArrangeRow(const T* x, int64_t k, int64_t lanes, int64_t codes, int64_t group_size, int64_t stride, float* values,
-                float* sums, int64_t sums_stride) {
+void ArrangeRow(const T* x, int64_t k, int64_t lanes, int64_t codes, bool half, int64_t group_size, int64_t stride,
+                float* values, float* sums, int64_t sums_stride) {
   const int64_t block = lanes * codes;
   const int64_t whole = k / block * block;
   for (int64_t first = 0; first < whole; first += block) {
@@ -50,9 +50,10 @@ void ArrangeRow(const T* x, int64_t k, int64_t lanes, int64_t codes, int64_t gro
     }
   }
   std::fill(values + whole, values + stride, 0.0f);
+  const int64_t last_codes = half ? codes / 2 : codes;
   for (int64_t i = whole; i < k; ++i) {
     const int64_t within = i - whole;
-    values[whole + within % codes * lanes + within / codes] = ToFloat(x[i]);
+    values[whole + within % last_codes * lanes + within / last_codes] = ToFloat(x[i]);
   }
   if (sums == nullptr) return;
   std::fill(sums, sums + sums_stride, 0.0f);
@@ -65,27 +66,36 @@ void ArrangeRow(const T* x, int64_t k, int64_t lanes, int64_t codes, int64_t gro
 
 }  // namespace
 
-void LutProduct(const LutWeight& weight, const void* x, void* y, int64_t m, Type type, Isa isa,
-                const Executor& executor) {
-  if (m == 0 || weight.n == 0) return;
-  const LutKernel& kernel = KernelFor(weight.bits, isa);
-  const int64_t codes = CodesPerWord(weight.bits);
+void LutProducts(const Product* products, int64_t count, const void* x, int64_t m, Type type, Isa isa,
+                 const Executor& executor) {
+  int64_t n = 0;
+  bool any_offsets = false;
+  for (const Product* product = products; product < products + count; ++product) {
+    n += product->weight.n;
+    any_offsets = any_offsets || product->weight.offsets != nullptr;
+  }
+  if (m == 0 || n == 0) return;
+  const LutWeight& shape = products[0].weight;
+  const LutKernel& kernel = KernelFor(shape.bits, isa);
+  const int64_t codes = CodesPerWord(shape.bits);
   const int64_t block = kernel.lanes * codes;
-  const int64_t groups = weight.groups();
+  const int64_t groups = shape.groups();
   const size_t item = type == Type::kFloat32 ? 4 : 2;
 
   Input input{};
-  input.blocks = (weight.k + block - 1) / block;
+  input.blocks = (shape.k + block - 1) / block;
   input.stride = input.blocks * block + kLineFloats;
   input.padding = 16;
   input.sums_stride = groups + input.padding;
-  input.whole_lanes = groups == 1 || weight.group_size % codes == 0;
-  input.whole_blocks = groups == 1 || weight.group_size % block == 0;
+  input.whole_lanes = groups == 1 || shape.group_size % codes == 0;
+  input.half = input.whole_lanes && EndsInHalf(shape.bits, shape.k, block);
+  input.whole_blocks = groups == 1 || shape.group_size % block == 0;
   std::vector<int32_t> group(input.blocks), relative(input.blocks * kernel.lanes);
   for (int64_t b = 0; b < input.blocks; ++b) {
-    group[b] = static_cast<int32_t>(b * block / weight.group_size);
+    const int64_t lane_codes = input.half && b == input.blocks - 1 ? codes / 2 : codes;
+    group[b] = static_cast<int32_t>(b * block / shape.group_size);
     for (int64_t lane = 0; lane < kernel.lanes; ++lane) {
-      const int64_t of_lane = std::min((b * block + lane * codes) / weight.group_size, groups - 1);
+      const int64_t of_lane = std::min((b * block + lane * lane_codes) / shape.group_size, groups - 1);
       relative[b * kernel.lanes + lane] = static_cast<int32_t>(of_lane) - group[b];
     }
   }
@@ -94,23 +104,30 @@ void LutProduct(const LutWeight& weight, const void* x, void* y, int64_t m, Type
 
   const int64_t pass_rows = std::min(m, kInputRows);
   const Floats values = Allocate(pass_rows * input.stride);
-  const Floats sums = weight.offsets != nullptr ? Allocate(pass_rows * input.sums_stride) : nullptr;
+  const Floats sums = any_offsets ? Allocate(pass_rows * input.sums_stride) : nullptr;
   input.values = values.get();
   input.sums = sums.get();
 
   // Several tasks for each thread, so that one that is held up leaves its rest to others.
-  const int64_t share = weight.n / (executor.threads * 4) / kDecodedRows * kDecodedRows;
+  const int64_t share = n / (executor.threads * 4) / kDecodedRows * kDecodedRows;
   const int64_t task_rows = std::clamp(share, kDecodedRows, kTaskRows);
-  const int64_t tasks = (weight.n + task_rows - 1) / task_rows;
+  struct Task {
+    const Product* product;
+    int64_t begin;
+  };
+  std::vector<Task> tasks;
+  for (const Product* product = products; product < products + count; ++product) {
+    for (int64_t begin = 0; begin < product->weight.n; begin += task_rows) tasks.push_back({product, begin});
+  }
 
   for (int64_t first = 0; first < m; first += pass_rows) {
     input.rows = std::min(pass_rows, m - first);
     const auto arrange = [&](int64_t row) {
-      const int64_t start = (first + row) * weight.k;
+      const int64_t start = (first + row) * shape.k;
       float* to = values.get() + row * input.stride;
       float* to_sums = sums ? sums.get() + row * input.sums_stride : nullptr;
       const auto of = [&](const auto* typed) {
-        ArrangeRow(typed + start, weight.k, kernel.lanes, codes, weight.group_size, input.stride, to, to_sums,
+        ArrangeRow(typed + start, shape.k, kernel.lanes, codes, input.half, shape.group_size, input.stride, to, to_sums,
                    input.sums_stride);
       };
       type == Type::kFloat32 ? of(static_cast<const float*>(x)) : of(static_cast<const uint16_t*>(x));
@@ -122,11 +139,12 @@ void LutProduct(const LutWeight& weight, const void* x, void* y, int64_t m, Type
       for (int64_t row = 0; row < input.rows; ++row) arrange(row);
     }
 
-    const Output output{static_cast<char*>(y) + first * weight.n * item, weight.n, type};
     const bool few = (input.rows <= 2 || input.rows == 4) && input.whole_lanes;
-    ParallelFor(executor, tasks, [&](int64_t task) {
+    ParallelFor(executor, static_cast<int64_t>(tasks.size()), [&](int64_t index) {
+      const auto [product, begin] = tasks[index];
+      const LutWeight& weight = product->weight;
+      const Output output{static_cast<char*>(product->y) + first * weight.n * item, weight.n, type};
       const Floats scratch = Allocate(ScratchFloats(weight, input));
-      const int64_t begin = task * task_rows;
       const int64_t end = std::min(begin + task_rows, weight.n);
       (few ? kernel.few : kernel.many)(weight, input, begin, end, output, scratch.get());
     });

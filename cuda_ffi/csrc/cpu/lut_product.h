@@ -29,8 +29,14 @@ struct LutWeight {
   int64_t groups() const { return (k + group_size - 1) / group_size; }
 };
 
-// y [m, n] of x [m, k], both of `type`, float32 or bf16, accumulated in float32.
-void LutProduct(const LutWeight& weight, const void* x, void* y, int64_t m, Type type, Isa isa,
-                const Executor& executor);
+struct Product {
+  LutWeight weight;
+  void* y;  // [m, weight.n]
+};
+
+// The products of one x [m, k] with `count` weights, which agree in k, bits and group_size: their rows are shared out as
+// if they were one matrix's. x and y are both of `type`, float32 or bf16; sums are float32.
+void LutProducts(const Product* products, int64_t count, const void* x, int64_t m, Type type, Isa isa,
+                 const Executor& executor);
 
 }  // namespace any4

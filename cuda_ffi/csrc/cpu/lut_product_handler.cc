@@ -1,10 +1,11 @@
-// XLA's way in to LutProduct: checks what Python passed, and lends it the threads of XLA's own pool, which are idle
+// XLA's way in to LutProducts: checks what Python passed, and lends it the threads of XLA's own pool, which are idle
 // while a handler runs.
 #include <algorithm>
 #include <optional>
 #include <string>
 #include <string_view>
 #include <utility>
+#include <vector>
 
 #include "lut_kernel.h"
 #include "lut_product.h"
@@ -23,6 +24,8 @@ std::optional<any4::Type> TypeOf(const ffi::AnyBuffer& buffer) {
   }
 }
 
+bool IsFloat(std::optional<any4::Type> type) { return type && *type != any4::Type::kE8m0; }
+
 bool HasShape(const ffi::AnyBuffer& buffer, int64_t rows, int64_t columns) {
   const auto dims = buffer.dimensions();
   return dims.size() == 2 && dims[0] == rows && dims[1] == columns;
@@ -32,35 +35,34 @@ ffi::Error Invalid(const std::string& message) {
   return ffi::Error::InvalidArgument("any4_cpu_lut_product: " + message);
 }
 
-// `high` and `offsets` of no elements stand for absent ones.
-ffi::Error Product(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer codes, ffi::AnyBuffer high,
-                   ffi::AnyBuffer lut, ffi::AnyBuffer scales, ffi::AnyBuffer offsets, ffi::Result<ffi::AnyBuffer> y,
-                   int64_t bits, int64_t group_size, std::string_view isa) {
-  const auto chosen = any4::IsaNamed(isa);
-  if (!chosen) return Invalid("got isa=" + std::string(isa) + ", which this processor doesn't have; pass \"auto\"");
-  if (bits < 1 || bits > 8 || bits == 7) return Invalid("got bits=" + std::to_string(bits) + ", need 1 to 6 or 8");
-  if (x.dimensions().size() != 2 || codes.dimensions().size() != 2 || lut.dimensions().size() != 2 || group_size < 1) {
-    return Invalid("x, codes and lut need two axes, and group_size at least 1");
+// Of each matrix: codes, high, lut, scales, offsets. `high` and `offsets` of no elements stand for absent ones.
+constexpr size_t kOperands = 5;
+
+ffi::ErrorOr<any4::LutWeight> WeightOf(const ffi::RemainingArgs& operands, size_t first, int64_t k, int bits,
+                                       int64_t group_size) {
+  const auto operand = [&](size_t i) { return *operands.get<ffi::AnyBuffer>(first + i); };
+  const ffi::AnyBuffer codes = operand(0), high = operand(1), lut = operand(2), scales = operand(3),
+                       offsets = operand(4);
+  if (codes.dimensions().size() != 2 || lut.dimensions().size() != 2) {
+    return ffi::Unexpected(Invalid("codes and lut need two axes"));
   }
   any4::LutWeight w{};
   w.n = codes.dimensions()[0];
-  w.k = x.dimensions()[1];
-  w.bits = static_cast<int>(bits);
+  w.k = k;
+  w.bits = bits;
   w.group_size = group_size;
   w.lut_rows = lut.dimensions()[0];
-  const int64_t m = x.dimensions()[0];
-  const auto low_bits = any4::LowBits(w.bits), high_bits = any4::HighBits(w.bits);
-  if (!HasShape(codes, w.n, any4::PlaneBytes(w.k, low_bits)) ||
-      (high_bits > 0 && !HasShape(high, w.n, any4::PlaneBytes(w.k, high_bits))) ||
+  const auto low_bits = any4::LowBits(bits), high_bits = any4::HighBits(bits);
+  if (!HasShape(codes, w.n, any4::PlaneBytes(k, low_bits)) ||
+      (high_bits > 0 && !HasShape(high, w.n, any4::PlaneBytes(k, high_bits))) ||
       !HasShape(lut, w.lut_rows == 1 ? 1 : w.n, int64_t{1} << bits) || !HasShape(scales, w.n, w.groups()) ||
-      (offsets.element_count() > 0 && !HasShape(offsets, w.n, w.groups())) || !HasShape(*y, m, w.n)) {
-    return Invalid("the shapes of its operands don't fit together");
+      (offsets.element_count() > 0 && !HasShape(offsets, w.n, w.groups()))) {
+    return ffi::Unexpected(Invalid("the shapes of its operands don't fit together"));
   }
-  const auto x_type = TypeOf(x), lut_type = TypeOf(lut), scales_type = TypeOf(scales), offsets_type = TypeOf(offsets);
-  const auto is_float = [](std::optional<any4::Type> type) { return type && *type != any4::Type::kE8m0; };
-  if (!is_float(x_type) || !is_float(lut_type) || !scales_type || TypeOf(*y) != x_type ||
-      codes.element_type() != ffi::U8 || (offsets.element_count() > 0 && !is_float(offsets_type))) {
-    return Invalid("x, lut and offsets need float32 or bfloat16, scales these or uint8, codes uint8");
+  const auto lut_type = TypeOf(lut), scales_type = TypeOf(scales), offsets_type = TypeOf(offsets);
+  if (!IsFloat(lut_type) || !scales_type || codes.element_type() != ffi::U8 ||
+      (offsets.element_count() > 0 && !IsFloat(offsets_type))) {
+    return ffi::Unexpected(Invalid("lut and offsets need float32 or bfloat16, scales these or uint8, codes uint8"));
   }
   w.codes = static_cast<const uint8_t*>(codes.untyped_data());
   w.high = static_cast<const uint8_t*>(high.untyped_data());
@@ -70,26 +72,46 @@ ffi::Error Product(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer codes,
   w.scales_type = *scales_type;
   w.offsets = offsets.element_count() > 0 ? offsets.untyped_data() : nullptr;
   w.offsets_type = offsets_type.value_or(any4::Type::kFloat32);
+  return w;
+}
 
+ffi::Error Products(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::RemainingArgs operands, ffi::RemainingRets results,
+                    int64_t bits, int64_t group_size, std::string_view isa) {
+  const auto chosen = any4::IsaNamed(isa);
+  if (!chosen) return Invalid("got isa=" + std::string(isa) + ", which this processor doesn't have; pass \"auto\"");
+  if (bits < 1 || bits > 8 || bits == 7) return Invalid("got bits=" + std::to_string(bits) + ", need 1 to 6 or 8");
+  const auto x_type = TypeOf(x);
+  if (x.dimensions().size() != 2 || !IsFloat(x_type) || group_size < 1) {
+    return Invalid("x needs two axes and float32 or bfloat16, and group_size must be at least 1");
+  }
+  if (results.size() == 0 || operands.size() != kOperands * results.size()) {
+    return Invalid("got " + std::to_string(operands.size()) + " operands, need 5 for each matrix");
+  }
+  const int64_t m = x.dimensions()[0], k = x.dimensions()[1];
+  std::vector<any4::Product> products;
+  for (size_t i = 0; i < results.size(); ++i) {
+    const auto weight = WeightOf(operands, i * kOperands, k, static_cast<int>(bits), group_size);
+    if (weight.has_error()) return weight.error();
+    const ffi::AnyBuffer y = **results.get<ffi::AnyBuffer>(i);
+    if (!HasShape(y, m, weight->n) || TypeOf(y) != x_type) return Invalid("y needs the shape [M, N] and x's dtype");
+    products.push_back({*weight, y.untyped_data()});
+  }
   any4::Executor executor;
   executor.threads = std::max<int64_t>(pool.num_threads(), 1);
   executor.spawn = [&pool](std::function<void()> task) { pool.Schedule(std::move(task)); };
-  any4::LutProduct(w, x.untyped_data(), y->untyped_data(), m, *x_type, *chosen, executor);
+  any4::LutProducts(products.data(), static_cast<int64_t>(products.size()), x.untyped_data(), m, *x_type, *chosen,
+                    executor);
   return ffi::Error::Success();
 }
 
 }  // namespace
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(any4_cpu_lut_product, Product,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(any4_cpu_lut_product, Products,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
                                   .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Ret<ffi::AnyBuffer>()
+                                  .RemainingArgs()
+                                  .RemainingRets()
                                   .Attr<int64_t>("bits")
                                   .Attr<int64_t>("group_size")
                                   .Attr<std::string_view>("isa"));

@@ -6,6 +6,9 @@ inline float ToFloat(uint32_t bits) {
   return value;
 }
 
+inline float ToFloat(uint16_t bf16) { return ToFloat(uint32_t{bf16} << 16); }
+inline float ToFloat(float value) { return value; }
+
 __attribute__((noinline)) static void Widen(const void* from, Type type, int64_t begin, int64_t count, float* to) {
   if (type == Type::kFloat32) {
     __builtin_memcpy(to, static_cast<const float*>(from) + begin, count * sizeof(float));
@@ -48,9 +51,12 @@ struct Rows {
         offsets(scales + kTableRows * w.groups() + in.padding),
         groups(w.groups()) {}
 
+  template <bool kTablesAlone = false>
   void Load(const LutWeight& w, int64_t first, int64_t count) {
-    Widen(w.scales, w.scales_type, first * groups, count * groups, scales);
-    if (w.offsets != nullptr) Widen(w.offsets, w.offsets_type, first * groups, count * groups, offsets);
+    if constexpr (!kTablesAlone) {
+      Widen(w.scales, w.scales_type, first * groups, count * groups, scales);
+      if (w.offsets != nullptr) Widen(w.offsets, w.offsets_type, first * groups, count * groups, offsets);
+    }
     if (w.lut_rows == 1) {
       if (!shared_table_loaded) LoadTables(w, 0, 1);
       shared_table_loaded = true;
@@ -67,6 +73,13 @@ struct Rows {
         for (int64_t i = 15; i >= 0; --i) tables[row * 16 + i] = tables[row * kSize + i % kSize];
       }
     }
+  }
+
+  // Row n's scales as they are stored, where vector loads may read beyond them.
+  const uint16_t* Padded(const LutWeight& w, int64_t n) const {
+    auto* copy = reinterpret_cast<uint16_t*>(scales);
+    __builtin_memcpy(copy, static_cast<const uint16_t*>(w.scales) + n * groups, groups * sizeof *copy);
+    return copy;
   }
 
   const float* table(const LutWeight& w, int64_t row) const {

@@ -2,8 +2,11 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <memory>
+#include <mutex>
 #include <thread>
+#include <utility>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -26,6 +29,7 @@ void SetFloatMode(unsigned) {}
 void Pause() {}
 #endif
 
+// What one ParallelFor shares with its helpers; a helper that comes after everything is done finds nothing to claim.
 struct Work {
   std::atomic<int64_t> next{0};
   std::atomic<int64_t> finished{0};
@@ -42,6 +46,57 @@ struct Work {
   }
 };
 
+// A helper stays awake for a while after its work: in a decoding loop the next product follows within some 20 us, and
+// waking a thread takes longer than half of a small product. It then leaves XLA's thread to others.
+constexpr std::chrono::microseconds kLinger(50);
+
+// Where lingering helpers look for more.
+struct Mailbox {
+  std::mutex mutex;
+  std::shared_ptr<Work> latest;          // guarded by mutex
+  int64_t waiting = 0;                   // helpers that will see the next work; guarded by mutex
+  std::atomic<uint64_t> posted{0};       // works so far
+
+  // Returns how many helpers will take it.
+  int64_t Post(const std::shared_ptr<Work>& work) {
+    const std::lock_guard<std::mutex> lock(mutex);
+    latest = work;
+    posted.store(posted.load(std::memory_order_relaxed) + 1, std::memory_order_release);
+    return std::exchange(waiting, 0);
+  }
+
+  // The next work after now, or null when none came in time.
+  std::shared_ptr<Work> Await() {
+    uint64_t seen;
+    {
+      const std::lock_guard<std::mutex> lock(mutex);
+      seen = posted.load(std::memory_order_relaxed);
+      ++waiting;
+    }
+    const auto until = std::chrono::steady_clock::now() + kLinger;
+    while (posted.load(std::memory_order_acquire) == seen && std::chrono::steady_clock::now() < until) Pause();
+    const std::lock_guard<std::mutex> lock(mutex);
+    if (posted.load(std::memory_order_relaxed) != seen) return latest;
+    --waiting;
+    return nullptr;
+  }
+};
+
+// Never destroyed: helpers may outlive the end of main.
+Mailbox& TheMailbox() {
+  static auto& mailbox = *new Mailbox;
+  return mailbox;
+}
+
+void Help(std::shared_ptr<Work> work) {
+  const unsigned own_mode = FloatMode();
+  for (; work != nullptr; work = TheMailbox().Await()) {
+    SetFloatMode(work->float_mode);
+    work->Run();
+  }
+  SetFloatMode(own_mode);
+}
+
 }  // namespace
 
 void ParallelFor(const Executor& executor, int64_t count, const std::function<void(int64_t)>& task) {
@@ -51,18 +106,12 @@ void ParallelFor(const Executor& executor, int64_t count, const std::function<vo
     for (int64_t i = 0; i < count; ++i) task(i);
     return;
   }
-  // Shared: a helper may start after everything is done, and then finds nothing to claim.
   auto work = std::make_shared<Work>();
   work->count = count;
   work->task = &task;
   work->float_mode = FloatMode();
-  for (int64_t i = 1; i < threads; ++i) {
-    executor.spawn([work] {
-      const unsigned own_mode = FloatMode();
-      SetFloatMode(work->float_mode);
-      work->Run();
-      SetFloatMode(own_mode);
-    });
+  for (int64_t i = TheMailbox().Post(work) + 1; i < threads; ++i) {
+    executor.spawn([work] { Help(work); });
   }
   work->Run();
   // A task takes some 10 us; only where the system took a helper off its core is it worth giving up this one.
