@@ -136,7 +136,11 @@ def test_the_published_recipe() -> None:
     paper = Any4.paper()
     assert (paper.solver, paper.init, paper.sample_weight) == ("lloyd", "kmeans++", "abs_mean")
     assert (paper.scale_weighting, paper.sequential, paper.bits, paper.group_size) == (1, True, 4, 128)
-    assert not (paper.refit or paper.scale_search or paper.keep_outliers or paper.symmetric) and paper.bias_pow == 1.0 and paper.per_row
+    assert (
+        not (paper.refit or paper.scale_search or paper.keep_outliers or paper.symmetric)
+        and paper.bias_pow == 1.0
+        and paper.per_row
+    )
     assert Any4.paper(bits=3).bits == 3 and Any4.paper(bits=3).solver == "lloyd"
 
 

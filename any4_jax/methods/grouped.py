@@ -13,10 +13,18 @@ from any4_jax import scaling
 
 
 class Cells(NamedTuple):
-    """Weights w float32 [G, groups, R] and their importance h [G, groups, 1], zero on the padding of a short group."""
+    """Weights by group, and the sums over each group that no fit changes.
+
+    w: float32 [G, groups, R].
+    h: their importance, [G, groups, 1]; zero on the padding of a short group.
+    mass, mean, spread: sum h, the mean weight m under h, sum h (w - m)^2; [groups, R].
+    """
 
     w: jax.Array
     h: jax.Array
+    mass: jax.Array
+    mean: jax.Array
+    spread: jax.Array
 
 
 class Groups(NamedTuple):
@@ -34,14 +42,8 @@ class Groups(NamedTuple):
 
 
 class Moments(NamedTuple):
-    """Weighted sums over each group, [groups, R], of weights w and levels t about the mean weight m.
+    """Sums over each group of its levels t: t = sum h t, tt = sum h t^2, tw = sum h t (w - m); [groups, R]."""
 
-    mass = sum h, spread = sum h (w - m)^2, t = sum h t, tt = sum h t^2, tw = sum h t (w - m).
-    """
-
-    mean: jax.Array
-    mass: jax.Array
-    spread: jax.Array
     t: jax.Array
     tt: jax.Array
     tw: jax.Array
@@ -64,9 +66,11 @@ def group_sum(values: jax.Array) -> jax.Array:
 def cells_of(w: jax.Array, importance: jax.Array, group_size: int) -> Cells:
     """w [R, K] and importance [K] by group; the last group is filled up with weights of no importance."""
     short = -w.shape[1] % group_size
-    by_group = scaling.to_groups(w, group_size)
-    h = jnp.pad(importance, (0, short)).reshape(-1, group_size)
-    return Cells(by_group.transpose(2, 1, 0), h.T[:, :, None])
+    w = scaling.to_groups(w, group_size).transpose(2, 1, 0)
+    h = jnp.pad(importance, (0, short)).reshape(-1, group_size).T[:, :, None]
+    mass = jnp.broadcast_to(h.sum(axis=0), w.shape[1:])
+    mean = group_sum(h * w) / jnp.where(mass == 0, 1.0, mass)
+    return Cells(w, h, mass, mean, group_sum(h * (w - mean) * (w - mean)))
 
 
 def levels_of(cells: Cells, table: jax.Array, groups: Groups) -> jax.Array:
@@ -79,57 +83,38 @@ def levels_of(cells: Cells, table: jax.Array, groups: Groups) -> jax.Array:
     return levels
 
 
-def group_errors(cells: Cells, levels: jax.Array, groups: Groups) -> jax.Array:
+def errors(cells: Cells, levels: jax.Array, groups: Groups) -> jax.Array:
     """Weighted squared error of each group, [groups, R]."""
     gap = cells.w - (levels * groups.scale_values() + groups.offset_values())
     return group_sum(cells.h * gap * gap)
 
 
-def moments_of_weights(cells: Cells) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Mean weight, mass and spread of each group, [groups, R] each; see `Moments`."""
-    mass = jnp.broadcast_to(group_sum(cells.h), cells.w.shape[1:])
-    mean = group_sum(cells.h * cells.w) / jnp.where(mass == 0, 1.0, mass)
-    centred = cells.w - mean
-    return mean, mass, group_sum(cells.h * centred * centred)
-
-
-def moments_of_levels(cells: Cells, levels: jax.Array, mean: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """t, tt and tw of `Moments`."""
+def moments_of(cells: Cells, levels: jax.Array) -> Moments:
+    """The moments of levels [G, groups, R]."""
     weighted = cells.h * levels
-    return group_sum(weighted), group_sum(weighted * levels), group_sum(weighted * (cells.w - mean))
+    return Moments(group_sum(weighted), group_sum(weighted * levels), group_sum(weighted * (cells.w - cells.mean)))
 
 
-def least_squares(moments: Moments, groups: Groups) -> Groups:
-    """The scale and offset of least error for the levels, rounded; groups of one level keep their scale.
+def errors_from(cells: Cells, moments: Moments, groups: Groups) -> jax.Array:
+    """`errors` by the moments of the levels: quicker, and off by some 1e-5 of themselves."""
+    t, tt, tw = moments
+    s, o = groups.scale_values(), groups.offset_values() - cells.mean
+    return cells.spread + s * (s * tt - 2 * tw) + o * (2 * s * t + o * cells.mass)
 
-    Without offsets, that of the scale alone.
-    """
-    mean, mass, _, t, tt, tw = moments
+
+def least_squares(cells: Cells, moments: Moments, groups: Groups) -> Groups:
+    """Scales and offsets of least error for the levels, rounded; a group of one level keeps its scale."""
+    t, tt, tw = moments
     old = groups.scale_values()
-    safe = jnp.where(mass == 0, 1.0, mass)
+    mean_level = t / jnp.where(cells.mass == 0, 1.0, cells.mass)
     if groups.offsets is None:
         # About zero, not about the mean: sum h t w.
-        spread, product = tt, tw + mean * t
+        spread, product = tt, tw + cells.mean * t
     else:
-        spread, product = tt - t * (t / safe), tw
+        spread, product = tt - t * mean_level, tw
     scale = product / jnp.where(spread > 0, spread, 1.0)
     scales = scaling.rounded(jnp.where((spread > 0) & (scale > 0), scale, old), groups.scales.dtype)
     if groups.offsets is None:
         return Groups(scales, None)
-    offsets = scaling.rounded(mean - scales.astype(jnp.float32) * (t / safe), groups.offsets.dtype)
+    offsets = scaling.rounded(cells.mean - scales.astype(jnp.float32) * mean_level, groups.offsets.dtype)
     return Groups(scales, offsets)
-
-
-def error_from(moments: Moments, groups: Groups) -> jax.Array:
-    """`group_errors` by the moments: quicker, and off by some 1e-5 of itself. [groups, R]."""
-    mean, mass, spread, t, tt, tw = moments
-    s, o = groups.scale_values(), groups.offset_values() - mean
-    return spread + s * (s * tt - 2 * tw) + o * (2 * s * t + o * mass)
-
-
-def fit_groups(cells: Cells, levels: jax.Array, groups: Groups) -> Groups:
-    """Least-squares scales and offsets where, rounded, they lower a group's error."""
-    mean, mass, spread = moments_of_weights(cells)
-    new = least_squares(Moments(mean, mass, spread, *moments_of_levels(cells, levels, mean)), groups)
-    better = group_errors(cells, levels, new) < group_errors(cells, levels, groups)
-    return jax.tree.map(lambda ours, theirs: jnp.where(better, ours, theirs), new, groups)

@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from any4_jax import scaling
+from any4_jax.methods.grouped import Cells, Groups, cells_of, errors, least_squares, levels_of, moments_of
 from any4_jax.methods.scale_search import search_scales
-from any4_jax.methods.grouped import Cells, Groups, cells_of, fit_groups, group_errors, levels_of
 
 SETTLED = 1e-2
 """A row whose error falls by less than this share in a round is left alone. On SmolLM2-135M the rounds after that
@@ -56,13 +56,13 @@ def refit(
     groups = Groups(start.scales.T, None if start.offsets is None else start.offsets.T)
 
     def error(table, groups):
-        return group_errors(cells, levels_of(cells, table, groups), groups).sum(axis=0)
+        return errors(cells, levels_of(cells, table, groups), groups).sum(axis=0)
 
     def step(state):
         count, active, before, table, groups = state
         new = jax.lax.cond(count < searches, lambda: search_scales(cells, table, groups), lambda: groups)
         changed = _fit_table(cells, table, new, free, dtype) if free else table
-        new = fit_groups(cells, levels_of(cells, changed, new), new)
+        new = least_squares(cells, moments_of(cells, levels_of(cells, changed, new)), new)
         after = error(changed, new)
         better = active & (after < before)
         table = jnp.where(better, changed, table)
