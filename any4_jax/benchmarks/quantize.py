@@ -1,4 +1,4 @@
-"""Seconds to quantize the linears of a model's shape: random weights, any method."""
+"""Seconds to quantize the linears of a model's shape: normal random weights, any method."""
 
 import dataclasses
 import resource
@@ -65,7 +65,7 @@ def run(
         seconds = []
         for turn in range(number + 1):
             progress(done, total, f"{n} x {k}")
-            w = jax.block_until_ready(jax.random.t(jax.random.fold_in(key, turn), 5.0, (n, k), jnp.float32))
+            w = jax.block_until_ready(jax.random.normal(jax.random.fold_in(key, turn), (n, k), jnp.float32))
             begin = time.perf_counter()
             jax.block_until_ready(quantize(w, config.method, stats))
             seconds.append(time.perf_counter() - begin)

@@ -44,7 +44,8 @@ class Any4:
       sample_weight: h: "second_moment" E[x^2], "mean_abs" E|x|, "abs_mean" |E x|, None for 1; "auto" is the second
         moment where statistics are given and None where not.
       scale_weighting: p, the power of the group scale in the weight of a sample.
-      max_iter, tol: when Lloyd and the gradient stop (tol is relative to the row's variance).
+      max_iter: steps of Lloyd and of the gradient, and rounds of the refit, at most.
+      tol: when Lloyd stops, relative to the row's variance.
       seed: of the random starts; every row draws the same numbers.
       keep_outliers: the table's ends are put on the row's smallest and largest scaled weight, and refit leaves them.
       bias_pow: cluster sign(u)|u|^bias_pow about the middle of the table, and transform back.

@@ -60,7 +60,9 @@ def refit(
 
     def step(state):
         count, active, before, table, groups = state
-        new = jax.lax.cond(count < searches, lambda: search_scales(cells, table, groups), lambda: groups)
+        new = groups
+        if searches > 0:
+            new = jax.lax.cond(count < searches, lambda: search_scales(cells, table, groups), lambda: groups)
         changed = _fit_table(cells, table, new, free, dtype) if free else table
         new = least_squares(cells, moments_of(cells, levels_of(cells, changed, new)), new)
         after = error(changed, new)
