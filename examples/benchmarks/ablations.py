@@ -36,6 +36,8 @@ from any4_jax.models import degrid
 
 KINDS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 ERROR_TOKENS = 2048
+SHOWN = ("study", "case", "calibration", "bits_per_weight", "perplexity", "nats_lost", "nats_lost_error")
+SHOWN += ("share_recovered", "learn_seconds")
 
 
 def main() -> None:
@@ -73,11 +75,7 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     for study, case in [("reference", reference(args.group_size)), *(c for c in every if c not in without)]:
         rows.append({"study": study} | bench.row(case, rows[0] if rows else None))
-        print(
-            "  ".join(f"{value:.4g}" if isinstance(value, float) else f"{value}" for value in rows[-1].values()),
-            file=sys.stderr,
-            flush=True,
-        )
+        print("  ".join(_text(rows[-1][key]) for key in SHOWN), file=sys.stderr, flush=True)
         if args.out:
             settings = {
                 "text": args.text.name if args.text else "essays",
@@ -89,23 +87,14 @@ def main() -> None:
                 args.out,
                 benchmarks.result("ablations", ["python", *sys.argv], settings=settings, rows=rows, notes=notes),
             )
-    shown = (
-        "study",
-        "case",
-        "calibration",
-        "bits_per_weight",
-        "perplexity",
-        "nats_lost",
-        "nats_lost_error",
-        "share_recovered",
-        "learn_seconds",
-    )
     print(f"float: perplexity {bench.float.value:.3f}")
-    print(
-        table(shown, [[f"{row[k]:.4g}" if isinstance(row[k], float) else str(row[k]) for k in shown] for row in rows])
-    )
+    print(table(SHOWN, [[_text(row[key]) for key in SHOWN] for row in rows]))
     for note in notes:
         print(f"note: {note}")
+
+
+def _text(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 class Bench:
