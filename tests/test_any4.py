@@ -16,8 +16,9 @@ dequantize = jax.jit(weights.dequantize)
 
 # Each compiled solver costs seconds, so that the tests share a few configurations and shapes.
 FLOAT = dict(group_size=G, table_dtype="float32", scale_dtype="float32")
-EXACT = Any4(**FLOAT)
-SHARED = Any4(bits=2, group_size=G, symmetric=True, per_row=False)
+REFITTED = Any4(**FLOAT)
+EXACT = Any4(**FLOAT, refit=False)
+SHARED = Any4(bits=2, group_size=G, symmetric=True, per_row=False, refit=False)
 
 
 def layer() -> np.ndarray:
@@ -52,7 +53,7 @@ def test_statistics_pay() -> None:
 
 @pytest.mark.parametrize("fields", [{"solver": "lloyd", "init": "nf4"}, {"solver": "gradient"}], ids=repr)
 def test_no_solver_is_below_the_exact_one(fields) -> None:
-    best, other = errors(EXACT), errors(Any4(**FLOAT, **fields))
+    best, other = errors(EXACT), errors(dataclasses.replace(EXACT, **fields))
     assert (best <= other * (1 + 1e-5)).all()
     assert np.isfinite(other).all()
 
@@ -67,7 +68,7 @@ def test_refit_raises_no_rows_error(plain: Any4) -> None:
 
 def test_a_rows_company_changes_no_bit() -> None:
     """20 rows alone, and among 50 others in front of them: another chunk, another place in it, another padding."""
-    w, method = layer(), dataclasses.replace(EXACT, refit=True)
+    w, method = layer(), REFITTED
     alone = quantize(jnp.asarray(w), method, STATS)
     others = np.random.default_rng(9).normal(size=(50, K)).astype(np.float32)
     among = quantize(jnp.asarray(np.concatenate([others, w])), method, STATS)
@@ -78,9 +79,9 @@ def test_a_rows_company_changes_no_bit() -> None:
 
 def test_chunk_size_changes_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
     w = jnp.asarray(layer())
-    whole = quantize(w, EXACT, STATS)
+    whole = quantize(w, REFITTED, STATS)
     monkeypatch.setattr(sys.modules["any4_jax.methods.any4"], "_CHUNK_ROWS", 8)
-    chunked = jax.jit(EXACT.apply)(w, STATS)
+    chunked = jax.jit(REFITTED.apply)(w, STATS)
     for ours, theirs in zip(jax.tree.leaves(chunked), jax.tree.leaves(whole), strict=True):
         np.testing.assert_array_equal(ours, theirs)
 
@@ -101,7 +102,7 @@ def test_few_values_in_groups_are_held_closely() -> None:
     values = np.sort(rng.normal(size=(N, 16)), axis=1).astype(np.float32)
     w = np.take_along_axis(values, rng.integers(0, 16, (N, K)), axis=1)
     w[:, ::G], w[:, 1::G] = values[:, :1], values[:, -1:]
-    q = quantize(jnp.asarray(w), EXACT, STATS)
+    q = quantize(jnp.asarray(w), REFITTED, STATS)
     np.testing.assert_allclose(dequantize(q), w, rtol=1e-5, atol=1e-5 * np.abs(w).max())
 
 
@@ -135,7 +136,11 @@ def test_the_published_recipe() -> None:
     paper = Any4.paper()
     assert (paper.solver, paper.init, paper.sample_weight) == ("lloyd", "kmeans++", "abs_mean")
     assert (paper.scale_weighting, paper.sequential, paper.bits, paper.group_size) == (1, True, 4, 128)
-    assert not (paper.refit or paper.keep_outliers or paper.symmetric) and paper.bias_pow == 1.0 and paper.per_row
+    assert (
+        not (paper.refit or paper.scale_search or paper.keep_outliers or paper.symmetric)
+        and paper.bias_pow == 1.0
+        and paper.per_row
+    )
     assert Any4.paper(bits=3).bits == 3 and Any4.paper(bits=3).solver == "lloyd"
 
 

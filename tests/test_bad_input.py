@@ -69,7 +69,7 @@ FIELDS = [
     (lambda: quantize(W, Any4(solver="lloyd", init="nf4", bits=3)), ValueError, "init='nf4' bits=3 pass"),
     (lambda: quantize(W, Any4(bias_pow=0.0)), ValueError, "bias_pow=0.0 positive pass"),
     (lambda: quantize(W, Any4(bias_pow=float("nan"))), ValueError, "bias_pow=nan positive pass"),
-    (lambda: quantize(W, Any4(refit=True, group_size=None)), ValueError, "refit=True group_size=None pass"),
+    (lambda: quantize(W, Any4(scale_search=-1)), ValueError, "scale_search=-1 pass 0"),
     (lambda: quantize(W, Any4(scale_weighting=3)), ValueError, "scale_weighting=3 choose"),
     (lambda: quantize(W, Any4(sample_weight="second_moment")), ValueError, "sample_weight='second_moment' pass stats"),
     (lambda: quantize(W, Any4(sample_weight="hessian")), ValueError, "sample_weight='hessian' choose"),

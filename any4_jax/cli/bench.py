@@ -1,27 +1,32 @@
-"""`any4 bench`: how fast products and decoding are on this machine."""
+"""`any4 bench`: how fast products, decoding and quantizing are on this machine."""
 
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from any4_jax.benchmarks import decode, gemm, machine, schema
+from any4_jax.benchmarks import decode, gemm, machine, quantize, schema
 from any4_jax.benchmarks.timing import StreamingRead
 from any4_jax.cli.errors import CommandLineError, WorkError
+from any4_jax.cli.options import add_fields, build, checked
 from any4_jax.cli.output import progress, table
 from any4_jax.cli.sources import MODEL_HELP, open_model
 from any4_jax.matmul import PLATFORMS
+from any4_jax.methods import Any4
 
 
 def add(commands: Any, common: argparse.ArgumentParser, argv: Sequence[str]) -> None:
     """`argv` is the command that results tell how to repeat."""
     parser = commands.add_parser(
-        "bench", parents=[common], help="how fast products and decoding are here", allow_abbrev=False
+        "bench", parents=[common], help="how fast products, decoding and quantizing are here", allow_abbrev=False
     )
     parser.set_defaults(words=["any4", *argv])
     kinds = parser.add_subparsers(title="benchmarks", metavar="BENCHMARK", required=True)
     _add_gemm(kinds.add_parser("gemm", parents=[common], help="one product, against dense ones", allow_abbrev=False))
     _add_decode(kinds.add_parser("decode", parents=[common], help="tokens per second", allow_abbrev=False))
+    _add_quantize(
+        kinds.add_parser("quantize", parents=[common], help="seconds to learn a model's tables", allow_abbrev=False)
+    )
 
 
 def _add_gemm(parser: argparse.ArgumentParser) -> None:
@@ -60,10 +65,29 @@ def _add_decode(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=run_decode)
 
 
+def _add_quantize(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--shape",
+        choices=quantize.LAYERS,
+        default="llama-3.1-8b",
+        help="the model whose linears' shapes are taken, with random weights (default: llama-3.1-8b)",
+    )
+    parser.add_argument(
+        "--matrices", type=_count, metavar="N", help="time at most N of each shape, reckon the rest (default: all)"
+    )
+    _add_machine(parser)
+    add_fields(parser.add_argument_group("fields of the method any4"), Any4)
+    parser.set_defaults(run=run_quantize)
+
+
 def _add_common(parser: argparse.ArgumentParser, rounds: int) -> None:
     parser.add_argument(
         "--rounds", type=_count, default=rounds, metavar="N", help=f"turns of each candidate (default: {rounds})"
     )
+    _add_machine(parser)
+
+
+def _add_machine(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--platform", choices=PLATFORMS, help="refuse to run on any other (default: what jax runs on)")
     parser.add_argument("--out", metavar="FILE", help="write the results here as JSON")
 
@@ -127,6 +151,21 @@ def run_decode(args: argparse.Namespace) -> int:
         f"\n{args.prompt_tokens} prompt tokens, then {args.tokens} new ones, the likeliest each; "
         f"medians of {args.rounds} turns; times: speed over the first"
     )
+    return _finish(args, result)
+
+
+def run_quantize(args: argparse.Namespace) -> int:
+    _check(args)
+    method = checked(build(Any4, args), True)
+    with progress("quantize", "row") as bar:
+        rows = quantize.run(quantize.Quantize(args.shape, method, args.matrices), bar)
+    total = sum(row["seconds_in_all"] for row in rows)
+    settings = {"shape": args.shape, "method": repr(method), "seconds_in_all": total, "peak_gb": quantize.peak_gb()}
+    result = machine.result("quantize", args.words, settings=settings, rows=rows)
+    print(f"{result.device.name}, {result.device.platform}, {result.device.cores} cores\n")
+    header = ("n", "k", "matrices", "measured", "compile_s", "seconds_per_matrix", "rows_per_s", "seconds_in_all")
+    print(table(header, [[f"{row[name]:g}" for name in header] for row in rows]))
+    print(f"\n{sum(row['matrices'] for row in rows)} linears in {total:.1f} s, at most {settings['peak_gb']:.1f} GB")
     return _finish(args, result)
 
 

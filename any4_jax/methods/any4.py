@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from any4_jax import clustering, formats, scaling, weights
 from any4_jax.methods.gradient import gradient_tables
-from any4_jax.methods.refit import refit
+from any4_jax.methods.refit import Fit, refit
 from any4_jax.statistics import Statistics
 
 Solver = Literal["exact", "lloyd", "gradient"]
@@ -32,7 +32,7 @@ class Any4:
     A row is scaled group by group (scaling.py), its scaled weights u are clustered in one dimension, and the cluster
     centres become the row's table. The clustering minimises sum_k h_k s_k^p (u_k - table[code_k])^2, where h comes
     from the activations and s is the group scale; with h = E[x^2] and p = 2 this is the layer's output error, taken
-    as if the inputs were uncorrelated.
+    as if the inputs were uncorrelated. Then table, scales and offsets are refitted to that error (refit.py).
 
     Attributes:
       bits: 4, 3 or 2.
@@ -44,11 +44,14 @@ class Any4:
       sample_weight: h: "second_moment" E[x^2], "mean_abs" E|x|, "abs_mean" |E x|, None for 1; "auto" is the second
         moment where statistics are given and None where not.
       scale_weighting: p, the power of the group scale in the weight of a sample.
-      max_iter, tol: when Lloyd, the gradient and the refit stop (tol is relative to the row's variance).
+      max_iter: steps of Lloyd and of the gradient, and rounds of the refit, at most.
+      tol: when Lloyd stops, relative to the row's variance.
       seed: of the random starts; every row draws the same numbers.
       keep_outliers: the table's ends are put on the row's smallest and largest scaled weight, and refit leaves them.
       bias_pow: cluster sign(u)|u|^bias_pow about the middle of the table, and transform back.
-      refit: alternate least-squares updates of table, scales and offsets with new codes, on the stored dtypes.
+      refit: alternate least-squares updates of table, scales and offsets with new codes, on the stored dtypes, until
+        they stop paying. A shared table is left as it is; without scaling there is nothing to alternate.
+      scale_search: so many rounds of the refit begin with a search for each group's scale; 0 for none.
       sequential: gather statistics on the model as quantized so far (used by `calibrate`).
       scale_dtype, table_dtype: stored dtypes.
     """
@@ -67,7 +70,8 @@ class Any4:
     seed: int = 0
     keep_outliers: bool = False
     bias_pow: float = 1.0
-    refit: bool = False
+    refit: bool = True
+    scale_search: int = 2
     sequential: bool = False
     scale_dtype: str = "bfloat16"
     table_dtype: str = "bfloat16"
@@ -75,8 +79,16 @@ class Any4:
     @classmethod
     def paper(cls, **fields) -> "Any4":
         """The published recipe: Lloyd from k-means++, samples weighted by |mean x| times the group scale, statistics
-        gathered on the model as quantized so far. `fields` override it."""
-        published = cls(solver="lloyd", init="kmeans++", sample_weight="abs_mean", scale_weighting=1, sequential=True)
+        gathered on the model as quantized so far, tables as they were learned. `fields` override it."""
+        published = cls(
+            solver="lloyd",
+            init="kmeans++",
+            sample_weight="abs_mean",
+            scale_weighting=1,
+            refit=False,
+            scale_search=0,
+            sequential=True,
+        )
         return dataclasses.replace(published, **fields)
 
     def check(self, stats_given: bool) -> None:
@@ -101,8 +113,8 @@ class Any4:
             raise ValueError(f"got init='nf4' with bits={self.bits}, nf4 has 16 levels; pass bits=4 or another init")
         if not self.bias_pow > 0:
             raise ValueError(f"got bias_pow={self.bias_pow}, need a positive power; pass 1 for none")
-        if self.refit and self.group_size is None:
-            raise ValueError("got refit=True with group_size=None, refit needs scales to fit; pass a group_size")
+        if self.scale_search < 0:
+            raise ValueError(f"got scale_search={self.scale_search}, need a number of rounds; pass 0 for none")
         if self.sample_weight not in (None, "auto") and not stats_given:
             raise ValueError(
                 f"got sample_weight={self.sample_weight!r} without statistics of the layer's input; pass stats "
@@ -163,11 +175,17 @@ class Any4:
         if table is None:
             table = self._tables(u, sample_weight, (u.min(axis=1), u.max(axis=1)))
         lut = scaling.rounded(table, jnp.dtype(self.table_dtype))
-        if self.refit:
+        if self.refit and self.group_size is not None:
             inner = slice(1, -1) if self.keep_outliers else slice(None)
             free = inner if self.per_row else slice(0)
             lut, scales, offsets = refit(
-                w, importance, lut, scales, offsets, group_size, max_iter=self.max_iter, tol=self.tol, entries=free
+                w,
+                importance,
+                Fit(lut, scales, offsets),
+                group_size,
+                searches=self.scale_search,
+                max_rounds=self.max_iter,
+                entries=free,
             )
         return weights.encode(w, lut, scales, offsets, bits=self.bits, group_size=group_size)
 

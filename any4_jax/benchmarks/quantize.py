@@ -1,0 +1,93 @@
+"""Seconds to quantize the linears of a model's shape: normal random weights, any method."""
+
+import dataclasses
+import resource
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from any4_jax import statistics
+from any4_jax.benchmarks.gemm import SHAPES
+from any4_jax.benchmarks.timing import significant
+from any4_jax.methods import Method, quantize
+
+LAYERS = {"smollm2-135m": 30, "llama-3.2-1b": 16, "llama-3.1-8b": 32}
+A_LAYER = (2, 2, 2, 1)
+"""How often each of a model's `gemm.SHAPES` is in a layer: q and o, k and v, gate and up, down."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Quantize:
+    """What to measure.
+
+    Attributes:
+      model: a key of `LAYERS`.
+      method: any method; it gets statistics of random inputs.
+      matrices: at most so many of each shape are quantized, and the others reckoned to take as long; None for all.
+    """
+
+    model: str
+    method: Method
+    matrices: int | None = None
+
+
+def run(
+    config: Quantize, progress: Callable[[int, int, str], None] = lambda done, total, what: None
+) -> list[dict[str, Any]]:
+    """A row for each shape.
+
+    The first matrix of a shape is quantized once more before, which compiles; it is told apart as `compile_s`. Each
+    matrix is made on the device right before its turn, which isn't timed.
+
+    Args:
+      config: see `Quantize`.
+      progress: called as (rows of weights done, rows in all, what is next).
+
+    Raises:
+      ValueError: no such model, or a number of matrices below 1.
+    """
+    if config.model not in LAYERS:
+        raise ValueError(f"got model={config.model!r}, need one of {', '.join(LAYERS)}; choose one of these")
+    if config.matrices is not None and config.matrices < 1:
+        raise ValueError(f"got matrices={config.matrices}, need 1 or more; pass None for all")
+    counts = [LAYERS[config.model] * times for times in A_LAYER]
+    measured = [min(count, config.matrices or count) for count in counts]
+    shapes = SHAPES[config.model]
+    total, done = sum(n * number for (n, _), number in zip(shapes, measured, strict=True)), 0
+    rows = []
+    for (n, k), count, number in zip(shapes, counts, measured, strict=True):
+        key = jax.random.key(n + k)
+        stats = statistics.from_activations(jax.random.normal(key, (64, k)))
+        seconds = []
+        for turn in range(number + 1):
+            progress(done, total, f"{n} x {k}")
+            w = jax.block_until_ready(jax.random.normal(jax.random.fold_in(key, turn), (n, k), jnp.float32))
+            begin = time.perf_counter()
+            jax.block_until_ready(quantize(w, config.method, stats))
+            seconds.append(time.perf_counter() - begin)
+            done += n if turn else 0
+        each = float(np.median(seconds[1:]))
+        rows.append(
+            {
+                "n": n,
+                "k": k,
+                "matrices": count,
+                "measured": number,
+                "compile_s": significant(max(seconds[0] - each, 0.0)),
+                "seconds_per_matrix": significant(each),
+                "rows_per_s": significant(n / each),
+                "seconds_in_all": significant(sum(seconds[1:]) / number * count + max(seconds[0] - each, 0.0)),
+            }
+        )
+    return rows
+
+
+def peak_gb() -> float:
+    """The most memory that this process has held, in units of 10**9 bytes: of the device, or of the host on a CPU."""
+    stats = jax.devices()[0].memory_stats() or {}
+    held = stats.get("peak_bytes_in_use") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return significant(held / 1e9)

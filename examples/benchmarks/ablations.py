@@ -1,0 +1,245 @@
+"""What each choice in `Any4` is worth on a real model: the loss that quantizing its linears adds.
+
+    python examples/benchmarks/ablations.py --only bits initialisation
+    python examples/benchmarks/ablations.py --text wiki.test.raw --calibration-text wiki.valid.txt --out ablations.json
+
+The model is SmolLM2-135M (fetched once), moved off the 4-bit grid that it is stored on. Without --text the loss is
+measured on the bundled essays; published figures are of windows of 2048 tokens of WikiText-2. Every case is measured as
+float32 weights, dequantized, so that one program serves all; --windows N takes N windows spread evenly over the text.
+"recovered" is the share of what nf4 (float32 scales, groups of --group-size) loses against the float model that a case
+does not lose, in nats. Tables are learned on the CPU, by the C++ solver where it is built; the model runs on jax's
+default device. "learn_seconds" are from the first layer to the last, all cores busy, compiled before.
+"""
+
+import argparse
+import functools
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ablation_cases import NONE, STUDIES, Case, reference
+from flax import nnx
+
+import any4_jax as a4
+from any4_jax import benchmarks, surgery
+from any4_jax.benchmarks import machine
+from any4_jax.cli.output import table
+from any4_jax.data import assets, texts
+from any4_jax.evaluation import Perplexity, paired_difference, perplexity
+from any4_jax.models import degrid
+
+KINDS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+ERROR_TOKENS = 2048
+SHOWN = ("study", "case", "calibration", "bits_per_weight", "perplexity", "nats_lost", "nats_lost_error")
+SHOWN += ("share_recovered", "learn_seconds")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        choices=STUDIES,
+        default=list(STUDIES),
+        metavar="STUDY",
+        help=f"some of {', '.join(STUDIES)}",
+    )
+    parser.add_argument("--model", metavar="MODEL", help="what any4_jax.models.load takes, 'tiny' for a quick look")
+    parser.add_argument("--text", type=Path, metavar="FILE", help="to measure on (default: the bundled essays)")
+    parser.add_argument(
+        "--calibration-text", type=Path, metavar="FILE", help="for the cases that calibrate on a text; left out without"
+    )
+    parser.add_argument(
+        "--windows", type=int, default=16, metavar="N", help="so many, spread evenly; 0 for all (default: 16)"
+    )
+    parser.add_argument("--seqlen", type=int, default=2048, help="tokens in a window (default: 2048)")
+    parser.add_argument(
+        "--group-size", type=int, default=64, metavar="G", help="where a study doesn't vary it (default: 64)"
+    )
+    parser.add_argument(
+        "--workers", type=int, default=machine.cores(), help="layers learned at once (default: the cores)"
+    )
+    parser.add_argument("--out", metavar="FILE", help="a JSON file for the figures")
+    args = parser.parse_args()
+
+    bench = Bench(args)
+    every = [(study, case) for study in args.only for case in STUDIES[study](args.group_size)]
+    without = [(study, case) for study, case in every if case.samples and args.calibration_text is None]
+    notes = [f"{study}, {case.name}: left out, it calibrates on a text and none was given" for study, case in without]
+    rows: list[dict[str, Any]] = []
+    for study, case in [("reference", reference(args.group_size)), *(c for c in every if c not in without)]:
+        rows.append({"study": study} | bench.row(case, rows[0] if rows else None))
+        print("  ".join(_text(rows[-1][key]) for key in SHOWN), file=sys.stderr, flush=True)
+        if args.out:
+            settings = {
+                "text": args.text.name if args.text else "essays",
+                "seqlen": args.seqlen,
+                "windows": len(bench.ids) // args.seqlen,
+            }
+            settings |= {"float_perplexity": bench.float.value, "model": bench.name}
+            benchmarks.write(
+                args.out,
+                benchmarks.result("ablations", ["python", *sys.argv], settings=settings, rows=rows, notes=notes),
+            )
+    print(f"float: perplexity {bench.float.value:.3f}")
+    print(table(SHOWN, [[_text(row[key]) for key in SHOWN] for row in rows]))
+    for note in notes:
+        print(f"note: {note}")
+
+
+def _text(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+class Bench:
+    """The float model on the device that runs it, its kernels on the CPU that learns, and what was measured."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        source = args.model or str(assets.fetch_smollm2())
+        self.name, self.workers = Path(source).name, args.workers
+        self.model = degrid.degrid(a4.models.load(source))
+        self.cpu = jax.devices("cpu")[0]
+        self.kernels = {
+            path: jax.device_put(node.kernel[...], self.cpu) for path, node in surgery.linears(self.model).items()
+        }
+        self.kernels = {path: kernel for path, kernel in self.kernels.items() if path.endswith(KINDS)}
+        encode = self.model.tokenizer.encode
+        ids = np.asarray(encode(args.text.read_text(encoding="utf-8") if args.text else texts.essays()), np.int32)
+        found = ids[: len(ids) // args.seqlen * args.seqlen].reshape(-1, args.seqlen)
+        wanted = args.windows or len(found)
+        self.ids = found[:: max(1, len(found) // wanted)][:wanted].reshape(-1)
+        self.seqlen = args.seqlen
+        graphdef, state = nnx.split(self.model)
+        self.on_cpu = nnx.merge(graphdef, jax.device_put(state, self.cpu))
+        self.text = (
+            None
+            if args.calibration_text is None
+            else np.asarray(encode(args.calibration_text.read_text(encoding="utf-8")), np.int32)
+        )
+        self.float = self._measure(self.model)
+        # The window after the middle one, which is none of a spread of 16.
+        self.seen = dict(_inputs(self.model, found[min(len(found) // 2 + 1, len(found) - 1)][:ERROR_TOKENS]))
+        self._stats: dict[tuple, Any] = {}
+
+    def row(self, case: Case, first: Mapping[str, Any] | None) -> dict[str, Any]:
+        """Learns and measures one case."""
+        stats = self._statistics(case)
+        operators, seconds = self._learn(case, stats)
+        quantized = surgery.copy_module(self.model)
+        nodes = surgery.linears(quantized)
+        for path, operator in operators.items():
+            nodes[path].kernel = nnx.Param(jnp.asarray(np.asarray(_dense(operator)).T, nodes[path].kernel[...].dtype))
+        measured = self._measure(quantized)
+        lost = paired_difference(measured, self.float)
+        stored = sum(operator.nbytes for operator in operators.values())
+        return {
+            "case": case.name,
+            "calibration": case.calibration,
+            "bits_per_weight": 8 * stored / sum(kernel.size for kernel in self.kernels.values()),
+            "perplexity": measured.value,
+            "nats_lost": lost.mean,
+            "nats_lost_error": lost.error,
+            "share_recovered": 0.0 if first is None else 1 - lost.mean / first["nats_lost"],
+            "learn_seconds": seconds,
+            **{f"error_{kind}": self._output_error(kind, nodes) for kind in KINDS},
+        }
+
+    def _measure(self, model: Any) -> Perplexity:
+        return perplexity(_Runner(model), self.ids, seqlen=self.seqlen)
+
+    def _statistics(self, case: Case) -> Mapping[str, Any]:
+        """Statistics for a case, on the CPU."""
+        if case.calibration == NONE:
+            return {}
+        key = (case.samples, case.length, case.method if case.method.sequential else None)
+        if key not in self._stats:
+            data: Any = texts.prompt()
+            if case.samples:
+                starts = np.linspace(0, len(self.text) - case.length, case.samples).astype(int)
+                data = np.stack([self.text[i : i + case.length] for i in starts])
+            # What quantizes as it goes does so where tables are learned.
+            model = self.on_cpu if case.method.sequential else self.model
+            found = a4.calibrate(model, data, case.method, seqlen=case.length)
+            self._stats[key] = jax.device_put(found, self.cpu)
+        return self._stats[key]
+
+    def _learn(self, case: Case, stats: Mapping[str, Any]) -> tuple[dict[str, Any], float]:
+        """The operators by path, and the seconds they took once compiled."""
+
+        def learn(path: str) -> tuple[str, Any]:
+            found = a4.quantize(self.kernels[path], case.method, stats.get(path), transposed=True, path=path)
+            return path, jax.block_until_ready(found)
+
+        one_of_each = {kernel.shape: path for path, kernel in self.kernels.items()}
+        with ThreadPoolExecutor(self.workers) as pool:
+            list(pool.map(learn, one_of_each.values()))
+            begin = time.perf_counter()
+            return dict(pool.map(learn, self.kernels)), time.perf_counter() - begin
+
+    def _output_error(self, kind: str, nodes: Mapping[str, Any]) -> float:
+        """Mean over the layers of |X dW|^2 / |X W|^2, X the float model's inputs."""
+        before = surgery.linears(self.model)
+        paths = [path for path in self.kernels if path.endswith(kind)]
+        return float(np.mean([_relative(self.seen[p], before[p].kernel[...], nodes[p].kernel[...]) for p in paths]))
+
+
+def _inputs(model: Any, ids: np.ndarray) -> Iterator[tuple[str, jax.Array]]:
+    """The input [T, K] of every linear on one window."""
+    x = model.embed(jnp.asarray(ids)[None])
+    for index, layer in enumerate(model.layers):
+        x, seen = _block(type(model).block, *nnx.split(layer), x, model.init_cache(*x.shape[:2])[0], tapped=True)
+        for site in model.sites:
+            for linear in site.linears:
+                yield f"layers.{index}.{linear}", seen[site.name][0]
+
+
+class _Runner:
+    """tokens [B, T] -> logits, block by block: one small program for all layers, which compiles in seconds where the
+    whole takes a GPU minutes."""
+
+    def __init__(self, model: Any) -> None:
+        self.model, self.layers = model, [nnx.split(layer) for layer in model.layers]
+        self.embedding = nnx.split(model.embed_tokens)
+        self.cache: Any = None
+
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        if self.cache is None:
+            self.cache = self.model.init_cache(*tokens.shape)[0]
+        x = _embed(*self.embedding, tokens)
+        for layer in self.layers:
+            x, _ = _block(type(self.model).block, *layer, x, self.cache, tapped=False)
+        return self.model.head(x)
+
+
+@functools.partial(jax.jit, static_argnames="graphdef")
+def _embed(graphdef: Any, state: Any, tokens: jax.Array) -> jax.Array:
+    return nnx.merge(graphdef, state)(tokens)
+
+
+@functools.partial(jax.jit, static_argnames=("block", "graphdef", "tapped"))
+def _block(block: Any, graphdef: Any, state: Any, x: jax.Array, cache: Any, tapped: bool) -> tuple[jax.Array, dict]:
+    seen: dict[str, jax.Array] = {}
+    positions = jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32), x.shape[:2])
+    y, _ = block(graphdef, state, x, cache, positions, seen.__setitem__ if tapped else None)
+    return y, seen
+
+
+_dense = jax.jit(a4.dequantize)
+
+
+@jax.jit
+def _relative(x: jax.Array, before: jax.Array, after: jax.Array) -> jax.Array:
+    def size(kernel):
+        return jnp.square(jnp.matmul(x, kernel, precision=jax.lax.Precision.HIGHEST)).sum()
+
+    return size(after - before) / size(before)
+
+
+if __name__ == "__main__":
+    main()
