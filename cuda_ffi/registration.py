@@ -25,7 +25,10 @@ TARGETS: dict[str, dict[str, str]] = {
         "any4_cpu_lut_product": "any4_cpu_lut_product",
         "any4_cpu_kmeans": "any4_cpu_kmeans",
     },
-    "cuda": {},
+    "cuda": {
+        "any4_cuda_lut_product": "any4_cuda_lut_product",
+        "any4_cuda_lut_dequantize": "any4_cuda_lut_dequantize",
+    },
 }
 """For each kind of library, its handlers: symbol in the library -> name of XLA's target."""
 
