@@ -46,8 +46,8 @@ def test_the_command_measures_and_writes(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(CASES, "STUDIES", {"small": study})
     monkeypatch.chdir(tmp_path)
     text = str(FOLDER.parent.parent / "any4_jax" / "data" / "stories.txt")
-    words = f"ablations.py --model tiny --text {text} --seqlen 128 --windows 4 --group-size 32 --out a.json".split()
-    monkeypatch.setattr(sys, "argv", words)
+    flags = ["--model", "tiny", "--seqlen", "128", "--windows", "4", "--group-size", "32", "--out", "a.json"]
+    monkeypatch.setattr(sys, "argv", ["ablations.py", *flags, "--text", text])
     runpy.run_path(str(FOLDER / "ablations.py"), run_name="__main__")
     result = benchmarks.read("a.json")
     first, second = result.rows
