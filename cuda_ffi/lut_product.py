@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cuda_ffi import registration
+from cuda_ffi.folding import fold_rows
 
 TARGET = "any4_cpu_lut_product"
 OPERANDS = 5
@@ -71,25 +72,12 @@ def _readable(stored: jax.Array) -> jax.Array:
 
 @functools.cache
 def _call(bits: int, group_size: int, isa: str):
-    """The custom call on (x, *operands) with its rule for vmap, which jax.ffi can't derive from the handler."""
+    """The custom call on (x, *operands) with its rule for vmap."""
 
-    @jax.custom_batching.custom_vmap
+    @fold_rows
     def call(x, *operands):
         outs = [jax.ShapeDtypeStruct((x.shape[0], codes.shape[0]), x.dtype) for codes in operands[::OPERANDS]]
         ys = jax.ffi.ffi_call(TARGET, outs)(x, *operands, bits=np.int64(bits), group_size=np.int64(group_size), isa=isa)
         return tuple(ys)
-
-    @call.def_vmap
-    def _rule(axis_size, batched, x, *operands):
-        if not any(batched[1:]):
-            ys = call(x.reshape(-1, x.shape[-1]), *operands)
-            return tuple(y.reshape(axis_size, -1, y.shape[-1]) for y in ys), (True,) * len(ys)
-
-        def one(taken):
-            return call(*(t if b else whole for t, b, whole in zip(taken, batched, (x, *operands), strict=True)))
-
-        # What isn't batched is left out of the loop's input; a scalar stands in for it.
-        looped = [a if b else jnp.zeros(axis_size) for a, b in zip((x, *operands), batched, strict=True)]
-        return jax.lax.map(one, looped), (True,) * (len(operands) // OPERANDS)
 
     return call

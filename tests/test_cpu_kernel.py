@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from float64 import Terms
 
 from any4_jax import weights
 from any4_jax.matmul import explain, matmul, prepare, unprepare
@@ -61,14 +62,8 @@ def leaf(
 
 def exact(w: QuantizedTensor) -> tuple[np.ndarray, np.ndarray]:
     """W in float64, and the sum of its terms' magnitudes, by which roundings are judged."""
-    codes = np.asarray(w.unpacked_codes())
-    table = np.broadcast_to(np.asarray(w.lut, np.float64), (codes.shape[0], w.lut.shape[1]))
-    group = np.arange(codes.shape[1]) // w.group_size
-    stored = np.asarray(w.scales)
-    scales = np.exp2(stored.astype(np.float64) - 127) if stored.dtype == np.uint8 else stored.astype(np.float64)
-    scaled = np.take_along_axis(table, codes.astype(np.int64), 1) * scales[:, group]
-    shift = 0.0 if w.offsets is None else np.asarray(w.offsets, np.float64)[:, group]
-    return scaled + shift, np.abs(scaled) + np.abs(shift)
+    terms = Terms.of(w)
+    return terms.scaled + terms.shift, np.abs(terms.scaled) + np.abs(terms.shift)
 
 
 def product(x: jax.Array, w: QuantizedTensor, isa: str = "auto") -> jax.Array:

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from float64 import Terms
 
 import any4_jax as a4
 from any4_jax import methods, weights
@@ -59,16 +60,11 @@ def leaf(
 
 def exact(w: QuantizedTensor) -> tuple[np.ndarray, np.ndarray]:
     """W in float64, and the sum of its terms' magnitudes, by which roundings are judged."""
-    codes = np.asarray(w.unpacked_codes())
-    table = np.broadcast_to(np.asarray(w.lut, np.float64), (codes.shape[0], w.lut.shape[1]))
-    group = np.arange(codes.shape[1]) // w.group_size
-    stored = np.asarray(w.scales)
-    scales = np.exp2(stored.astype(np.float64) - 127) if stored.dtype == np.uint8 else stored.astype(np.float64)
-    scaled = np.take_along_axis(table, codes.astype(np.int64), 1) * scales[:, group]
-    shift = np.zeros_like(scaled) if w.offsets is None else np.asarray(w.offsets, np.float64)[:, group]
+    terms = Terms.of(w)
     # A ramp's middle goes into the offset: its terms are the step's multiples.
-    size = np.abs(table).max(1, keepdims=True) * scales[:, group] if w.bits == 8 else np.abs(scaled)
-    return scaled + shift, size + np.abs(shift)
+    ramp = w.bits == 8
+    size = np.abs(terms.table).max(1, keepdims=True) * terms.scales if ramp else np.abs(terms.scaled)
+    return terms.scaled + terms.shift, size + np.abs(terms.shift)
 
 
 def product(x: jax.Array, w: QuantizedTensor) -> jax.Array:

@@ -56,6 +56,13 @@ def test_alike_weights_share_a_call() -> None:
     assert calls(inputs(1, 200), [*weights(NF4, NF4), inputs(3, 200)]) == 2
 
 
+@needs_library
+def test_a_block_makes_four_calls() -> None:
+    """q, k, v; o; gate, up; down: the blocks of a model share one program."""
+    model = a4.quantize_model(a4.models.load("tiny"), NF4)
+    assert jax.jit(lambda tokens: model(tokens)).lower(jnp.ones((1, 4), jnp.int32)).as_text().count(f"@{TARGET}(") == 4
+
+
 def test_leading_axes_of_x_and_vmap() -> None:
     x, ws = inputs(2, 3, 200), weights(NF4, NF4)
     whole = matmul_each(x, ws)
