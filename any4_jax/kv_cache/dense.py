@@ -16,9 +16,9 @@ class DenseCache:
     """Keys and values as they are; see `kv_cache.base` for slots, positions and the letters.
 
     Attributes:
-        keys: [B, Hkv, D, S], rotated when appended. Both products then read the cache as it lies: with slots before
-            heads XLA transposes all of it on a CPU, each step and layer.
-        values: [B, Hkv, S, D].
+        keys: [B * Hkv, D, S], rotated when appended. Both products then read the cache as it lies: with slots before
+            heads XLA transposes all of it on a CPU, each step and layer; with B and Hkv apart it writes a copy.
+        values: [B * Hkv, S, D].
         length: int32 scalar, the slots in use; the next token goes there.
         start: int32 [B], the first slot of each row that holds no padding.
     """
