@@ -51,9 +51,8 @@ def test_statistics_pay() -> None:
     assert errors(EXACT).sum() < 0.9 * errors(EXACT, FLAT).sum()
 
 
-@pytest.mark.parametrize("fields", [{"solver": "lloyd", "init": "nf4"}, {"solver": "gradient"}], ids=repr)
-def test_no_solver_is_below_the_exact_one(fields) -> None:
-    best, other = errors(EXACT), errors(dataclasses.replace(EXACT, **fields))
+def test_lloyd_is_not_below_the_exact_solver() -> None:
+    best, other = errors(EXACT), errors(dataclasses.replace(EXACT, solver="lloyd", init="nf4"))
     assert (best <= other * (1 + 1e-5)).all()
     assert np.isfinite(other).all()
 
@@ -127,7 +126,7 @@ def test_row_order_leaves_a_shared_table_alone() -> None:
 @pytest.mark.slow
 def test_the_seed_decides_random_starts() -> None:
     u = jnp.asarray(layer())
-    fields = dict(bits=2, solver="gradient", init="random", max_iter=0)
+    fields = dict(bits=2, solver="lloyd", init="random", max_iter=1)
     tables = [Any4(**fields, seed=seed)._tables(u, jnp.ones_like(u), (u[:, 0], u[:, 0])) for seed in (0, 1)]
     assert (tables[0] != tables[1]).any()
 

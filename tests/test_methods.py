@@ -39,7 +39,8 @@ def layer(seed: int = 0) -> np.ndarray:
 
 def stats() -> statistics.Statistics:
     rng = np.random.default_rng(9)
-    return statistics.from_activations(rng.normal(0.2, 10.0 ** rng.uniform(-1, 1, K), (64, K)).astype(np.float32))
+    x = rng.normal(0.2, 10.0 ** rng.uniform(-1, 1, K), (64, K)).astype(np.float32)
+    return statistics.from_activations(x, samples=48)
 
 
 STATS = stats()

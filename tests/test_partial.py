@@ -81,7 +81,7 @@ def quantized(folder, model=None, method=METHOD, stats=None, **options):
 def made_up(k, seed=0):
     """Statistics for K = k inputs, of host arrays: nothing is compiled for them."""
     sums = np.random.default_rng(seed).uniform(1, 2, (3, k)).astype(np.float32)
-    return statistics.Statistics(np.int32(4), sums, np.zeros_like(sums), sums[0])
+    return dataclasses.replace(statistics.empty(k), count=np.int32(4), sums=sums, absmax=sums[0])
 
 
 def gathered(model, seed=0):

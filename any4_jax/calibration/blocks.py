@@ -27,27 +27,28 @@ def has_blocks(model: Any) -> bool:
 
 
 def walk_blocks(
-    model: Any, batches: list[Batch], chosen: Mapping[str, Method], progress: Progress | None
+    model: Any, batches: list[Batch], chosen: Mapping[str, Method], samples: int, progress: Progress | None
 ) -> dict[str, Statistics]:
-    """The block driver. Layers in `chosen` are quantized (in a copy of their block) as their statistics come in."""
+    """The block driver. Layers in `chosen` are quantized (in a copy of their block) as their statistics come in; these
+    hold a sample of `samples` tokens."""
     gathered: dict[str, Statistics] = {}
     hidden = [_embed(*nnx.split(model.embed_tokens), tokens) for tokens, _ in batches]
     for index, layer in enumerate(model.layers):
         prefix = f"layers.{index}."
         methods = {path: m for path, m in chosen.items() if path.startswith(prefix)}
-        outputs, seen = _run(model, layer, hidden, batches)
+        outputs, seen = _run(model, layer, hidden, batches, samples)
         for site in model.sites:
             gathered |= {prefix + linear: seen[site.name] for linear in site.linears}
             mine = [path for path in (prefix + linear for linear in site.linears) if path in methods]
             if mine:
                 layer = _quantize_site(layer, prefix, mine, methods, gathered)
-                outputs, seen = _run(model, layer, hidden, batches)
+                outputs, seen = _run(model, layer, hidden, batches, samples)
         hidden = outputs
         if progress is not None:
             progress(index + 1, len(model.layers), prefix.rstrip("."))
     head = "embed_tokens" if getattr(model.config, "tie_word_embeddings", False) else "lm_head"
     if isinstance(getattr(model, head, None), nnx.Linear | nnx.Embed):
-        stats = statistics.empty(hidden[0].shape[-1])
+        stats = statistics.empty(hidden[0].shape[-1], samples)
         for x, (_, mask) in zip(hidden, batches, strict=True):
             stats = _head_statistics(*nnx.split(model.norm), x, mask, stats)
         gathered[head] = stats
@@ -63,11 +64,12 @@ def _quantize_site(layer, prefix, paths, methods, gathered) -> nnx.Module:
     return layer
 
 
-def _run(model, layer, hidden, batches) -> tuple[list[jax.Array], dict[str, Statistics]]:
+def _run(model, layer, hidden, batches, samples) -> tuple[list[jax.Array], dict[str, Statistics]]:
     """A block's outputs for all batches, and the statistics of its sites."""
     graphdef, state = nnx.split(layer)
     here: dict[tuple, Any] = dict(nnx.iter_modules(layer))
-    seen = {site.name: statistics.empty(here[tuple(site.linears[0].split("."))].in_features) for site in model.sites}
+    first = {site.name: here[tuple(site.linears[0].split("."))] for site in model.sites}
+    seen = {name: statistics.empty(linear.in_features, samples) for name, linear in first.items()}
     outputs = []
     for x, (_, mask) in zip(hidden, batches, strict=True):
         y, seen = _block_statistics(type(model).block, graphdef, state, x, _empty_cache(model, x), mask, seen)

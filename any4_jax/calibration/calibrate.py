@@ -38,8 +38,9 @@ def calibrate(
         [B, T] arrays. Sequences longer than `seqlen` (or the model's context) are cut into pieces; shorter ones are
         padded, and padding is not counted. For other modules, an iterable of batches: each an array, a tuple of
         arguments, or a dict of arguments by name; Hugging Face models take such dicts too.
-      method: what the layers will be quantized with; needed by `sequential`.
-      rules: as for `quantize_model`; used by `sequential`.
+      method: what the layers will be quantized with; needed by `sequential`, and by methods that learn from a sample of
+        tokens (`Any4(solver="gradient")`), which is then gathered too.
+      rules: as for `quantize_model`; used by `sequential`, and for the samples that their methods need.
       sequential: take each layer's statistics from the model whose earlier layers are quantized already, as the
         published any4 does; for models with blocks. None is the method's own choice (`Any4.paper()` says True).
       batch_size: sequences in a batch.
@@ -60,9 +61,10 @@ def calibrate(
         raise ValueError("got sequential=True without a method, it quantizes as it goes; pass the method to be used")
     if batch_size < 1 or seqlen < 1:
         raise ValueError(f"got batch_size={batch_size} and seqlen={seqlen}, both must be at least 1; pass larger ones")
+    samples = max((m.samples for m in (method, *(m for _, m in rules or ())) if m is not None), default=0)
     if has_blocks(model):
         chosen = surgery.resolve(surgery.linears(model), method, rules) if sequential else {}
-        return walk_blocks(model, token_batches(model, data, batch_size, seqlen), chosen, progress)
+        return walk_blocks(model, token_batches(model, data, batch_size, seqlen), chosen, samples, progress)
     if sequential:
         raise ValueError(
             f"got sequential calibration of a {type(model).__name__}, only models with blocks can be walked so; pass "
@@ -70,11 +72,10 @@ def calibrate(
         )
     if is_hf_flax(model):
         if isinstance(data, Sequence) and data and isinstance(data[0], Mapping):
-            return run_hf(model, data, progress)
+            return run_hf(model, data, samples, progress)
         pieces = token_batches(model, data, batch_size, seqlen)
-        return run_hf(
-            model, [{"input_ids": t, "attention_mask": mask.astype(np.int32)} for t, mask in pieces], progress
-        )
+        named = [{"input_ids": t, "attention_mask": mask.astype(np.int32)} for t, mask in pieces]
+        return run_hf(model, named, samples, progress)
     run = run_nnx if isinstance(model, nnx.Module) else run_linen if is_pair(model) else None
     if run is None:
         raise TypeError(
@@ -84,4 +85,4 @@ def calibrate(
     batches = [data] if hasattr(data, "shape") else list(data)
     if not batches:
         raise ValueError("got no calibration batches, need at least one; pass a list of the model's inputs")
-    return run(model, batches, progress)
+    return run(model, batches, samples, progress)

@@ -18,7 +18,7 @@ from any4_jax.surgery.trees import dotted
 Gathered = dict[str, Statistics]
 
 
-def run_hf(model: Any, batches: Sequence[Any], progress: Progress | None) -> Gathered:
+def run_hf(model: Any, batches: Sequence[Any], samples: int, progress: Progress | None) -> Gathered:
     """Of a Hugging Face Flax model, over batches of keyword arguments; tokens that "attention_mask" hides are not
     counted."""
 
@@ -27,10 +27,10 @@ def run_hf(model: Any, batches: Sequence[Any], progress: Progress | None) -> Gat
         run._module = intercepted(run._module, tapping(tap))
         run(**batch)
 
-    return _gather(forward, model.params, batches, progress)
+    return _gather(forward, model.params, batches, samples, progress)
 
 
-def run_linen(model: Any, batches: Sequence[Any], progress: Progress | None) -> Gathered:
+def run_linen(model: Any, batches: Sequence[Any], samples: int, progress: Progress | None) -> Gathered:
     """Of a pair (Linen module, variables), over batches of arguments of `apply`."""
     module, variables = model
 
@@ -40,10 +40,12 @@ def run_linen(model: Any, batches: Sequence[Any], progress: Progress | None) -> 
         tapped.apply(variables, *arguments, **named, mutable=True)
 
     whole = variables if "params" in variables else {"params": params_of(variables)}
-    return _gather(forward, whole, batches, progress)
+    return _gather(forward, whole, batches, samples, progress)
 
 
-def _gather(forward: Callable, variables: Any, batches: Sequence[Any], progress: Progress | None) -> Gathered:
+def _gather(
+    forward: Callable, variables: Any, batches: Sequence[Any], samples: int, progress: Progress | None
+) -> Gathered:
     @jax.jit
     def step(variables, batch, seen):
         seen = dict(seen)
@@ -52,7 +54,7 @@ def _gather(forward: Callable, variables: Any, batches: Sequence[Any], progress:
         def tap(path: tuple[str, ...], x: jax.Array) -> None:
             name = layer_path(path)
             hidden = mask if mask is not None and mask.shape == x.shape[:-1] else None
-            before = seen.get(name, statistics.empty(x.shape[-1]))
+            before = seen.get(name, statistics.empty(x.shape[-1], samples))
             seen[name] = statistics.update(before, x, None if hidden is None else hidden.astype(bool))
 
         forward(variables, batch, tap)
@@ -75,19 +77,23 @@ def _gather(forward: Callable, variables: Any, batches: Sequence[Any], progress:
 class _Tapped(nnx.Module):
     """A dense layer that reduces what it is given to statistics, in a variable of its own."""
 
-    def __init__(self, inner: nnx.Linear) -> None:
+    def __init__(self, inner: nnx.Linear, samples: int) -> None:
         self.inner = inner
-        self.seen = nnx.Intermediate(jax.tree.map(jnp.asarray, statistics.empty(inner.in_features)))
+        self.seen = nnx.Intermediate(jax.tree.map(jnp.asarray, statistics.empty(inner.in_features, samples)))
 
     def __call__(self, x: jax.Array) -> jax.Array:
         self.seen.set_value(statistics.update(self.seen.get_value(), x))
         return self.inner(x)
 
 
-def run_nnx(model: nnx.Module, batches: Sequence[Any], progress: Progress | None) -> Gathered:
+def run_nnx(model: nnx.Module, batches: Sequence[Any], samples: int, progress: Progress | None) -> Gathered:
     """Of any NNX module, over batches of its call's arguments."""
     paths = set(linears(model))
-    tapped = nnx.recursive_map(lambda path, node: _Tapped(node) if dotted(path) in paths else node, nnx.clone(model))
+
+    def tap(path: tuple, node: Any) -> Any:
+        return _Tapped(node, samples) if dotted(path) in paths else node
+
+    tapped = nnx.recursive_map(tap, nnx.clone(model))
 
     @nnx.jit
     def step(module, batch):

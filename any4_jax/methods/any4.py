@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from any4_jax import clustering, formats, scaling, weights
-from any4_jax.methods.gradient import gradient_tables
+from any4_jax.methods.gradient import train_tables
 from any4_jax.methods.refit import Fit, refit
 from any4_jax.statistics import Statistics
 
@@ -39,12 +39,16 @@ class Any4:
       group_size: G; larger than K means the row; None means no scaling at all (the table holds weights).
       symmetric: scale by max|w| without an offset.
       per_row: a table for each row; False: one for the matrix.
-      solver: "exact" (optimal), "lloyd" (k-means as published) or "gradient" (Adam on the tables).
-      init: where Lloyd and the gradient start; None is k-means++. The exact solver has no start.
+      solver: "exact" (optimal), "lloyd" (k-means as published) or "gradient": after clustering, and the refit where it
+        is on, Adam trains each row's table on the layer's output for a sample of tokens (gradient.py), or without
+        statistics on the weights' own error.
+      init: where Lloyd starts; None is k-means++. The gradient starts after one step of Lloyd from there, for None at
+        the exact solution. The exact solver has no start.
       sample_weight: h: "second_moment" E[x^2], "mean_abs" E|x|, "abs_mean" |E x|, None for 1; "auto" is the second
         moment where statistics are given and None where not.
       scale_weighting: p, the power of the group scale in the weight of a sample.
       max_iter: steps of Lloyd and of the gradient, and rounds of the refit, at most.
+      sample_tokens: size of the gradient's sample of tokens (`calibrate` draws it when it is given the method).
       tol: when Lloyd stops, relative to the row's variance.
       seed: of the random starts; every row draws the same numbers.
       keep_outliers: the table's ends are put on the row's smallest and largest scaled weight, and refit leaves them.
@@ -66,6 +70,7 @@ class Any4:
     sample_weight: SampleWeight | None = "auto"
     scale_weighting: Literal[0, 1, 2] = 2
     max_iter: int = 300
+    sample_tokens: int = 512
     tol: float = 1e-4
     seed: int = 0
     keep_outliers: bool = False
@@ -113,6 +118,13 @@ class Any4:
             raise ValueError(f"got init='nf4' with bits={self.bits}, nf4 has 16 levels; pass bits=4 or another init")
         if not self.bias_pow > 0:
             raise ValueError(f"got bias_pow={self.bias_pow}, need a positive power; pass 1 for none")
+        if self.solver == "gradient" and not self.per_row:
+            raise ValueError(
+                "got solver='gradient' with per_row=False, it trains a table for each row; pass per_row=True or "
+                "another solver"
+            )
+        if self.sample_tokens < 1:
+            raise ValueError(f"got sample_tokens={self.sample_tokens}, need 1 or more; pass a number of tokens")
         if self.scale_search < 0:
             raise ValueError(f"got scale_search={self.scale_search}, need a number of rounds; pass 0 for none")
         if self.sample_weight not in (None, "auto") and not stats_given:
@@ -120,6 +132,10 @@ class Any4:
                 f"got sample_weight={self.sample_weight!r} without statistics of the layer's input; pass stats "
                 "(any4_jax.calibrate gathers them) or sample_weight='auto'"
             )
+
+    @property
+    def samples(self) -> int:
+        return self.sample_tokens if self.solver == "gradient" else 0
 
     def resolved_weight(self, stats_given: bool) -> str | None:
         """What "auto" means here."""
@@ -141,7 +157,8 @@ class Any4:
         importance = self._importance(stats, k)
         group_size = k if self.group_size is None else min(self.group_size, k)
         table = None if self.per_row else self._matrix_table(w, importance, group_size)
-        return self._map_rows(lambda rows: self._encode(rows, importance, group_size, table), w)
+        sample = None if stats is None else stats.sample
+        return self._map_rows(lambda rows: self._encode(rows, importance, sample, group_size, table), w)
 
     def _map_rows(self, f, w: jax.Array) -> weights.QuantizedTensor:
         """f over chunks of rows; the last chunk is filled up with copies of the last row, which are cut off after."""
@@ -170,13 +187,13 @@ class Any4:
         by_group = scaling.expand(scaling.scale_values(scales), group_size, w.shape[1])
         return u, importance * by_group**self.scale_weighting, scales, offsets
 
-    def _encode(self, w, importance, group_size, table) -> weights.QuantizedTensor:
+    def _encode(self, w, importance, sample, group_size, table) -> weights.QuantizedTensor:
         u, sample_weight, scales, offsets = self._scaled(w, importance, group_size)
         if table is None:
             table = self._tables(u, sample_weight, (u.min(axis=1), u.max(axis=1)))
         lut = scaling.rounded(table, jnp.dtype(self.table_dtype))
+        inner = slice(1, -1) if self.keep_outliers else slice(None)
         if self.refit and self.group_size is not None:
-            inner = slice(1, -1) if self.keep_outliers else slice(None)
             free = inner if self.per_row else slice(0)
             lut, scales, offsets = refit(
                 w,
@@ -186,6 +203,15 @@ class Any4:
                 searches=self.scale_search,
                 max_rounds=self.max_iter,
                 entries=free,
+            )
+        if self.solver == "gradient":
+            lut = train_tables(
+                *(w, lut, scales, offsets),
+                group_size=group_size,
+                importance=importance,
+                sample=sample,
+                steps=self.max_iter,
+                entries=inner,
             )
         return weights.encode(w, lut, scales, offsets, bits=self.bits, group_size=group_size)
 
@@ -198,21 +224,17 @@ class Any4:
         """Tables float32 [R, 2**bits] for rows u [R, K], ascending; ends [R] are what keep_outliers keeps."""
         middle = -0.5 if self.group_size is not None and not self.symmetric else 0.0
         bent = _power(u - middle, self.bias_pow)
-        if self.solver == "gradient":
-            table = gradient_tables(
-                bent, 2**self.bits, sample_weight, init=self.init, steps=self.max_iter, seed=self.seed
-            )
-        else:
-            table = clustering.kmeans_1d(
-                bent,
-                2**self.bits,
-                sample_weight=sample_weight,
-                solver=self.solver,
-                init=self.init,
-                max_iter=self.max_iter,
-                tol=self.tol,
-                seed=self.seed,
-            ).centroids
+        exact = self.solver == "exact" or (self.solver == "gradient" and self.init is None)
+        table = clustering.kmeans_1d(
+            bent,
+            2**self.bits,
+            sample_weight=sample_weight,
+            solver="exact" if exact else "lloyd",
+            init=self.init,
+            max_iter=1 if self.solver == "gradient" else self.max_iter,
+            tol=self.tol,
+            seed=self.seed,
+        ).centroids
         table = _power(table, 1.0 / self.bias_pow) + middle
         if self.keep_outliers:
             table = table.at[:, 0].set(ends[0]).at[:, -1].set(ends[1])

@@ -27,6 +27,11 @@ class Method(Protocol):
         """Whether `calibrate` takes statistics from the model as quantized so far, where it is not told."""
         ...
 
+    @property
+    def samples(self) -> int:
+        """Tokens that statistics must hold a sample of, where there are any statistics; 0 for methods of sums alone."""
+        ...
+
     def apply(self, w: jax.Array, stats: Statistics | None) -> Any:
         """The operator for w float32 [N, K]."""
         ...
@@ -90,6 +95,11 @@ def quantize(w, method: Method, stats: Statistics | None = None, *, transposed: 
             "gather them at this layer's input"
         )
     method.check(stats is not None)
+    if stats is not None and method.samples and not stats.draws.shape[0]:
+        raise ValueError(
+            f"{path} has statistics without a sample of its inputs, which {method.name} with these fields needs; "
+            "gather them with calibrate(model, data, method)"
+        )
     operator, finite = _apply(w, stats, method, transposed)
     if not isinstance(finite[0], jax.core.Tracer):
         for ok, fault in zip(finite, _FAULTS, strict=True):

@@ -1,61 +1,92 @@
-"""Tables trained by gradient descent: the neural variant of any4, on the same weighted objective as the clustering."""
+"""Tables trained by gradient descent on the layer's output: the neural variant of any4.
+
+The clustering and the refit take inputs as uncorrelated. Here they are a sample of tokens, so that errors which cancel
+in the products are free to be large.
+"""
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from any4_jax import clustering, formats
+from any4_jax import formats, scaling
 
 LEARNING_RATE = 3e-3
-"""Adam's, for rows scaled to [-1, 1], where neighbouring entries of a 16-entry table are about 0.1 apart."""
+"""Adam's, for tables scaled to [-1, 1], where neighbours of 16 entries are about 0.1 apart."""
+
+HIGHEST = jax.lax.Precision.HIGHEST
 
 
-def gradient_tables(
-    rows: jax.Array, entries: int, sample_weight: jax.Array, *, init: str | None, steps: int, seed: int
+def train_tables(
+    w: jax.Array,
+    start: jax.Array,
+    scales: jax.Array,
+    offsets: jax.Array | None,
+    *,
+    group_size: int,
+    importance: jax.Array,
+    sample: jax.Array | None,
+    steps: int,
+    entries: slice = slice(None),
 ) -> jax.Array:
-    """Minimises sum_k weight_k (row_k - table[nearest])^2 over the tables by Adam.
+    """Tables of lower or equal error for each row: |sample (w - w^)^T|^2 by Adam, w^ the nearest codes' values.
 
-    The nearest entry is chosen anew at each step and the gradient passes to the chosen entries alone. The learning
-    rate decays to zero over `steps` (cosine), and the best table seen is kept.
+    The codes are chosen anew at each step and the gradient passes to the chosen entries alone. The learning rate decays
+    to zero over `steps` (cosine); the best table seen, rounded to its dtype, is kept.
 
     Args:
-      rows: [R, K] float32.
-      entries: size of a table.
-      sample_weight: [R, K] float32, not negative.
-      init: as Lloyd's; None is k-means++, which puts entries on outliers that steps this small would not reach.
+      w: float32 [R, K].
+      start: tables [R, entries] in the dtype to be stored, ascending.
+      scales, offsets: stored ones [R, ceil(K/G)], offsets may be None; they stay.
+      group_size: G.
+      importance: float32 [K]; where there is no sample the error is sum_k importance_k (w_k - w^_k)^2.
+      sample: inputs of the layer, float32 [S, K], or None.
+      steps: of Adam.
+      entries: those of a table that may change.
 
     Returns:
-      float32 [R, entries], ascending.
+      [R, entries] in the dtype of `start`, ascending.
     """
-    reach = jnp.abs(rows).max(axis=1, keepdims=True)
+    k, dtype = w.shape[1], start.dtype
+    u = scaling.normalize(w, scales, offsets, group_size)
+    s = scaling.expand(scaling.scale_values(scales), group_size, k)
+    # Rows and inputs are brought to a size of one, so that Adam's epsilon is small beside every gradient.
+    peak = jnp.abs(s).max(axis=1, keepdims=True)
+    s = s / jnp.where(peak == 0, 1.0, peak)
+    seen = jnp.sqrt(importance)[None] if sample is None else sample
+    seen = seen / jnp.maximum(jnp.sqrt(jnp.square(seen).sum()), jnp.finfo(jnp.float32).tiny)
+    first = start.astype(jnp.float32)
+    reach = jnp.abs(first).max(axis=1, keepdims=True)
     reach = jnp.where(reach == 0, 1.0, reach)
-    rows = rows / reach
-    total = sample_weight.sum(axis=1, keepdims=True)
-    share = jnp.where(total == 0, 1.0 / rows.shape[1], sample_weight / jnp.where(total == 0, 1.0, total))
-    start = clustering.kmeans_1d(
-        rows, entries, sample_weight=share, solver="lloyd", init=init, max_iter=1, seed=seed
-    ).centroids
+    movable = jnp.zeros(first.shape[1], bool).at[entries].set(True)
+    # An end that stays bounds the others.
+    lowest = jnp.where(movable[0], -jnp.inf, first[:, :1] / reach)
+    highest = jnp.where(movable[-1], jnp.inf, first[:, -1:] / reach)
     optimizer = optax.adam(optax.cosine_decay_schedule(LEARNING_RATE, max(steps, 1)))
 
-    def loss(tables):
-        codes = formats.nearest(rows, jax.lax.stop_gradient(tables))
+    def by_row(tables):
+        codes = formats.nearest(u, jax.lax.stop_gradient(tables))
         # A product with one-hot codes rather than a gather: a gather's gradient is a scatter, whose order of additions
         # is not fixed on a GPU.
-        picked = jax.nn.one_hot(codes, entries, dtype=tables.dtype)
-        chosen = jnp.einsum("rke,re->rk", picked, tables, precision=jax.lax.Precision.HIGHEST)
-        by_row = (share * (rows - chosen) ** 2).sum(axis=1)
-        return by_row.sum(), by_row
+        picked = jax.nn.one_hot(codes, tables.shape[1], dtype=tables.dtype)
+        gap = s * (u - jnp.einsum("rke,re->rk", picked, tables, precision=HIGHEST))
+        if sample is None:
+            return jnp.square(seen * gap).sum(axis=1)
+        return jnp.square(jnp.einsum("rk,sk->rs", gap, seen, precision=HIGHEST)).sum(axis=1)
+
+    def stored(tables):
+        return scaling.rounded(tables * reach, dtype).astype(jnp.float32)
+
+    def loss(tables):
+        return by_row(tables * reach).sum()
 
     def step(_, state):
-        tables, moments, best, lowest = state
-        (_, by_row), slope = jax.value_and_grad(loss, has_aux=True)(tables)
-        better = by_row < lowest
-        best = jnp.where(better[:, None], tables, best)
-        updates, moments = optimizer.update(slope, moments)
-        tables = jnp.sort(optax.apply_updates(tables, updates), axis=1)
-        return tables, moments, best, jnp.where(better, by_row, lowest)
+        tables, moments, best, least = state
+        updates, moments = optimizer.update(jax.grad(loss)(tables), moments)
+        tables = jnp.sort(jnp.clip(tables + jnp.where(movable, updates, 0.0), lowest, highest), axis=1)
+        error = by_row(stored(tables))
+        better = error < least
+        return tables, moments, jnp.where(better[:, None], stored(tables), best), jnp.where(better, error, least)
 
-    worst = jnp.full(rows.shape[0], jnp.inf)
-    tables, _, best, lowest = jax.lax.fori_loop(0, steps, step, (start, optimizer.init(start), start, worst))
-    last = loss(tables)[1] < lowest
-    return jnp.where(last[:, None], tables, best) * reach
+    tables = first / reach
+    state = (tables, optimizer.init(tables), first, by_row(first))
+    return jax.lax.fori_loop(0, steps, step, state)[2].astype(dtype)

@@ -21,6 +21,7 @@ class RoundToNearest:
     """
 
     sequential: ClassVar[bool] = False
+    samples: ClassVar[int] = 0
     group_size: int = 128
     scale_dtype: str = "bfloat16"
     table_dtype: str = "bfloat16"
