@@ -43,6 +43,7 @@ def test_the_command_measures_and_writes(tmp_path: Path, monkeypatch: pytest.Mon
         return [fixed, CASES.Case("nf4 of a text", NF4(), samples=2, length=16)]
 
     monkeypatch.setitem(sys.modules, "ablation_cases", CASES)
+    monkeypatch.syspath_prepend(FOLDER)
     monkeypatch.setattr(CASES, "STUDIES", {"small": study})
     monkeypatch.chdir(tmp_path)
     text = str(FOLDER.parent.parent / "any4_jax" / "data" / "stories.txt")

@@ -39,26 +39,32 @@ def reference(g: int) -> Case:
     return _fixed("nf4, float32 scales", NF4(group_size=g, scale_dtype="float32", table_dtype="float32"))
 
 
+def paper(g: int) -> Case:
+    """What the learned objective is told against, row by row."""
+    return Case("any4, paper's recipe", Any4.paper(group_size=g))
+
+
 def _fixed(name: str, method: Any) -> Case:
     return Case(name, method, calibrated=False)
 
 
 def _headline(g: int) -> list[Case]:
     return [
+        paper(g),
         Case("any4", Any4(group_size=g)),
         Case("any4", Any4(group_size=g), samples=8),
-        Case("any4", Any4(group_size=g), samples=128),
-        Case("any4, paper's recipe", Any4.paper(group_size=g)),
+        Case("any4, exact tables alone", Any4(group_size=g, refit=False)),
         _fixed("nf4", NF4(group_size=g)),
         _fixed(f"nf4, groups of {g // 2}", NF4(group_size=g // 2)),
         _fixed(f"nf4, groups of {g // 4}", NF4(group_size=g // 4)),
         _fixed("int4", Int(group_size=g)),
         _fixed("fp4", FP4(group_size=g)),
+        _fixed("int4, float minimum", Int(group_size=g, zero_point="float")),
         _fixed("int3", Int(bits=3, group_size=g)),
+        _fixed("int3, float minimum", Int(bits=3, group_size=g, zero_point="float")),
         Case("any3", Any4(bits=3, group_size=g)),
         Case("any3", Any4(bits=3, group_size=g), samples=8),
-        Case("any2", Any4(bits=2, group_size=g), samples=8),
-        _fixed("int4, float minimum", Int(group_size=g, zero_point="float")),
+        Case("any2", Any4(bits=2, group_size=g)),
     ]
 
 
@@ -99,7 +105,18 @@ def _initialisation(g: int) -> list[Case]:
     plain = Any4(group_size=g, refit=False)
     starts = ("kmeans++", "random", "int", "nf4")
     cases = [Case(f"Lloyd from {init}", dataclasses.replace(plain, solver="lloyd", init=init)) for init in starts]
-    return [*cases, Case("gradient", dataclasses.replace(plain, solver="gradient")), Case("exact", plain)]
+    return [*cases, Case("exact", plain)]
+
+
+def _gradient(g: int) -> list[Case]:
+    """Tables trained on the layer's output, from exact ones and from the refit's."""
+    trained = Any4(group_size=g, solver="gradient")
+    return [
+        Case("gradient, no refit", dataclasses.replace(trained, refit=False)),
+        Case("gradient", trained),
+        Case("gradient", trained, samples=8),
+        Case("gradient, 2048 tokens", dataclasses.replace(trained, sample_tokens=2048), samples=128),
+    ]
 
 
 def _bits(g: int) -> list[Case]:
@@ -114,6 +131,7 @@ STUDIES: Mapping[str, Callable[[int], list[Case]]] = {
     "calibration": _calibration,
     "term": _term,
     "initialisation": _initialisation,
+    "gradient": _gradient,
     "bits": _bits,
 }
 """By name, the cases of each study for a group size."""

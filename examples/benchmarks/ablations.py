@@ -9,13 +9,16 @@ float32 weights, dequantized, so that one program serves all; --windows N takes 
 "recovered" is the share of what nf4 (float32 scales, groups of --group-size) loses against the float model that a case
 does not lose, in nats. Tables are learned on the CPU, by the C++ solver where it is built; the model runs on jax's
 default device. "learn_seconds" are from the first layer to the last, all cores busy, compiled before.
+
+"rows_above_paper" counts the rows of all linears whose error sum_k E[x_k^2] (w_k - w^_k)^2, in float64 and of the arrays
+as stored, is above that of the published recipe's; "worst_row_ratio" is the largest ratio of the two.
 """
 
 import argparse
-import functools
+import dataclasses
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -23,7 +26,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from ablation_cases import NONE, STUDIES, Case, reference
+from ablation_cases import NONE, STUDIES, Case, paper, reference
+from ablation_model import Runner, inputs
 from flax import nnx
 
 import any4_jax as a4
@@ -32,12 +36,13 @@ from any4_jax.benchmarks import machine
 from any4_jax.cli.output import table
 from any4_jax.data import assets, texts
 from any4_jax.evaluation import Perplexity, paired_difference, perplexity
+from any4_jax.methods import Any4
 from any4_jax.models import degrid
 
 KINDS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 ERROR_TOKENS = 2048
 SHOWN = ("study", "case", "calibration", "bits_per_weight", "perplexity", "nats_lost", "nats_lost_error")
-SHOWN += ("share_recovered", "learn_seconds")
+SHOWN += ("share_recovered", "rows_above_paper", "learn_seconds")
 
 
 def main() -> None:
@@ -124,8 +129,11 @@ class Bench:
         )
         self.float = self._measure(self.model)
         # The window after the middle one, which is none of a spread of 16.
-        self.seen = dict(_inputs(self.model, found[min(len(found) // 2 + 1, len(found) - 1)][:ERROR_TOKENS]))
+        self.seen = dict(inputs(self.model, found[min(len(found) // 2 + 1, len(found) - 1)][:ERROR_TOKENS]))
         self._stats: dict[tuple, Any] = {}
+        published = paper(args.group_size)
+        self.prompt = self._statistics(dataclasses.replace(published, method=Any4()))
+        self.published = self._row_errors(self._learn(published, self._statistics(published))[0])
 
     def row(self, case: Case, first: Mapping[str, Any] | None) -> dict[str, Any]:
         """Learns and measures one case."""
@@ -138,6 +146,7 @@ class Bench:
         measured = self._measure(quantized)
         lost = paired_difference(measured, self.float)
         stored = sum(operator.nbytes for operator in operators.values())
+        ratios = self._row_errors(operators) / self.published
         return {
             "case": case.name,
             "calibration": case.calibration,
@@ -147,17 +156,19 @@ class Bench:
             "nats_lost_error": lost.error,
             "share_recovered": 0.0 if first is None else 1 - lost.mean / first["nats_lost"],
             "learn_seconds": seconds,
+            "rows_above_paper": int((ratios > 1).sum()),
+            "worst_row_ratio": float(ratios.max()),
             **{f"error_{kind}": self._output_error(kind, nodes) for kind in KINDS},
         }
 
     def _measure(self, model: Any) -> Perplexity:
-        return perplexity(_Runner(model), self.ids, seqlen=self.seqlen)
+        return perplexity(Runner(model), self.ids, seqlen=self.seqlen)
 
     def _statistics(self, case: Case) -> Mapping[str, Any]:
         """Statistics for a case, on the CPU."""
         if case.calibration == NONE:
             return {}
-        key = (case.samples, case.length, case.method if case.method.sequential else None)
+        key = (case.samples, case.length, case.method.samples, case.method if case.method.sequential else None)
         if key not in self._stats:
             data: Any = texts.prompt()
             if case.samples:
@@ -182,52 +193,28 @@ class Bench:
             begin = time.perf_counter()
             return dict(pool.map(learn, self.kernels)), time.perf_counter() - begin
 
+    def _row_errors(self, operators: Mapping[str, Any]) -> np.ndarray:
+        """Each row's error under the prompt's second moments, in float64: [rows of all linears]."""
+        found = []
+        for path, q in operators.items():
+            back = np.take_along_axis(
+                np.broadcast_to(np.asarray(q.lut, np.float64), (q.shape[0], q.lut.shape[1])),
+                np.asarray(q.unpacked_codes(), np.int64),
+                axis=1,
+            )
+            for stored, combine in ((q.scales, np.multiply), (q.offsets, np.add)):
+                if stored is not None:
+                    values = np.asarray(stored, np.float64).repeat(q.group_size, axis=1)
+                    combine(back, values[:, : q.shape[1]], out=back)
+            back -= np.asarray(self.kernels[path], np.float64).T
+            found.append(np.square(back, out=back) @ np.asarray(self.prompt[path].second_moment, np.float64))
+        return np.concatenate(found)
+
     def _output_error(self, kind: str, nodes: Mapping[str, Any]) -> float:
         """Mean over the layers of |X dW|^2 / |X W|^2, X the float model's inputs."""
         before = surgery.linears(self.model)
         paths = [path for path in self.kernels if path.endswith(kind)]
         return float(np.mean([_relative(self.seen[p], before[p].kernel[...], nodes[p].kernel[...]) for p in paths]))
-
-
-def _inputs(model: Any, ids: np.ndarray) -> Iterator[tuple[str, jax.Array]]:
-    """The input [T, K] of every linear on one window."""
-    x = model.embed(jnp.asarray(ids)[None])
-    for index, layer in enumerate(model.layers):
-        x, seen = _block(type(model).block, *nnx.split(layer), x, model.init_cache(*x.shape[:2])[0], tapped=True)
-        for site in model.sites:
-            for linear in site.linears:
-                yield f"layers.{index}.{linear}", seen[site.name][0]
-
-
-class _Runner:
-    """tokens [B, T] -> logits, block by block: one small program for all layers, which compiles in seconds where the
-    whole takes a GPU minutes."""
-
-    def __init__(self, model: Any) -> None:
-        self.model, self.layers = model, [nnx.split(layer) for layer in model.layers]
-        self.embedding = nnx.split(model.embed_tokens)
-        self.cache: Any = None
-
-    def __call__(self, tokens: jax.Array) -> jax.Array:
-        if self.cache is None:
-            self.cache = self.model.init_cache(*tokens.shape)[0]
-        x = _embed(*self.embedding, tokens)
-        for layer in self.layers:
-            x, _ = _block(type(self.model).block, *layer, x, self.cache, tapped=False)
-        return self.model.head(x)
-
-
-@functools.partial(jax.jit, static_argnames="graphdef")
-def _embed(graphdef: Any, state: Any, tokens: jax.Array) -> jax.Array:
-    return nnx.merge(graphdef, state)(tokens)
-
-
-@functools.partial(jax.jit, static_argnames=("block", "graphdef", "tapped"))
-def _block(block: Any, graphdef: Any, state: Any, x: jax.Array, cache: Any, tapped: bool) -> tuple[jax.Array, dict]:
-    seen: dict[str, jax.Array] = {}
-    positions = jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32), x.shape[:2])
-    y, _ = block(graphdef, state, x, cache, positions, seen.__setitem__ if tapped else None)
-    return y, seen
 
 
 _dense = jax.jit(a4.dequantize)
