@@ -42,8 +42,10 @@ test: lint
 	@$(call PYTEST,.venv/bin/python)
 	@[ -z "$$($(NEWEST_IF_OTHER))" ] || $(MAKE) --no-print-directory test-newest
 
+# What breaks with a version of jax breaks at any level of LLVM's optimisation, and at the least a program compiles in
+# two thirds of the time; the first run compiles as users do.
 test-newest: .venv-newest/dev.stamp
-	@$(call PYTEST,.venv-newest/bin/python) -m "not slow and not sanitize" $(CORE)
+	@XLA_FLAGS="$$XLA_FLAGS --xla_backend_optimization_level=0" $(call PYTEST,.venv-newest/bin/python) -m "not slow and not sanitize" $(CORE)
 
 # Two minutes of compiling that a change of Python code doesn't need.
 sanitize: .venv/dev.stamp
