@@ -8,7 +8,8 @@ measured on the bundled essays; published figures are of windows of 2048 tokens 
 float32 weights, dequantized, so that one program serves all; --windows N takes N windows spread evenly over the text.
 "recovered" is the share of what nf4 (float32 scales, groups of --group-size) loses against the float model that a case
 does not lose, in nats. Tables are learned on the CPU, by the C++ solver where it is built; the model runs on jax's
-default device, and tables are trained there. "learn_seconds" are from the first layer to the last, all cores busy, compiled before.
+default device, and tables are trained there. "learn_seconds" are from the first layer to the last, all cores busy,
+compiled before.
 
 "rows_above_paper" counts the rows of all linears whose error sum_k E[x_k^2] (w_k - w^_k)^2, in float64 and of the
 arrays as stored, is above that of the published recipe's; "worst_row_ratio" is the largest ratio of both.
