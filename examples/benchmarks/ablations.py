@@ -17,6 +17,7 @@ arrays as stored, is above that of the published recipe's; "worst_row_ratio" is 
 
 import argparse
 import dataclasses
+import re
 import sys
 import time
 from collections.abc import Mapping
@@ -56,6 +57,7 @@ def main() -> None:
         metavar="STUDY",
         help=f"some of {', '.join(STUDIES)}",
     )
+    parser.add_argument("--cases", metavar="REGEX", default="", help="of these, the cases whose names it is found in")
     parser.add_argument("--model", metavar="MODEL", help="what any4_jax.models.load takes, 'tiny' for a quick look")
     parser.add_argument("--text", type=Path, metavar="FILE", help="to measure on (default: the bundled essays)")
     parser.add_argument(
@@ -76,6 +78,7 @@ def main() -> None:
 
     bench = Bench(args)
     every = [(study, case) for study in args.only for case in STUDIES[study](args.group_size)]
+    every = [(study, case) for study, case in every if re.search(args.cases, case.name)]
     without = [(study, case) for study, case in every if case.samples and args.calibration_text is None]
     notes = [f"{study}, {case.name}: left out, it calibrates on a text and none was given" for study, case in without]
     rows: list[dict[str, Any]] = []
