@@ -10,9 +10,9 @@ import pytest
 
 from any4_jax import statistics, weights
 from any4_jax.methods import Any4, quantize
-from any4_jax.methods.grouped import Groups, cells_of, errors, errors_from, least_squares, levels_of, moments_of
-from any4_jax.methods.refit import Fit, refit
-from any4_jax.methods.scale_search import search_scales
+from any4_jax.refit import Fit, refit
+from any4_jax.refit.groups import Groups, cells_of, errors, errors_from, least_squares, levels_of, moments_of
+from any4_jax.refit.scale_search import search_scales
 
 N, K, G = 24, 72, 32
 # One shape and few configurations: each compiles for seconds.

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from any4_jax import clustering, formats, scaling, weights
 from any4_jax.methods.gradient import train_tables
-from any4_jax.methods.refit import Fit, refit
+from any4_jax.refit import Fit, refit
 from any4_jax.statistics import Statistics
 
 Solver = Literal["exact", "lloyd", "gradient"]
@@ -32,7 +32,7 @@ class Any4:
     A row is scaled group by group (scaling.py), its scaled weights u are clustered in one dimension, and the cluster
     centres become the row's table. The clustering minimises sum_k h_k s_k^p (u_k - table[code_k])^2, where h comes
     from the activations and s is the group scale; with h = E[x^2] and p = 2 this is the layer's output error, taken
-    as if the inputs were uncorrelated. Then table, scales and offsets are refitted to that error (refit.py).
+    as if the inputs were uncorrelated. Then table, scales and offsets are refitted to that error (any4_jax.refit).
 
     Attributes:
       bits: 4, 3 or 2.

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from any4_jax import scaling
-from any4_jax.methods.grouped import Cells, Groups, errors_from, least_squares, levels_of, moments_of
+from any4_jax.refit.groups import Cells, Groups, errors_from, least_squares, levels_of, moments_of
 
 FACTORS = (0.75, 0.8, 0.85, 0.9, 0.95, 1.0, 1.05, 1.1, 1.15)
 """Steps of 5 %: steps of 10 % leave 3 % more error, and factors beyond these are seldom the best (SmolLM2-135M)."""
