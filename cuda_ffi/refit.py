@@ -71,10 +71,14 @@ def refit(
       RuntimeError: the library can't be used; `registration.why_not(kind)` says why without raising.
     """
     registration.register(kind)
-    call = _call(kind, group_size, searches, max_rounds, free, settled, search, isa, offsets is not None)
+    stored = (lut, scales) if offsets is None else (lut, scales, offsets)
+    mantissas = tuple(jnp.finfo(a.dtype).nmant for a in stored)
+    call = _call(kind, group_size, searches, max_rounds, free, settled, search, mantissas, isa)
     tables = jnp.broadcast_to(lut, (w.shape[0], lut.shape[1]))
-    found = call(w, importance, tables, scales, *(() if offsets is None else (offsets,)))
-    return found[0] if free[0] < free[1] else lut, found[1], None if offsets is None else found[2]
+    # The handler takes and gives float32 values that the stored dtypes hold: the casts round nothing.
+    found = call(w, importance, *(a.astype(jnp.float32) for a in (tables, *stored[1:])))
+    fit = tuple(a.astype(like.dtype) for a, like in zip(found, stored, strict=True))
+    return fit[0] if free[0] < free[1] else lut, fit[1], None if offsets is None else fit[2]
 
 
 @functools.cache
@@ -86,10 +90,13 @@ def _call(
     free: tuple[int, int],
     settled: float,
     search: Search,
+    mantissas: tuple[int, ...],
     isa: str,
-    has_offsets: bool,
 ):
-    """The custom call on (w, importance, lut, scales[, offsets]) with its rule for vmap."""
+    """The custom call on float32 (w, importance, lut [N, 2**bits], scales[, offsets]) with its rule for vmap.
+
+    mantissas: bits of mantissa of the stored dtypes of lut, scales and offsets: 23 float32, 10 float16, 7 bfloat16.
+    """
     attributes = {
         "group_size": np.int64(group_size),
         "searches": np.int64(searches),
@@ -100,16 +107,15 @@ def _call(
         "factors": np.asarray(search.factors, np.float32),
         "held": np.asarray(search.held, np.float32),
         "fits": np.int64(search.fits),
+        "mantissas": np.asarray((*mantissas, 23)[:3], np.int64),
     } | ({"isa": isa} if kind == "cpu" else {})
 
     @jax.custom_batching.custom_vmap
     def call(w, importance, *fit):
-        outputs = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in fit]
         # Absent offsets are an array of no elements on either side.
-        absent = () if has_offsets else (jnp.zeros((0, 0), jnp.float32),)
-        outputs += [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in absent]
-        found = jax.ffi.ffi_call(TARGETS[kind], outputs)(w, importance, *fit, *absent, **attributes)
-        return tuple(found[: len(fit)])
+        given = fit if len(fit) == 3 else (*fit, jnp.zeros((0, 0), jnp.float32))
+        outputs = [jax.ShapeDtypeStruct(a.shape, jnp.float32) for a in given]
+        return tuple(jax.ffi.ffi_call(TARGETS[kind], outputs)(w, importance, *given, **attributes)[: len(fit)])
 
     @call.def_vmap
     def _rule(axis_size, batched, w, importance, *fit):
@@ -117,7 +123,7 @@ def _call(
             a if b else jnp.broadcast_to(a, (axis_size, *a.shape))
             for a, b in zip((w, importance, *fit), batched, strict=True)
         ]
-        whole = tuple(True for _ in fit)
+        whole = (True,) * len(fit)
         if batched[1]:
             return jax.lax.map(lambda one: call(*one), tuple(operands)), whole
         rows = [a.reshape(-1, a.shape[-1]) for a in (operands[0], *operands[2:])]
