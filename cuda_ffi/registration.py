@@ -24,6 +24,7 @@ TARGETS: dict[str, dict[str, str]] = {
     "cpu": {
         "any4_cpu_lut_product": "any4_cpu_lut_product",
         "any4_cpu_kmeans": "any4_cpu_kmeans",
+        "any4_cpu_refit": "any4_cpu_refit",
     },
     "cuda": {
         "any4_cuda_lut_product": "any4_cuda_lut_product",

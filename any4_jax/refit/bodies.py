@@ -58,7 +58,7 @@ def _native_run(w: jax.Array, importance: jax.Array, start: Fit, options: Option
 CPU = Body("cpu", "cpu", _cpu_supports, functools.partial(_native_run, kind="cpu"))
 JNP = Body("jnp", None, lambda platform: None, jnp_body.solve)
 
-BODIES: tuple[Body, ...] = (JNP,)
+BODIES: tuple[Body, ...] = (CPU, JNP)
 
 
 def _platform(w: jax.Array) -> str:
