@@ -13,16 +13,14 @@ TARGETS = {"cpu": "any4_cpu_refit", "cuda": "any4_cuda_refit"}
 
 
 class Search(NamedTuple):
-    """The search for a group's scale: each of the factors with each of the held points, then so many fits.
+    """The search for a group's scale.
 
-    factors: of the scale.
-    held: points of the table's range that stay where they are, 0 its lower end, 1 its upper; without offsets what stays
-      is zero, and the factors alone are tried.
+    starts: (factor, held) pairs. The scale is multiplied by the factor, and the point held of the table's range, 0 its
+      lower end, 1 its upper, stays where it is; without offsets what stays is zero.
     fits: least-squares fits after each start, with codes chosen anew.
     """
 
-    factors: tuple[float, ...]
-    held: tuple[float, ...]
+    starts: tuple[tuple[float, float], ...]
     fits: int
 
 
@@ -104,8 +102,8 @@ def _call(
         "first": np.int64(free[0]),
         "stop": np.int64(free[1]),
         "settled": np.float32(settled),
-        "factors": np.asarray(search.factors, np.float32),
-        "held": np.asarray(search.held, np.float32),
+        "factors": np.asarray([factor for factor, _ in search.starts], np.float32),
+        "held": np.asarray([held for _, held in search.starts], np.float32),
         "fits": np.int64(search.fits),
         "mantissas": np.asarray((*mantissas, 23)[:3], np.int64),
     } | ({"isa": isa} if kind == "cpu" else {})

@@ -11,7 +11,7 @@ import jax
 
 from any4_jax.refit import jnp_body
 from any4_jax.refit.jnp_body import Fit, Options
-from any4_jax.refit.scale_search import FACTORS, FITS, HELD
+from any4_jax.refit.scale_search import FITS, starts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +50,7 @@ def _native_run(w: jax.Array, importance: jax.Array, start: Fit, options: Option
         max_rounds=options.max_rounds,
         free=(options.first, options.stop),
         settled=jnp_body.SETTLED,
-        search=refit.Search(FACTORS, HELD, FITS),
+        search=refit.Search(starts(start.offsets is not None), FITS),
     )
     return Fit(lut, scales, offsets)
 

@@ -18,13 +18,10 @@ struct RefitOptions {
   int64_t searches;     // rounds that begin with a search for each group's scale
   int64_t max_rounds;
   float settled;  // the share of its error that a row must lose in a round to get another
-  // A search tries each factor of the scale with each point of the table's range held (0 its lower end, 1 its upper;
-  // without offsets zero is), and fits as often after each.
-  const float* factors;
-  int64_t factor_count;
-  const float* held;
-  int64_t held_count;
-  int64_t fits;
+  // A search tries `starts` starts, and fits as often after each: the scale times factors[i], with the point held[i] of
+  // the table's range where it is (0 its lower end, 1 its upper; without offsets zero is).
+  const float *factors, *held;
+  int64_t starts, fits;
   // Bits of mantissa of the stored dtypes: 23 float32, 10 float16, 7 bfloat16.
   int64_t table_mantissa, scale_mantissa, offset_mantissa;
 

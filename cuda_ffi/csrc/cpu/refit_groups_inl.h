@@ -97,11 +97,10 @@ inline Groups Search(const Cells& cells, const Nearest& nearest, const Groups& s
                      bool has_offsets) {
   Floats lowest = All(__builtin_inff());
   Groups best = start;
-  const int64_t held_count = has_offsets ? options.held_count : 1;
-  for (int64_t i = 0; i < options.factor_count * held_count; ++i) {
-    Groups tried{Rounded(start.scale * All(options.factors[i / held_count]), options.scale_mantissa), start.offset};
+  for (int64_t i = 0; i < options.starts; ++i) {
+    Groups tried{Rounded(start.scale * All(options.factors[i]), options.scale_mantissa), start.offset};
     if (has_offsets) {
-      const float still = nearest.first() + (nearest.last() - nearest.first()) * options.held[i % held_count];
+      const float still = nearest.first() + (nearest.last() - nearest.first()) * options.held[i];
       tried.offset = Rounded(start.offset + (start.scale - tried.scale) * All(still), options.offset_mantissa);
     }
     Floats error = lowest;
