@@ -47,10 +47,22 @@ ffi::Error Refit(ffi::ThreadPool pool, Floats weights, Floats importance, Floats
   if (weights.dimensions().size() != 2 || tables.dimensions().size() != 2) return Invalid("w and lut need two axes");
   if (!AreStored(mantissas)) return Invalid("stored dtypes have 23, 10 or 7 bits of mantissa");
   const int64_t count = weights.dimensions()[0], inputs = weights.dimensions()[1], entries = tables.dimensions()[1];
-  const any4::RefitOptions options{
-      inputs,     group_size, entries,         first,        stop,         searches,
-      max_rounds, settled,    factors.begin(), held.begin(), static_cast<int64_t>(factors.size()),
-      fits,       mantissas[0], mantissas[1],  mantissas[2]};
+  any4::RefitOptions options{};
+  options.inputs = inputs;
+  options.group_size = group_size;
+  options.entries = entries;
+  options.first = first;
+  options.stop = stop;
+  options.searches = searches;
+  options.max_rounds = max_rounds;
+  options.settled = settled;
+  options.factors = factors.begin();
+  options.held = held.begin();
+  options.starts = static_cast<int64_t>(factors.size());
+  options.fits = fits;
+  options.table_mantissa = mantissas[0];
+  options.scale_mantissa = mantissas[1];
+  options.offset_mantissa = mantissas[2];
   if (inputs < 1 || inputs > INT32_MAX / 2 || group_size < 1 || group_size > inputs || entries < 2 ||
       entries > any4::kMaxEntries || first < 0 || stop < first || stop > entries || fits < 1 ||
       held.size() != factors.size()) {
