@@ -8,6 +8,8 @@ import functools
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from any4_jax.refit import jnp_body
 from any4_jax.refit.jnp_body import Fit, Options
@@ -61,12 +63,15 @@ JNP = Body("jnp", None, lambda platform: None, jnp_body.solve)
 BODIES: tuple[Body, ...] = (CPU, JNP)
 
 
-def _platform(w: jax.Array) -> str:
-    """Where w lies; for a traced one the process's default."""
-    return jax.default_backend() if isinstance(w, jax.core.Tracer) else next(iter(w.devices())).platform
+def _platform(w: jax.Array | np.ndarray) -> str:
+    """Where w lies, or where it would be put; for a traced one the process's default."""
+    if isinstance(w, jax.core.Tracer):
+        return jax.default_backend()
+    placed = w if isinstance(w, jax.Array) else jnp.zeros(())
+    return next(iter(placed.devices())).platform
 
 
-def check_body(name: str, w: jax.Array) -> None:
+def check_body(name: str, w: jax.Array | np.ndarray) -> None:
     """Refuse a body that there isn't, or that can't run where w lies."""
     found = next((body for body in BODIES if body.name == name), None)
     if found is None:

@@ -11,9 +11,9 @@ import jax.numpy as jnp
 from any4_jax import scaling
 from any4_jax.refit.groups import Cells, Groups, errors_from, least_squares, levels_of, moments_of
 
-FACTORS = (0.7, 0.77, 0.84, 0.9, 0.95, 1.0, 1.05, 1.1, 1.18)
-"""Of the scale: finer where the best is likelier. Three quarters as many starts leave 0.8 % more error, a quarter more
-of them 0.6 % less (SmolLM2-135M)."""
+FACTORS = (1.0, 0.95, 1.05, 0.9, 1.1, 0.84, 1.18, 0.77, 0.7)
+"""Of the scale: finer where the best is likelier, and 1 first, since of starts that are as good the first is kept.
+Three quarters as many starts leave 0.8 % more error, a quarter more of them 0.6 % less (SmolLM2-135M)."""
 
 HELD = (0.0, 0.5, 1.0)
 """The point of the table's range that stays where it is: 0 the lower end, 1 the upper."""
