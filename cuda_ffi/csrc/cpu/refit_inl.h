@@ -44,6 +44,9 @@ inline double ErrorOf(const Layout& layout, const Cells* cells, const Nearest& n
   return error;
 }
 
+// Entries whose sums are made at a time: sums of one would wait for each other's additions, more don't fit in registers.
+constexpr int kTogether = kRegisters == 1 ? 4 : 2;
+
 // Each free entry's weighted least-squares value over the weights that use it, rounded, where it is better; ascending.
 inline void FitTable(const Layout& layout, const Workspace& space, const RefitOptions& options, const float* table,
                      float* fitted) {
@@ -54,17 +57,26 @@ inline void FitTable(const Layout& layout, const Workspace& space, const RefitOp
     const Groups groups = space.tried[b];
     ForLevels(cells, nearest, groups, [&](int64_t i, const Floats& level) { Store(space.levels + i * kLanes, level); });
     const Floats &s = groups.scale, shift = groups.offset - cells.mean;
-    for (int64_t e = options.first; e < options.stop; ++e) {
-      // Entries that are equal are one level: all its weights move with each of them.
-      const Floats entry = All(table[e]);
-      Floats share = All(0), moved = All(0);
-      for (int64_t i = 0; i < cells.steps; ++i) {
-        const Floats h = Where(Load(space.levels + i * kLanes) == entry, Load(cells.h + i * kLanes), All(0));
-        share = share + h;
-        moved = moved + h * Load(cells.distance + i * kLanes);
+    for (int64_t first = options.first; first < options.stop; first += kTogether) {
+      Floats entry[kTogether], share[kTogether], moved[kTogether];
+      for (int j = 0; j < kTogether; ++j) {
+        // Entries that are equal are one level: all its weights move with each of them. None is at NaN.
+        entry[j] = All(first + j < options.stop ? table[first + j] : __builtin_nanf(""));
+        share[j] = moved[j] = All(0);
       }
-      mass[e] += SumOf(s * s * share);
-      pull[e] += SumOf(s * (moved - shift * share));
+      for (int64_t i = 0; i < cells.steps; ++i) {
+        const Floats level = Load(space.levels + i * kLanes), h = Load(cells.h + i * kLanes);
+        const Floats distance = Load(cells.distance + i * kLanes);
+        for (int j = 0; j < kTogether; ++j) {
+          const Floats used = Where(level == entry[j], h, All(0));
+          share[j] = share[j] + used;
+          moved[j] = moved[j] + used * distance;
+        }
+      }
+      for (int j = 0; j < kTogether && first + j < options.stop; ++j) {
+        mass[first + j] += SumOf(s * s * share[j]);
+        pull[first + j] += SumOf(s * (moved[j] - shift * share[j]));
+      }
     }
   }
   for (int64_t e = 0; e < options.entries; ++e) {
