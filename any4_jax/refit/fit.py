@@ -19,8 +19,9 @@ def refit(
 ) -> Fit:
     """A fit of lower or equal error sum_k h_k (w_k - lut[c_k] s_g(k) - o_g(k))^2 for each row.
 
-    A row's result depends on nothing but the row and the importance; w * 2**n, with scales and offsets * 2**n, gives
-    scales and offsets * 2**n exactly, where no stored dtype over- or underflows.
+    A row's result depends on nothing but the row and the importance (and in "jnp" the number of rows, by rounding);
+    w * 2**n, with scales and offsets * 2**n, gives scales and offsets * 2**n exactly, where no stored dtype over- or
+    underflows.
 
     Args:
       w: float32 [R, K].

@@ -3,9 +3,9 @@
     python examples/benchmarks/solver.py --out examples/benchmarks/results/solver.json
 
 The rows are normal, weighted, K values each. scikit-learn is timed on a few of them, with its own threads and as any4's
-original calls it (k-means++, one start); our solvers on all of them, compiled before they are timed, and last the default
-recipe, which also refits table, scales and offsets. The growth of peak memory, over the bytes of the matrix, is beyond
-all that ran before in the process.
+original calls it (k-means++, one start); our solvers on all of them, compiled before they are timed, and last the
+default recipe, which also refits table, scales and offsets. The growth of peak memory, over the bytes of the matrix, is
+beyond all that ran before in the process.
 """
 
 import argparse

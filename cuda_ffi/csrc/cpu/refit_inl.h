@@ -95,7 +95,7 @@ inline void RefitRow(const Layout& layout, const Workspace& space, const RefitOp
   double noise = 0;
   for (int64_t b = 0; b < layout.blocks; ++b) {
     const Cells& cells = space.cells[b];
-    noise += SumOf(cells.spread + cells.mass * cells.mean * cells.mean);
+    noise += SumOf(cells.spread + cells.mass * cells.mean * cells.mean) / static_cast<double>(layout.parts);
   }
   double before = ErrorOf(layout, space.cells, Nearest(table, options.entries), space.groups);
   // What is left of a row that the start holds exactly: float32 knows weights to 2^-24 of themselves.

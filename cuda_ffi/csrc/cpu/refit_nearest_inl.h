@@ -16,7 +16,7 @@ namespace {
 class Nearest {
  public:
   // Of `count` entries; a shorter table is filled up with entries that nothing is near to.
-  Nearest(const float* entries, int64_t count) : count_(count) {
+  Nearest(const float* entries, int64_t count) {
     for (int64_t i = 0; i < kMaxEntries; ++i) {
       values_[i] = entries[i < count ? i : count - 1];
       middles_[i] = i + 1 < count ? (entries[i] + entries[i + 1]) / 2 : __builtin_inff();
@@ -34,6 +34,8 @@ class Nearest {
     sixteenths_ = Every(middles_, 2, 0);
     even_ = Every(values_, 2, 0);
     odd_ = Every(values_, 2, 1);
+#else
+    borders_ = count - 1;
 #endif
   }
 
@@ -69,7 +71,7 @@ class Nearest {
     });
 #else
     Floats level = All(values_[0]);
-    for (int64_t i = 0; i + 1 < count_; ++i) level = Where(All(middles_[i]) < u, All(values_[i + 1]), level);
+    for (int64_t i = 0; i < borders_; ++i) level = Where(All(middles_[i]) < u, All(values_[i + 1]), level);
     return level;
 #endif
   }
@@ -78,10 +80,9 @@ class Nearest {
   float last() const { return values_[kMaxEntries - 1]; }
 
  private:
-  int64_t count_;
   float values_[kMaxEntries], middles_[kMaxEntries];
 #if defined(__AVX512F__)
-  // Border of each entry number that is a multiple of `stride`: the one `place` further.
+  // For each number that is a multiple of `stride`, the border `place` above it, in all lanes up to the next.
   __m512 Every(int stride, int place) const {
     float borders[kLanes];
     for (int i = 0; i < kLanes; ++i) borders[i] = middles_[i / stride * stride + place];
@@ -89,12 +90,15 @@ class Nearest {
   }
   __m512 table_, half_, quarters_, eighths_, sixteenths_;
 #elif defined(__AVX2__)
+  // What lies `place` above each multiple of `stride`, one after another.
   static __m256 Every(const float* from, int stride, int place) {
     float taken[8];
     for (int i = 0; i < 8; ++i) taken[i] = from[i * stride % kMaxEntries + place];
     return _mm256_loadu_ps(taken);
   }
   __m256 half_, quarters_, eighths_, sixteenths_, even_, odd_;
+#else
+  int64_t borders_;
 #endif
 };
 
