@@ -136,7 +136,7 @@ def test_without_a_library(monkeypatch):
 
 
 def test_a_body_that_runs_elsewhere_is_refused():
-    reason = bodies.CPU.supports("gpu")
+    reason = bodies.CPU.supports("gpu", "exact")
     assert reason is not None and "'gpu'" in reason
 
 
