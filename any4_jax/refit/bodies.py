@@ -41,6 +41,14 @@ def _cpu_supports(platform: str) -> str | None:
     return registration.why_not("cpu")
 
 
+def _cuda_supports(platform: str) -> str | None:
+    if platform != "gpu":
+        return f"it is CUDA for NVIDIA GPUs, the rows are on {platform!r}"
+    from cuda_ffi import registration
+
+    return registration.why_not("cuda")
+
+
 def _native_run(w: jax.Array, importance: jax.Array, start: Fit, options: Options, *, kind: str) -> Fit:
     from cuda_ffi import refit
 
@@ -57,10 +65,11 @@ def _native_run(w: jax.Array, importance: jax.Array, start: Fit, options: Option
     return Fit(lut, scales, offsets)
 
 
+CUDA = Body("cuda", "cuda", _cuda_supports, functools.partial(_native_run, kind="cuda"))
 CPU = Body("cpu", "cpu", _cpu_supports, functools.partial(_native_run, kind="cpu"))
 JNP = Body("jnp", None, lambda platform: None, jnp_body.solve)
 
-BODIES: tuple[Body, ...] = (CPU, JNP)
+BODIES: tuple[Body, ...] = (CUDA, CPU, JNP)
 
 
 def _platform(w: jax.Array | np.ndarray) -> str:

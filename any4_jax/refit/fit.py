@@ -31,8 +31,8 @@ def refit(
       searches: rounds that begin with a search for each group's scale.
       max_rounds: rounds at most; they end before where all rows have settled.
       entries: those of the table that may change, a range without steps.
-      body: "cpu" (C++) or "jnp" (everywhere); None takes the first that works where the program runs. They differ by
-        float32 rounding, which may choose another of scales that are as good.
+      body: "cuda" (NVIDIA GPUs), "cpu" (C++) or "jnp" (everywhere); None takes the first that works where the program
+        runs. They differ by float32 rounding, which may choose another of scales that are as good.
 
     Raises:
       ValueError: the named body can't run here.
