@@ -96,7 +96,7 @@ __device__ void Assign(const float* values, const float* weights, int length, in
   }
 }
 
-__global__ void __launch_bounds__(kThreads, 2) Solve(const KMeansRows rows, const KMeansResult result, char* scratch,
+__global__ void __launch_bounds__(kThreads) Solve(const KMeansRows rows, const KMeansResult result, char* scratch,
                                                   const int64_t slot_bytes) {
   __shared__ Shared shared;
   // Shared, since its pointers would take half of a thread's registers.

@@ -1,7 +1,7 @@
 // The memory that a row is solved in.
 //
-// It lies in device memory, for any length of row: what a layer of the dynamic program reads of it, some hundred
-// kilobytes, stays in the caches. Shared memory would hold rows of 4096 values on Hopper, and on no other.
+// It lies in device memory, for any length of row: of what a layer of the dynamic program reads, some hundred kilobytes,
+// the caches keep the most. Shared memory would hold rows of 4096 values on Hopper, and on no other.
 #pragma once
 
 #include <cstdint>
@@ -10,7 +10,7 @@
 
 namespace any4 {
 
-constexpr int kThreads = 512, kWarps = kThreads / 32;
+constexpr int kThreads = 1024, kWarps = kThreads / 32;
 // Values whose intervals are cut at the same points: one a lane.
 constexpr int kLanes = 32;
 constexpr unsigned kAll = 0xffffffffu;
