@@ -7,7 +7,7 @@
 
 namespace any4 {
 
-constexpr int kMostFactors = 32, kMostHeld = 8;
+constexpr int kMostStarts = 64;
 
 struct RefitRows {
   const float* w;           // [count, length]
@@ -24,9 +24,10 @@ struct RefitOptions {
   int searches, max_rounds;  // rounds that begin with a search, and all rounds at most
   int first, stop;           // the table's entries that may change
   float settled;             // a row whose error falls by less than this share is left alone
-  int fits;                  // least-squares fits after each start of a search
-  int factor_count, held_count;
-  float factors[kMostFactors], held[kMostHeld];
+  // A search's starts: the scale is multiplied by a factor, and a point of the table's range held, 0 its lower end, 1
+  // its upper. Each is followed by so many least-squares fits.
+  int starts, fits;
+  float factors[kMostStarts], held[kMostStarts];
   int lut_mantissa, scale_mantissa, offset_mantissa;  // bits: 23 float32, 10 float16, 7 bfloat16
 };
 

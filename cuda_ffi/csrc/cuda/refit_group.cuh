@@ -120,16 +120,17 @@ __device__ float ErrorFrom(const Group& group, const Moments& sums, Affine at) {
          offset * (2 * at.scale * sums.t + offset * group.mass);
 }
 
-// Scale and offset of least error for the levels, rounded; a group of one level keeps its scale.
-__device__ Affine LeastSquares(const Group& group, const Moments& sums, float old_scale, bool offsets,
+// Scale and offset of least error for the levels, rounded; a group of one level keeps its scale, one without importance
+// its offset.
+__device__ Affine LeastSquares(const Group& group, const Moments& sums, Affine old, bool offsets,
                                const RefitOptions& options) {
   const float mean_level = sums.t / (group.mass == 0 ? 1.0f : group.mass);
   // Without offsets about zero, not about the mean: sum h t w.
   const float spread = offsets ? sums.tt - sums.t * mean_level : sums.tt;
   const float product = offsets ? sums.tw : sums.tw + group.mean * sums.t;
   const float scale = product / (spread > 0 ? spread : 1.0f);
-  const float rounded = Rounded(spread > 0 && scale > 0 ? scale : old_scale, options.scale_mantissa);
-  if (!offsets) return {rounded, 0};
+  const float rounded = Rounded(spread > 0 && scale > 0 ? scale : old.scale, options.scale_mantissa);
+  if (!offsets || group.mass == 0) return {rounded, old.offset};
   return {rounded, Rounded(group.mean - rounded * mean_level, options.offset_mantissa)};
 }
 
@@ -140,23 +141,21 @@ __device__ Affine Search(const Group& group, const Table<kLevels>& table, Affine
                          const RefitOptions& options) {
   float lowest = CUDART_INF_F;
   Affine best = start;
-  for (int f = 0; f < options.factor_count; ++f) {
-    for (int p = 0; p < (offsets ? options.held_count : 1); ++p) {
-      Affine at{Rounded(start.scale * options.factors[f], options.scale_mantissa), 0};
-      if (offsets) {
-        const float held = table.values[0] + (table.values[kLevels - 1] - table.values[0]) * options.held[p];
-        at.offset = Rounded(start.offset + (start.scale - at.scale) * held, options.offset_mantissa);
-      }
-      float error = lowest;
-      for (int fit = 0; fit < options.fits; ++fit) {
-        const Moments sums = MomentsOf(group, table, at);
-        at = LeastSquares(group, sums, at.scale, offsets, options);
-        error = ErrorFrom(group, sums, at);
-      }
-      if (error < lowest) {
-        lowest = error;
-        best = at;
-      }
+  for (int i = 0; i < options.starts; ++i) {
+    Affine at{Rounded(start.scale * options.factors[i], options.scale_mantissa), start.offset};
+    if (offsets) {
+      const float still = table.values[0] + (table.values[kLevels - 1] - table.values[0]) * options.held[i];
+      at.offset = Rounded(start.offset + (start.scale - at.scale) * still, options.offset_mantissa);
+    }
+    float error = lowest;
+    for (int fit = 0; fit < options.fits; ++fit) {
+      const Moments sums = MomentsOf(group, table, at);
+      at = LeastSquares(group, sums, at, offsets, options);
+      error = ErrorFrom(group, sums, at);
+    }
+    if (error < lowest) {
+      lowest = error;
+      best = at;
     }
   }
   return best;

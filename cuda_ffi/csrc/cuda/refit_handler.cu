@@ -43,9 +43,9 @@ ffi::Error Refit(cudaStream_t stream, ffi::ScratchAllocator scratch, ffi::Buffer
       (has_offsets && (!HasShape(offsets, count, groups) || !HasShape(*new_offsets, count, groups)))) {
     return Invalid("the shapes of its operands don't fit together");
   }
-  if (factors.size() > any4::kMostFactors || held.size() < 1 || held.size() > any4::kMostHeld ||
-      mantissas.size() != 3 || !std::all_of(mantissas.begin(), mantissas.end(), IsMantissa)) {
-    return Invalid("need up to 32 factors, 1 to 8 held points, and dtypes of 23, 10 or 7 bits of mantissa");
+  if (factors.size() > any4::kMostStarts || held.size() != factors.size() || mantissas.size() != 3 ||
+      !std::all_of(mantissas.begin(), mantissas.end(), IsMantissa)) {
+    return Invalid("need up to 64 pairs of factors and held points, and dtypes of 23, 10 or 7 bits of mantissa");
   }
   if (count == 0) return ffi::Error::Success();
   const any4::RefitRows rows{w.typed_data(),
@@ -64,9 +64,8 @@ ffi::Error Refit(cudaStream_t stream, ffi::ScratchAllocator scratch, ffi::Buffer
   options.first = static_cast<int>(first);
   options.stop = static_cast<int>(stop);
   options.settled = settled;
+  options.starts = static_cast<int>(factors.size());
   options.fits = static_cast<int>(fits);
-  options.factor_count = static_cast<int>(factors.size());
-  options.held_count = static_cast<int>(held.size());
   std::copy(factors.begin(), factors.end(), options.factors);
   std::copy(held.begin(), held.end(), options.held);
   options.lut_mantissa = static_cast<int>(mantissas[0]);
