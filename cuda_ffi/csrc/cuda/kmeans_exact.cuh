@@ -77,7 +77,8 @@ __device__ int FindStart(const Slot& slot, const float* before, int j, float wit
   // Bits of floats that are not negative are in the floats' order.
   const unsigned best = __reduce_min_sync(kAll, __float_as_uint(least));
   const int index = __reduce_min_sync(kAll, __float_as_uint(least) == best ? found : high);
-  return max(index, low);
+  // Other candidates of its bounds' blocks are as good, but rounding must not exchange two blocks' starts.
+  return min(max(index, low), high);
 }
 
 __device__ int FindBlockStart(const Slot& slot, const float* before, int block, int low, int high) {
@@ -121,7 +122,9 @@ __device__ void FillLayer(const Slot& slot, const float* before, const int* star
   if (threadIdx.x == 0) after[0] = 0;
   const auto take = [&] { return __shfl_sync(kAll, lane == 0 ? atomicAdd(next, 1) : 0, 0); };
   for (int b = take(); b < slot.blocks; b = take()) {
-    const int low = b > 0 ? starts[b - 1] : 0, high = starts[b], own = b * kLanes;
+    // The ends of two warps' runs are found apart, and may be exchanged where candidates are equal but for rounding.
+    const int start = starts[b], previous = b > 0 ? starts[b - 1] : 0, own = b * kLanes;
+    const int low = min(previous, start), high = max(previous, start);
     float least = CUDART_INF_F, run_least = CUDART_INF_F, error = 0, distance = 0, share = 0;
     int level = -1;
     const int stop = min(high / kLanes + 1, b);
