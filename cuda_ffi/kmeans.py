@@ -65,6 +65,23 @@ def lloyd(
     return _call(k, start, max_iter, isa)(rows, none if weights is None else weights, numbers, tol)
 
 
+def folded(call, axis_size: int, batched, rows: jax.Array, weights: jax.Array):
+    """What a rule of custom_vmap returns for `call(rows, weights)`: one call, with more rows.
+
+    Args:
+      batched: whether rows, and whether weights have the mapped axis, their first; further entries are ignored.
+      weights: of no elements for absent ones.
+    """
+    rows = rows if batched[0] else jnp.broadcast_to(rows, (axis_size, *rows.shape))
+    shape = rows.shape
+    if batched[1] and weights.ndim == 2:
+        weights = weights[:, None]
+    if weights.size > 0 and weights.ndim > 1:
+        weights = jnp.broadcast_to(weights, shape).reshape(-1, shape[-1])
+    found = call(rows.reshape(-1, shape[-1]), weights)
+    return tuple(a.reshape(*shape[:2], *a.shape[1:]) for a in found), (True, True, True)
+
+
 @functools.cache
 def _call(k: int, start: str, max_iter: int, isa: str):
     """The custom call on (rows, weights, numbers, tol) with its rule for vmap; weights of no elements are absent."""
@@ -91,13 +108,6 @@ def _call(k: int, start: str, max_iter: int, isa: str):
                 for a, b in zip((rows, weights, numbers, tol), batched, strict=True)
             ]
             return jax.lax.map(lambda one: call(*one), taken), (True, True, True)
-        rows = rows if batched[0] else jnp.broadcast_to(rows, (axis_size, *rows.shape))
-        shape = rows.shape
-        if batched[1] and weights.ndim == 2:
-            weights = weights[:, None]
-        if weights.size > 0 and weights.ndim > 1:
-            weights = jnp.broadcast_to(weights, shape).reshape(-1, shape[-1])
-        found = call(rows.reshape(-1, shape[-1]), weights, numbers, tol)
-        return tuple(a.reshape(*shape[:2], *a.shape[1:]) for a in found), (True, True, True)
+        return folded(lambda rows, weights: call(rows, weights, numbers, tol), axis_size, batched, rows, weights)
 
     return call

@@ -24,10 +24,13 @@ TARGETS: dict[str, dict[str, str]] = {
     "cpu": {
         "any4_cpu_lut_product": "any4_cpu_lut_product",
         "any4_cpu_kmeans": "any4_cpu_kmeans",
+        "any4_cpu_refit": "any4_cpu_refit",
     },
     "cuda": {
         "any4_cuda_lut_product": "any4_cuda_lut_product",
         "any4_cuda_lut_dequantize": "any4_cuda_lut_dequantize",
+        "any4_cuda_kmeans": "any4_cuda_kmeans",
+        "any4_cuda_refit": "any4_cuda_refit",
     },
 }
 """For each kind of library, its handlers: symbol in the library -> name of XLA's target."""

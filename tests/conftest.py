@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
@@ -10,6 +11,8 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+
+from cuda_ffi import registration
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -69,3 +72,28 @@ def count_compiles() -> Callable[[], AbstractContextManager[Compiles]]:
             jax.monitoring.unregister_event_duration_listener(listen)
 
     return counting
+
+
+@pytest.fixture
+def library() -> ctypes.CDLL:
+    """The loaded C++ library; the test is skipped where there is none."""
+    reason = registration.why_not("cpu")
+    if reason is not None:
+        pytest.skip(reason)
+    return registration.register("cpu")
+
+
+@pytest.fixture(params=("portable", "avx2", "avx512"))
+def isa(request: pytest.FixtureRequest, library: ctypes.CDLL) -> str:
+    """Each instruction set that the library's code is compiled for and this processor has."""
+    if not library.any4_cpu_has_isa(request.param.encode()):
+        pytest.skip(f"this processor has no {request.param}")
+    return request.param
+
+
+@pytest.fixture
+def one_thread(library: ctypes.CDLL) -> Iterator[None]:
+    """The library's handlers work on one thread, until the test lets them have more."""
+    library.any4_cpu_limit_threads(1)
+    yield
+    library.any4_cpu_limit_threads(0)

@@ -71,7 +71,7 @@ def partition_error(x: np.ndarray, w: np.ndarray, codes: np.ndarray) -> float:
 @pytest.fixture(params=[body.name for body in bodies.BODIES])
 def body(request) -> str:
     """Each of the solver's bodies that works here."""
-    reason = next(b for b in bodies.BODIES if b.name == request.param).supports(jax.default_backend())
+    reason = next(b for b in bodies.BODIES if b.name == request.param).supports(jax.default_backend(), "exact")
     if reason is not None:
         pytest.skip(reason)
     return request.param
@@ -95,6 +95,10 @@ def mixed() -> np.ndarray:
 
 
 def solve(rows, weights=ones, solver="exact", init=None, chunk_rows=R, **options):
+    named = next((b for b in bodies.BODIES if b.name == options.get("body")), bodies.JNP)
+    reason = named.supports(jax.default_backend(), solver)
+    if reason is not None:
+        pytest.skip(reason)
     result = kmeans_1d(rows, 16, sample_weight=weights, solver=solver, init=init, chunk_rows=chunk_rows, **options)
     return jax.tree.map(np.asarray, result)
 
@@ -281,7 +285,7 @@ def test_low_precision_and_tracing(body):
         ({"solver": "lloyd", "init": "nf4", "k": 8}, ValueError, "nf4"),
         ({"max_iter": 0}, ValueError, "max_iter"),
         ({"chunk_rows": 0}, ValueError, "chunk_rows"),
-        ({"body": "cuda"}, ValueError, "'cpu', 'jnp'"),
+        ({"body": "best"}, ValueError, "'cuda', 'cpu', 'jnp'"),
     ],
 )
 def test_refusals(change, error, words):

@@ -26,15 +26,6 @@ why_not = registration.why_not("cpu")
 native = pytest.mark.skipif(why_not is not None, reason=str(why_not))
 
 
-@pytest.fixture(params=["avx512", "avx2", "portable"])
-def isa(request: pytest.FixtureRequest) -> str:
-    if why_not is not None:
-        pytest.skip(why_not)
-    if not registration.register("cpu").any4_cpu_has_isa(request.param.encode()):
-        pytest.skip(f"this processor has no {request.param}")
-    return request.param
-
-
 def leaf(
     n: int,
     k: int,

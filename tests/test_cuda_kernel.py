@@ -378,5 +378,5 @@ def test_every_handler_has_its_row() -> None:
         for line in path.read_text(encoding="utf-8").splitlines()
         if line.startswith("XLA_FFI_DEFINE_HANDLER_SYMBOL(")
     }
-    assert defined == set(registration.TARGETS["cuda"]) == {PRODUCT, DEQUANTIZE}
+    assert defined == set(registration.TARGETS["cuda"]) > {PRODUCT, DEQUANTIZE}
     assert lut_product_cuda.PLANES[3] == (2, 1)

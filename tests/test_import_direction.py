@@ -18,7 +18,7 @@ LAYERS = (
     ("scaling", "packing", "partition"),
     ("weights",),
     ("quantized_input", "backends"),
-    ("clustering", "matmul", "statistics"),
+    ("clustering", "refit", "matmul", "statistics"),
     ("lookup", "methods", "together"),
     ("kv_cache",),
     ("nn",),
@@ -35,7 +35,7 @@ LEVEL = {name: level for level, row in enumerate(LAYERS) for name in row}
 TOP = LEVEL["cli"]
 
 KERNEL_PACKAGES = ("pallas_kernels", "cuda_ffi")
-KERNEL_USERS = ("backends", "matmul", "clustering", "kv_cache")
+KERNEL_USERS = ("backends", "matmul", "clustering", "refit", "kv_cache")
 KERNEL_IMPORTS = frozenset(sys.stdlib_module_names) | {"jax", "numpy"}
 
 FORBIDDEN_MODULES = frozenset({"pickle", "cPickle", "cloudpickle", "dill", "marshal", "shelve"})

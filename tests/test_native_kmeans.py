@@ -6,7 +6,6 @@ What both bodies must do, tests/test_clustering.py asks of each.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -17,31 +16,7 @@ from test_clustering import METHODS, ROWS, least_error, make_rows, make_weights,
 from any4_jax.clustering import bodies, inits, kmeans_1d
 from cuda_ffi import kmeans, registration
 
-ISAS = ("portable", "avx2", "avx512")
 LENGTH = 160
-
-
-@pytest.fixture
-def library():
-    """The loaded library; the test is skipped where there is none."""
-    reason = registration.why_not("cpu")
-    if reason is not None:
-        pytest.skip(reason)
-    return registration.register("cpu")
-
-
-@pytest.fixture(params=ISAS)
-def isa(request, library) -> str:
-    if not library.any4_cpu_has_isa(request.param.encode()):
-        pytest.skip(f"this processor has no {request.param}")
-    return request.param
-
-
-@pytest.fixture
-def one_thread(library) -> Iterator[None]:
-    library.any4_cpu_limit_threads(1)
-    yield
-    library.any4_cpu_limit_threads(0)
 
 
 def solve(rows, weights=None, k=16, solver="exact", init=None, isa="auto"):
@@ -161,7 +136,7 @@ def test_without_a_library(monkeypatch):
 
 
 def test_a_body_that_runs_elsewhere_is_refused():
-    reason = bodies.CPU.supports("gpu")
+    reason = bodies.CPU.supports("gpu", "exact")
     assert reason is not None and "'gpu'" in reason
 
 

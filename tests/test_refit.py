@@ -1,4 +1,7 @@
-"""The refit on stored dtypes: it never raises a row's error, each part lowers it, what it may not change it leaves."""
+"""The refit on stored dtypes: it never raises a row's error, each part lowers it, what it may not change it leaves.
+
+What else the C++ body must do, tests/test_native_refit.py asks.
+"""
 
 import dataclasses
 import functools
@@ -10,9 +13,9 @@ import pytest
 
 from any4_jax import statistics, weights
 from any4_jax.methods import Any4, quantize
-from any4_jax.methods.grouped import Groups, cells_of, errors, errors_from, least_squares, levels_of, moments_of
-from any4_jax.methods.refit import Fit, refit
-from any4_jax.methods.scale_search import search_scales
+from any4_jax.refit import Fit, bodies, refit
+from any4_jax.refit.groups import Groups, cells_of, errors, errors_from, least_squares, levels_of, moments_of
+from any4_jax.refit.scale_search import search_scales
 
 N, K, G = 24, 72, 32
 # One shape and few configurations: each compiles for seconds.
@@ -40,7 +43,8 @@ def stored_error(q: weights.QuantizedTensor) -> np.ndarray:
     """Each row's error sum_k h_k (w_k - w^_k)^2 in float64, from the stored arrays alone: [N]."""
     back = np.take_along_axis(np.asarray(q.lut, np.float64), np.asarray(q.unpacked_codes(), np.int64), axis=1)
     for stored, combine in ((q.scales, np.multiply), (q.offsets, np.add)):
-        back = combine(back, np.asarray(stored, np.float64).repeat(G, axis=1)[:, :K])
+        if stored is not None:
+            back = combine(back, np.asarray(stored, np.float64).repeat(G, axis=1)[:, :K])
     return (H * (back - W) ** 2).sum(axis=1)
 
 
@@ -48,19 +52,29 @@ def learned(method: Any4) -> weights.QuantizedTensor:
     return quantize(jnp.asarray(W), method, STATS)
 
 
-jitted = jax.jit(refit, static_argnums=3, static_argnames=("searches", "max_rounds"))
+@pytest.fixture(params=[body.name for body in bodies.BODIES])
+def body(request) -> str:
+    """Each of the refit's bodies that works here."""
+    reason = next(b for b in bodies.BODIES if b.name == request.param).supports(jax.default_backend())
+    if reason is not None:
+        pytest.skip(reason)
+    return request.param
 
 
-def rounds(number: int, start: weights.QuantizedTensor, w: jax.Array) -> Fit:
-    fit = Fit(start.lut, start.scales, start.offsets)
-    return jitted(w, STATS.second_moment, fit, G, searches=1, max_rounds=number)
+@functools.cache
+def start() -> weights.QuantizedTensor:
+    return learned(PLAIN)
 
 
-def test_no_round_raises_a_rows_error() -> None:
-    start = learned(PLAIN)
-    before = [stored_error(start)]
+def rounds(number: int, w: jax.Array, body: str) -> Fit:
+    fit = Fit(start().lut, start().scales, start().offsets)
+    return refit(w, STATS.second_moment, fit, G, searches=1, max_rounds=number, body=body)
+
+
+def test_no_round_raises_a_rows_error(body) -> None:
+    before = [stored_error(start())]
     for number in (1, 3):
-        fit = rounds(number, start, jnp.asarray(W))
+        fit = rounds(number, jnp.asarray(W), body)
         before.append(stored_error(weights.encode(jnp.asarray(W), *fit, bits=4, group_size=G)))
         assert (before[-1] <= before[-2] * (1 + 1e-6)).all()
     assert before[1].sum() < 0.95 * before[0].sum()
@@ -81,21 +95,34 @@ def test_every_row_is_below_the_published_recipe(fields) -> None:
     assert ours.sum() < 0.9 * paper.sum()
 
 
-def test_a_refit_goes_nowhere_from_what_is_exact() -> None:
+def test_a_refit_goes_nowhere_from_what_is_exact(body) -> None:
     """All weights are on the stored table already: no error, nothing to win, nothing changes."""
-    start = learned(PLAIN)
-    fit = rounds(3, start, weights.dequantize(start))
-    for ours, theirs in zip(fit, (start.lut, start.scales, start.offsets), strict=True):
+    fit = rounds(3, weights.dequantize(start()), body)
+    for ours, theirs in zip(fit, (start().lut, start().scales, start().offsets), strict=True):
         np.testing.assert_array_equal(ours, theirs)
 
 
-def test_the_ends_of_a_table_may_be_held() -> None:
-    start = learned(PLAIN)
-    fit = Fit(start.lut, start.scales, start.offsets)
-    inner = functools.partial(refit, group_size=G, searches=0, max_rounds=2, entries=slice(1, -1))
-    held = jax.jit(inner)(jnp.asarray(W), STATS.second_moment, fit)
-    np.testing.assert_array_equal(held.lut[:, [0, -1]], start.lut[:, [0, -1]])
-    assert (np.asarray(held.lut) != np.asarray(start.lut)).any()
+def test_the_ends_of_a_table_may_be_held(body) -> None:
+    fit = Fit(start().lut, start().scales, start().offsets)
+    options = {"searches": 0, "max_rounds": 2, "entries": slice(1, -1)}
+    held = refit(jnp.asarray(W), STATS.second_moment, fit, G, **options, body=body)
+    np.testing.assert_array_equal(held.lut[:, [0, -1]], start().lut[:, [0, -1]])
+    assert (np.asarray(held.lut) != np.asarray(start().lut)).any()
+
+
+@pytest.mark.parametrize("body", [b.name for b in bodies.BODIES[:-1]], indirect=True)
+@pytest.mark.parametrize("fields", [{}, {"bits": 3, "symmetric": True, "scale_dtype": "float16"}], ids=["4", "3"])
+def test_bodies_agree(fields, body) -> None:
+    """In what they reach: float32 rounding may choose another of two scales that are as good."""
+    begun = learned(dataclasses.replace(PLAIN, **fields))
+    fit = Fit(begun.lut, begun.scales, begun.offsets)
+    bits = fields.get("bits", 4)
+    reached = []
+    for name in ("jnp", body):
+        found = refit(jnp.asarray(W), STATS.second_moment, fit, G, searches=1, max_rounds=3, body=name)
+        reached.append(stored_error(weights.encode(jnp.asarray(W), *found, bits=bits, group_size=G)))
+    assert (np.abs(reached[1] / reached[0] - 1) < 1e-3).mean() > 0.9
+    np.testing.assert_allclose(reached[1].sum(), reached[0].sum(), rtol=1e-3)
 
 
 @pytest.mark.parametrize("offsets", [True, False], ids=["with offsets", "without"])

@@ -90,8 +90,9 @@ def kmeans_1d(
         row's weighted variance. Every row uses the same random numbers.
     chunk_rows: rows that "jnp" solves together (None: chosen from K). It bounds memory and changes no bit of the
         result, and neither does the order of the rows; rows * 2**n gives centroids * 2**n exactly.
-    body: "cpu" (C++) or "jnp" (everywhere); None takes the first that works where the program runs. They agree up to
-        float32 rounding, and in the codes where no other clustering is as good.
+    body: "cuda" (NVIDIA GPUs, the exact solver alone), "cpu" (C++) or "jnp" (everywhere); None takes the first that
+        works where the program runs. They agree up to float32 rounding, and in the codes where no other clustering is
+        as good.
 
     Weights more than 1e30 times smaller than a row's largest count as zero. Works under jit, where values are
     not checked. Raises ValueError for bad shapes, options, NaN, infinities, negative weights or a named body that
@@ -110,10 +111,10 @@ def kmeans_1d(
         _check_values("sample_weight", sample_weight, signed=False)
     traced = isinstance(rows, jax.core.Tracer) or isinstance(sample_weight, jax.core.Tracer)
     if body is not None:
-        check_body(body, rows)
+        check_body(body, rows, solver)
     elif not traced:
         # Known now: nothing else need be traced.
-        body = choose(rows)
+        body = choose(rows, solver)
     lloyd = solver == "lloyd"
     start = (init or "kmeans++") if lloyd else ""
     options = Options(

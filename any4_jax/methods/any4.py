@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from any4_jax import clustering, formats, scaling, weights
 from any4_jax.methods.gradient import train_tables
-from any4_jax.methods.refit import Fit, refit
+from any4_jax.refit import Fit, refit
 from any4_jax.statistics import Statistics
 
 Solver = Literal["exact", "lloyd", "gradient"]
@@ -19,10 +19,10 @@ _BINS = 1 << 14
 """A table for a whole matrix is learned on this many bins of equal count: sorting is exact, the solver then sees
 means and weights of neighbours that differ by a ten-thousandth of the range."""
 
-_CHUNK_ROWS = 64
-"""Rows worked on at a time: a few float32 temporaries of 64 rows, whatever the matrix's size. The number is the same
-for every matrix, since XLA may order sums and fuse products differently for another, and a row's bits must not depend
-on its company."""
+_CHUNK_ROWS, _CHUNK_ROWS_ON_GPU = 64, 1024
+"""Rows worked on at a time: a few float32 temporaries of so many rows, whatever the matrix's size. A GPU takes more,
+since each row has a block of threads, of which it runs hundreds. The numbers are the same for every matrix, since XLA
+may order sums and fuse products differently for others, and a row's bits must not depend on its company."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Any4:
     A row is scaled group by group (scaling.py), its scaled weights u are clustered in one dimension, and the cluster
     centres become the row's table. The clustering minimises sum_k h_k s_k^p (u_k - table[code_k])^2, where h comes
     from the activations and s is the group scale; with h = E[x^2] and p = 2 this is the layer's output error, taken
-    as if the inputs were uncorrelated. Then table, scales and offsets are refitted to that error (refit.py).
+    as if the inputs were uncorrelated. Then table, scales and offsets are refitted to that error (any4_jax.refit).
 
     Attributes:
       bits: 4, 3 or 2.
@@ -163,8 +163,9 @@ class Any4:
     def _map_rows(self, f, w: jax.Array) -> weights.QuantizedTensor:
         """f over chunks of rows; the last chunk is filled up with copies of the last row, which are cut off after."""
         n, k = w.shape
-        chunks = -(-n // _CHUNK_ROWS)
-        padded = jnp.pad(w, ((0, chunks * _CHUNK_ROWS - n), (0, 0)), mode="edge").reshape(chunks, _CHUNK_ROWS, k)
+        size = _CHUNK_ROWS_ON_GPU if jax.default_backend() == "gpu" else _CHUNK_ROWS
+        chunks = -(-n // size)
+        padded = jnp.pad(w, ((0, chunks * size - n), (0, 0)), mode="edge").reshape(chunks, size, k)
         stacked = jax.lax.map(f, padded)
         rows = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:])[:n], stacked)
         return rows if self.per_row else dataclasses.replace(rows, lut=stacked.lut[0])

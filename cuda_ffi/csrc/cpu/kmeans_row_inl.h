@@ -2,8 +2,8 @@
 #pragma once
 
 #include "kmeans.h"
-#include "kmeans_lanes_inl.h"
-#include "kmeans_scratch.h"
+#include "lanes_inl.h"
+#include "scratch.h"
 
 namespace any4 {
 namespace {

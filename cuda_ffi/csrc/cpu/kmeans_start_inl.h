@@ -3,28 +3,12 @@
 #pragma once
 
 #include "kmeans.h"
-#include "kmeans_lanes_inl.h"
 #include "kmeans_row_inl.h"
+#include "lanes_inl.h"
+#include "sort_inl.h"
 
 namespace any4 {
 namespace {
-
-inline double SumOf(const Floats& lanes) {
-  float values[kLanes];
-  Store(values, lanes);
-  double sum = 0;
-  for (const float value : values) sum += value;
-  return sum;
-}
-
-inline void SortAscending(float* values, int64_t count) {
-  for (int64_t i = 1; i < count; ++i) {
-    const float value = values[i];
-    int64_t place = i;
-    for (; place > 0 && values[place - 1] > value; --place) values[place] = values[place - 1];
-    values[place] = value;
-  }
-}
 
 // Running sums of masses that are not negative, one for each chunk, and the places where they pass a share of all.
 class Mass {

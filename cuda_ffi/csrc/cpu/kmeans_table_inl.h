@@ -6,8 +6,8 @@
 // Errors within a block are computed when they are needed, which is seldom.
 #pragma once
 
-#include "kmeans_lanes_inl.h"
-#include "kmeans_scratch.h"
+#include "lanes_inl.h"
+#include "scratch.h"
 
 namespace any4 {
 namespace {

@@ -103,7 +103,8 @@ def errors_from(cells: Cells, moments: Moments, groups: Groups) -> jax.Array:
 
 
 def least_squares(cells: Cells, moments: Moments, groups: Groups) -> Groups:
-    """Scales and offsets of least error for the levels, rounded; a group of one level keeps its scale."""
+    """Scales and offsets of least error for the levels, rounded; a group of one level keeps its scale, one without
+    importance its offset."""
     t, tt, tw = moments
     old = groups.scale_values()
     mean_level = t / jnp.where(cells.mass == 0, 1.0, cells.mass)
@@ -116,5 +117,6 @@ def least_squares(cells: Cells, moments: Moments, groups: Groups) -> Groups:
     scales = scaling.rounded(jnp.where((spread > 0) & (scale > 0), scale, old), groups.scales.dtype)
     if groups.offsets is None:
         return Groups(scales, None)
-    offsets = scaling.rounded(cells.mean - scales.astype(jnp.float32) * mean_level, groups.offsets.dtype)
-    return Groups(scales, offsets)
+    offsets = cells.mean - scales.astype(jnp.float32) * mean_level
+    kept = jnp.where(cells.mass > 0, offsets, groups.offset_values())
+    return Groups(scales, scaling.rounded(kept, groups.offsets.dtype))

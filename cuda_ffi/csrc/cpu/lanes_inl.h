@@ -91,6 +91,10 @@ inline Ints operator<(const Floats& a, const Floats& b) {
   return Each<Ints>([&](int r) { return a.part[r] < b.part[r]; });
 }
 
+inline Ints operator==(const Floats& a, const Floats& b) {
+  return Each<Ints>([&](int r) { return a.part[r] == b.part[r]; });
+}
+
 inline Floats Where(const Ints& condition, const Floats& a, const Floats& b) {
   return Each<Floats>([&](int r) { return condition.part[r] ? a.part[r] : b.part[r]; });
 }
@@ -102,6 +106,14 @@ inline Ints Where(const Ints& condition, const Ints& a, const Ints& b) {
 inline Floats Minimum(const Floats& a, const Floats& b) { return Where(a < b, a, b); }
 inline Floats Maximum(const Floats& a, const Floats& b) { return Where(a < b, b, a); }
 inline Floats Absolute(const Floats& a) { return Maximum(a, All(0) - a); }
+
+inline double SumOf(const Floats& lanes) {
+  float values[kLanes];
+  Store(values, lanes);
+  double sum = 0;
+  for (const float value : values) sum += value;
+  return sum;
+}
 
 // a / b to about one unit in the last place, for b of normal size.
 inline Floats Divide(const Floats& a, const Floats& b) {

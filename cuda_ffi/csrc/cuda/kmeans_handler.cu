@@ -1,0 +1,62 @@
+// XLA's way in to the k-means solver: checks what Python passed before anything is launched.
+#include <climits>
+#include <optional>
+#include <string>
+
+#include "kmeans.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace {
+
+namespace ffi = xla::ffi;
+
+ffi::Error Invalid(const std::string& what) { return ffi::Error::InvalidArgument("any4_cuda_kmeans: " + what); }
+
+// `weights` of no elements stand for absent ones; [K] are every row's.
+ffi::Error KMeans(cudaStream_t stream, ffi::ScratchAllocator scratch, ffi::Buffer<ffi::F32> rows,
+                  ffi::Buffer<ffi::F32> weights, ffi::Result<ffi::Buffer<ffi::F32>> centroids,
+                  ffi::Result<ffi::Buffer<ffi::U8>> codes, ffi::Result<ffi::Buffer<ffi::F32>> inertia) {
+  if (rows.dimensions().size() != 2 || centroids->dimensions().size() != 2) {
+    return Invalid("rows and centroids need two axes");
+  }
+  const int64_t count = rows.dimensions()[0], length = rows.dimensions()[1], k = centroids->dimensions()[1];
+  const auto weight_axes = weights.dimensions().size();
+  const auto weight_count = static_cast<int64_t>(weights.element_count());
+  // Positions in a row's table are 32-bit numbers.
+  if (length < 1 || length > INT_MAX / 64 || k < 1 || k > 256 || centroids->dimensions()[0] != count ||
+      static_cast<int64_t>(codes->element_count()) != count * length ||
+      static_cast<int64_t>(inertia->element_count()) != count ||
+      (weight_count > 0 && weight_count != (weight_axes == 1 ? length : count * length))) {
+    return Invalid("the shapes of its operands don't fit together");
+  }
+  if (count == 0) return ffi::Error::Success();
+  const any4::KMeansRows taken{rows.typed_data(),
+                               weight_count == 0 ? nullptr : weights.typed_data(),
+                               weight_axes == 1 ? 0 : length,
+                               count,
+                               static_cast<int>(length),
+                               static_cast<int>(k)};
+  const any4::KMeansPlan plan = any4::PlanKMeans(taken);
+  const std::optional<void*> memory = scratch.Allocate(plan.slots * plan.slot_bytes);
+  if (!memory) {
+    return ffi::Error(ffi::ErrorCode::kResourceExhausted,
+                      "any4_cuda_kmeans: got no " + std::to_string(plan.slots * plan.slot_bytes >> 20) +
+                          " MB of device memory, which it works in; free some");
+  }
+  const cudaError_t error = any4::SolveKMeans(
+      taken, {centroids->typed_data(), codes->typed_data(), inertia->typed_data()}, plan, *memory, stream);
+  if (error == cudaSuccess) return ffi::Error::Success();
+  return ffi::Error::Internal(std::string("any4_cuda_kmeans: the launch failed: ") + cudaGetErrorString(error));
+}
+
+}  // namespace
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(any4_cuda_kmeans, KMeans,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::PlatformStream<cudaStream_t>>()
+                                  .Ctx<ffi::ScratchAllocator>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Ret<ffi::Buffer<ffi::F32>>()
+                                  .Ret<ffi::Buffer<ffi::U8>>()
+                                  .Ret<ffi::Buffer<ffi::F32>>());

@@ -1,0 +1,52 @@
+// The refit of table-coded rows to their stored dtypes.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+namespace any4 {
+
+constexpr int kMostStarts = 64;
+
+struct RefitRows {
+  const float* w;           // [count, length]
+  const float* importance;  // [length]
+  const float* lut;         // [count, levels], ascending
+  const float* scales;      // [count, groups]
+  const float* offsets;     // like scales; null: none
+  int64_t count;
+  int length, group_size, groups;
+  int levels;  // 4, 8 or 16
+};
+
+struct RefitOptions {
+  int searches, max_rounds;  // rounds that begin with a search, and all rounds at most
+  int first, stop;           // the table's entries that may change
+  float settled;             // a row whose error falls by less than this share is left alone
+  // A search's starts: the scale is multiplied by a factor, and a point of the table's range held, 0 its lower end, 1
+  // its upper. Each is followed by so many least-squares fits.
+  int starts, fits;
+  float factors[kMostStarts], held[kMostStarts];
+  int lut_mantissa, scale_mantissa, offset_mantissa;  // bits: 23 float32, 10 float16, 7 bfloat16
+};
+
+struct RefitResult {
+  float* lut;
+  float* scales;
+  float* offsets;
+};
+
+// Rows that are refitted at a time, and the bytes of device memory that each of them takes.
+struct RefitPlan {
+  int slots;
+  int64_t slot_bytes;
+};
+
+RefitPlan PlanRefit(const RefitRows& rows);
+
+// `scratch` holds plan.slots * plan.slot_bytes bytes. Neither allocates nor waits.
+cudaError_t Refit(const RefitRows& rows, const RefitOptions& options, const RefitResult& result, const RefitPlan& plan,
+                  void* scratch, cudaStream_t stream);
+
+}  // namespace any4
