@@ -4,6 +4,7 @@ from any4_jax import clustering, data, evaluation, methods, models, nn, statisti
 from any4_jax.calibration import calibrate
 from any4_jax.checkpoint import from_arrays, load, save, to_arrays
 from any4_jax.generate import generate
+from any4_jax.layer import layer
 from any4_jax.matmul import matmul, prepare, unprepare
 from any4_jax.methods import quantize
 from any4_jax.partition import combine, partition
@@ -25,6 +26,7 @@ __all__ = [
     "explain",
     "from_arrays",
     "generate",
+    "layer",
     "load",
     "matmul",
     "methods",

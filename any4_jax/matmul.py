@@ -15,6 +15,7 @@ from any4_jax import weights
 from any4_jax.backends.base import Backend
 from any4_jax.backends.cpu import CPU
 from any4_jax.backends.cuda import CUDA
+from any4_jax.layer import Layer
 from any4_jax.partition import combine, partition
 from any4_jax.quantized_input import integer_product, is_integer_leaf, quantize_input
 from any4_jax.weights import LowRank, PermuteInput, QuantizedTensor, QuantizeInput, ScaleInput, Sum
@@ -122,13 +123,16 @@ def matmul(x: jax.Array, w, backend: str | None = None) -> jax.Array:
       backend: a kernel's name, or None for the first that supports the operands where the program is lowered.
 
     Raises:
-      ValueError: K differs, `w` has leading axes (use jax.vmap), or the named backend doesn't exist or can't.
+      ValueError: K differs, `w` has leading axes (take one by `layer`, or use jax.vmap), or the named backend doesn't
+        exist or can't.
       TypeError: x is not floating.
     """
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise TypeError(f"got x of dtype {x.dtype}, need a floating dtype; convert x first")
     if len(w.shape) != 2:
-        raise ValueError(f"got a weight of shape {w.shape}, matmul takes [N, K]; use jax.vmap over its leading axes")
+        raise ValueError(
+            f"got a weight of shape {w.shape}, matmul takes [N, K]; use `layer` or jax.vmap over its leading axes"
+        )
     if x.ndim == 0 or x.shape[-1] != w.shape[1]:
         raise ValueError(f"got x of shape {x.shape} and a weight [N, K] = {w.shape}; x must end in K={w.shape[1]}")
     y = _apply(w, x.reshape(-1, x.shape[-1]), backend)
@@ -150,10 +154,11 @@ def _(w: Prepared, x, backend):
     return leaf_product(x, w, w.backend)
 
 
-@_apply.register
-def _(w: QuantizedTensor, x, backend):
+@_apply.register(QuantizedTensor)
+@_apply.register(Layer)
+def _(w, x, backend):
     if backend is not None:
-        reason = named(backend).supports(x, w, default_platform())
+        reason = named(backend).supports(x, stored(w), default_platform())
         if reason is not None:
             raise ValueError(f"backend {backend!r} can't do this product: {reason}; pass another backend, or None")
         return leaf_product(x, w, backend)
@@ -173,9 +178,22 @@ def default_platform() -> str:
     return "rocm" if "rocm" in jax.devices()[0].client.platform_version.lower() else "cuda"
 
 
-def choose(x, w: QuantizedTensor, platform: str) -> Backend:
+def stored(w: QuantizedTensor | Layer) -> QuantizedTensor:
+    """The leaf that holds a weight: itself, or the stack that it is one of."""
+    return w.stack if isinstance(w, Layer) else w
+
+
+def choose(x, w: QuantizedTensor | Layer, platform: str) -> Backend:
     """The first backend that can do the product on a platform."""
-    return next(b for b in BACKENDS if b.supports(x, w, platform) is None)
+    return next(b for b in BACKENDS if b.supports(x, stored(w), platform) is None)
+
+
+def operand(kernel: Backend, w) -> Any:
+    """What `kernel.run` reads of a QuantizedTensor, a Layer, or either of them prepared for it."""
+    prepared, w = isinstance(w, Prepared), w.arrays if isinstance(w, Prepared) else w
+    if isinstance(w, Layer) and not kernel.takes_layers:
+        w = w.take()
+    return w if prepared else kernel.prepare(w)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -183,7 +201,7 @@ def leaf_product(x: jax.Array, w, backend: str) -> jax.Array:
     """The product on one backend. The custom derivative makes every kernel differentiable and recomputes the dense
     matrix in the backward pass instead of keeping it."""
     kernel = named(backend)
-    return kernel.run(x, w.arrays if isinstance(w, Prepared) else kernel.prepare(w))
+    return kernel.run(x, operand(kernel, w))
 
 
 def _leaf_forward(x, w, backend):

@@ -7,15 +7,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from any4_jax.matmul import BACKENDS, PLATFORMS, choose, leaf_gradients, leaf_product, matmul, named
+from any4_jax.layer import Layer
+from any4_jax.matmul import BACKENDS, PLATFORMS, choose, leaf_gradients, leaf_product, matmul, named, operand, stored
 from any4_jax.weights import QuantizedTensor
 
 
 def matmul_each(x: jax.Array, ws: Sequence[Any]) -> tuple[jax.Array, ...]:
     """`matmul(x, w)` for each w: one call where a kernel takes several weights at once, else one after the other.
 
-    Weights go together where they are plain QuantizedTensors [N, K] of the same bits and group size. A small product
-    costs a call nearly as much as a large one: decoding SmolLM2-135M on 2 cores, seven calls a layer become four.
+    Weights go together where they are QuantizedTensors [N, K], or layers of such, of the same bits and group size. A
+    small product costs a call nearly as much as a large one: decoding SmolLM2-135M on 2 cores, seven calls a layer
+    become four.
 
     Args:
       x: [..., K], a floating dtype.
@@ -38,28 +40,32 @@ def _alike(x: jax.Array, ws: Sequence[Any]) -> bool:
     if (
         len(ws) < 2
         or not jnp.issubdtype(x.dtype, jnp.floating)
-        or not all(isinstance(w, QuantizedTensor) and len(w.shape) == 2 for w in ws)
+        or not all(isinstance(w, QuantizedTensor | Layer) and len(w.shape) == 2 for w in ws)
     ):
         return False
-    return len({(w.bits, w.group_size, w.shape[1]) for w in ws} | {(ws[0].bits, ws[0].group_size, x.shape[-1])}) == 1
+    leaves = [stored(w) for w in ws]
+    recipes = {(leaf.bits, leaf.group_size, leaf.shape[-1]) for leaf in leaves}
+    return recipes == {(leaves[0].bits, leaves[0].group_size, x.shape[-1])}
 
 
-def _products(x: jax.Array, ws: Sequence[QuantizedTensor], platform: str) -> functools.partial:
+def _products(x: jax.Array, ws: Sequence[QuantizedTensor | Layer], platform: str) -> functools.partial:
     backends = tuple(choose(x, w, platform).name for w in ws)
     if len(set(backends)) == 1 and named(backends[0]).run_together is not None:
         return functools.partial(_together, backend=backends[0])
     return functools.partial(_separately, backends=backends)
 
 
-def _separately(x: jax.Array, ws: Sequence[QuantizedTensor], backends: tuple[str, ...]) -> tuple[jax.Array, ...]:
+def _separately(
+    x: jax.Array, ws: Sequence[QuantizedTensor | Layer], backends: tuple[str, ...]
+) -> tuple[jax.Array, ...]:
     return tuple(leaf_product(x, w, backend) for w, backend in zip(ws, backends, strict=True))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _together(x: jax.Array, ws: tuple[QuantizedTensor, ...], backend: str) -> tuple[jax.Array, ...]:
+def _together(x: jax.Array, ws: tuple[QuantizedTensor | Layer, ...], backend: str) -> tuple[jax.Array, ...]:
     kernel = named(backend)
     assert kernel.run_together is not None
-    return kernel.run_together(x, [kernel.prepare(w) for w in ws])
+    return kernel.run_together(x, [operand(kernel, w) for w in ws])
 
 
 def _forward(x, ws, backend):

@@ -34,13 +34,13 @@ ISA_FLAGS = {
     ),
     "_avx2.cc": ("-mavx2", "-mfma"),
 }
-# Machine code of Ampere, which 8.6 and Ada's 8.9 run too, and of Hopper, whose PTX serves what comes after. The two
-# numbers are nvcc's complaints about constructs in XLA's headers.
+# The two numbers are nvcc's complaints about constructs in XLA's headers. Hopper's PTX serves what comes after.
 CUDA_FLAGS = (
     *("-std=c++17", "-O3", "--cudart=static", "-Xcompiler=-fPIC,-pthread", "-diag-suppress=940,2473"),
-    *(f"-gencode=arch=compute_{n},code=sm_{n}" for n in (80, 90)),
     "-gencode=arch=compute_90,code=compute_90",
 )
+# Machine code of Ampere, which 8.6 and Ada's 8.9 run too, of Hopper, and of Blackwell where nvcc knows it.
+CUDA_MACHINES = (80, 90, 100)
 
 
 def source_files(kind: str) -> list[Path]:
@@ -88,6 +88,12 @@ def flags(kind: str, source: Path) -> tuple[str, ...]:
     return (*FLAGS, *(special[0] if special else ()), "-isystem", str(SOURCES), f"-I{SOURCES / 'cpu'}")
 
 
+def machine_flags(nvcc: str) -> list[str]:
+    """For machine code of those of CUDA_MACHINES that this nvcc knows."""
+    known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=False).stdout.split()
+    return [f"-gencode=arch=compute_{n},code=sm_{n}" for n in CUDA_MACHINES if f"sm_{n}" in known]
+
+
 def _run(command: Sequence[str]) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
@@ -121,10 +127,11 @@ def build(kind: str, folder: Path | None = None) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     # Renamed into place when complete: another process may look for it meanwhile.
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        machines = machine_flags(compiler) if kind == "cuda" else []
         objects = [Path(scratch) / (f.stem + ".o") for f in sources]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             commands = [
-                [compiler, *flags(kind, source), "-c", str(source), "-o", str(made)]
+                [compiler, *flags(kind, source), *machines, "-c", str(source), "-o", str(made)]
                 for source, made in zip(sources, objects, strict=True)
             ]
             list(pool.map(_run, commands))

@@ -1,17 +1,21 @@
 """How a custom call of the form y [M, N] = f(x [M, K], weight...) behaves under vmap, which jax.ffi can't derive."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+Stack = Callable[[int, Sequence[bool], Sequence[jax.Array]], tuple[list[bool], list[jax.Array]]]
 
-def fold_rows(call: Callable[..., Any]) -> Callable[..., Any]:
+
+def fold_rows(call: Callable[..., Any], stack: Stack | None = None) -> Callable[..., Any]:
     """`call` with a rule for vmap: over x alone it is one call with more rows, with a batch of weights a loop.
 
     Args:
       call: (x [M, K], weight...) -> y [M, N], or a tuple of such y.
+      stack: (size of the batch, which operands have it as their first axis, weight...) -> the latter two in a form
+        whose loop copies less; None to loop over them as they are.
     """
 
     @jax.custom_batching.custom_vmap
@@ -24,6 +28,10 @@ def fold_rows(call: Callable[..., Any]) -> Callable[..., Any]:
             ys = folded(x.reshape(-1, x.shape[-1]), *operands)
             ys = jax.tree.map(lambda y: y.reshape(axis_size, -1, y.shape[-1]), ys)
             return ys, jax.tree.map(lambda _: True, ys)
+
+        if stack is not None:
+            flags, stacks = stack(axis_size, batched[1:], operands)
+            batched, operands = [batched[0], *flags], tuple(stacks)
 
         def one(taken):
             return folded(*(t if b else whole for t, b, whole in zip(taken, batched, (x, *operands), strict=True)))

@@ -1,6 +1,8 @@
-"""The product with a LUT-coded weight on NVIDIA GPUs, over plain arrays in the layout of layout.py."""
+"""Products with LUT-coded weights on NVIDIA GPUs, over plain arrays in the layout of layout.py."""
 
+import dataclasses
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -9,15 +11,17 @@ import numpy as np
 from cuda_ffi import registration
 from cuda_ffi.folding import fold_rows
 from cuda_ffi.layout import PLANES
+from cuda_ffi.lut_product import Matrix
 
 PRODUCT = "any4_cuda_lut_product"
 DEQUANTIZE = "any4_cuda_lut_dequantize"
+OPERANDS = 6
 
 MOST_ROWS = 64
-"""Of x, in the kernels that decode W anew for each 32 rows; beyond, W is decoded once to memory, for XLA's product.
+"""Of x, in the kernel that decodes W anew for each 32 rows; beyond, W is decoded once to memory, for XLA's product.
 
-That is for 4-bit codes in groups of 128. Others are decoded anew for each eight columns of work, up to MOST_COLUMNS;
-a row of x is as many columns as there are groups in 128 inputs. On an H100 either way costs about the same there.
+That is where `is_fast`. Other weights are decoded anew for each eight columns of work, up to MOST_COLUMNS; a row of x
+is as many columns as there are groups in 128 inputs. On an H100 either way costs about the same there.
 """
 MOST_COLUMNS = 24
 
@@ -29,8 +33,19 @@ _TILE = 128
 _WHOLE_ROW = 2**30
 
 
+@dataclasses.dataclass(frozen=True)
+class StackedMatrix(Matrix):
+    """The matrix `index` of a stack, read where it lies: every array has an axis of L matrices before those of Matrix.
+
+    Attributes:
+      index: int32 [], on the device; outside of 0 to L - 1 it stands for the nearest.
+    """
+
+    index: jax.Array
+
+
 def why_not(x_dtype, bits: int, group_size: int, k: int, lut_dtype, scale_dtype, offset_dtype) -> str | None:
-    """None where `lut_product` takes operands of these dtypes and sizes, else the reason in words.
+    """None where `lut_products` takes operands of these dtypes and sizes, else the reason in words.
 
     Args:
       k: inputs of the weight; group_size of at least k is one group a row.
@@ -52,76 +67,113 @@ def why_not(x_dtype, bits: int, group_size: int, k: int, lut_dtype, scale_dtype,
     return None
 
 
-def lut_product(
-    x: jax.Array,
-    codes: tuple[jax.Array, ...],
-    lut: jax.Array,
-    scales: jax.Array,
-    offsets: jax.Array | None,
-    *,
-    bits: int,
-    group_size: int,
-) -> jax.Array:
-    """y = x W^T in x's dtype, accumulated in float32.
+def is_fast(matrix: Matrix, x_dtype, k: int, bits: int, group_size: int) -> bool:
+    """Whether the kernel for many rows of x takes a matrix of k inputs: what IsForTurns in csrc says of 4 bits."""
+    if bits != 4 or k % (2 * _TILE) or matrix.codes[0].shape[-2] % 32:
+        return False
+    stored = {a.dtype for a in (matrix.scales, matrix.offsets) if a is not None}
+    if x_dtype == jnp.float16:
+        return stored == {jnp.dtype(jnp.bfloat16)} and group_size == _TILE
+    exponents = matrix.scales.dtype == jnp.uint8 and matrix.offsets is None and group_size == 32
+    return exponents or (stored == {jnp.dtype(jnp.bfloat16)} and group_size >= 32)
 
-    W[n, k] = lut[n or 0, codes[n, k]] * scales[n, k // group_size] + offsets[n, k // group_size]. With few rows of x
-    (see MOST_ROWS) codes are decoded in registers, there is no dense W in memory, and scales and offsets are applied to
-    the float32 sums of a group's products. Under vmap over x alone it stays one call with more rows; with a batch of
-    weights it is a loop over them.
+
+def lut_products(x: jax.Array, matrices: Sequence[Matrix], *, bits: int, group_size: int) -> tuple[jax.Array, ...]:
+    """y = x W^T [M, N] of each matrix, in x's dtype, accumulated in float32.
+
+    With few rows of x (see MOST_ROWS) codes are decoded in registers, there is no dense W in memory, and scales and
+    offsets are applied to the float32 sums of a group's products; one call does all matrices, each with the bits that
+    it gives alone. Under vmap over x alone it stays one call with more rows; with a batch of weights it is a loop over
+    them that takes each where it lies.
 
     Args:
       x: [M, K], bfloat16 or float16.
-      codes: one or two planes, uint8 [N, ceil(K * width / 8)].
-      lut: [N or 1, 2**bits] of x's dtype; or bfloat16 with x of float16, to which it is then rounded. Of 8 bits it is
-        an arithmetic ramp.
-      scales: [N, ceil(K / group_size)]: bfloat16, float16, float32, or uint8 for exponents of e8m0.
-      offsets: like scales but floating, or None.
-      bits: 2, 3, 4 or 8.
-      group_size: a power of two, at least 16; or at least K.
+      matrices: at least one Matrix or StackedMatrix, each [N, K] with an N of its own. Tables are of x's dtype, or
+        bfloat16 with x of float16, to which they are then rounded; of 8 bits an arithmetic ramp.
+      bits: of the codes of all matrices: 2, 3, 4 or 8.
+      group_size: of all matrices: a power of two, at least 16; or at least K.
 
     Raises:
       ValueError: the operands are none of these, in words.
       RuntimeError: the library can't be used; `registration.why_not("cuda")` says why without raising.
     """
-    reason = why_not(
-        x.dtype, bits, group_size, x.shape[-1], lut.dtype, scales.dtype, None if offsets is None else offsets.dtype
-    )
-    if reason is not None:
-        raise ValueError(f"{reason}; use another backend")
+    for matrix in matrices:
+        offsets = None if matrix.offsets is None else matrix.offsets.dtype
+        reason = why_not(x.dtype, bits, group_size, x.shape[-1], matrix.lut.dtype, matrix.scales.dtype, offsets)
+        if reason is not None:
+            raise ValueError(f"{reason}; use another backend")
     registration.register("cuda")
-    # Where there is none, an array of no elements takes its place.
-    high = codes[1] if len(codes) > 1 else jnp.zeros((0, 0), jnp.uint8)
-    absent = jnp.zeros((0, 0), jnp.float32)
-    call = _call(bits, group_size if group_size < x.shape[-1] else _WHOLE_ROW)
-    return call(x, codes[0], high, lut, scales, absent if offsets is None else offsets)
+    fast = tuple(is_fast(matrix, x.dtype, x.shape[-1], bits, group_size) for matrix in matrices)
+    call = _call(bits, group_size if group_size < x.shape[-1] else _WHOLE_ROW, fast)
+    return call(x, *(operand for matrix in matrices for operand in _operands(matrix)))
+
+
+def _operands(matrix: Matrix) -> tuple[jax.Array, ...]:
+    """OPERANDS arrays, all but the last stacks; where there is none, an array of no elements takes its place."""
+    high = matrix.codes[1] if len(matrix.codes) > 1 else None
+    arrays = [
+        array if array is None or isinstance(matrix, StackedMatrix) else array[None]
+        for array in (matrix.codes[0], high, matrix.lut, matrix.scales, matrix.offsets)
+    ]
+    index = matrix.index if isinstance(matrix, StackedMatrix) else jnp.zeros(0, jnp.int32)
+    absent = (jnp.uint8, jnp.uint8, jnp.bfloat16, jnp.bfloat16, jnp.bfloat16)
+    return (*(jnp.zeros(0, d) if a is None else a for a, d in zip(arrays, absent, strict=True)), index)
 
 
 @functools.cache
-def _call(bits: int, group_size: int):
-    """The product of (x, *operands) with its rule for vmap, which may bring more rows."""
+def _call(bits: int, group_size: int, fast: tuple[bool, ...]):
+    """The products of (x, *operands) with their rule for vmap, which may bring more rows."""
     attributes = {"bits": np.int64(bits), "group_size": np.int64(group_size)}
 
-    @fold_rows
     def call(x, *operands):
         short = -x.shape[1] % _UNIT
+        matrices = [operands[i : i + OPERANDS] for i in range(0, len(operands), OPERANDS)]
         if short:
             x = jnp.pad(x, [(0, 0), (0, short)])
-            operands = (*_filled(operands[:2], x.shape[1], bits), *operands[2:])
-        rows, inputs, outputs = x.shape[0], x.shape[1], operands[0].shape[0]
+            matrices = [_filled(matrix, x.shape[1], bits) for matrix in matrices]
+        rows = x.shape[0]
         columns = rows * max(1, _TILE // group_size)
-        if columns <= (MOST_ROWS if (bits, group_size) == (4, _TILE) else MOST_COLUMNS):
-            return jax.ffi.ffi_call(PRODUCT, jax.ShapeDtypeStruct((rows, outputs), x.dtype))(x, *operands, **attributes)
-        dense = jax.ffi.ffi_call(DEQUANTIZE, jax.ShapeDtypeStruct((outputs, inputs), x.dtype))(*operands, **attributes)
-        y = jax.lax.dot_general(x, dense, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+        decoded = [rows <= MOST_ROWS if quick else columns <= MOST_COLUMNS for quick in fast]
+        few = [matrix for matrix, in_registers in zip(matrices, decoded, strict=True) if in_registers]
+        outs = [jax.ShapeDtypeStruct((rows, codes.shape[1]), x.dtype) for codes, *_ in few]
+        ys = iter(jax.ffi.ffi_call(PRODUCT, outs)(x, *(a for m in few for a in m), **attributes) if few else ())
+        return tuple(
+            next(ys) if in_registers else dense(x, m) for m, in_registers in zip(matrices, decoded, strict=True)
+        )
+
+    def dense(x, matrix):
+        out = jax.ShapeDtypeStruct((matrix[0].shape[1], x.shape[1]), x.dtype)
+        (w,) = jax.ffi.ffi_call(DEQUANTIZE, [out])(*matrix, **attributes)
+        y = jax.lax.dot_general(x, w, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
         return y.astype(x.dtype)
 
-    return call
+    return fold_rows(call, _stacked)
 
 
-def _filled(planes: tuple[jax.Array, ...], inputs: int, bits: int) -> tuple[jax.Array, ...]:
-    """Planes of codes with rows of `inputs` codes, zeros at the end; absent planes as they are."""
-    widths = (*PLANES[bits], 0)[: len(planes)]
-    return tuple(
-        jnp.pad(plane, [(0, 0), (0, inputs * width // 8 - plane.shape[1])]) if plane.size else plane
-        for plane, width in zip(planes, widths, strict=True)
-    )
+def _filled(matrix: Sequence[jax.Array], inputs: int, bits: int) -> tuple[jax.Array, ...]:
+    """A matrix's operands with rows of `inputs` codes, zeros at the end; of a stack, the one that `index` names."""
+    *arrays, index = matrix
+    if index.size:
+        arrays = [jax.lax.dynamic_index_in_dim(a, jnp.maximum(index, 0)) if a.size else a for a in arrays]
+        index = jnp.zeros(0, jnp.int32)
+    for i, width in enumerate(PLANES[bits]):
+        more = inputs * width // 8 - arrays[i].shape[-1]
+        arrays[i] = jnp.pad(arrays[i], [(0, 0), (0, 0), (0, more)])
+    return (*arrays, index)
+
+
+def _stacked(size: int, batched: Sequence[bool], operands: Sequence[jax.Array]) -> tuple[list[bool], list[jax.Array]]:
+    """Batches of weights as stacks, and indices that count through them in place of the weights themselves."""
+    flags, stacks = list(batched), list(operands)
+    for first in range(0, len(operands), OPERANDS):
+        index = first + OPERANDS - 1
+        if not any(batched[first:index]):
+            continue
+        whole = [i for i in range(first, index) if operands[i].size]
+        length = operands[first].shape[1 if batched[first] else 0]
+        for i in whole:
+            array = operands[i] if batched[i] else jnp.broadcast_to(operands[i], (size, *operands[i].shape))
+            stacks[i], flags[i] = array.reshape(size * length, *array.shape[2:]), False
+        within = jnp.clip(operands[index], 0, length - 1) if operands[index].size else 0
+        stacks[index], flags[index] = jnp.arange(size, dtype=jnp.int32) * length + within, True
+    return flags, stacks

@@ -17,7 +17,8 @@ from any4_jax.matmul import explain, matmul, prepare, unprepare
 from any4_jax.partition import combine, partition
 from any4_jax.weights import QuantizedTensor
 from cuda_ffi import build, lut_product_cuda, registration
-from cuda_ffi.lut_product_cuda import DEQUANTIZE, MOST_COLUMNS, MOST_ROWS, PRODUCT, lut_product
+from cuda_ffi.lut_product import Matrix
+from cuda_ffi.lut_product_cuda import DEQUANTIZE, MOST_COLUMNS, MOST_ROWS, PRODUCT, is_fast, lut_products
 
 why_not = registration.why_not("cuda")
 native = pytest.mark.skipif(why_not is not None, reason=str(why_not))
@@ -67,24 +68,35 @@ def exact(w: QuantizedTensor) -> tuple[np.ndarray, np.ndarray]:
     return terms.scaled + terms.shift, size + np.abs(terms.shift)
 
 
+def matrix(w: QuantizedTensor) -> Matrix:
+    return Matrix(w.codes if isinstance(w.codes, tuple) else (w.codes,), w.lut, w.scales, w.offsets)
+
+
 def product(x: jax.Array, w: QuantizedTensor) -> jax.Array:
-    codes = w.codes if isinstance(w.codes, tuple) else (w.codes,)
-    return lut_product(x, codes, w.lut, w.scales, w.offsets, bits=w.bits, group_size=w.group_size)
+    (y,) = lut_products(x, [matrix(w)], bits=w.bits, group_size=w.group_size)
+    return y
 
 
 def rows(*shape: int, dtype: Any = jnp.bfloat16, seed: int = 7) -> jax.Array:
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
 
 
+def in_registers(x: jax.Array, w: QuantizedTensor) -> bool:
+    """Whether the kernel computes the product, and not XLA with the decoded matrix."""
+    if is_fast(matrix(w), x.dtype, w.shape[1], w.bits, w.group_size):
+        return x.shape[0] <= MOST_ROWS
+    return x.shape[0] * max(1, 128 // w.group_size) <= MOST_COLUMNS
+
+
 def check(y: jax.Array, x: jax.Array, w: QuantizedTensor) -> None:
     """Every element within the rounding of its dtype and of float32 sums, relative to the terms of the sum."""
     assert y.dtype == x.dtype and y.shape == (x.shape[0], w.shape[0])
     dense, magnitude = exact(w)
-    if x.shape[0] * max(1, 128 // w.group_size) > MOST_COLUMNS:
+    if in_registers(x, w):
+        slack = 0.0
+    else:
         # Where W is decoded to memory, each weight is rounded to x's dtype.
         slack = 4 * ULP[str(x.dtype)] / 2 * np.sqrt(np.asarray(x, np.float64) ** 2 @ dense.T**2)
-    else:
-        slack = 0.0
     wide = np.asarray(x, np.float64)
     expected = wide @ dense.T
     # Tensor cores cut the bits that an addition shifts out instead of rounding them: twice the CPU's allowance.
@@ -118,12 +130,18 @@ def test_the_fast_kernel(m: int, offsets: bool, dtype: str) -> None:
 
 
 @gpu
-@pytest.mark.parametrize("g", [32, 64])
+@pytest.mark.parametrize("g", [32, 64, 256, 512, 4096])
 @pytest.mark.parametrize("offsets", [True, False])
-def test_the_fast_kernel_of_one_row_and_several_groups_a_tile(g: int, offsets: bool) -> None:
-    for n, k in ((32, 256), (64, 2304)):
-        w, x = leaf(n, k, g=g, offsets=offsets), rows(1, k)
+@pytest.mark.parametrize("m", [1, 3, 8, 11, 32, 50])
+def test_the_fast_kernel_of_other_groups(m: int, g: int, offsets: bool) -> None:
+    """Several groups a tile, and several tiles a group; (8192, 256) has two tiles a warp."""
+    for n, k in ((32, 256), (64, 2304), (8192, 256)):
+        w, x = leaf(n, k, g=g, offsets=offsets), rows(m, k)
         check(product(x, w), x, w)
+        if g == 32 and not offsets:
+            w = leaf(n, k, g=g, offsets=False, scale=jnp.uint8, row_tables=False)
+            w = dataclasses.replace(w, scales=w.scales.at[0, 0].set(0))
+            check(product(x, w), x, w)
 
 
 @gpu
@@ -297,7 +315,7 @@ def test_vmap_over_x_is_one_call_and_over_weights_a_loop() -> None:
 def test_rows_of_codes_are_filled_up_to_a_lane() -> None:
     """300 inputs are no multiple of 32: 320 of 3 bits are 80 bytes of the first plane and 40 of the second."""
     text = lowered(matmul, rows(2, 300), leaf(16, 300, bits=3))
-    assert "tensor<2x320xbf16>, tensor<16x80xui8>, tensor<16x40xui8>" in text
+    assert "tensor<2x320xbf16>, tensor<1x16x80xui8>, tensor<1x16x40xui8>" in text
     assert "stablehlo.pad" not in lowered(matmul, rows(2, 320), leaf(16, 320, bits=3))
 
 

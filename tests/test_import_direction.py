@@ -17,6 +17,7 @@ LAYERS = (
     ("formats",),
     ("scaling", "packing", "partition"),
     ("weights",),
+    ("layer",),
     ("quantized_input", "backends"),
     ("clustering", "refit", "matmul", "statistics"),
     ("lookup", "methods", "together"),

@@ -51,6 +51,13 @@ def test_builds_once_for_each_state_of_the_sources(sources: Path, capsys: pytest
     assert build.build("cpu") == registration.find("cpu") != first
 
 
+def test_machine_code_is_made_of_what_nvcc_knows(tmp_path: Path) -> None:
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text("#!/bin/sh\necho sm_75 sm_80 sm_86 sm_90\n")
+    nvcc.chmod(0o755)
+    assert build.machine_flags(str(nvcc)) == [f"-gencode=arch=compute_{n},code=sm_{n}" for n in (80, 90)]
+
+
 @needs_compiler
 def test_a_compiler_that_fails_is_quoted(sources: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (sources / "bad.cc").write_text("int f() { return nothing; }\n")

@@ -22,6 +22,8 @@ class Backend:
       unprepare: the exact inverse of `prepare`.
       run_together: (x [M, K], arrays of several weights that agree in bits, group size and K) -> y [M, N] of each, in
         one call that is faster than several; None where there is no such call.
+      takes_layers: `prepare`, `run` and `run_together` take a Layer too, and read the matrix where it lies in its
+        stack. Others get a copy of it.
     """
 
     name: str
@@ -30,3 +32,4 @@ class Backend:
     prepare: Callable[[QuantizedTensor], Any]
     unprepare: Callable[[Any], QuantizedTensor]
     run_together: Callable[[jax.Array, Sequence[Any]], tuple[jax.Array, ...]] | None = None
+    takes_layers: bool = False

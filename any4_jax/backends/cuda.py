@@ -1,5 +1,6 @@
 """The CUDA product of `cuda_ffi` as a backend: it reads weights as they are stored; preparing one changes nothing."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -7,6 +8,7 @@ import jax.numpy as jnp
 
 from any4_jax import weights
 from any4_jax.backends.base import Backend
+from any4_jax.layer import Layer
 from any4_jax.weights import QuantizedTensor
 
 
@@ -27,12 +29,43 @@ def _dtype(stored: Any) -> Any:
     return jnp.dtype(jnp.float32) if isinstance(stored, QuantizedTensor) else getattr(stored, "dtype", None)
 
 
-def _run(x: jax.Array, w: QuantizedTensor) -> jax.Array:
-    from cuda_ffi.lut_product_cuda import lut_product
-
-    codes = w.codes if isinstance(w.codes, tuple) else (w.codes,)
-    scales, offsets = (weights.dequantize(a) if isinstance(a, QuantizedTensor) else a for a in (w.scales, w.offsets))
-    return lut_product(x, codes, w.lut, scales, offsets, bits=w.bits, group_size=w.group_size)
+def _run(x: jax.Array, w: QuantizedTensor | Layer) -> jax.Array:
+    (y,) = _run_together(x, (w,))
+    return y
 
 
-CUDA = Backend(name="cuda", supports=_supports, run=_run, prepare=lambda w: w, unprepare=lambda arrays: arrays)
+def _run_together(x: jax.Array, ws: Sequence[QuantizedTensor | Layer]) -> tuple[jax.Array, ...]:
+    from cuda_ffi.lut_product_cuda import lut_products
+
+    leaf = ws[0].stack if isinstance(ws[0], Layer) else ws[0]
+    return lut_products(x, [_matrix(w) for w in ws], bits=leaf.bits, group_size=leaf.group_size)
+
+
+def _matrix(w: QuantizedTensor | Layer) -> Any:
+    from cuda_ffi.lut_product import Matrix
+    from cuda_ffi.lut_product_cuda import StackedMatrix
+
+    if isinstance(w, Layer) and isinstance(w.stack.scales, QuantizedTensor) | isinstance(
+        w.stack.offsets, QuantizedTensor
+    ):
+        # Decoding the scales of one matrix is less work than of all.
+        w = w.take()
+    leaf = w.stack if isinstance(w, Layer) else w
+    codes = leaf.codes if isinstance(leaf.codes, tuple) else (leaf.codes,)
+    scales, offsets = (
+        weights.dequantize(a) if isinstance(a, QuantizedTensor) else a for a in (leaf.scales, leaf.offsets)
+    )
+    if isinstance(w, Layer):
+        return StackedMatrix(codes, leaf.lut, scales, offsets, w.index)
+    return Matrix(codes, leaf.lut, scales, offsets)
+
+
+CUDA = Backend(
+    name="cuda",
+    supports=_supports,
+    run=_run,
+    prepare=lambda w: w,
+    unprepare=lambda arrays: arrays,
+    run_together=_run_together,
+    takes_layers=True,
+)

@@ -47,4 +47,16 @@ __device__ __forceinline__ uint4 LoadStreaming(const void* address) {
   return v;
 }
 
+__device__ __forceinline__ uint2 LoadStreaming2(const void* address) {
+  uint2 v;
+  asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v2.u32 {%0,%1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(address));
+  return v;
+}
+
+__device__ __forceinline__ uint32_t LoadStreaming1(const void* address) {
+  uint32_t v;
+  asm volatile("ld.global.nc.L1::no_allocate.L2::128B.u32 %0, [%1];" : "=r"(v) : "l"(address));
+  return v;
+}
+
 }  // namespace any4

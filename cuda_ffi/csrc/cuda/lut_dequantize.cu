@@ -1,13 +1,11 @@
 // W as a dense matrix, for products of so many rows that a dense one is faster.
-#include <type_traits>
-
 #include "lut_general.cuh"
 #include "lut_product.h"
 
 namespace any4 {
 namespace {
 
-constexpr int kRowsOfBlock = 8, kInputsOfTurn = 256, kAtOnce = 4;
+constexpr int kRowsOfBlock = 8, kInputsOfStep = 256, kSteps = 8;
 
 __device__ __forceinline__ float2 ToFloats(uint32_t pair, const __nv_bfloat16*) {
   return make_float2(__uint_as_float(pair << 16), __uint_as_float(pair & 0xFFFF0000u));
@@ -31,44 +29,45 @@ __device__ __forceinline__ void LoadEight(const LutWeight& w, int64_t at, uint32
   }
 }
 
-// A row a warp, eight inputs a lane and turn: its stores are 512 contiguous bytes. Four turns' loads are under way.
-// Group number: input >> group_shift.
+// A warp takes kSteps * kInputsOfStep inputs of a row, eight a lane and step: so its stores are 512 contiguous bytes,
+// and the loads of all steps are under way at once. Group number: input >> group_shift.
 template <typename T, int kBits>
-__global__ void __launch_bounds__(32 * kRowsOfBlock) Dequantize(const LutWeight w, T* out, const int group_shift) {
+__global__ void __launch_bounds__(32 * kRowsOfBlock)
+    Dequantize(const __grid_constant__ LutWeight stack, T* out, const int group_shift) {
   const int64_t row = static_cast<int64_t>(blockIdx.x) * kRowsOfBlock + threadIdx.y;
-  if (row >= w.n) return;
+  if (row >= stack.n) return;
+  const LutWeight w = TakeOfStack<kBits>(stack);
+  const int64_t first = static_cast<int64_t>(blockIdx.y) * (kSteps * kInputsOfStep) + 8 * threadIdx.x;
+  uint32_t words[kSteps][kBits] = {}, scales[kSteps], offsets[kSteps] = {};
+#pragma unroll
+  for (int i = 0; i < kSteps; ++i) {
+    const int64_t input = first + i * kInputsOfStep;
+    if (input >= w.k) break;
+    LoadEight<kBits>(w, row * w.k + input, words[i]);
+    // Inputs that fill up the last row have no group of their own.
+    const int64_t group = row * w.groups + min(input >> group_shift, w.groups - 1);
+    scales[i] = LoadRaw(w.scales, w.scale_type, group);
+    if (w.offsets != nullptr) offsets[i] = LoadRaw(w.offsets, w.offset_type, group);
+  }
   Decoder<T, kBits> table;
   table.Load(w, row);
-  for (int64_t first = 8 * threadIdx.x; first < w.k; first += kAtOnce * kInputsOfTurn) {
-    uint32_t words[kAtOnce][kBits] = {}, scales[kAtOnce], offsets[kAtOnce] = {};
 #pragma unroll
-    for (int i = 0; i < kAtOnce; ++i) {
-      const int64_t input = first + i * kInputsOfTurn;
-      if (input >= w.k) break;
-      LoadEight<kBits>(w, row * w.k + input, words[i]);
-      // Inputs that fill up the last row have no group of their own.
-      const int64_t group = row * w.groups + min(input >> group_shift, w.groups - 1);
-      scales[i] = LoadRaw(w.scales, w.scale_type, group);
-      if (w.offsets != nullptr) offsets[i] = LoadRaw(w.offsets, w.offset_type, group);
+  for (int i = 0; i < kSteps; ++i) {
+    const int64_t input = first + i * kInputsOfStep;
+    if (input >= w.k) break;
+    float scale = FromRaw(scales[i], w.scale_type);
+    float offset = w.offsets == nullptr ? 0.0f : FromRaw(offsets[i], w.offset_type);
+    table.Affine(scale, offset);
+    uint32_t values[4];
+    table.Decode(words[i], 0, values);
+    T dense[8];
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const float2 pair = ToFloats(values[j], out);
+      dense[2 * j] = static_cast<T>(fmaf(pair.x, scale, offset));
+      dense[2 * j + 1] = static_cast<T>(fmaf(pair.y, scale, offset));
     }
-#pragma unroll
-    for (int i = 0; i < kAtOnce; ++i) {
-      const int64_t input = first + i * kInputsOfTurn;
-      if (input >= w.k) break;
-      float scale = FromRaw(scales[i], w.scale_type);
-      float offset = w.offsets == nullptr ? 0.0f : FromRaw(offsets[i], w.offset_type);
-      table.Affine(scale, offset);
-      uint32_t values[4];
-      table.Decode(words[i], 0, values);
-      T dense[8];
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        const float2 pair = ToFloats(values[j], out);
-        dense[2 * j] = static_cast<T>(fmaf(pair.x, scale, offset));
-        dense[2 * j + 1] = static_cast<T>(fmaf(pair.y, scale, offset));
-      }
-      *reinterpret_cast<uint4*>(out + row * w.k + input) = reinterpret_cast<const uint4&>(dense);
-    }
+    *reinterpret_cast<uint4*>(out + row * w.k + input) = reinterpret_cast<const uint4&>(dense);
   }
 }
 
@@ -76,7 +75,9 @@ template <typename T>
 cudaError_t OfBits(const LutWeight& w, int bits, int64_t group_size, T* out, cudaStream_t stream) {
   int shift = 0;
   while (int64_t{1} << shift < group_size) ++shift;
-  const auto blocks = static_cast<unsigned>((w.n + kRowsOfBlock - 1) / kRowsOfBlock);
+  const int64_t inputs = kSteps * kInputsOfStep;
+  const dim3 blocks(static_cast<unsigned>((w.n + kRowsOfBlock - 1) / kRowsOfBlock),
+                    static_cast<unsigned>((w.k + inputs - 1) / inputs));
   const dim3 threads(32, kRowsOfBlock);
   switch (bits) {
     case 2: Dequantize<T, 2><<<blocks, threads, 0, stream>>>(w, out, shift); break;

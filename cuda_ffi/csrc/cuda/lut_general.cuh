@@ -2,6 +2,7 @@
 // stored type, any n; k % 32 == 0.
 #pragma once
 
+#include "lut_stack.cuh"
 #include "lut_tile.cuh"
 
 namespace any4 {
@@ -25,49 +26,33 @@ __device__ __forceinline__ float FromRaw(uint32_t raw, Type type) {
   }
 }
 
-// The codes that a lane holds of a row and tile: 32 from `input` on.
-template <int kBits>
-__device__ __forceinline__ void LoadCodes(const LutWeight& w, int64_t row, int64_t input, uint32_t (&words)[kBits]) {
-  if constexpr (kBits == 4 || kBits == 8) {
-    const uint8_t* from = w.codes + (row * w.k + input) * kBits / 8;
-#pragma unroll
-    for (int i = 0; i < kBits / 4; ++i) {
-      const uint4 v = LoadStreaming(from + 16 * i);
-      words[4 * i] = v.x, words[4 * i + 1] = v.y, words[4 * i + 2] = v.z, words[4 * i + 3] = v.w;
-    }
-  } else {
-    const uint2 v = __ldg(reinterpret_cast<const uint2*>(w.codes + (row * w.k + input) / 4));
-    words[0] = v.x, words[1] = v.y;
-    if constexpr (kBits == 3) words[2] = __ldg(reinterpret_cast<const uint32_t*>(w.high + (row * w.k + input) / 8));
-  }
-}
-
 constexpr int kGeneralColumns = 8;
 
 // A block takes 16 rows of W and eight columns of work.
 template <typename T, int kBits>
 __global__ void __launch_bounds__(256, 2)
-    LutGeneral(const LutWeight w, const T* x, T* y, const Columns columns) {
+    LutGeneral(const __grid_constant__ LutBatch batch, const Shares shares, const T* x, const Columns columns) {
   extern __shared__ __align__(16) unsigned char shared[];
-  const int lane = threadIdx.x, g = lane / 4, t = lane % 4, warp = threadIdx.y;
-  const int64_t first_row = static_cast<int64_t>(blockIdx.x) * kTileRows;
+  const int lane = threadIdx.x, g = lane / 4, t = lane % 4;
+  const Part mine = PartOf<kBits>(batch);
+  const LutWeight& w = mine.w;
+  const int64_t first_row = static_cast<int64_t>(mine.block) * kTileRows;
   const int split = columns.split, last_group = (1 << split) - 1;
   const int first_m = (blockIdx.y * kGeneralColumns) >> split;
   // Rows past the end repeat the last and are not stored.
   const int64_t rows[2] = {min(first_row + g, w.n - 1), min(first_row + g + 8, w.n - 1)};
-  const int tiles = static_cast<int>((w.k + kTileInputs - 1) / kTileInputs);
-  const int share = (tiles + blockDim.y - 1) / blockDim.y, begin = warp * share, end = min(begin + share, tiles);
+  const Turns turns(shares);
   const bool with_offsets = w.offsets != nullptr, summed = with_offsets || kBits == 8;
 
   uint32_t words[2][2][kBits] = {};  // of this turn and of the next
   const auto load = [&](int tile, uint32_t(&codes)[2][kBits]) {
     const int64_t input = static_cast<int64_t>(tile) * kTileInputs + 32 * t;
-    if (tile < end && input < w.k) {
+    if (tile < turns.end && input < w.k) {
 #pragma unroll
       for (int r = 0; r < 2; ++r) LoadCodes<kBits>(w, rows[r], input, codes[r]);
     }
   };
-  load(begin, words[0]);
+  load(turns.begin, words[0]);
   Decoder<T, kBits> table[2];
   table[0].Load(w, rows[0]);
   table[1].Load(w, rows[1]);
@@ -78,7 +63,7 @@ __global__ void __launch_bounds__(256, 2)
                         of_x < columns.m && (32 * t + 16) >> (7 - split) == (g & last_group)};
 
   float sums[1][4] = {};
-  const auto turn = [&](int tile, const uint32_t(&codes)[2][kBits]) {
+  const auto add = [&](int tile, const uint32_t(&codes)[2][kBits]) {
     const int64_t input = static_cast<int64_t>(tile) * kTileInputs + 32 * t;
     uint32_t raw[2][2], raw_offset[2][2] = {};  // of rows g and g + 8, columns 2t and 2t + 1
 #pragma unroll
@@ -119,15 +104,27 @@ __global__ void __launch_bounds__(256, 2)
       }
     }
   };
-  for (int tile = begin; tile < end; tile += 2) {
+  auto* const kept = reinterpret_cast<float*>(shared);
+  float* partial = kept + turns.share * (kGeneralColumns * kColumn);
+  int share_end = min(turns.begin + shares.turns, turns.end);
+  const auto keep = [&](int tile) {
+    if (tile != share_end) return;
+    KeepSums<kGeneralColumns>(sums, partial);
+    partial += kGeneralColumns * kColumn, share_end = min(share_end + shares.turns, turns.end);
+#pragma unroll
+    for (float& total : sums[0]) total = 0;
+  };
+  for (int tile = turns.begin; tile < turns.end; tile += 2) {
     load(tile + 1, words[1]);
-    turn(tile, words[0]);
+    add(tile, words[0]);
+    keep(tile + 1);
     load(tile + 2, words[0]);
-    if (tile + 1 < end) turn(tile + 1, words[1]);
+    if (tile + 1 >= turns.end) break;
+    add(tile + 1, words[1]);
+    keep(tile + 2);
   }
-  auto* partial = reinterpret_cast<float*>(shared);
-  KeepSums<kGeneralColumns>(sums, partial + warp * kGeneralColumns * kTileRows);
-  StoreSums(partial, kGeneralColumns, 1, 1 << split, first_m, columns.m, first_row, w.n, y);
+  StoreSums(kept, shares.count, kGeneralColumns, 1, 1 << split, first_m, columns.m, first_row, w.n,
+            static_cast<T*>(mine.y));
 }
 
 }  // namespace any4

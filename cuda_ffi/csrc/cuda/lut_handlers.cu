@@ -1,8 +1,10 @@
 // XLA's way in: checks what Python passed before anything is launched.
+#include <algorithm>
+#include <initializer_list>
 #include <optional>
 #include <string>
 #include <string_view>
-#include <utility>
+#include <vector>
 
 #include "lut_product.h"
 #include "xla/ffi/api/ffi.h"
@@ -25,9 +27,9 @@ bool IsHalf(std::optional<any4::Type> type) {
   return type == any4::Type::kBfloat16 || type == any4::Type::kFloat16;
 }
 
-bool HasShape(const ffi::AnyBuffer& buffer, int64_t rows, int64_t columns) {
+bool HasShape(const ffi::AnyBuffer& buffer, std::initializer_list<int64_t> shape) {
   const auto dims = buffer.dimensions();
-  return dims.size() == 2 && dims[0] == rows && dims[1] == columns;
+  return dims.size() == shape.size() && std::equal(dims.begin(), dims.end(), shape.begin());
 }
 
 ffi::Error Invalid(std::string_view what) { return ffi::Error::InvalidArgument("any4_cuda: " + std::string(what)); }
@@ -37,114 +39,114 @@ ffi::Error Done(cudaError_t error) {
   return ffi::Error::Internal(std::string("any4_cuda: the launch failed: ") + cudaGetErrorString(error));
 }
 
-// The operands that both handlers have, as a weight of k inputs; `high` and `offsets` of no elements stand for absent.
-struct Operands {
-  ffi::AnyBuffer codes, high, lut, scales, offsets;
-  int64_t bits, group_size;
+// Of each matrix: codes, high, lut, scales, offsets, index. `high`, `offsets` and `index` of no elements stand for
+// absent ones; the others have a leading axis, the stack.
+constexpr size_t kOperands = 6;
 
-  ffi::Error Check(int64_t k, any4::LutWeight& w) const {
-    if (bits != 2 && bits != 3 && bits != 4 && bits != 8) return Invalid("need codes of 2, 3, 4 or 8 bits");
-    if (codes.dimensions().size() != 2 || lut.dimensions().size() != 2) return Invalid("codes and lut need two axes");
-    // A group below k starts and ends with 16 inputs of a lane, and the groups of a tile are a power of two.
-    const bool whole = group_size >= k, power = group_size >= 16 && (group_size & (group_size - 1)) == 0;
-    if (k % 32 != 0 || !(whole || power)) return Invalid("need k % 32 == 0, and groups of a power of two from 16 on");
-    w.n = codes.dimensions()[0];
-    w.k = k;
-    // Up to 31 inputs may be there to fill up the row; they need no group.
-    const auto groups = [&](int64_t inputs) { return whole ? 1 : (inputs + group_size - 1) / group_size; };
-    if (scales.dimensions().size() != 2) return Invalid("scales need two axes");
-    w.groups = scales.dimensions()[1];
-    const bool one = lut.dimensions()[0] == 1;
-    const bool with_high = bits == 3, with_offsets = offsets.element_count() > 0;
-    const int64_t width = with_high ? 2 : bits;
-    if (!HasShape(codes, w.n, k * width / 8) || (with_high && !HasShape(high, w.n, k / 8)) ||
-        !HasShape(lut, one ? 1 : w.n, int64_t{1} << bits) || w.groups < groups(k - 31) ||
-        w.groups > groups(k) || !HasShape(scales, w.n, w.groups) ||
-        (with_offsets && !HasShape(offsets, w.n, w.groups))) {
-      return Invalid("the shapes of its operands don't fit together");
-    }
-    const auto lut_type = TypeOf(lut), scale_type = TypeOf(scales), offset_type = TypeOf(offsets);
-    if (!IsHalf(lut_type) || !scale_type || !offset_type || offset_type == any4::Type::kE8m0 ||
-        codes.element_type() != ffi::U8) {
-      return Invalid("need codes uint8, lut bfloat16 or float16, scales and offsets these, float32 or e8m0");
-    }
-    w.codes = static_cast<const uint8_t*>(codes.untyped_data());
-    w.high = with_high ? static_cast<const uint8_t*>(high.untyped_data()) : nullptr;
-    w.lut = lut.untyped_data();
-    w.scales = scales.untyped_data();
-    w.offsets = with_offsets ? offsets.untyped_data() : nullptr;
-    w.lut_stride = one ? 0 : int64_t{1} << bits;
-    w.lut_type = *lut_type;
-    w.scale_type = *scale_type;
-    w.offset_type = *offset_type;
-    return ffi::Error::Success();
+// A weight of k inputs whose operands begin at `first`, of tables that values of `type` come from.
+ffi::ErrorOr<any4::LutWeight> WeightOf(const ffi::RemainingArgs& operands, size_t first, int64_t k, int64_t bits,
+                                       int64_t group_size, any4::Type type) {
+  const auto invalid = [](std::string_view what) { return ffi::Unexpected(Invalid(what)); };
+  const auto operand = [&](size_t i) { return *operands.get<ffi::AnyBuffer>(first + i); };
+  const ffi::AnyBuffer codes = operand(0), high = operand(1), lut = operand(2), scales = operand(3),
+                       offsets = operand(4), index = operand(5);
+  if (bits != 2 && bits != 3 && bits != 4 && bits != 8) return invalid("need codes of 2, 3, 4 or 8 bits");
+  // A group below k starts and ends with 16 inputs of a lane, and the groups of a tile are a power of two.
+  const bool whole = group_size >= k, power = group_size >= 16 && (group_size & (group_size - 1)) == 0;
+  if (k % 32 != 0 || !(whole || power)) return invalid("need k % 32 == 0, and groups of a power of two from 16 on");
+  if (codes.dimensions().size() != 3 || lut.dimensions().size() != 3 || scales.dimensions().size() != 3) {
+    return invalid("codes, lut and scales need three axes");
   }
-};
-
-bool Fits(any4::Type lut, std::optional<any4::Type> type) {
-  return IsHalf(type) && (lut == *type || *type == any4::Type::kFloat16);
+  any4::LutWeight w{};
+  w.stack = codes.dimensions()[0];
+  w.n = codes.dimensions()[1];
+  w.k = k;
+  w.groups = scales.dimensions()[2];
+  // Up to 31 inputs may be there to fill up the row; they need no group.
+  const auto groups = [&](int64_t inputs) { return whole ? 1 : (inputs + group_size - 1) / group_size; };
+  const bool one = lut.dimensions()[1] == 1;
+  const bool with_high = bits == 3, with_offsets = offsets.element_count() > 0;
+  if (!HasShape(codes, {w.stack, w.n, k * (with_high ? 2 : bits) / 8}) ||
+      (with_high && !HasShape(high, {w.stack, w.n, k / 8})) ||
+      !HasShape(lut, {w.stack, one ? 1 : w.n, int64_t{1} << bits}) || w.groups < groups(k - 31) ||
+      w.groups > groups(k) || !HasShape(scales, {w.stack, w.n, w.groups}) ||
+      (with_offsets && !HasShape(offsets, {w.stack, w.n, w.groups})) || index.element_count() > 1) {
+    return invalid("the shapes of its operands don't fit together");
+  }
+  const auto lut_type = TypeOf(lut), scale_type = TypeOf(scales), offset_type = TypeOf(offsets);
+  if (!IsHalf(lut_type) || !scale_type || !offset_type || offset_type == any4::Type::kE8m0 ||
+      codes.element_type() != ffi::U8 || index.element_type() != ffi::S32) {
+    return invalid("need codes uint8, index int32, lut bfloat16 or float16, scales and offsets these, float32 or e8m0");
+  }
+  if (!IsHalf(type) || (*lut_type != type && type != any4::Type::kFloat16)) {
+    return invalid("need x and y of one type, bfloat16 with a table of it or float16");
+  }
+  w.codes = static_cast<const uint8_t*>(codes.untyped_data());
+  w.high = with_high ? static_cast<const uint8_t*>(high.untyped_data()) : nullptr;
+  w.lut = lut.untyped_data();
+  w.scales = scales.untyped_data();
+  w.offsets = with_offsets ? offsets.untyped_data() : nullptr;
+  w.index = index.element_count() > 0 ? static_cast<const int32_t*>(index.untyped_data()) : nullptr;
+  w.lut_stride = one ? 0 : int64_t{1} << bits;
+  w.lut_type = *lut_type;
+  w.scale_type = *scale_type;
+  w.offset_type = *offset_type;
+  return w;
 }
 
-ffi::Error Product(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer codes, ffi::AnyBuffer high, ffi::AnyBuffer lut,
-                   ffi::AnyBuffer scales, ffi::AnyBuffer offsets, ffi::Result<ffi::AnyBuffer> y, int64_t bits,
-                   int64_t group_size) {
-  if (x.dimensions().size() != 2) return Invalid("x needs two axes");
-  any4::LutWeight w{};
+// (x, matrix...) -> y of each.
+ffi::Error Products(cudaStream_t stream, ffi::RemainingArgs operands, ffi::RemainingRets results, int64_t bits,
+                    int64_t group_size) {
+  if (results.size() == 0 || operands.size() != 1 + kOperands * results.size()) {
+    return Invalid("need x, and six operands for each result");
+  }
+  const ffi::AnyBuffer x = *operands.get<ffi::AnyBuffer>(0);
+  const auto type = TypeOf(x);
+  if (x.dimensions().size() != 2 || !type) return Invalid("x needs two axes and bfloat16 or float16");
   const int64_t m = x.dimensions()[0], k = x.dimensions()[1];
-  const Operands operands{codes, high, lut, scales, offsets, bits, group_size};
-  if (auto error = operands.Check(k, w); error.failure()) return error;
-  if (!HasShape(*y, m, w.n) || !Fits(w.lut_type, TypeOf(x)) || TypeOf(*y) != TypeOf(x)) {
-    return Invalid("need x and y of one type, bfloat16 with a table of it or float16");
+  std::vector<any4::LutWeight> weights;
+  std::vector<void*> ys;
+  for (size_t i = 0; i < results.size(); ++i) {
+    const auto w = WeightOf(operands, 1 + i * kOperands, k, bits, group_size, *type);
+    if (w.has_error()) return w.error();
+    const ffi::AnyBuffer y = **results.get<ffi::AnyBuffer>(i);
+    if (!HasShape(y, {m, w->n}) || TypeOf(y) != type) return Invalid("y needs the shape [M, N] and x's type");
+    if (m == 0 || w->n == 0) continue;
+    weights.push_back(*w);
+    ys.push_back(y.untyped_data());
   }
-  if (m == 0 || w.n == 0) return ffi::Error::Success();
-  return Done(any4::LutProduct(w, static_cast<int>(bits), group_size, x.untyped_data(), y->untyped_data(), m,
-                               *TypeOf(x), stream));
+  return Done(any4::LutProducts(weights.data(), ys.data(), static_cast<int>(weights.size()), static_cast<int>(bits),
+                                group_size, x.untyped_data(), m, *type, stream));
 }
 
-ffi::Error Dequantize(cudaStream_t stream, ffi::AnyBuffer codes, ffi::AnyBuffer high, ffi::AnyBuffer lut,
-                      ffi::AnyBuffer scales, ffi::AnyBuffer offsets, ffi::Result<ffi::AnyBuffer> out, int64_t bits,
+// (matrix) -> W.
+ffi::Error Dequantize(cudaStream_t stream, ffi::RemainingArgs operands, ffi::RemainingRets results, int64_t bits,
                       int64_t group_size) {
-  if (out->dimensions().size() != 2) return Invalid("the result needs two axes");
-  any4::LutWeight w{};
-  const int64_t k = out->dimensions()[1];
-  const Operands operands{codes, high, lut, scales, offsets, bits, group_size};
-  if (auto error = operands.Check(k, w); error.failure()) return error;
-  if (out->dimensions()[0] != w.n || !Fits(w.lut_type, TypeOf(*out))) {
-    return Invalid("need a result [n, k], bfloat16 with a table of it or float16");
-  }
-  if (w.n == 0) return ffi::Error::Success();
-  return Done(any4::LutDequantize(w, static_cast<int>(bits), group_size, out->untyped_data(), *TypeOf(*out), stream));
+  if (results.size() != 1 || operands.size() != kOperands) return Invalid("need six operands and one result");
+  const ffi::AnyBuffer out = **results.get<ffi::AnyBuffer>(0);
+  const auto type = TypeOf(out);
+  if (out.dimensions().size() != 2 || !type) return Invalid("the result needs two axes and bfloat16 or float16");
+  const auto w = WeightOf(operands, 0, out.dimensions()[1], bits, group_size, *type);
+  if (w.has_error()) return w.error();
+  if (out.dimensions()[0] != w->n) return Invalid("the result needs the shape [N, K]");
+  if (w->n == 0) return ffi::Error::Success();
+  return Done(any4::LutDequantize(*w, static_cast<int>(bits), group_size, out.untyped_data(), *type, stream));
+}
+
+auto Binding() {
+  return ffi::Ffi::Bind()
+      .Ctx<ffi::PlatformStream<cudaStream_t>>()
+      .RemainingArgs()
+      .RemainingRets()
+      .Attr<int64_t>("bits")
+      .Attr<int64_t>("group_size");
 }
 
 }  // namespace
 
 // kCmdBufferCompatible: XLA may capture them in a CUDA graph.
-XLA_FFI_DEFINE_HANDLER_SYMBOL(any4_cuda_lut_product, Product,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::PlatformStream<cudaStream_t>>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Ret<ffi::AnyBuffer>()
-                                  .Attr<int64_t>("bits")
-                                  .Attr<int64_t>("group_size"),
-                              {ffi::Traits::kCmdBufferCompatible});
-
-XLA_FFI_DEFINE_HANDLER_SYMBOL(any4_cuda_lut_dequantize, Dequantize,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::PlatformStream<cudaStream_t>>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Ret<ffi::AnyBuffer>()
-                                  .Attr<int64_t>("bits")
-                                  .Attr<int64_t>("group_size"),
-                              {ffi::Traits::kCmdBufferCompatible});
+XLA_FFI_DEFINE_HANDLER_SYMBOL(any4_cuda_lut_product, Products, Binding(), {ffi::Traits::kCmdBufferCompatible});
+XLA_FFI_DEFINE_HANDLER_SYMBOL(any4_cuda_lut_dequantize, Dequantize, Binding(), {ffi::Traits::kCmdBufferCompatible});
 
 // Version of XLA's FFI that the handlers were compiled for, major * 1000 + minor.
 extern "C" int any4_ffi_abi() { return XLA_FFI_API_MAJOR * 1000 + XLA_FFI_API_MINOR; }

@@ -1,4 +1,4 @@
-// LutProduct: the kernel for turns where the operands allow it, else the general one, whose grid is chosen here.
+// LutProducts: the kernel for turns where the operands allow it, else the general one, whose grid is chosen here.
 #include "lut_product.h"
 
 #include <algorithm>
@@ -10,27 +10,68 @@ namespace any4 {
 namespace {
 
 template <typename T, int kBits>
-cudaError_t Launch(const LutWeight& w, const Columns& columns, const void* x, void* y, cudaStream_t stream) {
-  const int64_t blocks = (w.n + kTileRows - 1) / kTileRows, count = static_cast<int64_t>(columns.m) << columns.split;
-  const int warps = WarpsOfBlock(blocks, (w.k + kTileInputs - 1) / kTileInputs, 16);
+cudaError_t Launch(const LutLaunch& launch, const Columns& columns, cudaStream_t stream) {
+  const int64_t blocks = launch.Blocks(kTileRows), count = static_cast<int64_t>(columns.m) << columns.split;
+  const int64_t turns = (launch.k() + kTileInputs - 1) / kTileInputs;
+  const int warps = WarpsOfBlock(blocks, turns, 16);
   const dim3 grid(static_cast<unsigned>(blocks),
                   static_cast<unsigned>((count + kGeneralColumns - 1) / kGeneralColumns));
-  LutGeneral<T, kBits><<<grid, dim3(32, warps), warps * kGeneralColumns * kTileRows * sizeof(float), stream>>>(
-      w, static_cast<const T*>(x), static_cast<T*>(y), columns);
+  LutGeneral<T, kBits><<<grid, dim3(32, warps), kShares * kGeneralColumns * kColumn * sizeof(float), stream>>>(
+      launch.Batch(kTileRows), Shares(turns, warps), static_cast<const T*>(launch.x), columns);
   return cudaGetLastError();
 }
 
 template <typename T>
-cudaError_t OfBits(const LutWeight& w, int bits, const Columns& columns, const void* x, void* y, cudaStream_t stream) {
-  switch (bits) {
-    case 2: return Launch<T, 2>(w, columns, x, y, stream);
-    case 3: return Launch<T, 3>(w, columns, x, y, stream);
-    case 4: return Launch<T, 4>(w, columns, x, y, stream);
-    default: return Launch<T, 8>(w, columns, x, y, stream);
+cudaError_t OfBits(const LutLaunch& launch, const Columns& columns, cudaStream_t stream) {
+  switch (launch.bits) {
+    case 2: return Launch<T, 2>(launch, columns, stream);
+    case 3: return Launch<T, 3>(launch, columns, stream);
+    case 4: return Launch<T, 4>(launch, columns, stream);
+    default: return Launch<T, 8>(launch, columns, stream);
   }
 }
 
+cudaError_t LaunchGeneral(const LutLaunch& launch, cudaStream_t stream) {
+  Columns columns{static_cast<int>(launch.m), 0, 0};
+  while (kTileInputs >> columns.split > launch.group_size) ++columns.split;
+  const int64_t inputs = std::min(launch.group_size, launch.k());
+  while (static_cast<int64_t>(kTileInputs) << columns.group_shift < inputs) ++columns.group_shift;
+  return launch.type == Type::kFloat16 ? OfBits<__half>(launch, columns, stream)
+                                       : OfBits<__nv_bfloat16>(launch, columns, stream);
+}
+
+// Whether LutTurns has an instance for a weight; of 4 bits, cuda_ffi/lut_product_cuda.py says the same in `is_fast`.
+bool IsForTurns(const LutWeight& w, int bits, int64_t group_size, Type type) {
+  if (w.k % (2 * kTileInputs) != 0 || w.n % (2 * kTileRows) != 0) return false;
+  const bool halves = w.scale_type == Type::kBfloat16 && (w.offsets == nullptr || w.offset_type == Type::kBfloat16);
+  if (type == Type::kFloat16) return halves && bits == 4 && group_size == kTileInputs;
+  const bool exponents = w.scale_type == Type::kE8m0 && w.offsets == nullptr && bits == 4 && group_size == 32;
+  return exponents || (halves && group_size >= (bits == 4 ? 32 : kTileInputs));
+}
+
+cudaError_t LaunchTurns(const LutLaunch& launch, cudaStream_t stream) {
+  if (launch.type == Type::kFloat16) return LaunchTurnsFloat16(launch, stream);
+  return launch.bits == 4 ? LaunchTurnsBfloat16(launch, stream) : LaunchTurnsWidths(launch, stream);
+}
+
 }  // namespace
+
+int64_t LutLaunch::Blocks(int64_t rows) const {
+  int64_t blocks = 0;
+  for (int i = 0; i < count; ++i) blocks += (ws[i].n + rows - 1) / rows;
+  return blocks;
+}
+
+LutBatch LutLaunch::Batch(int64_t rows) const {
+  LutBatch batch{};
+  int64_t blocks = 0;
+  for (int i = 0; i < count; ++i) {
+    batch.weights[i] = ws[i];
+    batch.results[i] = ys[i];
+    batch.ends[i] = static_cast<unsigned>(blocks += (ws[i].n + rows - 1) / rows);
+  }
+  return batch;
+}
 
 int Multiprocessors() {
   int device = 0, count = 1;
@@ -40,18 +81,27 @@ int Multiprocessors() {
 }
 
 int WarpsOfBlock(int64_t blocks, int64_t turns, int resident) {
-  const int64_t wanted = blocks <= resident / 8 * Multiprocessors() ? 8 : 4;
-  return static_cast<int>(std::max<int64_t>(1, std::min(wanted, turns)));
+  int warps = blocks <= resident / 8 * Multiprocessors() ? 8 : 4;
+  while (warps > turns) warps /= 2;
+  return warps;
 }
 
-cudaError_t LutProduct(const LutWeight& w, int bits, int64_t group_size, const void* x, void* y, int64_t m, Type type,
-                       cudaStream_t stream) {
-  if (IsForTurns(w, bits, group_size, m)) return LaunchTurns(w, group_size, x, y, m, type, stream);
-  Columns columns{static_cast<int>(m), 0, 0};
-  while (kTileInputs >> columns.split > group_size) ++columns.split;
-  while (static_cast<int64_t>(kTileInputs) << columns.group_shift < std::min(group_size, w.k)) ++columns.group_shift;
-  return type == Type::kFloat16 ? OfBits<__half>(w, bits, columns, x, y, stream)
-                                : OfBits<__nv_bfloat16>(w, bits, columns, x, y, stream);
+cudaError_t LutProducts(const LutWeight* ws, void* const* ys, int count, int bits, int64_t group_size, const void* x,
+                        int64_t m, Type type, cudaStream_t stream) {
+  const auto for_turns = [&](int i) { return IsForTurns(ws[i], bits, group_size, type); };
+  // Weights that need another kernel, or another instance of it, than the one before them begin another launch.
+  const auto alike = [&](int i, int j) {
+    return for_turns(i) == for_turns(j) && (ws[i].offsets == nullptr) == (ws[j].offsets == nullptr) &&
+           ws[i].scale_type == ws[j].scale_type;
+  };
+  for (int first = 0, last; first < count; first = last) {
+    last = first + 1;
+    while (last < count && last - first < kMostTogether && alike(first, last)) ++last;
+    const LutLaunch launch{ws + first, ys + first, last - first, bits, group_size, x, m, type};
+    const cudaError_t error = for_turns(first) ? LaunchTurns(launch, stream) : LaunchGeneral(launch, stream);
+    if (error != cudaSuccess) return error;
+  }
+  return cudaSuccess;
 }
 
 }  // namespace any4

@@ -26,6 +26,23 @@ struct Columns {
   int group_shift;  // log2 of the tiles in a group where split is 0
 };
 
+// The codes that a lane holds of a row and tile: 32 from `input` on.
+template <int kBits>
+__device__ __forceinline__ void LoadCodes(const LutWeight& w, int64_t row, int64_t input, uint32_t (&words)[kBits]) {
+  if constexpr (kBits == 4 || kBits == 8) {
+    const uint8_t* from = w.codes + (row * w.k + input) * kBits / 8;
+#pragma unroll
+    for (int i = 0; i < kBits / 4; ++i) {
+      const uint4 v = LoadStreaming(from + 16 * i);
+      words[4 * i] = v.x, words[4 * i + 1] = v.y, words[4 * i + 2] = v.z, words[4 * i + 3] = v.w;
+    }
+  } else {
+    const uint2 v = __ldg(reinterpret_cast<const uint2*>(w.codes + (row * w.k + input) / 4));
+    words[0] = v.x, words[1] = v.y;
+    if constexpr (kBits == 3) words[2] = __ldg(reinterpret_cast<const uint32_t*>(w.high + (row * w.k + input) / 8));
+  }
+}
+
 // part += tile x for eight inputs a lane, of eight columns.
 template <typename T>
 __device__ __forceinline__ void AddProducts(float (&part)[4], const uint32_t (&top)[4], const uint32_t (&bottom)[4],
@@ -41,36 +58,63 @@ __device__ __forceinline__ void AddInputs(float (&sum)[4], uint32_t x0, uint32_t
   TensorProduct<T>(sum, ones, ones, ones, ones, x0, x1);
 }
 
+// From a column of kept sums to the next: 20, not 16, so that the eight rows of four lanes fall on different banks.
+constexpr int kColumn = kTileRows + 4;
+
 // A lane's corner of the sums, in the layout of TensorProduct, to shared memory [column, row].
 template <int kCount>
 __device__ __forceinline__ void KeepSums(const float (&sums)[kCount / 8][4], float* partial) {
   const int g = threadIdx.x / 4, t = threadIdx.x % 4;
 #pragma unroll
   for (int c = 0; c < kCount / 8; ++c) {
-    float* column = partial + (8 * c + 2 * t) * kTileRows + g;
+    float* column = partial + (8 * c + 2 * t) * kColumn + g;
     column[0] = sums[c][0];
-    column[kTileRows] = sums[c][1];
+    column[kColumn] = sums[c][1];
     column[8] = sums[c][2];
-    column[kTileRows + 8] = sums[c][3];
+    column[kColumn + 8] = sums[c][3];
   }
 }
 
-// Adds up what the warps kept, [warps, tiles, count, 16], and stores it; each row of x has `per_row` columns.
+// The same of a single row of x, whose columns are its groups: their sum.
+__device__ __forceinline__ void KeepSum(const float (&sums)[4], float* partial) {
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    float sum = sums[2 * r] + sums[2 * r + 1];
+    sum += __shfl_xor_sync(~0u, sum, 1);
+    sum += __shfl_xor_sync(~0u, sum, 2);
+    if (threadIdx.x % 4 == 0) partial[threadIdx.x / 4 + 8 * r] = sum;
+  }
+}
+
+// Adds up what was kept of each share, [shares, tiles, count, kColumn], and stores it; each row of x has `per_row`
+// columns.
 template <typename T>
-__device__ __forceinline__ void StoreSums(const float* partial, int count, int tiles, int per_row, int first_m, int m,
-                                          int64_t first_row, int64_t n, T* y) {
-  const int warps = blockDim.y, mine = min(count / per_row, m - first_m);
+__device__ __forceinline__ void StoreSums(const float* partial, int shares, int count, int tiles, int per_row,
+                                          int first_m, int m, int64_t first_row, int64_t n, T* y) {
+  const int mine = min(count / per_row, m - first_m);
   __syncthreads();
-  for (int i = threadIdx.y * 32 + threadIdx.x; i < tiles * mine * kTileRows; i += 32 * warps) {
+  for (int i = threadIdx.y * 32 + threadIdx.x; i < tiles * mine * kTileRows; i += 32 * blockDim.y) {
     const int in_tile = i % kTileRows, tile = i / kTileRows % tiles, of_x = i / kTileRows / tiles;
     float total = 0;
-    for (int warp = 0; warp < warps; ++warp) {
-      const float* column = partial + ((warp * tiles + tile) * count + of_x * per_row) * kTileRows + in_tile;
-      for (int part = 0; part < per_row; ++part) total += column[part * kTileRows];
+    for (int share = 0; share < shares; ++share) {
+      const float* column = partial + ((share * tiles + tile) * count + of_x * per_row) * kColumn + in_tile;
+      for (int part = 0; part < per_row; ++part) total += column[part * kColumn];
     }
     const int64_t row = first_row + tile * kTileRows + in_tile;
     if (row < n) y[(first_m + of_x) * n + row] = static_cast<T>(total);
   }
 }
+
+// The turns of a warp.
+struct Turns {
+  int begin, end;
+  int share;  // the first of its shares
+
+  __device__ __forceinline__ explicit Turns(const Shares& shares) {
+    share = threadIdx.y * shares.of_warp;
+    begin = min(share * shares.turns, shares.all_turns);
+    end = min(begin + shares.of_warp * shares.turns, shares.all_turns);
+  }
+};
 
 }  // namespace any4

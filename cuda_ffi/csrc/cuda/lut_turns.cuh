@@ -1,83 +1,130 @@
-// The product for the weights of most models, at full speed: 4-bit codes, groups of 128 (and of 64 or 32 for one row of
-// x), scales and offsets in bfloat16, k a multiple of 256 and n of the block's 16 kTiles rows.
+// The product for the weights of most models, at full speed: bfloat16 x; groups of 128, 256, ... or a row, and of 4-bit
+// codes also of 32 and 64; scales in bfloat16 (of 4-bit codes in groups of 32 without offsets also e8m0) and offsets in
+// bfloat16; k a multiple of 256 and n of 32. For float16 x there are 4-bit codes in groups of 128.
 #pragma once
 
+#include "lut_stack.cuh"
 #include "lut_tile.cuh"
 
 namespace any4 {
 
-// The lower or the upper bfloat16 of a word.
-__device__ __forceinline__ float HalfOf(uint32_t word, bool high) {
-  return __uint_as_float(high ? word & 0xFFFF0000u : word << 16);
-}
-
 // What an instance of the kernel is made for.
 //
+// kBits: of a code.
 // kCount: rows of x a block takes, 1 or a multiple of 8.
 // kTiles: tiles of 16 rows of W a warp decodes; two share the loads and the sums of x.
-// kGroups: groups in a tile of 128 inputs; more than one only where kCount is 1. Each group then has a column of its
-//   own, and so its own sums, which cost nothing, since the tensor core computes eight columns anyway.
+// kGroups: groups in a tile of 128 inputs, or 0 for groups of that or larger: each tile then loads its own scale. Of a
+//   single row of x, each group has a column of its own, and so its own sums, which cost nothing, since the tensor core
+//   computes eight columns anyway. Of more rows, a group's inputs come one after the other: a lane then holds 16 or 8
+//   inputs in a row, not 32.
 // kOffsets: whether there are any.
-template <int kCount_, int kTiles_, int kGroups_, bool kOffsets_>
+// kExponents: scales are e8m0, and not bfloat16.
+template <int kBits_, int kCount_, int kTiles_, int kGroups_, bool kOffsets_, bool kExponents_ = false>
 struct TurnsOf {
+  static constexpr int kBits = kBits_;
   static constexpr int kCount = kCount_, kTiles = kTiles_, kGroups = kGroups_;
-  static constexpr bool kOffsets = kOffsets_;
+  static constexpr bool kOffsets = kOffsets_, kExponents = kExponents_;
 };
 
-// With a single row of x, a table of pairs in shared memory decodes the upper half of a tile's rows and PRMT the lower:
-// either pipe alone is slower than memory. With more rows, loading x takes the former's time.
+// The lower or the upper of two scales or offsets.
+template <bool kExponents>
+__device__ __forceinline__ float OneOf(uint32_t two, bool upper) {
+  if constexpr (kExponents) {
+    const uint32_t e = upper ? two >> 8 : two & 0xFFu;
+    return __uint_as_float(e == 255 ? 0x7FC00000u : e == 0 ? 0x00400000u : e << 23);
+  }
+  return __uint_as_float(upper ? two & 0xFFFF0000u : two << 16);
+}
+
+// The codes of a lane in a tile: `kParts` pieces that lie 64 / kParts bytes apart.
+template <int kParts>
+__device__ __forceinline__ void LoadPieces(const uint8_t* from, uint32_t (&to)[4]) {
+  if constexpr (kParts == 1) {
+    const uint4 v = LoadStreaming(from);
+    to[0] = v.x, to[1] = v.y, to[2] = v.z, to[3] = v.w;
+  } else if constexpr (kParts == 2) {
+    const uint2 first = LoadStreaming2(from), second = LoadStreaming2(from + 32);
+    to[0] = first.x, to[1] = first.y, to[2] = second.x, to[3] = second.y;
+  } else {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) to[i] = LoadStreaming1(from + 16 * i);
+  }
+}
+
+// With a single row of x and 4-bit codes, a table of pairs in shared memory decodes the upper half of a tile's rows and
+// PRMT the lower: either pipe alone is slower than memory. With more rows, loading x takes the former's time.
 //
 // A turn is two tiles: a load of 32 bits brings two groups' scales. The launch bounds leave 128 registers or more, as a
-// warp needs them to overlap its steps; more warps of fewer registers were slower.
+// warp needs them to overlap its steps; more warps of fewer registers were slower. Where kGroups is 0, a tile's group
+// is its number >> group_shift.
 template <typename T, typename Of>
 __global__ void __launch_bounds__(256, Of::kTiles == 1 ? 2 : 1)
-    LutTurns(const LutWeight w, const T* x, T* y, const int m) {
-  constexpr int kCount = Of::kCount, kTiles = Of::kTiles, kGroups = Of::kGroups;
-  constexpr bool kOffsets = Of::kOffsets, kSingle = kCount == 1;
-  static_assert(kGroups == 1 || kSingle, "only a single row of x has columns to spare for groups");
+    LutTurns(const __grid_constant__ LutBatch batch, const Shares shares, const T* x, const int m,
+             const int group_shift) {
+  constexpr int kBits = Of::kBits, kCount = Of::kCount, kTiles = Of::kTiles, kGroups = Of::kGroups;
+  constexpr bool kOffsets = Of::kOffsets, kSummed = kOffsets || kBits == 8;
+  constexpr bool kSingle = kCount == 1, kPairs = kSingle && kBits == 4;
   static_assert(!kSingle || kTiles == 1, "the table of pairs is for one tile");
-  // Words of two scales a row and turn.
-  constexpr int kScales = kGroups == 1 ? 1 : 2;
+  static_assert(kBits == 4 || kGroups < 2, "codes of other widths are not loaded in pieces");
+  // Pieces of a tile that have a scale each, and of how many words with eight codes a lane.
+  constexpr bool kLarge = kGroups == 0, kColumns = kSingle && kGroups > 1;
+  constexpr int kParts = kSingle || kLarge ? 1 : kGroups, kWords = 4 / kParts;
+  // Words of scales a row and turn, two in each but where groups are large; and the scales from one word to the next.
+  constexpr int kScales = kLarge || kColumns ? 2 : kGroups, kStep = kSingle && kGroups == 4 ? 4 : 2;
+  constexpr int kScaleBytes = Of::kExponents ? 1 : 2;
   constexpr int kBlocks = (kCount + 7) / 8;  // of eight columns
   constexpr int kAhead = kBlocks == 1 ? 4 : 1;
   extern __shared__ __align__(16) unsigned char shared[];
-  const int lane = threadIdx.x, g = lane / 4, t = lane % 4, warp = threadIdx.y;
-  const int64_t first_row = static_cast<int64_t>(blockIdx.x) * (kTiles * kTileRows);
+  const int lane = threadIdx.x, g = lane / 4, t = lane % 4;
+  const Part mine = PartOf<kBits>(batch);
+  const LutWeight& w = mine.w;
+  // The same of all: read where their place is fixed, they take no registers.
+  const int64_t k = batch.weights[0].k, groups = batch.weights[0].groups;
+  const int64_t first_row = static_cast<int64_t>(mine.block) * (kTiles * kTileRows);
   const int first_m = blockIdx.y * kCount;
-  const int turns = static_cast<int>(w.k / (2 * kTileInputs)), share = (turns + blockDim.y - 1) / blockDim.y;
-  const int begin = warp * share;
-  int left = 2 * (min(begin + share, turns) - begin);  // tiles
+  const Turns turns(shares);
+  int turn = turns.begin, left = 2 * (turns.end - turns.begin);  // tiles
 
   // Rows are addressed by their distance from the lane's first.
-  const uint8_t* codes = w.codes + (first_row + g) * (w.k / 2) + 16 * t + static_cast<int64_t>(begin) * kTileInputs;
-  const uint32_t code_stride = static_cast<uint32_t>(4 * w.k), scale_stride = static_cast<uint32_t>(8 * w.groups);
-  const int64_t at = (first_row + g) * w.groups + 2 * kGroups * begin;
-  const auto* scales = static_cast<const uint16_t*>(w.scales) + at;
-  const auto* offsets = static_cast<const uint16_t*>(w.offsets) + at;
+  const int64_t first_code = (first_row + g) * (k / 2) + static_cast<int64_t>(turn) * kTileInputs;
+  const uint8_t* codes = w.codes + first_code + 16 / kParts * t;
+  const uint32_t code_stride = static_cast<uint32_t>(4 * k), scale_stride = static_cast<uint32_t>(8 * groups);
+  const int64_t at = (first_row + g) * groups + 2 * kGroups * turn;
+  const auto* scales = static_cast<const uint8_t*>(w.scales) + at * kScaleBytes;
+  const auto* offsets = static_cast<const uint8_t*>(w.offsets) + at * 2;
 
-  // Of several groups, this lane's columns 2t and 2t + 1 are groups 2t and 2t + 1 where there are such, and its sums of
-  // inputs are of group t * kGroups / 4.
-  const int scale_pair = kGroups == 4 ? 2 * (t % 2) : 0, offset_pair = kGroups == 4 ? 2 * (t / 2) : 0;
-  const bool offset_high = kGroups == 4 ? t % 2 : t / 2;
-  uint32_t words[2][2 * kTiles][4], scale[kScales][2 * kTiles], offset[kScales][2 * kTiles];
+  // Of several groups and a single row, this lane's columns 2t and 2t + 1 are groups 2t and 2t + 1 where there are
+  // such, and its sums of inputs are of group t * kGroups / 4.
+  const int scale_pair = kStep == 4 ? 2 * (t % 2) : 0, offset_pair = kStep == 4 ? 2 * (t / 2) : 0;
+  const bool offset_upper = kGroups == 4 ? t % 2 : t / 2;
+  uint32_t words[2][2 * kTiles][kBits], scale[kScales][2 * kTiles], offset[kScales][2 * kTiles];
   const auto load = [&](int tile, int r) {
-    if (tile < left) {
-      const uint4 v = LoadStreaming(codes + r * code_stride + tile * (kTileInputs / 2));
-      uint32_t(&to)[4] = words[tile % 2][r];
-      to[0] = v.x, to[1] = v.y, to[2] = v.z, to[3] = v.w;
+    if (tile >= left) return;
+    if constexpr (kBits == 4) {
+      LoadPieces<kParts>(codes + r * code_stride + tile * (kTileInputs / 2), words[tile % 2][r]);
+    } else {
+      const int64_t input = static_cast<int64_t>(2 * turn + tile) * kTileInputs + 32 * t;
+      LoadCodes<kBits>(w, first_row + g + 8 * r, input, words[tile % 2][r]);
     }
   };
-  const auto load_scales = [&](int tile) {
-    if (tile < left) {
+  // Word i of a turn's scales or offsets, as they are stored; `next` is 1 for those of the next turn.
+  const auto load_word = [&](const uint8_t* stored, int bytes, int r, int i, int pair, int next) -> uint32_t {
+    if constexpr (kLarge) {
+      const int group = (2 * (turn + next) + i) >> group_shift;
+      return __ldg(reinterpret_cast<const uint16_t*>(stored) + r * scale_stride + group);
+    }
+    stored += (r * scale_stride + 2 * kGroups * next + i * kStep + pair) * bytes;
+    if (bytes == 1) return __ldg(reinterpret_cast<const uint16_t*>(stored));
+    return __ldg(reinterpret_cast<const uint32_t*>(stored));
+  };
+  const auto load_scales = [&](int next) {
+    if (2 * next < left) {
 #pragma unroll
       for (int i = 0; i < kScales; ++i) {
 #pragma unroll
         for (int r = 0; r < 2 * kTiles; ++r) {
-          const auto two = [&](const uint16_t* stored, int pair) {
-            return __ldg(reinterpret_cast<const uint32_t*>(stored + r * scale_stride + (tile + i) * kGroups + pair));
-          };
-          scale[i][r] = two(scales, scale_pair);
-          if constexpr (kOffsets) offset[i][r] = two(offsets, offset_pair);
+          scale[i][r] = load_word(scales, kScaleBytes, r, i, scale_pair, next);
+          if constexpr (kOffsets) offset[i][r] = load_word(offsets, 2, r, i, offset_pair, next);
         }
       }
     }
@@ -88,95 +135,118 @@ __global__ void __launch_bounds__(256, Of::kTiles == 1 ? 2 : 1)
     for (int r = 0; r < 2 * kTiles; ++r) load(tile, r);
   }
   load_scales(0);
-  Decoder<T, 4> table[2 * kTiles];
+  Decoder<T, kBits> table[2 * kTiles];
 #pragma unroll
-  for (int r = kSingle; r < 2 * kTiles; ++r) table[r].Load(w, first_row + g + 8 * r);
-  if constexpr (kSingle) {
+  for (int r = kPairs; r < 2 * kTiles; ++r) table[r].Load(w, first_row + g + 8 * r);
+  if constexpr (kPairs) {
     FillPairTable<T>(w, first_row, shared);
     __syncthreads();
   }
 
-  const T* inputs = x + 32 * t + static_cast<int64_t>(begin) * (2 * kTileInputs);
+  const T* inputs = x + 32 / kParts * t + static_cast<int64_t>(turn) * (2 * kTileInputs);
   // Columns past the last row of x repeat it and are not stored. A single row is loaded by the lanes of its group's
   // column alone, with zeros in the others, which saves the cache's time.
   const bool seen = !kSingle || g == t * kGroups / 4;
   int64_t from[kBlocks];
 #pragma unroll
-  for (int c = 0; c < kBlocks; ++c) from[c] = min(first_m + 8 * c + g, m - 1) * w.k;
+  for (int c = 0; c < kBlocks; ++c) from[c] = min(first_m + 8 * c + g, m - 1) * k;
   uint4 v[kAhead][kBlocks] = {};
 
-  float sums[kTiles][kBlocks][4] = {};
+  constexpr int kKept = kSingle ? 1 : 8 * kBlocks;
+  auto* const kept = reinterpret_cast<float*>(shared + (kPairs ? kPairTableBytes : 0));
+  float* partial = kept + turns.share * (kTiles * kKept * kColumn);
   while (left > 0) {
+    float sums[kTiles][kBlocks][4] = {};
+    for (const int end = min(turn + shares.turns, turns.end); turn < end; ++turn) {
 #pragma unroll
-    for (int tile = 0; tile < 2; ++tile) {
-      float part[kTiles][kBlocks][4] = {}, sum[kBlocks][4] = {};
+      for (int tile = 0; tile < 2; ++tile) {
+        float part[kTiles][kBlocks][4], sum[kBlocks][4];
 #pragma unroll
-      for (int eighth = 0; eighth < 4; ++eighth) {
-        if (eighth % kAhead == 0) {
-#pragma unroll
-          for (int e = 0; e < kAhead; ++e) {
+        for (int word = 0; word < 4; ++word) {
+          if (word % kWords == 0) {
 #pragma unroll
             for (int c = 0; c < kBlocks; ++c) {
-              const auto* address = reinterpret_cast<const uint4*>(inputs + from[c] + tile * kTileInputs) + eighth + e;
-              if (seen) v[e][c] = __ldg(address);
+#pragma unroll
+              for (int j = 0; j < 4; ++j) {
+                sum[c][j] = 0;
+#pragma unroll
+                for (int i = 0; i < kTiles; ++i) part[i][c][j] = 0;
+              }
+            }
+          }
+          if (word % kAhead == 0) {
+#pragma unroll
+            for (int e = word; e < word + kAhead; ++e) {
+#pragma unroll
+              for (int c = 0; c < kBlocks; ++c) {
+                const auto* address = reinterpret_cast<const uint4*>(inputs + from[c] + tile * kTileInputs) +
+                                      e / kWords * (16 / kParts) + e % kWords;
+                if (seen) v[e - word][c] = __ldg(address);
+              }
+            }
+          }
+#pragma unroll
+          for (int i = 0; i < kTiles; ++i) {
+            uint32_t top[4], bottom[4];
+            if constexpr (kPairs) {
+              DecodePairs(shared, words[tile][0][word], top);
+            } else {
+              table[2 * i].Decode(words[tile][2 * i], word, top);
+            }
+            table[2 * i + 1].Decode(words[tile][2 * i + 1], word, bottom);
+#pragma unroll
+            for (int c = 0; c < kBlocks; ++c) AddProducts<T>(part[i][c], top, bottom, v[word % kAhead][c]);
+          }
+          if constexpr (kSummed && !kSingle) {
+#pragma unroll
+            for (int c = 0; c < kBlocks; ++c) {
+              AddInputs<T>(sum[c], v[word % kAhead][c].x, v[word % kAhead][c].y);
+              AddInputs<T>(sum[c], v[word % kAhead][c].z, v[word % kAhead][c].w);
+            }
+          }
+          if (word % kWords < kWords - 1) continue;
+          if constexpr (kSummed && kSingle) {
+            // All eight columns take part, 16 inputs each, so one product is enough; they are added up at the end.
+            const uint2 four = __ldg(reinterpret_cast<const uint2*>(inputs - 32 * t + tile * kTileInputs) + lane);
+            AddInputs<T>(sum[0], four.x, four.y);
+          }
+          // A word is of one tile where groups are large, of two columns where they have their own, else of two parts.
+          const int number = tile * kParts + word / kWords, in = kLarge || kColumns ? tile : number / 2;
+#pragma unroll
+          for (int r = 0; r < 2 * kTiles; ++r) {
+#pragma unroll
+            for (int side = 0; side < 2; ++side) {
+              const bool upper = !kLarge && (kColumns ? side : number % 2);
+              float a = OneOf<Of::kExponents>(scale[in][r], upper);
+              float b = kOffsets ? OneOf<false>(offset[in][r], kColumns ? offset_upper : upper) : 0.0f;
+              table[r].Affine(a, b);
+#pragma unroll
+              for (int c = 0; c < kBlocks; ++c) {
+                float& total = sums[r / 2][c][2 * (r % 2) + side];
+                if (kSummed) total = fmaf(b, sum[c][side], total);
+                total = fmaf(a, part[r / 2][c][2 * (r % 2) + side], total);
+              }
             }
           }
         }
 #pragma unroll
-        for (int i = 0; i < kTiles; ++i) {
-          uint32_t top[4], bottom[4];
-          if constexpr (kSingle) {
-            DecodePairs(shared, words[tile][0][eighth], top);
-          } else {
-            table[2 * i].Decode(words[tile][2 * i], eighth, top);
-          }
-          table[2 * i + 1].Decode(words[tile][2 * i + 1], eighth, bottom);
-#pragma unroll
-          for (int c = 0; c < kBlocks; ++c) AddProducts<T>(part[i][c], top, bottom, v[eighth % kAhead][c]);
-        }
-        if constexpr (kOffsets && !kSingle) {
-#pragma unroll
-          for (int c = 0; c < kBlocks; ++c) {
-            AddInputs<T>(sum[c], v[eighth % kAhead][c].x, v[eighth % kAhead][c].y);
-            AddInputs<T>(sum[c], v[eighth % kAhead][c].z, v[eighth % kAhead][c].w);
-          }
-        }
+        for (int r = 0; r < 2 * kTiles; ++r) load(tile + 2, r);
       }
-      if constexpr (kOffsets && kSingle) {
-        // All eight columns take part, 16 inputs each, so one product is enough; their sums are added up at the end.
-        const uint2 four = __ldg(reinterpret_cast<const uint2*>(inputs - 32 * t + tile * kTileInputs) + lane);
-        AddInputs<T>(sum[0], four.x, four.y);
-      }
-#pragma unroll
-      for (int r = 0; r < 2 * kTiles; ++r) {
-        const uint32_t a = scale[tile % kScales][r], b = kOffsets ? offset[tile % kScales][r] : 0;
-        // One group a tile: the word is of two tiles. Else it is of two groups, in two columns.
-        const bool b_high = kGroups == 1 ? tile == 1 : offset_high;
-#pragma unroll
-        for (int side = 0; side < 2; ++side) {
-          const bool a_high = kGroups == 1 ? tile == 1 : side == 1;
-#pragma unroll
-          for (int c = 0; c < kBlocks; ++c) {
-            float& total = sums[r / 2][c][2 * (r % 2) + side];
-            if (kOffsets) total = fmaf(HalfOf(b, b_high), sum[c][side], total);
-            total = fmaf(HalfOf(a, a_high), part[r / 2][c][2 * (r % 2) + side], total);
-          }
-        }
-      }
-#pragma unroll
-      for (int r = 0; r < 2 * kTiles; ++r) load(tile + 2, r);
+      load_scales(1);
+      left -= 2, codes += kTileInputs, inputs += 2 * kTileInputs;
+      scales += 2 * kGroups * kScaleBytes, offsets += 2 * kGroups * 2;
     }
-    load_scales(2);
-    left -= 2, codes += kTileInputs, scales += 2 * kGroups, inputs += 2 * kTileInputs;
-    if (kOffsets) offsets += 2 * kGroups;
-  }
-  // The sums take the place of the table of pairs.
-  if (kSingle) __syncthreads();
-  auto* partial = reinterpret_cast<float*>(shared);
-  constexpr int kKept = 8 * kBlocks;
 #pragma unroll
-  for (int i = 0; i < kTiles; ++i) KeepSums<kKept>(sums[i], partial + (warp * kTiles + i) * kKept * kTileRows);
-  StoreSums(partial, kKept, kTiles, kSingle ? 8 : 1, first_m, m, first_row, w.n, y);
+    for (int i = 0; i < kTiles; ++i) {
+      if constexpr (kSingle) {
+        KeepSum(sums[i][0], partial);
+      } else {
+        KeepSums<kKept>(sums[i], partial + i * (kKept * kColumn));
+      }
+    }
+    partial += kTiles * kKept * kColumn;
+  }
+  StoreSums(kept, shares.count, kKept, kTiles, 1, first_m, m, first_row, w.n, static_cast<T*>(mine.y));
 }
 
 }  // namespace any4
