@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import jax
 import jax.numpy as jnp
@@ -12,9 +14,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from any4_jax.benchmarks import Device, Result, decode, gemm, machine, read, timing, write
+from any4_jax.benchmarks import Device, Result, decode, gemm, gemm_cuda, machine, read, timing, write
+from any4_jax.benchmarks.plot import speed_plot
+from any4_jax.benchmarks.schema import check
 from any4_jax.cli import main
-from any4_jax.cli.bench import _shapes
+from any4_jax.cli.bench_gemm import _shapes
 from any4_jax.models.tiny import random_llama, tiny
 from any4_jax.weights import dequantize
 
@@ -146,6 +150,35 @@ def test_gemm_refuses_to_time_a_wrong_result(stream, monkeypatch: pytest.MonkeyP
         gemm.run(gemm.Gemm(((16, 16),), m=(1,), rounds=1, rotate_mb=1))
 
 
+@pytest.fixture
+def as_on_cuda(stream, monkeypatch: pytest.MonkeyPatch) -> gemm.Gemm:
+    """gemm_cuda's loops on whatever is here, over two copies and without torch."""
+    monkeypatch.setattr(timing, "STREAM_BYTES", {"cuda": 2**20})
+    monkeypatch.setattr(gemm_cuda, "CUDA", dataclasses.replace(gemm_cuda.CUDA, supports=lambda x, w, platform: None))
+    monkeypatch.setattr(gemm_cuda, "LEAST_COPIES", 2)
+    monkeypatch.setattr(gemm_cuda, "MOST_COPIES", 2)
+    monkeypatch.setattr(gemm_cuda, "TURN_S", 1e-6)
+    monkeypatch.setitem(sys.modules, "torch", None)
+    return gemm.Gemm(((512, 64),), m=(3,), rounds=1, rotate_mb=1, group_size=32)
+
+
+def test_gemm_on_cuda_gives_each_product_a_row(as_on_cuda: gemm.Gemm) -> None:
+    measured = gemm_cuda.run(as_on_cuda)
+    products = ("4 bits, a table a row", "4 bits, one table", "bfloat16 in XLA")
+    assert [(row["m"], row["product"]) for row in measured.rows] == [(3, p) for p in products]
+    for row in measured.rows:
+        assert row["us"] > 0 and row["call_us"] > 0 and row["speed_ratio_to_cublas"] is None
+        assert (row["speed_ratio_to_xla"] == 1) == (row["product"] == "bfloat16 in XLA")
+    assert measured.notes == ["torch isn't installed, so cuBLAS and torch's int4 product are not measured"]
+    check(dataclasses.replace(GOOD, rows=tuple(measured.rows), settings=measured.settings))
+
+
+def test_gemm_on_cuda_refuses_to_time_a_wrong_result(as_on_cuda: gemm.Gemm, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gemm_cuda, "_dense", lambda x, w: 1.02 * (x @ w.T))
+    with pytest.raises(RuntimeError, match=r"bfloat16 in XLA, 3 rows: the result is off by 2.*e-02"):
+        gemm_cuda.run(as_on_cuda)
+
+
 def test_candidates_go_through_all_copies_in_turns() -> None:
     seen: dict[str, list[int]] = {"a": [], "b": []}
 
@@ -213,3 +246,19 @@ def test_the_command_names_the_environment_that_matters(monkeypatch: pytest.Monk
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     monkeypatch.setenv("XLA_FLAGS", "--a --b")
     assert machine.command_line(["any4", "bench"]) == "JAX_PLATFORMS=cpu XLA_FLAGS='--a --b' any4 bench"
+
+
+def test_the_plot_has_a_line_for_each_shape() -> None:
+    rows = [
+        {"n": n, "k": 64, "m": m, "product": product, "ratio": None if n == 3 else n / m}
+        for n in (1, 2, 3)
+        for m in (1, 2, 8)
+        for product in ("few", "dense")
+    ]
+    drawing = ElementTree.fromstring(speed_plot(rows, "few", "ratio", "fast & few"))
+    texts = [element.text for element in drawing if element.tag.endswith("text")]
+    assert "fast & few" in texts and "1 x 64" in texts and "2 x 64" in texts and "3 x 64" not in texts
+    lines = [e.get("points", "") for e in drawing if e.tag.endswith("polyline") and e.get("stroke-width") == "2"]
+    assert sorted(len(line.split()) for line in lines) == [2, 2, 3, 3]
+    with pytest.raises(ValueError, match="no row of 'other' has a ratio"):
+        speed_plot(rows, "other", "ratio", "")

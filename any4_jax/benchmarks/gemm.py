@@ -20,11 +20,16 @@ from any4_jax.benchmarks.timing import Candidate, StreamingRead, interleaved, si
 from any4_jax.matmul import BACKENDS, matmul, prepare
 from any4_jax.weights import QuantizedTensor, dequantize
 
-# [N, K] of the linears of a block.
+# [N, K] of the linears of a block; "-together" those of one input as one matrix (q, k, v; o; gate, up; down), and the
+# head.
 SHAPES: dict[str, tuple[tuple[int, int], ...]] = {
     "smollm2-135m": ((576, 576), (192, 576), (1536, 576), (576, 1536)),
     "llama-3.2-1b": ((2048, 2048), (512, 2048), (8192, 2048), (2048, 8192)),
     "llama-3.1-8b": ((4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336)),
+    "llama-3.2-1b-together": ((3072, 2048), (2048, 2048), (16384, 2048), (2048, 8192), (128256, 2048)),
+    "llama-3.1-8b-together": ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336), (128256, 4096)),
+    "llama-3.1-70b-together": ((10240, 8192), (8192, 8192), (57344, 8192), (8192, 28672), (128256, 8192)),
+    "squares": ((1024, 1024), (2048, 2048), (4096, 4096), (8192, 8192), (16384, 16384)),
 }
 DTYPES = ("float32", "bfloat16")
 DENSE = ("dense x @ W[N, K].T", "dense x @ W[K, N]")

@@ -23,7 +23,7 @@ FEATURES = (
     *("asimd", "asimdhp", "asimddp", "bf16", "i8mm", "sve", "sve2"),
 )
 # Environment variables without which the same command would measure something else.
-ENVIRONMENT = ("JAX_PLATFORMS", "XLA_FLAGS")
+ENVIRONMENT = ("JAX_PLATFORMS", "XLA_FLAGS", "XLA_PYTHON_CLIENT_PREALLOCATE")
 
 
 def result(

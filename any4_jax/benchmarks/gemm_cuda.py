@@ -1,0 +1,229 @@
+"""Microseconds of one product x W^T on an NVIDIA GPU, where launching a kernel takes as long as a small product.
+
+So each is timed twice: by itself, as a call from Python, and as one of many in a compiled loop, whose launches XLA
+captures in CUDA graphs; that is how a jitted decoding loop runs it, and what peers' captured graphs are compared with.
+Letters: N outputs, K inputs, M rows of x.
+"""
+
+import dataclasses
+import functools
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from any4_jax.benchmarks.gemm import Gemm, Measured
+from any4_jax.benchmarks.peers import Torch
+from any4_jax.benchmarks.timing import Candidate, StreamingRead, interleaved, significant, tree_bytes
+from any4_jax.matmul import CUDA, matmul
+from any4_jax.weights import QuantizedTensor, dequantize
+
+ROWS = (1, 2, 4, 8, 16, 32, 64, 512, 2048)
+# Weights of a kind, each in one product of a loop's body: enough that what else the body does is lost among them, few
+# enough to compile soon.
+LEAST_COPIES, MOST_COPIES = 4, 128
+# torch's int4 product is for decoding: with 2048 rows it takes 25 times as long as a dense one.
+MOST_ROWS_OF_INT4 = 64
+# A turn of a candidate takes about so long.
+TURN_S = 0.006
+# Graphs for every sequence of launches, whose kernels run one after the other even where they don't depend on each
+# other: the loop is to measure a product, not how well several fill the GPU together.
+CAPTURED = {
+    "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,DYNAMIC_SLICE_FUSION",
+    "xla_gpu_graph_min_graph_size": 1,
+    "xla_gpu_command_buffer_scheduling_mode": "SERIALIZE",
+}
+# Of the norm of the right result, which is of bfloat16.
+TOLERANCE = 1e-2
+CHECKED = 256
+
+
+@dataclasses.dataclass(frozen=True)
+class _Product:
+    """One way to compute x W^T in JAX, and its weights, of which those of a kind share the memory."""
+
+    name: str
+    call: Callable[[jax.Array, Any], jax.Array]
+    copies: Sequence[Any]
+
+
+def run(config: Gemm, progress: Callable[[int, int, str], None] = lambda done, total, what: None) -> Measured:
+    """Measures every shape with every m: bfloat16 x; 4-bit weights, dense ones in XLA, and torch's where there is one.
+
+    Raises:
+      RuntimeError: the CUDA kernels can't do the product, or their result is wrong.
+    """
+    stream = StreamingRead("cuda")
+    rows: list[dict[str, Any]] = []
+    notes: dict[str, None] = {}
+    torch = None
+    try:
+        torch = Torch()
+    except RuntimeError as error:
+        notes.setdefault(str(error))
+    for done, (n, k) in enumerate(config.shapes):
+        progress(done, len(config.shapes), f"{n} x {k}")
+        stream.measure()
+        theirs = _theirs(torch, config, n, k, notes) if torch else {}
+        rows += _rows(config, n, k, _ours(config, n, k), theirs)
+    stream.measure()
+    for row in rows:
+        row["share_of_streaming_read"] = significant(row["gb_per_s"] / stream.gb_per_s)
+    settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in ("shapes", "m")}
+    loop = " ".join(f"--{name}={value}" for name, value in CAPTURED.items())
+    return Measured(rows, {**settings, "loops_compiled_with": loop, **stream.settings()}, list(notes))
+
+
+def _number(config: Gemm, size: int) -> int:
+    return max(LEAST_COPIES, min(MOST_COPIES, -(-config.rotate_mb * 10**6 // size)))
+
+
+def _ours(config: Gemm, n: int, k: int) -> dict[tuple[str, int], tuple[float, float, int]]:
+    """(product, m) -> seconds in a loop and as a call, and bytes of the weight."""
+    few = _number(config, n * k * config.bits // 8)
+    products = [
+        _Product(f"{config.bits} bits, {words}", matmul, _weights(config, n, k, own, few))
+        for words, own in (("a table a row", True), ("one table", False))
+    ]
+    dense = [jax.random.normal(jax.random.key(i), (n, k), jnp.bfloat16) for i in range(_number(config, 2 * n * k))]
+    products.append(_Product("bfloat16 in XLA", _dense, dense))
+    reason = CUDA.supports(jax.ShapeDtypeStruct((1, k), jnp.bfloat16), products[0].copies[0], "cuda")
+    if reason is not None:
+        raise RuntimeError(
+            f"the CUDA kernels can't do {n} x {k}: {reason}; leave --platform cuda out for other backends"
+        )
+    inputs = {m: jax.random.normal(jax.random.key(m), (m, k), jnp.bfloat16) for m in config.m}
+    jobs = [(product, m) for m in config.m for product in products]
+    # Where XLA tries kernels of its own while it compiles, it does so for one program at a time.
+    with ThreadPoolExecutor(8) as pool:
+        programs = list(pool.map(lambda job: _compiled(job[0], inputs[job[1]]), jobs))
+    taken = {}
+    for (product, m), (once, loop, products_of_loop) in zip(jobs, programs, strict=True):
+        x = inputs[m]
+        _check(product, x, once(x, product.copies[0]))
+        call = interleaved([Candidate(functools.partial(once, x), product.copies)], 5, overlap=True)
+        turns = [_seconds(loop, x, product.copies) / products_of_loop for _ in range(config.rounds + 2)]
+        # In the first two XLA captures the graphs.
+        figures = float(np.median(turns[2:])), float(np.median(call)), tree_bytes(product.copies[0])
+        taken[product.name, m] = figures
+    return taken
+
+
+def _seconds(program: Callable[..., jax.Array], *arguments: Any) -> float:
+    begin = time.perf_counter()
+    program(*arguments).block_until_ready()
+    return time.perf_counter() - begin
+
+
+def _dense(x: jax.Array, w: jax.Array) -> jax.Array:
+    return jax.lax.dot_general(x, w, (((1,), (1,)), ((), ())))
+
+
+def _weights(config: Gemm, n: int, k: int, own: bool, copies: int) -> list[QuantizedTensor]:
+    """Weights of random codes: any4's form, or nf4's with one table and no offsets."""
+
+    @jax.jit
+    def weight(seed: jax.Array) -> QuantizedTensor:
+        keys = jax.random.split(jax.random.key(seed), 4)
+        groups = (n, -(-k // config.group_size))
+        return QuantizedTensor(
+            codes=jax.random.bits(keys[0], (n, k * config.bits // 8), jnp.uint8),
+            lut=jnp.sort(jax.random.normal(keys[1], (n if own else 1, 2**config.bits), jnp.bfloat16)),
+            scales=jax.random.uniform(keys[2], groups, jnp.bfloat16, 0.5, 1.5) * k**-0.5,
+            offsets=jax.random.normal(keys[3], groups, jnp.bfloat16) * k**-0.5 if own else None,
+            bits=config.bits,
+            group_size=config.group_size,
+            padding=0,
+            uniform=False,
+        )
+
+    return [weight(seed) for seed in range(copies)]
+
+
+def _compiled(product: _Product, x: jax.Array) -> tuple[Callable[..., jax.Array], Callable[..., jax.Array], int]:
+    """The product compiled by itself, a loop of it over all weights, and how many products the loop computes."""
+    copies = product.copies
+    n, k = copies[0].shape
+    guess = max(tree_bytes(copies[0]) / 2.5e12, 2 * x.shape[0] * n * k / 5e14) + 2e-6
+    times = max(2, round(TURN_S / guess / len(copies)))
+
+    def body(_: jax.Array, x: jax.Array, weights: Sequence[Any]) -> jax.Array:
+        ys = [product.call(x, w) for w in weights]
+        # So that no product is the same as in the turn before, or unused.
+        return x.at[0, 0].set(sum(y[0, 0] for y in ys) / len(ys))
+
+    @functools.partial(jax.jit, compiler_options=CAPTURED)
+    def loop(x: jax.Array, weights: Sequence[Any]) -> jax.Array:
+        return jax.lax.fori_loop(0, times, lambda i, x: body(i, x, weights), x)
+
+    once = jax.jit(product.call).lower(x, copies[0]).compile()
+    return once, loop.lower(x, product.copies).compile(), times * len(copies)
+
+
+def _check(product: _Product, x: jax.Array, y: jax.Array) -> None:
+    """Compares some rows and outputs with float64.
+
+    Raises:
+      RuntimeError: they differ by more than rounding.
+    """
+    w = product.copies[0]
+    some = np.r_[0:CHECKED, -CHECKED:0]
+    part = jax.tree.map(lambda a: a if a.shape[0] == 1 else a[some], w)
+    rows = np.r_[0, -1]
+    right = np.asarray(x[rows], np.float64) @ np.asarray(dequantize(part), np.float64).T
+    error = np.linalg.norm(np.asarray(y[rows][:, some], np.float64) - right) / np.linalg.norm(right)
+    if not error <= TOLERANCE:
+        raise RuntimeError(
+            f"{product.name}, {x.shape[0]} rows: the result is off by {error:.1e} of itself, and at most "
+            f"{TOLERANCE:.0e} is rounding; the kernel is wrong, so it isn't timed"
+        )
+
+
+def _theirs(
+    torch: Torch, config: Gemm, n: int, k: int, notes: dict[str, None]
+) -> dict[tuple[str, int], tuple[float, int]]:
+    """(product, m) -> seconds in a captured graph, and bytes of the weight."""
+    dense, few = 2 * n * k, n * k // 2 + 4 * n * (k // config.group_size)
+    taken: dict[tuple[str, int], tuple[float, int]] = {}
+    try:
+        seconds = torch.cublas(n, k, config.m, _number(config, dense), config.rounds)
+        taken |= {("bfloat16 by cuBLAS", m): (s, dense) for m, s in zip(config.m, seconds, strict=True)}
+        if config.bits == 4 and k % 128 == 0 and n % 8 == 0 and config.group_size in (32, 64, 128, 256):
+            rows = tuple(m for m in config.m if m <= MOST_ROWS_OF_INT4)
+            seconds = torch.int4(n, k, rows, _number(config, few), config.rounds, config.group_size)
+            taken |= {("int4 by torch", m): (s, few) for m, s in zip(rows, seconds, strict=True)}
+    except torch.out_of_memory():
+        notes.setdefault(
+            f"{n} x {k}: torch found too little memory beside jax's; set XLA_PYTHON_CLIENT_PREALLOCATE=false"
+        )
+    return taken
+
+
+def _rows(config: Gemm, n: int, k: int, ours: dict, theirs: dict) -> list[dict[str, Any]]:
+    """The rows of one shape; the share of the streaming read is filled in later."""
+    rows = []
+    for m in config.m:
+        cublas, _ = theirs.get(("bfloat16 by cuBLAS", m), (None, 0))
+        taken = [(name, *figures) for (name, rows), figures in ours.items() if rows == m]
+        taken += [(name, us, None, size) for (name, rows), (us, size) in theirs.items() if rows == m]
+        xla = ours["bfloat16 in XLA", m][0]
+        for name, seconds, call, size in taken:
+            rows.append(
+                {
+                    "n": n,
+                    "k": k,
+                    "m": m,
+                    "product": name,
+                    "us": significant(1e6 * seconds),
+                    "call_us": None if call is None else significant(1e6 * call),
+                    "speed_ratio_to_cublas": None if cublas is None else significant(cublas / seconds),
+                    "speed_ratio_to_xla": significant(xla / seconds),
+                    "gb_per_s": significant((size + 2 * m * k) / seconds / 1e9),
+                    "share_of_streaming_read": None,
+                }
+            )
+    return rows

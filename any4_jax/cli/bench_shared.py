@@ -1,0 +1,55 @@
+"""What the benchmarks' commands share: options, the check before the work, the end of the output."""
+
+import argparse
+from pathlib import Path
+
+from any4_jax.benchmarks import machine, schema
+from any4_jax.cli.errors import CommandLineError, WorkError
+from any4_jax.matmul import PLATFORMS
+
+
+def add_common(parser: argparse.ArgumentParser, rounds: int) -> None:
+    parser.add_argument(
+        "--rounds", type=count, default=rounds, metavar="N", help=f"turns of each candidate (default: {rounds})"
+    )
+    add_machine(parser)
+
+
+def add_machine(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--platform", choices=PLATFORMS, help="refuse to run on any other (default: what jax runs on)")
+    parser.add_argument("--out", metavar="FILE", help="write the results here as JSON")
+
+
+def check(args: argparse.Namespace) -> None:
+    """Refuses before the work what would fail after it."""
+    if args.out is not None and not Path(args.out).absolute().parent.is_dir():
+        raise WorkError(f"{args.out} can't be written, its folder is missing; make it first")
+    here = machine.platform()
+    if args.platform not in (None, here):
+        raise CommandLineError(
+            f"got --platform {args.platform}, and jax runs on {here} here; set JAX_PLATFORMS={args.platform} "
+            "where jax has it, or leave --platform out"
+        )
+
+
+def heading(result: schema.Result) -> str:
+    device, stream = result.device, result.settings
+    return (
+        f"{device.name}, {device.platform}, {device.cores} cores; reads {stream['stream_gb_per_s']:.2f} GB/s "
+        f"({stream['stream_way']})"
+    )
+
+
+def finish(args: argparse.Namespace, result: schema.Result) -> int:
+    for note in result.notes:
+        print(f"note: {note}")
+    if args.out is not None:
+        schema.write(args.out, result)
+        print(f"wrote {args.out}")
+    return 0
+
+
+def count(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"got {text!r}, need a whole number above 0")
+    return int(text)
