@@ -71,6 +71,6 @@ def test_bench_quantize_counts_a_models_linears(tmp_path: Path, monkeypatch: pyt
     assert "refit=False" in result.settings["method"] and "21 linears" in capsys.readouterr().out
 
 
-def test_all_shapes_have_their_layers() -> None:
-    assert set(quantize.LAYERS) == set(gemm.SHAPES)
+def test_the_models_are_those_whose_shapes_are_known() -> None:
+    assert all(len(gemm.SHAPES[model]) == len(quantize.A_LAYER) for model in quantize.LAYERS)
     assert sum(quantize.LAYERS["llama-3.1-8b"] * times for times in quantize.A_LAYER) == 224
