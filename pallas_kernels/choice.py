@@ -122,7 +122,9 @@ def _config(problem: Problem, kernel: str) -> Any:
     if kernel == "triton_gemv":
         bytes_of_row = -(-k * min(problem.bits, 4) // 8)
         columns = min(512, max(16, 1 << (bytes_of_row - 1).bit_length()))
-        return triton_gemv.Config(columns=columns, rows_of_x=1 if m == 1 else 2 if m == 2 else 4)
+        # A lane should have 16 bytes of a tile.
+        warps = max(1, min(4, 8 * columns // 512))
+        return triton_gemv.Config(columns=columns, warps=warps, rows_of_x=1 if m == 1 else 2 if m == 2 else 4)
     if kernel == "triton_gemm":
         return triton_gemm.Config(split=max(1, min(4, k // 1024)))
     if kernel == "mosaic_narrow":
@@ -130,7 +132,8 @@ def _config(problem: Problem, kernel: str) -> Any:
         return mosaic_narrow.Config(columns, warpgroups=4 if columns < 64 else 2, stages=4 if columns < 64 else 3)
     if kernel == "mosaic_wide":
         return mosaic_wide.Config(columns=256 if m > 128 else 128)
-    return triton_dequantize.Config(columns=min(2048, max(16, 1 << ((k + 1) // 2 - 1).bit_length())))
+    columns = min(2048, max(16, 1 << ((k + 1) // 2 - 1).bit_length()))
+    return triton_dequantize.Config(columns=columns, warps=max(1, min(4, 4 * columns // 512)))
 
 
 @functools.cache

@@ -1,6 +1,9 @@
 """The product with a LUT-coded weight on NVIDIA GPUs without a compiler on the user's machine, over plain arrays in the
 layout of layout.py."""
 
+import functools
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -10,9 +13,9 @@ from pallas_kernels.device import gpu_name
 from pallas_kernels.mosaic_narrow import lut_product_narrow
 from pallas_kernels.mosaic_wide import lut_product_wide
 from pallas_kernels.triton_dequantize import lut_dequantize
-from pallas_kernels.triton_gemm import lut_gemm
+from pallas_kernels.triton_gemm import inputs_of_step, lut_gemm
 from pallas_kernels.triton_gemv import lut_gemv
-from pallas_kernels.triton_operands import Weight
+from pallas_kernels.triton_operands import Weight, can_permute
 
 _FLOATING = (jnp.bfloat16, jnp.float16, jnp.float32)
 
@@ -83,18 +86,38 @@ def lut_product(
             raise ValueError("got no NVIDIA GPU to choose a kernel for; name one by jax.sharding.AbstractDevice")
         problem = Problem(n, k, m, bits, group_size, x.dtype, lut.dtype, scales.dtype, offset_dtype, gpu)
         choice = choices.choose(problem)
+    return _product(x, codes, lut, scales, offsets, bits, group_size, choice.kernel, choice.config, interpret)
+
+
+# Compiled as a function of its own, so that equal products of a program are traced and lowered once: a kernel on wgmma
+# takes a third of a second.
+@functools.partial(jax.jit, static_argnums=(5, 6, 7, 8, 9))
+def _product(
+    x: jax.Array,
+    codes: tuple[jax.Array, ...],
+    lut: jax.Array,
+    scales: jax.Array,
+    offsets: jax.Array | None,
+    bits: int,
+    group_size: int,
+    kernel: str,
+    config: Any,
+    interpret: bool,
+) -> jax.Array:
     if scales.dtype == jnp.uint8:
         scales = jax.lax.bitcast_convert_type(scales.astype(jnp.int32) << 23, jnp.float32)
-    if choice.kernel in ("mosaic_narrow", "mosaic_wide"):
-        run = lut_product_narrow if choice.kernel == "mosaic_narrow" else lut_product_wide
-        return run(x, codes[0], lut, scales, offsets, group_size, choice.config)
-    w = Weight(codes, lut, scales, offsets, bits, k, group_size)
-    lookup = "permute" if bits == 4 and lut.dtype.itemsize == 2 and not interpret else "loads"
-    if choice.kernel == "triton_gemv":
-        return lut_gemv(x, w, choice.config, lookup, interpret)
-    if choice.kernel == "triton_gemm":
-        return lut_gemm(x, w, choice.config, lookup, interpret)
-    dense = lut_dequantize(w, x.dtype, choice.config, lookup, interpret)
+    if kernel in ("mosaic_narrow", "mosaic_wide"):
+        run = lut_product_narrow if kernel == "mosaic_narrow" else lut_product_wide
+        return run(x, codes[0], lut, scales, offsets, group_size, config)
+    w = Weight(codes, lut, scales, offsets, bits, x.shape[1], group_size)
+    columns = inputs_of_step(w) // 2 if kernel == "triton_gemm" else config.columns
+    permute = not interpret and can_permute(w, columns, config.rows, config.warps)
+    lookup = "permute" if permute else "loads"
+    if kernel == "triton_gemv":
+        return lut_gemv(x, w, config, lookup, interpret)
+    if kernel == "triton_gemm":
+        return lut_gemm(x, w, config, lookup, interpret)
+    dense = lut_dequantize(w, x.dtype, config, lookup, interpret)
     y = jax.lax.dot_general(
         x,
         dense,

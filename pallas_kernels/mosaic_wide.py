@@ -26,11 +26,13 @@ class Config:
     columns: rows of x a block takes, a multiple of 8, at most 256.
     stages: steps of 128 inputs whose codes and inputs are in shared memory or under way to it.
     turns: whether the two warpgroups take turns.
+    pair: whether two blocks of different rows of W form a cluster, each of which copies half of x for both.
     """
 
     columns: int = 256
     stages: int = 3
     turns: bool = True
+    pair: bool = True
 
 
 def lut_product_wide(
@@ -48,12 +50,14 @@ def lut_product_wide(
     columns, steps = config.columns, k // INPUTS
     stages = min(config.stages, steps)
     tiles_of_x = pl.cdiv(m, columns)
+    blocks = 2 if config.pair and n % (4 * ROWS) == 0 else 1
+    together = dict(collective_axes="pair") if blocks == 2 else {}
 
     def kernel(x_ref, codes_ref, lut_ref, scales_ref, *refs):
         (*offsets_refs, y_ref), scratch = refs[: 1 + (offsets is not None)], refs[1 + (offsets is not None) :]
         codes_smem, x_smem, arrived, used, turn = scratch
         own = lax.axis_index("warpgroup")
-        first_row = lax.axis_index("tile") * (2 * ROWS)
+        first_row = (lax.axis_index("tile") * blocks + lax.axis_index("pair")) * (2 * ROWS)
         tile_of_x = lax.axis_index("tile_of_x")
         first_column = tile_of_x * columns
 
@@ -66,7 +70,7 @@ def lut_product_wide(
                 tile = codes_ref.at[pl.ds(first_row, 2 * ROWS), bytes_]
                 plgpu.copy_gmem_to_smem(tile, codes_smem.at[slot], arrived.at[slot])
                 inputs = x_ref.at[pl.ds(first_column, columns), pl.ds(step * INPUTS, INPUTS)]
-                plgpu.copy_gmem_to_smem(inputs, x_smem.at[slot], arrived.at[slot])
+                plgpu.copy_gmem_to_smem(inputs, x_smem.at[slot], arrived.at[slot], **together)
 
             for step in range(stages):
                 fetch(step, step)
@@ -76,6 +80,11 @@ def lut_product_wide(
                 slot = lax.rem(step, stages)
                 plgpu.barrier_wait(used.at[slot])
                 fetch(step + stages, slot)
+
+            # A block outlives what the other one still sends to it.
+            if blocks == 2:
+                for step in range(steps - stages, steps):
+                    plgpu.barrier_wait(used.at[step % stages])
 
         @pl.when(own < 2)
         def _compute():
@@ -131,8 +140,10 @@ def lut_product_wide(
         kernel,
         out_type=jax.ShapeDtypeStruct((m, n), x.dtype),
         # Blocks of the same rows of W follow each other, so that codes come from memory once.
-        grid=(n // (2 * ROWS), tiles_of_x),
+        grid=(n // (2 * ROWS * blocks), tiles_of_x),
         grid_names=("tile", "tile_of_x"),
+        cluster=(blocks,),
+        cluster_names=("pair",),
         num_threads=3,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
@@ -140,7 +151,7 @@ def lut_product_wide(
             plgpu.SMEM((stages, 2 * ROWS, INPUTS // 2), jnp.uint8),
             plgpu.SMEM((stages, columns, INPUTS), x.dtype, transforms=swizzled),
             plgpu.Barrier(num_arrivals=2, num_barriers=stages),
-            plgpu.Barrier(num_arrivals=2, num_barriers=stages),
+            plgpu.ClusterBarrier(collective_axes=("pair",), num_arrivals=2, num_barriers=stages),
             plgpu.Barrier(num_arrivals=2),
         ],
     )(registers.reordered(x, tiles_of_x * columns), codes, lut, scales, *([] if offsets is None else [offsets]))

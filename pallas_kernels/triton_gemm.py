@@ -37,8 +37,9 @@ class Config:
     split: int = 4
 
 
-# Inputs that one product takes; smaller groups take fewer.
-_STEP = 128
+def inputs_of_step(w: Weight) -> int:
+    """That one product of tensor cores takes; a step lies in one group."""
+    return min(128, w.group_size) if w.group_size < w.k else 128
 
 
 def lut_gemm(x: jax.Array, w: Weight, config: Config, lookup: str, interpret: bool = False) -> jax.Array:
@@ -50,7 +51,7 @@ def lut_gemm(x: jax.Array, w: Weight, config: Config, lookup: str, interpret: bo
       lookup: "permute", or "loads", which can be interpreted.
     """
     m, k, n = *x.shape, w.n
-    step = min(_STEP, w.group_size) if w.group_size < k else _STEP
+    step = inputs_of_step(w)
     half = step // 2
     steps = pl.cdiv(k, step)
     share = pl.cdiv(steps, config.split)

@@ -64,6 +64,16 @@ class Weight:
         )
 
 
+def can_permute(w: Weight, columns: int, rows: int, warps: int) -> bool:
+    """Whether the lookup "permute" can decode tiles of codes [rows, columns].
+
+    It needs codes of 4 bits, a table of 16-bit floats, and that Triton gives a lane eight bytes of codes of one row
+    next to each other: so it does where a row takes a multiple of 16 bytes and a lane eight bytes of the tile or more.
+    """
+    wide_enough = rows * columns >= 8 * 32 * warps
+    return w.bits == 4 and w.lut.dtype.itemsize == 2 and w.k % 32 == 0 and wide_enough
+
+
 def decoder(w: Weight, rows: jax.Array, lookup: str) -> Callable[[Sequence[jax.Array], jax.Array], list[jax.Array]]:
     """(bytes of each plane [rows, bytes], places of those bytes [1, bytes]) -> float32 table entries, the first codes
     of all bytes, then the second ones, ...; inside a kernel.
