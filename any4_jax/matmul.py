@@ -15,8 +15,8 @@ from any4_jax import weights
 from any4_jax.backends.base import Backend
 from any4_jax.backends.cpu import CPU
 from any4_jax.backends.cuda import CUDA
-from any4_jax.layer import Layer
 from any4_jax.backends.pallas import PALLAS
+from any4_jax.layer import Layer
 from any4_jax.partition import combine, partition
 from any4_jax.quantized_input import integer_product, is_integer_leaf, quantize_input
 from any4_jax.weights import LowRank, PermuteInput, QuantizedTensor, QuantizeInput, ScaleInput, Sum

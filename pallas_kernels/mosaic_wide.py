@@ -51,7 +51,7 @@ def lut_product_wide(
     stages = min(config.stages, steps)
     tiles_of_x = pl.cdiv(m, columns)
     blocks = 2 if config.pair and n % (4 * ROWS) == 0 else 1
-    together = dict(collective_axes="pair") if blocks == 2 else {}
+    sharing = "pair" if blocks == 2 else None
 
     def kernel(x_ref, codes_ref, lut_ref, scales_ref, *refs):
         (*offsets_refs, y_ref), scratch = refs[: 1 + (offsets is not None)], refs[1 + (offsets is not None) :]
@@ -70,7 +70,7 @@ def lut_product_wide(
                 tile = codes_ref.at[pl.ds(first_row, 2 * ROWS), bytes_]
                 plgpu.copy_gmem_to_smem(tile, codes_smem.at[slot], arrived.at[slot])
                 inputs = x_ref.at[pl.ds(first_column, columns), pl.ds(step * INPUTS, INPUTS)]
-                plgpu.copy_gmem_to_smem(inputs, x_smem.at[slot], arrived.at[slot], **together)
+                plgpu.copy_gmem_to_smem(inputs, x_smem.at[slot], arrived.at[slot], collective_axes=sharing)
 
             for step in range(stages):
                 fetch(step, step)

@@ -8,6 +8,7 @@ decodes right (triton_lookup.permuted, all of mosaic_registers) only the runs on
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,20 @@ import numpy as np
 import pytest
 from test_cuda_kernel import ULP, exact, leaf, rows
 
-from any4_jax import packing
+from any4_jax import cli, packing
 from any4_jax.matmul import explain, matmul, prepare, unprepare
 from any4_jax.partition import combine, partition
 from any4_jax.weights import QuantizedTensor
-from pallas_kernels import choice, layout, mosaic_narrow, mosaic_wide, triton_dequantize, triton_gemm, triton_gemv
+from pallas_kernels import (
+    choice,
+    layout,
+    mosaic_narrow,
+    mosaic_wide,
+    triton_dequantize,
+    triton_gemm,
+    triton_gemv,
+    tuning,
+)
 from pallas_kernels.choice import CONFIGS, Choice, Problem, choose
 from pallas_kernels.device import gpu_name
 from pallas_kernels.lut_product import lut_product
@@ -87,9 +97,8 @@ def test_layout_is_that_of_packing() -> None:
 
 # M, N, K, what `leaf` takes, dtype of x
 INTERPRETED = [
-    ("triton_gemv", 1, 9, 301, dict(g=128), "bfloat16"),
-    ("triton_gemv", 3, 9, 97, dict(bits=3, g=16, row_tables=False), "float32"),
-    ("triton_dequantize", 2, 5, 75, dict(bits=2, g=32, scale=jnp.uint8, offsets=False), "float16"),
+    ("triton_gemv", 3, 9, 301, dict(g=128), "bfloat16"),
+    ("triton_dequantize", 2, 5, 75, dict(bits=3, g=32, scale=jnp.uint8, row_tables=False, offsets=False), "float32"),
     ("triton_gemm", 17, 19, 333, dict(g=64), "bfloat16"),
 ]
 
@@ -118,12 +127,10 @@ def lowered(function: Any, *arguments: Any, on: str = "H100") -> str:
     ("m", "fields", "kernels"),
     [
         (1, dict(), dict(H100="triton_gemv", A100="triton_gemv")),
-        (1, dict(bits=3), dict(H100="triton_gemv", A100="triton_gemv")),
         (5, dict(g=32, offsets=False), dict(H100="mosaic_narrow", A100="triton_gemv")),
         (60, dict(row_tables=False), dict(H100="mosaic_narrow", A100="triton_gemm")),
         (300, dict(g=256), dict(H100="mosaic_wide", A100="triton_dequantize")),
-        (300, dict(bits=2), dict(H100="triton_dequantize", A100="triton_dequantize")),
-        (2048, dict(), dict(H100="triton_dequantize", A100="triton_dequantize")),
+        (2048, dict(bits=3), dict(H100="triton_dequantize", A100="triton_dequantize")),
     ],
 )
 def test_it_lowers_every_kernel(m: int, fields: dict[str, Any], kernels: dict[str, str], on: str) -> None:
@@ -182,6 +189,25 @@ def test_every_tuned_configuration_fits_its_kernel() -> None:
     choice._tuned.cache_clear()
     for (_, kernel, *_), config in choice._tuned().items():
         assert CONFIGS[kernel](**config)
+
+
+def test_what_is_tuned_is_found_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of every kernel: the rule's configuration is the first candidate, and a row of another one is taken from then."""
+    for m in (1, 16, 300, 2048):
+        asked = problem(rows(m, 2048), leaf(512, 2048), NAMES["H100"])
+        first, *others = tuning.candidates(asked)
+        assert first == choose(asked) and len({repr(c.config) for c in (first, *others)}) == 1 + len(others) > 1
+        found = json.loads(json.dumps(tuning.row(asked, others[-1])))
+        names = ("gpu", "kernel", "n", "k", "m", "bits", "group_size")
+        with monkeypatch.context() as patch:
+            patch.setattr(choice, "_tuned", lambda f=found, n=names: {tuple(f[name] for name in n): f["config"]})
+            assert choose(asked).config == others[-1].config != first.config
+
+
+def test_tuning_without_a_gpu_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    if gpu_name() is None:
+        assert cli.main(["bench", "gemm", "--tune", "--shapes", "64x128", "--m", "1"]) == 1
+        assert "nothing to tune for 64 x 128: it runs on cuda, not on" in capsys.readouterr().err
 
 
 def test_prepare_changes_nothing() -> None:

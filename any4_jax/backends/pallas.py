@@ -4,6 +4,8 @@ They read weights as they are stored; preparing one changes nothing. Triton's ke
 compute capability 8.0 and newer; those of Mosaic GPU, which take over where wgmma pays, for Hopper.
 """
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -27,6 +29,30 @@ def _supports(x: Any, w: QuantizedTensor, platform: str) -> str | None:
 
     scales, offsets = (_dtype(a) for a in (w.scales, w.offsets))
     return why_not(x.dtype, w.bits, w.group_size, w.shape[-1], w.lut.dtype, scales, offsets)
+
+
+def alternatives(x: Any, w: QuantizedTensor) -> list[tuple[dict[str, Any], Callable[[jax.Array, Any], jax.Array]]]:
+    """Every configuration of the chosen kernel that is worth timing: its row for tuned.json, and the product with it.
+
+    Args:
+      x: an array or ShapeDtypeStruct [M, K].
+      w: a weight [N, K] that the backend supports; the products take it or others like it.
+    """
+    from pallas_kernels import tuning
+    from pallas_kernels.choice import Problem
+    from pallas_kernels.device import gpu_name
+    from pallas_kernels.lut_product import lut_product
+
+    def product(x: jax.Array, w: QuantizedTensor, choice: Any) -> jax.Array:
+        codes = w.codes if isinstance(w.codes, tuple) else (w.codes,)
+        fields = dict(bits=w.bits, group_size=w.group_size, choice=choice)
+        return lut_product(x, codes, w.lut, w.scales, w.offsets, **fields)
+
+    (n, k), offsets = w.shape, None if w.offsets is None else _dtype(w.offsets)
+    dtypes = (x.dtype, w.lut.dtype, _dtype(w.scales), offsets)
+    problem = Problem(n, k, x.shape[0], w.bits, w.group_size, *dtypes, gpu_name() or "")
+    choices = tuning.candidates(problem)
+    return [(tuning.row(problem, choice), functools.partial(product, choice=choice)) for choice in choices]
 
 
 def _dtype(stored: Any) -> Any:
