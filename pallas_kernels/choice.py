@@ -22,7 +22,7 @@ CONFIGS: dict[str, Any] = {
 MOST_ON_CUDA_CORES = 8  # ... decoding outweighs multiplying without tensor cores
 MOST_IN_TRITON = 64  # ... the products of lut_gemm take less time than writing W to memory
 MOST_NARROW = 64  # ... the sums of four warpgroups fit into shared memory
-MOST_WIDE = 1024  # ... decoding W anew for each 256 of them takes less time than writing it to memory
+MOST_WIDE = 768  # ... decoding W anew for each 256 of them takes less time than writing it to memory
 
 _HALVES = (jnp.bfloat16, jnp.float16)
 

@@ -83,7 +83,7 @@ def lut_product_narrow(
                     tile = codes_smem.at[own, slot, :, pl.ds(s * INPUTS // 2, INPUTS // 2)]
                     w = registers.dequantized(tile, words, scale, offset[0] if offset else None, x.dtype)
                     inputs = x_smem.at[own, slot, :, pl.ds(s * INPUTS, INPUTS)]
-                    plgpu.wgmma(sums_ref, w, plgpu.transpose_ref(inputs, (1, 0)))
+                    plgpu.wgmma(sums_ref, w, inputs.transpose((1, 0)))
                 plgpu.wgmma_wait(0)
                 pl.when(i + stages < count)(lambda: fetch(i + stages, slot))
                 return ahead

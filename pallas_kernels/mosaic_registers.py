@@ -117,7 +117,7 @@ def dequantized(
             if offset is None:
                 own.append(_constant(0x80008000))  # -0, which changes no product
             for i, word in enumerate(_load_words(ref, row, place)):
-                for j, pair in enumerate(_inline(text, [word, *own], results=4)):
+                for j, pair in enumerate(_inline(text, [word, *own], results=4, pinned=True)):
                     by_pair[4 * i + j, half] = utils.bitcast(pair, pair_type)
         return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
 
@@ -282,11 +282,14 @@ def _permute(low: ir.Value, high: ir.Value, selector: int) -> ir.Value:
     return word
 
 
-def _inline(text: str, operands: Sequence[ir.Value], *, results: int) -> list[ir.Value]:
-    """The 32-bit results of a piece of PTX whose operands have 32 bits too."""
+def _inline(text: str, operands: Sequence[ir.Value], *, results: int, pinned: bool = False) -> list[ir.Value]:
+    """The 32-bit results of a piece of PTX whose operands have 32 bits too.
+
+    Unless `pinned`, LLVM moves it to where its results are used, past a barrier too.
+    """
     constraints = ",".join(["=&r"] * results + ["r"] * len(operands))
     kind = _i32() if results == 1 else ir.Type.parse(f"!llvm.struct<({', '.join(['i32'] * results)})>")
-    returned: Any = _LLVM.inline_asm(kind, list(operands), text, constraints)
+    returned: Any = _LLVM.inline_asm(kind, list(operands), text, constraints, has_side_effects=pinned)
     if results == 1:
         return [returned]
     return [_LLVM.extractvalue(_i32(), returned, [i]) for i in range(results)]

@@ -109,7 +109,7 @@ def lut_product_wide(
                     tile = codes_smem.at[slot, pl.ds(own * ROWS, ROWS)]
                     w = registers.dequantized(tile, words, scale, offset[0] if offset else None, x.dtype)
                     change_turns()
-                    plgpu.wgmma(sums_ref, w, plgpu.transpose_ref(x_smem.at[slot], (1, 0)))
+                    plgpu.wgmma(sums_ref, w, x_smem.at[slot].transpose((1, 0)))
                     plgpu.wgmma_wait(0)
                     plgpu.barrier_arrive(used.at[slot])
                     change_turns()
