@@ -85,7 +85,7 @@ def _kernel(problem: Problem) -> tuple[str, str]:
     if misfit is None and m <= MOST_NARROW:
         return "mosaic_narrow", f"{m} rows of x on a Hopper GPU: wgmma, the warpgroups share out the inputs"
     if misfit is None and m <= MOST_WIDE and problem.n % 128 == 0:
-        return "mosaic_wide", f"{m} rows of x on a Hopper GPU: wgmma, two warpgroups decode and multiply in turns"
+        return "mosaic_wide", f"{m} rows of x on a Hopper GPU: wgmma, a block decodes 128 rows of W for 256 of x"
     if misfit is None:
         return "triton_dequantize", f"{m} rows of x: W is decoded to memory once, for XLA's product"
     if m <= MOST_ON_CUDA_CORES:

@@ -68,7 +68,8 @@ def lut_product_narrow(
         words = registers.table_words(lut_ref.at[rows] if lut_ref.shape[0] > 1 else lut_ref)
 
         def affine(i):
-            first = (i * warpgroups + own) * steps
+            # A warpgroup without a turn of its own still loads, where there is something to load.
+            first = jnp.minimum(i * warpgroups + own, turns - 1) * steps
             return [
                 [registers.group_pair(ref.at[rows], first + s, group_size) for ref in (scales_ref, *offsets_refs)]
                 for s in range(steps)

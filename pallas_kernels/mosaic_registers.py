@@ -19,10 +19,11 @@ from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.extend.mlir import ir
 
+from pallas_kernels import mosaic_lane as lane
+
 ROWS, INPUTS = 64, 128
 # An array [64] of which each lane has the entries of its two rows.
 _OF_ROWS = plgpu.Layout.WGMMA.reduce(1)
-_LLVM, _ARITH, _VECTOR = utils.llvm, utils.arith, utils.vector
 
 
 def reordered(x: jax.Array, rows: int) -> jax.Array:
@@ -44,11 +45,11 @@ def table_words(lut_ref: Any) -> list[jax.Array]:
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),), return_type=returned)
     def load(ctx, ref):
         rows = []
-        for row in _rows_of_lane():
-            at = _constant(0) if one else row
-            words = [word for first in (0, 8) for word in _load_words(ref, at, _constant(first))]
+        for row in lane.rows_of_lane():
+            at = lane.constant(0) if one else row
+            words = [word for first in (0, 8) for word in lane.load_words(ref, at, lane.constant(first))]
             pairs = list(zip(words[::2], words[1::2], strict=True))
-            rows.append([_permute(a, b, selector) for selector in (0x6420, 0x7531) for a, b in pairs])
+            rows.append([lane.permute(a, b, selector) for selector in (0x6420, 0x7531) for a, b in pairs])
         return [_of_rows(pair, signed=True) for pair in zip(*rows, strict=True)]
 
     return load(lut_ref)
@@ -72,13 +73,13 @@ def group_pair(ref: Any, step: jax.Array, group_size: int) -> jax.Array:
     def load(ctx, ref, group):
         at = group.registers.item()
         if group_size < INPUTS:
-            lanes = _constant(group_size // 32)
-            at = _ARITH.addi(at, _ARITH.divui(_lane()[2], lanes))
+            lanes = lane.constant(group_size // 32)
+            at = lane.arith.addi(at, lane.arith.divui(lane.place()[2], lanes))
         values = []
-        for row in _rows_of_lane():
-            half = _load(ref, row, at, ir.IntegerType.get_signless(16), 2)
-            word = _ARITH.extui(_i32(), half)
-            values.append(_ARITH.ori(word, _ARITH.shli(word, _constant(16))))
+        for row in lane.rows_of_lane():
+            half = lane.load(ref, row, at, ir.IntegerType.get_signless(16), 2)
+            word = lane.arith.extui(lane.i32(), half)
+            values.append(lane.arith.ori(word, lane.arith.shli(word, lane.constant(16))))
         return _of_rows(values, signed=True)
 
     first = step * (INPUTS // group_size) if group_size < INPUTS else step // (group_size // INPUTS)
@@ -111,13 +112,13 @@ def dequantized(
         bfloat16 = dtype == jnp.bfloat16
         pair_type = ir.VectorType.get((2,), ir.BF16Type.get() if bfloat16 else ir.F16Type.get())
         text = _decoding("bf16x2" if bfloat16 else "f16x2")
-        place = _ARITH.muli(_lane()[2], _constant(16))
-        for half, row in enumerate(_rows_of_lane()):
+        place = lane.arith.muli(lane.place()[2], lane.constant(16))
+        for half, row in enumerate(lane.rows_of_lane()):
             own = [_entry(operand, half) for operand in operands]
             if offset is None:
-                own.append(_constant(0x80008000))  # -0, which changes no product
-            for i, word in enumerate(_load_words(ref, row, place)):
-                for j, pair in enumerate(_inline(text, [word, *own], results=4, pinned=True)):
+                own.append(lane.constant(0x80008000))  # -0, which changes no product
+            for i, word in enumerate(lane.load_words(ref, row, place)):
+                for j, pair in enumerate(lane.inline(text, [word, *own], results=4)):
                     by_pair[4 * i + j, half] = utils.bitcast(pair, pair_type)
         return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
 
@@ -158,17 +159,17 @@ def store_transposed(ref: Any, sums: jax.Array, count: int, dtype: Any) -> None:
 def _store_transposed(ref: Any, sums: jax.Array, count: int, dtype: Any) -> None:
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.Layout.WGMMA), return_type=())
     def store(ctx, ref, sums):
-        rows, t = _rows_of_lane(), _lane()[2]
+        rows, t = lane.rows_of_lane(), lane.place()[2]
         for tile, halves in enumerate(sums.registers.reshape(-1, 2)):
             for half, register in enumerate(halves):
                 for i in range(2):
-                    column = _ARITH.addi(_ARITH.muli(t, _constant(2)), _constant(8 * tile + i))
-                    value = _narrowed(_element(register, i), dtype)
+                    column = lane.arith.addi(lane.arith.muli(t, lane.constant(2)), lane.constant(8 * tile + i))
+                    value = _narrowed(lane.element(register, i), dtype)
                     if 8 * tile + 8 <= count:
-                        _store(ref, column, rows[half], value)
+                        lane.store(ref, column, rows[half], value)
                     elif 8 * tile < count:
-                        with mgpu.when(_ARITH.cmpi(_ARITH.CmpIPredicate.slt, column, _constant(count))):
-                            _store(ref, column, rows[half], value)
+                        with mgpu.when(lane.arith.cmpi(lane.arith.CmpIPredicate.slt, column, lane.constant(count))):
+                            lane.store(ref, column, rows[half], value)
         return ()
 
     store(ref, sums)
@@ -181,85 +182,32 @@ def store_total(sums_ref: Any, ref: Any, warpgroups: int, count: int, dtype: Any
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType()), return_type=())
     def store(ctx, sums, out):
         thread = mgpu.thread_idx()
-        row, first = _ARITH.remui(thread, _constant(ROWS)), _ARITH.divui(thread, _constant(ROWS))
+        row, first = lane.arith.remui(thread, lane.constant(ROWS)), lane.arith.divui(thread, lane.constant(ROWS))
         together = 2 * warpgroups
 
         def one(column):
-            places = [_ARITH.addi(column, _constant(w * sums_ref.shape[1])) for w in range(warpgroups)]
+            places = [lane.arith.addi(column, lane.constant(w * sums_ref.shape[1])) for w in range(warpgroups)]
             flat = utils.memref_fold(sums, 0, 2)
-            total = _load(flat, places[0], row, ir.F32Type.get(), 4)
+            total = lane.load(flat, places[0], row, ir.F32Type.get(), 4)
             for place in places[1:]:
-                total = _ARITH.addf(total, _load(flat, place, row, ir.F32Type.get(), 4))
-            _store(out, column, row, _narrowed(total, dtype))
+                total = lane.arith.addf(total, lane.load(flat, place, row, ir.F32Type.get(), 4))
+            lane.store(out, column, row, _narrowed(total, dtype))
 
         for begin in range(0, count, together):
-            column = _ARITH.addi(first, _constant(begin))
+            column = lane.arith.addi(first, lane.constant(begin))
             if begin + together <= count:
                 one(column)
             else:
-                with mgpu.when(_ARITH.cmpi(_ARITH.CmpIPredicate.slt, column, _constant(count))):
+                with mgpu.when(lane.arith.cmpi(lane.arith.CmpIPredicate.slt, column, lane.constant(count))):
                     one(column)
         return ()
 
     store(sums_ref, ref)
 
 
-def _i32() -> ir.Type:
-    return ir.IntegerType.get_signless(32)
-
-
-def _constant(value: int) -> ir.Value:
-    """32 bits, given as unsigned."""
-    return utils.c(value - (1 << 32) if value >> 31 else value, _i32())
-
-
-def _lane() -> tuple[ir.Value, ir.Value, ir.Value]:
-    """(warp of the warpgroup, g, t): the lane is 4g + t."""
-    thread = _ARITH.remui(mgpu.thread_idx(), _constant(128))
-    lane = _ARITH.remui(thread, _constant(32))
-    four = _constant(4)
-    return _ARITH.divui(thread, _constant(32)), _ARITH.divui(lane, four), _ARITH.remui(lane, four)
-
-
-def _rows_of_lane() -> tuple[ir.Value, ir.Value]:
-    warp, g, _ = _lane()
-    row = _ARITH.addi(_ARITH.muli(warp, _constant(16)), g)
-    return row, _ARITH.addi(row, _constant(8))
-
-
-def _address(ref: ir.Value, row: ir.Value, column: ir.Value) -> ir.Value:
-    """Of an element of a memref with two axes and static strides."""
-    kind = ir.MemRefType(ref.type)
-    strides, _ = kind.get_strides_and_offset()
-    size = utils.bytewidth(kind.element_type)
-    i64 = ir.IntegerType.get_signless(64)
-    offset = utils.c(0, i64)
-    for index, stride in zip((row, column), strides, strict=True):
-        offset = _ARITH.addi(offset, _ARITH.muli(_ARITH.extsi(i64, index), utils.c(stride * size, i64)))
-    return utils.getelementptr(utils.memref_ptr(ref), [offset], ir.IntegerType.get_signless(8))
-
-
-def _load(ref: ir.Value, row: ir.Value, column: ir.Value, kind: ir.Type, alignment: int) -> ir.Value:
-    return _LLVM.load(kind, _address(ref, row, column), alignment=alignment)
-
-
-def _load_words(ref: ir.Value, row: ir.Value, column: ir.Value) -> list[ir.Value]:
-    """Four words from an address that is a multiple of 16."""
-    loaded = _load(ref, row, column, ir.VectorType.get((4,), _i32()), 16)
-    return [_element(loaded, i) for i in range(4)]
-
-
-def _store(ref: ir.Value, row: ir.Value, column: ir.Value, value: ir.Value) -> None:
-    _LLVM.store(value, _address(ref, row, column), alignment=utils.bytewidth(value.type))
-
-
-def _element(vector: ir.Value, i: int) -> ir.Value:
-    return _VECTOR.extract(vector, dynamic_position=[], static_position=ir.DenseI64ArrayAttr.get([i]))
-
-
 def _entry(array: Any, half: int) -> ir.Value:
     """The register of an array of `_OF_ROWS` for a lane's first or second row."""
-    return _element(array.registers.reshape(2)[half], 0)
+    return lane.element(array.registers.reshape(2)[half], 0)
 
 
 def _of_rows(values: Sequence[ir.Value], *, signed: bool | None) -> Any:
@@ -267,29 +215,11 @@ def _of_rows(values: Sequence[ir.Value], *, signed: bool | None) -> Any:
     registers = np.empty(layout.registers_shape((ROWS,)), dtype=object)
     flat = registers.reshape(2)
     for half, value in enumerate(values):
-        flat[half] = _VECTOR.broadcast(ir.VectorType.get((1,), value.type), value)
+        flat[half] = lane.vector.broadcast(ir.VectorType.get((1,), value.type), value)
     return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=signed)
 
 
 def _narrowed(value: ir.Value, dtype: Any) -> ir.Value:
     if dtype is None:
         return value
-    return _ARITH.truncf(ir.BF16Type.get() if dtype == jnp.bfloat16 else ir.F16Type.get(), value)
-
-
-def _permute(low: ir.Value, high: ir.Value, selector: int) -> ir.Value:
-    (word,) = _inline("prmt.b32 $0, $1, $2, $3;", [low, high, _constant(selector)], results=1)
-    return word
-
-
-def _inline(text: str, operands: Sequence[ir.Value], *, results: int, pinned: bool = False) -> list[ir.Value]:
-    """The 32-bit results of a piece of PTX whose operands have 32 bits too.
-
-    Unless `pinned`, LLVM moves it to where its results are used, past a barrier too.
-    """
-    constraints = ",".join(["=&r"] * results + ["r"] * len(operands))
-    kind = _i32() if results == 1 else ir.Type.parse(f"!llvm.struct<({', '.join(['i32'] * results)})>")
-    returned: Any = _LLVM.inline_asm(kind, list(operands), text, constraints, has_side_effects=pinned)
-    if results == 1:
-        return [returned]
-    return [_LLVM.extractvalue(_i32(), returned, [i]) for i in range(results)]
+    return lane.arith.truncf(ir.BF16Type.get() if dtype == jnp.bfloat16 else ir.F16Type.get(), value)

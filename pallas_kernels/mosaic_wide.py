@@ -1,8 +1,10 @@
 """y = x W^T on Hopper for many rows of x: a block computes 128 rows of W by up to 256 of x.
 
-One warpgroup copies codes and inputs to shared memory by TMA. Two others decode 64 rows of W each and multiply. They
-take turns: while one's products occupy the tensor cores, the other decodes, and a barrier keeps them in step; left
-alone, both decode at once and then both wait for the tensor cores.
+One warpgroup copies codes and inputs to shared memory by TMA. Two others decode 64 rows of W each and multiply.
+
+What limits it (H100, 8192 x 8192, M = 512, 125 us of the device): a step of a block takes about 3300 clocks, of which
+products alone need 2048. Neither a barrier that makes the two warpgroups decode and multiply in turns nor a cluster of
+two blocks that share x by multicast made it faster, nor tiles of 128 rows of x.
 """
 
 import dataclasses
@@ -25,14 +27,10 @@ class Config:
     """Attributes:
     columns: rows of x a block takes, a multiple of 8, at most 256.
     stages: steps of 128 inputs whose codes and inputs are in shared memory or under way to it.
-    turns: whether the two warpgroups take turns.
-    pair: whether two blocks of different rows of W form a cluster, each of which copies half of x for both.
     """
 
     columns: int = 256
     stages: int = 3
-    turns: bool = True
-    pair: bool = True
 
 
 def lut_product_wide(
@@ -50,14 +48,12 @@ def lut_product_wide(
     columns, steps = config.columns, k // INPUTS
     stages = min(config.stages, steps)
     tiles_of_x = pl.cdiv(m, columns)
-    blocks = 2 if config.pair and n % (4 * ROWS) == 0 else 1
-    sharing = "pair" if blocks == 2 else None
 
     def kernel(x_ref, codes_ref, lut_ref, scales_ref, *refs):
         (*offsets_refs, y_ref), scratch = refs[: 1 + (offsets is not None)], refs[1 + (offsets is not None) :]
-        codes_smem, x_smem, arrived, used, turn = scratch
+        codes_smem, x_smem, arrived, used = scratch
         own = lax.axis_index("warpgroup")
-        first_row = (lax.axis_index("tile") * blocks + lax.axis_index("pair")) * (2 * ROWS)
+        first_row = lax.axis_index("tile") * (2 * ROWS)
         tile_of_x = lax.axis_index("tile_of_x")
         first_column = tile_of_x * columns
 
@@ -70,7 +66,7 @@ def lut_product_wide(
                 tile = codes_ref.at[pl.ds(first_row, 2 * ROWS), bytes_]
                 plgpu.copy_gmem_to_smem(tile, codes_smem.at[slot], arrived.at[slot])
                 inputs = x_ref.at[pl.ds(first_column, columns), pl.ds(step * INPUTS, INPUTS)]
-                plgpu.copy_gmem_to_smem(inputs, x_smem.at[slot], arrived.at[slot], collective_axes=sharing)
+                plgpu.copy_gmem_to_smem(inputs, x_smem.at[slot], arrived.at[slot])
 
             for step in range(stages):
                 fetch(step, step)
@@ -81,11 +77,6 @@ def lut_product_wide(
                 plgpu.barrier_wait(used.at[slot])
                 fetch(step + stages, slot)
 
-            # A block outlives what the other one still sends to it.
-            if blocks == 2:
-                for step in range(steps - stages, steps):
-                    plgpu.barrier_wait(used.at[step % stages])
-
         @pl.when(own < 2)
         def _compute():
             plgpu.set_max_registers(_COMPUTING_REGISTERS, action="increase")
@@ -95,11 +86,6 @@ def lut_product_wide(
             def affine(step):
                 return [registers.group_pair(ref.at[rows], step, group_size) for ref in (scales_ref, *offsets_refs)]
 
-            def change_turns():
-                if config.turns:
-                    plgpu.barrier_arrive(turn)
-                    plgpu.barrier_wait(turn)
-
             def add_products(sums_ref):
                 def one(step, pairs):
                     slot = lax.rem(step, stages)
@@ -108,16 +94,12 @@ def lut_product_wide(
                     scale, *offset = pairs
                     tile = codes_smem.at[slot, pl.ds(own * ROWS, ROWS)]
                     w = registers.dequantized(tile, words, scale, offset[0] if offset else None, x.dtype)
-                    change_turns()
                     plgpu.wgmma(sums_ref, w, x_smem.at[slot].transpose((1, 0)))
                     plgpu.wgmma_wait(0)
                     plgpu.barrier_arrive(used.at[slot])
-                    change_turns()
                     return ahead
 
-                pl.when(own == 1)(change_turns)
                 lax.fori_loop(0, steps, one, affine(0))
-                pl.when(own == 0)(change_turns)
                 return sums_ref[...]
 
             sums = pl.run_scoped(add_products, plgpu.ACC((ROWS, columns), jnp.float32))
@@ -140,10 +122,8 @@ def lut_product_wide(
         kernel,
         out_type=jax.ShapeDtypeStruct((m, n), x.dtype),
         # Blocks of the same rows of W follow each other, so that codes come from memory once.
-        grid=(n // (2 * ROWS * blocks), tiles_of_x),
+        grid=(n // (2 * ROWS), tiles_of_x),
         grid_names=("tile", "tile_of_x"),
-        cluster=(blocks,),
-        cluster_names=("pair",),
         num_threads=3,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
@@ -151,7 +131,6 @@ def lut_product_wide(
             plgpu.SMEM((stages, 2 * ROWS, INPUTS // 2), jnp.uint8),
             plgpu.SMEM((stages, columns, INPUTS), x.dtype, transforms=swizzled),
             plgpu.Barrier(num_arrivals=2, num_barriers=stages),
-            plgpu.ClusterBarrier(collective_axes=("pair",), num_arrivals=2, num_barriers=stages),
-            plgpu.Barrier(num_arrivals=2),
+            plgpu.Barrier(num_arrivals=2, num_barriers=stages),
         ],
     )(registers.reordered(x, tiles_of_x * columns), codes, lut, scales, *([] if offsets is None else [offsets]))

@@ -297,10 +297,10 @@ def test_triton_multiplies_what_wgmma_would(m: int) -> None:
 
 
 @on_hopper
-@pytest.mark.parametrize("turns", [True, False])
-def test_wgmma_with_and_without_turns(turns: bool) -> None:
-    w, x = leaf(256, 1280), rows(192, 1280)
-    check(product(x, w, forced("mosaic_wide", turns=turns)), x, w, "mosaic_wide")
+@pytest.mark.parametrize("kernel", ["mosaic_narrow", "mosaic_wide"])
+def test_wgmma_with_other_configurations(kernel: str) -> None:
+    w, x = leaf(256, 1280), rows(7, 1280)
+    check(product(x, w, forced(kernel)), x, w, kernel)
 
 
 @gpu
