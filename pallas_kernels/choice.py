@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import re
 from importlib import resources
 from typing import Any
 
@@ -21,8 +22,7 @@ CONFIGS: dict[str, Any] = {
 # Up to so many rows of x ...
 MOST_ON_CUDA_CORES = 8  # ... decoding outweighs multiplying without tensor cores
 MOST_IN_TRITON = 64  # ... the products of lut_gemm take less time than writing W to memory
-MOST_NARROW = 64  # ... the sums of four warpgroups fit into shared memory
-MOST_WIDE = 768  # ... decoding W anew for each 256 of them takes less time than writing it to memory
+MOST_NARROW = 64  # ... the warpgroups' sums fit into shared memory
 
 _HALVES = (jnp.bfloat16, jnp.float16)
 
@@ -52,7 +52,7 @@ class Problem:
     @property
     def hopper(self) -> bool:
         """Whether the GPU has wgmma, which later ones have not."""
-        return any(name in self.gpu for name in ("H100", "H200", "H800", "H20 "))
+        return re.search(r"\bG?H(100|200|800|20)\b", self.gpu) is not None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,9 +84,13 @@ def _kernel(problem: Problem) -> tuple[str, str]:
         return "triton_gemv", "one row of x: CUDA cores keep pace, and x is used in the order it has"
     if misfit is None and m <= MOST_NARROW:
         return "mosaic_narrow", f"{m} rows of x on a Hopper GPU: wgmma, the warpgroups share out the inputs"
-    if misfit is None and m <= MOST_WIDE and problem.n % 128 == 0:
-        return "mosaic_wide", f"{m} rows of x on a Hopper GPU: wgmma, a block decodes 128 rows of W for 256 of x"
     if misfit is None:
+        wide, dense = _wide_us(problem, _columns(problem)), _dense_us(problem)
+        if problem.n % 128 == 0 and wide < dense:
+            return (
+                "mosaic_wide",
+                f"{m} rows of x on a Hopper GPU: wgmma, about {wide:.0f} us; decoded first {dense:.0f}",
+            )
         return "triton_dequantize", f"{m} rows of x: W is decoded to memory once, for XLA's product"
     if m <= MOST_ON_CUDA_CORES:
         return "triton_gemv", f"{m} rows of x, on CUDA cores ({misfit})"
@@ -112,6 +116,23 @@ def _why_not_mosaic(problem: Problem) -> str | None:
     return None
 
 
+def _columns(problem: Problem) -> int:
+    """Rows of x that a block of mosaic_wide should take."""
+    return min((256, 128), key=lambda columns: _wide_us(problem, columns))
+
+
+def _wide_us(problem: Problem, columns: int) -> float:
+    """Microseconds that mosaic_wide takes on an H100: those of a block's step, for blocks that follow each other."""
+    blocks = problem.n // 128 * -(-problem.m // columns)
+    return -(-blocks // 132) * problem.k / 128 * (1.95 if columns == 256 else 1.3)
+
+
+def _dense_us(problem: Problem) -> float:
+    """Microseconds that decoding W and XLA's product take there: at 2.7 TB/s, and 750 TFLOP/s in the product."""
+    weights = problem.n * problem.k
+    return 2.5 * weights / 2.7e6 + max(2 * weights / 2.7e6, 2 * problem.m * weights / 7.5e8)
+
+
 def _fits_triton_gemm(problem: Problem) -> bool:
     return problem.bits == 4 and problem.x == problem.lut and problem.x in _HALVES and problem.group_size >= 32
 
@@ -131,7 +152,7 @@ def _config(problem: Problem, kernel: str) -> Any:
         columns = next(c for c in (8, 16, 32, 64) if c >= m)
         return mosaic_narrow.Config(columns, warpgroups=4 if columns < 64 else 2, stages=4 if columns < 64 else 3)
     if kernel == "mosaic_wide":
-        return mosaic_wide.Config(columns=256 if m > 128 else 128)
+        return mosaic_wide.Config(columns=_columns(problem))
     columns = min(2048, max(16, 1 << ((k + 1) // 2 - 1).bit_length()))
     return triton_dequantize.Config(columns=columns, warps=max(1, min(4, 4 * columns // 512)))
 

@@ -21,10 +21,12 @@ def _supports(x: Any, w: QuantizedTensor, platform: str) -> str | None:
         return f"it runs on cuda, not on {platform}"
     if jax.__version_info__ >= (0, 13):
         return f"jax {jax.__version__} may lack Pallas-Triton, which later versions than 0.12 are to remove"
-    from pallas_kernels.device import gpu_name
+    from pallas_kernels import device
 
-    if gpu_name() is None:
-        return "no NVIDIA GPU is attached, nor named by an abstract device"
+    # First: most processes have no such GPU, and importing the kernels takes a second.
+    reason = device.why_not()
+    if reason is not None:
+        return reason
     from pallas_kernels.lut_product import why_not
 
     scales, offsets = (_dtype(a) for a in (w.scales, w.offsets))
