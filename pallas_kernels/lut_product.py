@@ -117,7 +117,9 @@ def _product(
         return lut_gemv(x, w, config, lookup, interpret)
     if kernel == "triton_gemm":
         return lut_gemm(x, w, config, lookup, interpret)
-    dense = lut_dequantize(w, x.dtype, config, lookup, interpret)
+    # Ties W to x: else XLA may decode it before a loop over x, and keep the dense matrix through the loop.
+    x, arrays = jax.lax.optimization_barrier((x, tuple(w.arrays())))
+    dense = lut_dequantize(w.replaced(arrays), x.dtype, config, lookup, interpret)
     y = jax.lax.dot_general(
         x,
         dense,

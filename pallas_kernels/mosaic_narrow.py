@@ -2,6 +2,10 @@
 
 Each warpgroup copies codes and inputs of its steps to shared memory by TMA some steps ahead, decodes codes to the left
 operand of `wgmma`, and adds up products in float32; the warpgroups' sums are added in a fixed order.
+
+What limits it (H100, 8192 x 8192, M = 16, 26 us of the device, 2 of them to put x in order; reading the codes alone
+takes 12.6) was not profiled; decoding takes 24 instructions for eight weights, 17 of them in the pipe that starts 64 a
+clock and multiprocessor. With one row of x it takes 25 us, no more than triton_gemv, but one launch more.
 """
 
 import dataclasses

@@ -35,7 +35,7 @@ def lut_dequantize(w: Weight, dtype, config: Config, lookup: str, interpret: boo
 
     def kernel(*refs):
         *weight_refs, out_ref = refs
-        ref = w.refs(weight_refs)
+        ref = w.replaced(weight_refs)
         rows = pl.program_id(0) * config.rows + jnp.arange(config.rows, dtype=jnp.int32)
         own = jnp.minimum(rows, n - 1)
         decode = decoder(ref, own, lookup)

@@ -59,7 +59,7 @@ def lut_gemm(x: jax.Array, w: Weight, config: Config, lookup: str, interpret: bo
 
     def kernel(x_ref, *refs):
         *weight_refs, y_ref = refs
-        ref = w.refs(weight_refs)
+        ref = w.replaced(weight_refs)
         rows = pl.program_id(0) * config.rows + jnp.arange(config.rows, dtype=jnp.int32)
         own = jnp.minimum(rows, n - 1)
         columns = pl.program_id(1) * config.columns + jnp.arange(config.columns, dtype=jnp.int32)

@@ -3,8 +3,8 @@
 A lane decodes runs of 16 bytes of a row of W and sums their products by itself; scales and offsets are applied to the
 sum of a run, which lies in one group. All arithmetic is float32. It takes every format, group size and shape.
 
-What limits it (H100, 8192 x 8192, M = 1, 25.8 us; reading the codes alone takes 12.6): about six instructions a weight,
-two of them PRMT, of which a multiprocessor starts 64 a clock.
+What limits it (H100, 8192 x 8192, M = 1, 26 to 27 us of the device; reading the codes alone takes 12.6): instructions. A
+turn is 9.6 a weight as Triton 3.6 compiles it, three of them PRMT, which take 22 us to start. By count, not by a profile.
 """
 
 import dataclasses
@@ -48,7 +48,7 @@ def lut_gemv(x: jax.Array, w: Weight, config: Config, lookup: str, interpret: bo
 
     def kernel(x_ref, *refs):
         *weight_refs, y_ref = refs
-        ref = w.refs(weight_refs)
+        ref = w.replaced(weight_refs)
         rows = pl.program_id(0) * config.rows + jnp.arange(config.rows, dtype=jnp.int32)
         own = jnp.minimum(rows, n - 1)
         first_of_x = pl.program_id(1) * rows_of_x

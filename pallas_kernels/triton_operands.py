@@ -52,15 +52,15 @@ class Weight:
     def arrays(self) -> list[Any]:
         return [*self.codes, self.lut, self.scales, *([] if self.offsets is None else [self.offsets])]
 
-    def refs(self, refs: Sequence[Any]) -> "Weight":
-        """The same with the refs of `arrays()` in place of the arrays."""
+    def replaced(self, arrays: Sequence[Any]) -> "Weight":
+        """The same with others, or a kernel's refs, in place of `arrays()`."""
         planes = len(self.codes)
         return dataclasses.replace(
             self,
-            codes=tuple(refs[:planes]),
-            lut=refs[planes],
-            scales=refs[planes + 1],
-            offsets=None if self.offsets is None else refs[planes + 2],
+            codes=tuple(arrays[:planes]),
+            lut=arrays[planes],
+            scales=arrays[planes + 1],
+            offsets=None if self.offsets is None else arrays[planes + 2],
         )
 
 
