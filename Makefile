@@ -12,7 +12,7 @@ PYTEST = cache=$$(mktemp -d) && trap 'rm -rf "$$cache"' EXIT && JAX_PLATFORMS=cp
 	JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0.3 $(1) -m pytest -n auto --dist loadfile
 # What depends on the versions of jax and flax.
 CORE := $(patsubst %,tests/test_%.py,formats scaling packing weights matmul statistics clustering methods any4 surgery \
-	llama generate checkpoint_model linen swapping nnx)
+	llama generate checkpoint_model linen swapping nnx pallas_kernel)
 PIP := -m pip --disable-pip-version-check --quiet --quiet
 
 # $(call find_python,NAMES,LEAST): prints the first interpreter of at least that sys.hexversion, from PATH, then

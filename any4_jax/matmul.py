@@ -15,6 +15,7 @@ from any4_jax import weights
 from any4_jax.backends.base import Backend
 from any4_jax.backends.cpu import CPU
 from any4_jax.backends.cuda import CUDA
+from any4_jax.backends.pallas import PALLAS
 from any4_jax.layer import Layer
 from any4_jax.partition import combine, partition
 from any4_jax.quantized_input import integer_product, is_integer_leaf, quantize_input
@@ -49,7 +50,7 @@ XLA = Backend(
     unprepare=lambda arrays: arrays,
 )
 
-BACKENDS: tuple[Backend, ...] = (CUDA, CPU, XLA)
+BACKENDS: tuple[Backend, ...] = (CUDA, PALLAS, CPU, XLA)
 
 
 @dataclasses.dataclass(frozen=True)

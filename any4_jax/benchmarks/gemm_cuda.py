@@ -19,7 +19,7 @@ import numpy as np
 from any4_jax.benchmarks.gemm import Gemm, Measured
 from any4_jax.benchmarks.peers import Torch
 from any4_jax.benchmarks.timing import Candidate, StreamingRead, interleaved, significant, tree_bytes
-from any4_jax.matmul import CUDA, matmul
+from any4_jax.matmul import CUDA, PALLAS, matmul
 from any4_jax.weights import QuantizedTensor, dequantize
 
 ROWS = (1, 2, 4, 8, 16, 32, 64, 512, 2048)
@@ -91,6 +91,9 @@ def _ours(config: Gemm, n: int, k: int) -> dict[tuple[str, int], tuple[float, fl
     ]
     dense = [jax.random.normal(jax.random.key(i), (n, k), jnp.bfloat16) for i in range(_number(config, 2 * n * k))]
     products.append(_Product("bfloat16 in XLA", _dense, dense))
+    if PALLAS.supports(jax.ShapeDtypeStruct((1, k), jnp.bfloat16), products[0].copies[0], "cuda") is None:
+        in_pallas = functools.partial(matmul, backend="pallas")
+        products.append(_Product(f"{config.bits} bits in Pallas, a table a row", in_pallas, products[0].copies))
     reason = CUDA.supports(jax.ShapeDtypeStruct((1, k), jnp.bfloat16), products[0].copies[0], "cuda")
     if reason is not None:
         raise RuntimeError(

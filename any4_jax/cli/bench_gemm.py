@@ -8,6 +8,7 @@ from typing import Any
 from any4_jax.benchmarks import gemm, gemm_cuda, machine
 from any4_jax.benchmarks.plot import speed_plot
 from any4_jax.cli.bench_shared import add_common, check, count, finish, heading
+from any4_jax.cli.bench_tune import run_tune
 from any4_jax.cli.errors import CommandLineError
 from any4_jax.cli.output import progress, table
 
@@ -35,12 +36,17 @@ def add_gemm(parser: argparse.ArgumentParser) -> None:
         help="each candidate goes through so much of weights, to read memory and not a cache (default: 400)",
     )
     parser.add_argument("--plot", metavar="FILE.svg", help="on cuda: draw the speed over the number of rows here")
+    parser.add_argument(
+        "--tune", action="store_true", help="find the fastest configuration of the Pallas kernels here instead"
+    )
     add_common(parser, rounds=15)
     parser.set_defaults(run=run_gemm)
 
 
 def run_gemm(args: argparse.Namespace) -> int:
     check(args)
+    if args.tune:
+        return run_tune(args, args.shapes or _shapes("llama-3.1-8b"), args.m or (1, 16))
     on_cuda = machine.platform() == "cuda"
     if args.plot is not None and not on_cuda:
         raise CommandLineError("got --plot, which draws what is measured on cuda; run on a GPU, or leave it out")

@@ -1,0 +1,74 @@
+"""The fastest configuration of a Pallas kernel for a product, found by timing all that are worth it."""
+
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from any4_jax.backends import pallas
+from any4_jax.benchmarks.gemm import random_weight
+from any4_jax.benchmarks.timing import significant, tree_bytes
+from any4_jax.matmul import default_platform, matmul
+from any4_jax.weights import QuantizedTensor
+
+# Between them copies of a weight leave no cache that a GPU has (an H100: 50 MB) anything to keep.
+ROTATE_BYTES = 2 * 10**8
+TURNS = 5
+
+
+def run(
+    shapes: tuple[tuple[int, int], ...], counts: tuple[int, ...], bits: int, group_size: int
+) -> Iterator[dict[str, Any]]:
+    """For each shape [N, K] and number of rows of x, bfloat16, the fastest configuration as a row of tuned.json, with
+    its microseconds (`us`) and those of the configuration that the rule gives (`rule_us`).
+
+    A configuration that doesn't compile or fit is passed over; one that is wrong is an error.
+
+    Raises:
+      RuntimeError: the backend can't do the product here, or a result is wrong.
+    """
+    for n, k in shapes:
+        w = random_weight(n, k, bits, group_size)
+        reason = pallas.PALLAS.supports(jax.ShapeDtypeStruct((1, k), jnp.bfloat16), w, default_platform())
+        if reason is not None:
+            raise RuntimeError(f"there is nothing to tune for {n} x {k}: {reason}")
+        copies = [jax.tree.map(jnp.array, w) for _ in range(max(2, min(64, ROTATE_BYTES // tree_bytes(w))))]
+        for m in counts:
+            x = jax.random.normal(jax.random.key(m), (m, k), jnp.bfloat16)
+            truth = np.asarray(matmul(x, w, "xla"), np.float32)
+            timed = []
+            for row, product in pallas.alternatives(x, w):
+                try:
+                    seconds = _seconds(product, x, copies)
+                except (jax.errors.JaxRuntimeError, ValueError):
+                    continue
+                error = np.linalg.norm(np.asarray(product(x, w), np.float32) - truth) / np.linalg.norm(truth)
+                if not error < 1e-2:
+                    raise RuntimeError(f"{row['kernel']} with {row['config']} is wrong by {error:.1e} of the result")
+                timed.append((seconds, row))
+            seconds, best = min(timed, key=lambda pair: pair[0])
+            yield {**best, "us": significant(1e6 * seconds), "rule_us": significant(1e6 * timed[0][0])}
+
+
+def _seconds(
+    product: Callable[[jax.Array, QuantizedTensor], jax.Array], x: jax.Array, copies: list[QuantizedTensor]
+) -> float:
+    """Of one product, in a program that does one after the other with each copy."""
+
+    @jax.jit
+    def program(x, copies):
+        for w in copies:
+            # Each waits for the one before, or XLA would run several at once.
+            x = x + 0 * product(x, w)[:, :1]
+        return x
+
+    program(x, copies).block_until_ready()
+    turns = []
+    for _ in range(TURNS):
+        begin = time.perf_counter()
+        program(x, copies).block_until_ready()
+        turns.append(time.perf_counter() - begin)
+    return float(np.median(turns)) / len(copies)

@@ -1,0 +1,24 @@
+"""`any4 bench gemm --tune`: rows for pallas_kernels/tuned.json."""
+
+import argparse
+import json
+from pathlib import Path
+
+from any4_jax.benchmarks import tune
+from any4_jax.cli.errors import WorkError
+
+
+def run_tune(args: argparse.Namespace, shapes: tuple[tuple[int, int], ...], counts: tuple[int, ...]) -> int:
+    """Prints each row as it is found; with --out all of them are written as the JSON list that tuned.json is."""
+    rows = []
+    try:
+        for row in tune.run(shapes, counts, args.bits, args.group_size):
+            print(json.dumps(row), flush=True)
+            rows.append(row)
+    except RuntimeError as error:
+        raise WorkError(str(error)) from error
+    if args.out is not None:
+        text = ",\n".join(json.dumps(row) for row in rows)
+        Path(args.out).write_text(f"[\n{text}\n]\n", encoding="utf-8")
+        print(f"wrote {args.out}")
+    return 0

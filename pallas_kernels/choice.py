@@ -1,0 +1,164 @@
+"""Which kernel computes a product, with what configuration, and why; decided from shapes, dtypes and the GPU's name."""
+
+import dataclasses
+import functools
+import json
+import re
+from importlib import resources
+from typing import Any
+
+import jax.numpy as jnp
+
+from pallas_kernels import mosaic_narrow, mosaic_wide, triton_dequantize, triton_gemm, triton_gemv
+from pallas_kernels.layout import PLANES
+
+CONFIGS: dict[str, Any] = {
+    "triton_gemv": triton_gemv.Config,
+    "triton_gemm": triton_gemm.Config,
+    "triton_dequantize": triton_dequantize.Config,
+    "mosaic_narrow": mosaic_narrow.Config,
+    "mosaic_wide": mosaic_wide.Config,
+}
+
+# Up to so many rows of x ...
+MOST_ON_CUDA_CORES = 8  # ... decoding outweighs multiplying without tensor cores
+MOST_IN_TRITON = 64  # ... the products of lut_gemm take less time than writing W to memory
+MOST_NARROW = 64  # ... the warpgroups' sums fit into shared memory
+
+_HALVES = (jnp.bfloat16, jnp.float16)
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """A product x W^T.
+
+    Attributes:
+      n, k, m: outputs, inputs, rows of x.
+      bits, group_size: of W; a group_size of at least k is one group a row.
+      x, lut, scales, offsets: dtypes; offsets None where there are none.
+      gpu: the GPU's name, as in jax.Device.device_kind.
+    """
+
+    n: int
+    k: int
+    m: int
+    bits: int
+    group_size: int
+    x: Any
+    lut: Any
+    scales: Any
+    offsets: Any
+    gpu: str
+
+    @property
+    def hopper(self) -> bool:
+        """Whether the GPU has wgmma, which later ones have not."""
+        return re.search(r"\bG?H(100|200|800|20)\b", self.gpu) is not None
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """Attributes:
+    kernel: a key of CONFIGS; "triton_dequantize" is followed by XLA's product.
+    config: its configuration.
+    reason: why this kernel, in words.
+    """
+
+    kernel: str
+    config: Any
+    reason: str
+
+
+def choose(problem: Problem) -> Choice:
+    """The kernel for a product that `lut_product.why_not` has nothing against, tuned where tuned.json has the case."""
+    kernel, reason = _kernel(problem)
+    tuned = _tuned().get((problem.gpu, kernel, problem.n, problem.k, problem.m, problem.bits, problem.group_size))
+    if tuned is not None:
+        return Choice(kernel, CONFIGS[kernel](**tuned), f"{reason}; configured by measurement of this very case")
+    return Choice(kernel, _config(problem, kernel), reason)
+
+
+def _kernel(problem: Problem) -> tuple[str, str]:
+    m = problem.m
+    misfit = _why_not_mosaic(problem)
+    if m == 1:
+        return "triton_gemv", "one row of x: CUDA cores keep pace, and x is used in the order it has"
+    if misfit is None and m <= MOST_NARROW:
+        return "mosaic_narrow", f"{m} rows of x on a Hopper GPU: wgmma, the warpgroups share out the inputs"
+    if misfit is None:
+        wide, dense = _wide_us(problem, _columns(problem)), _dense_us(problem)
+        if problem.n % 128 == 0 and wide < dense:
+            times = f"about {wide:.0f} us, and {dense:.0f} if W were decoded to memory first"
+            return "mosaic_wide", f"{m} rows of x on a Hopper GPU: wgmma, {times}"
+        return "triton_dequantize", f"{m} rows of x: W is decoded to memory once, for XLA's product"
+    if m <= MOST_ON_CUDA_CORES:
+        return "triton_gemv", f"{m} rows of x, on CUDA cores ({misfit})"
+    if m <= MOST_IN_TRITON and _fits_triton_gemm(problem):
+        return "triton_gemm", f"{m} rows of x, on tensor cores through Triton ({misfit})"
+    return "triton_dequantize", f"{m} rows of x: W is decoded to memory once, for XLA's product ({misfit})"
+
+
+def _why_not_mosaic(problem: Problem) -> str | None:
+    """None where the kernels on wgmma can do the product, else the reason in words."""
+    floating = {jnp.dtype(d) for d in (problem.x, problem.lut, problem.scales, problem.offsets) if d is not None}
+    group = problem.group_size
+    if not problem.hopper:
+        return f"wgmma is an instruction of Hopper GPUs, this is {problem.gpu}"
+    if problem.bits != 4:
+        return f"codes have {problem.bits} bits, wgmma's are decoded from 4"
+    if len(floating) > 1 or problem.x not in _HALVES:
+        return "x, table, scales and offsets are not all bfloat16 or all float16"
+    if problem.n % 64 or problem.k % 128:
+        return f"[N, K] = {problem.n} x {problem.k} is no multiple of 64 x 128"
+    if group < problem.k and group % 128 and group not in (32, 64):
+        return f"groups have {group} inputs, it takes 32, 64 and multiples of 128"
+    return None
+
+
+def _columns(problem: Problem) -> int:
+    """Rows of x that a block of mosaic_wide should take."""
+    return min((256, 128), key=lambda columns: _wide_us(problem, columns))
+
+
+def _wide_us(problem: Problem, columns: int) -> float:
+    """Microseconds that mosaic_wide takes on an H100: those of a block's step, for blocks that follow each other."""
+    blocks = problem.n // 128 * -(-problem.m // columns)
+    return -(-blocks // 132) * problem.k / 128 * (1.95 if columns == 256 else 1.3)
+
+
+def _dense_us(problem: Problem) -> float:
+    """Microseconds that decoding W and XLA's product take there: at 2.7 TB/s, and 750 TFLOP/s in the product."""
+    weights = problem.n * problem.k
+    return 2.5 * weights / 2.7e6 + max(2 * weights / 2.7e6, 2 * problem.m * weights / 7.5e8)
+
+
+def _fits_triton_gemm(problem: Problem) -> bool:
+    return problem.bits == 4 and problem.x == problem.lut and problem.x in _HALVES and problem.group_size >= 32
+
+
+def _config(problem: Problem, kernel: str) -> Any:
+    """The fastest of a few at 8192 x 8192 on an H100, and what fits small matrices."""
+    m, k = problem.m, problem.k
+    if kernel == "triton_gemv":
+        bytes_of_row = -(-k * PLANES[problem.bits][0] // 8)
+        columns = min(512, max(16, 1 << (bytes_of_row - 1).bit_length()))
+        # A lane should have 16 bytes of a tile.
+        warps = max(1, min(4, 8 * columns // 512))
+        return triton_gemv.Config(columns=columns, warps=warps, rows_of_x=1 if m == 1 else 2 if m == 2 else 4)
+    if kernel == "triton_gemm":
+        return triton_gemm.Config(split=max(1, min(4, k // 1024)))
+    if kernel == "mosaic_narrow":
+        columns = next(c for c in (8, 16, 32, 64) if c >= m)
+        return mosaic_narrow.Config(columns, warpgroups=4 if columns < 64 else 2, stages=4 if columns < 64 else 3)
+    if kernel == "mosaic_wide":
+        return mosaic_wide.Config(columns=_columns(problem))
+    columns = min(2048, max(16, 1 << ((k + 1) // 2 - 1).bit_length()))
+    return triton_dequantize.Config(columns=columns, warps=max(1, min(4, 4 * columns // 512)))
+
+
+@functools.cache
+def _tuned() -> dict[tuple[Any, ...], dict[str, Any]]:
+    """Configurations found by measuring, from tuned.json."""
+    rows = json.loads(resources.files("pallas_kernels").joinpath("tuned.json").read_text(encoding="utf-8"))
+    names = ("gpu", "kernel", "n", "k", "m", "bits", "group_size")
+    return {tuple(row[name] for name in names): row["config"] for row in rows}
