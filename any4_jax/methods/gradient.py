@@ -1,7 +1,8 @@
 """Tables trained by gradient descent on the layer's output: the neural variant of any4.
 
 The clustering and the refit take inputs as uncorrelated. Here they are a sample of tokens, so that errors which cancel
-in the products are free to be large.
+in the products are free to be large. A sample must be large beside K for that: trained on the 157 tokens of one prompt,
+SmolLM2-135M loses 0.104 nats a token, where the exact tables that the training starts from lose 0.084.
 """
 
 import jax
