@@ -15,6 +15,9 @@ CORE := $(patsubst %,tests/test_%.py,formats scaling packing weights matmul stat
 	llama generate checkpoint_model linen swapping nnx pallas_kernel)
 PIP := -m pip --disable-pip-version-check --quiet --quiet
 
+# Without a GPU the CUDA library is only loaded, for which machine code for one will do; for all it takes a minute more.
+ONE_GPU := $(if $(shell nvidia-smi -L 2>/dev/null),,-C cmake.define.CMAKE_CUDA_ARCHITECTURES=90)
+
 # $(call find_python,NAMES,LEAST): prints the first interpreter of at least that sys.hexversion, from PATH, then
 # from pyenv. Each is run, since the shims of pyenv exist for versions that they then refuse to start.
 find_python = { printf '%s\n' $(1); ls -d "$$(pyenv root 2>/dev/null)"/versions/*/bin/python3 2>/dev/null | sort -rV; } \
@@ -72,12 +75,12 @@ clean:
 # Editable, so that an edit needs no new installation and data files are read where they lie.
 .venv/demo.stamp: $(INSTALL_INPUTS) | .venv/bin/python
 	@echo "installing any4_jax into .venv"
-	@.venv/bin/python $(PIP) install -e .
+	@.venv/bin/python $(PIP) install $(ONE_GPU) -e .
 	@touch $@
 
 # Without bytecode, of which tests need little, and in .venv-newest without the C++ library: two minutes less. There the
 # jnp bodies, which the first run seldom takes, are what is tested.
 %/dev.stamp: $(INSTALL_INPUTS) | %/bin/python
 	@echo "installing any4_jax and its development tools into $*"
-	@$*/bin/python $(PIP) install --no-compile $(if $(findstring newest,$*),-C wheel.cmake=false) -e '.[dev]'
+	@$*/bin/python $(PIP) install --no-compile $(if $(findstring newest,$*),-C wheel.cmake=false,$(ONE_GPU)) -e '.[dev]'
 	@touch $@ $*/demo.stamp
