@@ -7,9 +7,12 @@ SHELL := /bin/sh
 
 INSTALL_INPUTS := pyproject.toml CMakeLists.txt $(wildcard cuda_ffi/csrc/*/*.* cuda_ffi/csrc/xla/ffi/api/*.h)
 # Most of a test's time is XLA compiling, much of it the same programs in several files: a file stays on one worker, and
-# the workers share a cache that lives for the run (an older one might be of another processor).
+# the workers share a cache that lives for the run (an older one might be of another processor). Files keep their order:
+# those of few tests have the longest ones, and would come last, to one worker alone.
+# LLVM's least optimisation compiles a program in two thirds of the time; a level in XLA_FLAGS goes before it.
 PYTEST = cache=$$(mktemp -d) && trap 'rm -rf "$$cache"' EXIT && JAX_PLATFORMS=cpu JAX_COMPILATION_CACHE_DIR="$$cache" \
-	JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0.3 $(1) -m pytest -n auto --dist loadfile
+	XLA_FLAGS="--xla_backend_optimization_level=0 $$XLA_FLAGS" \
+	JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0.3 $(1) -m pytest -n auto --dist loadfile --no-loadscope-reorder
 # What depends on the versions of jax and flax.
 CORE := $(patsubst %,tests/test_%.py,formats scaling packing weights matmul statistics clustering methods any4 surgery \
 	llama generate checkpoint_model linen swapping nnx pallas_kernel)
@@ -45,10 +48,8 @@ test: lint
 	@$(call PYTEST,.venv/bin/python)
 	@[ -z "$$($(NEWEST_IF_OTHER))" ] || $(MAKE) --no-print-directory test-newest
 
-# What breaks with a version of jax breaks at any level of LLVM's optimisation, and at the least a program compiles in
-# two thirds of the time; the first run compiles as users do.
 test-newest: .venv-newest/dev.stamp
-	@XLA_FLAGS="$$XLA_FLAGS --xla_backend_optimization_level=0" $(call PYTEST,.venv-newest/bin/python) -m "not slow and not sanitize" $(CORE)
+	@$(call PYTEST,.venv-newest/bin/python) -m "not slow and not sanitize" $(CORE)
 
 # Two minutes of compiling that a change of Python code doesn't need.
 sanitize: .venv/dev.stamp
