@@ -7,12 +7,11 @@ SHELL := /bin/sh
 
 INSTALL_INPUTS := pyproject.toml CMakeLists.txt $(wildcard cuda_ffi/csrc/*/*.* cuda_ffi/csrc/xla/ffi/api/*.h)
 # Most of a test's time is XLA compiling, much of it the same programs in several files: a file stays on one worker, and
-# the workers share a cache that lives for the run (an older one might be of another processor). Files keep their order:
-# those of few tests have the longest ones, and would come last, to one worker alone.
+# the workers share a cache that lives for the run (an older one might be of another processor).
 # LLVM's least optimisation compiles a program in two thirds of the time; a level in XLA_FLAGS goes before it.
 PYTEST = cache=$$(mktemp -d) && trap 'rm -rf "$$cache"' EXIT && JAX_PLATFORMS=cpu JAX_COMPILATION_CACHE_DIR="$$cache" \
 	XLA_FLAGS="--xla_backend_optimization_level=0 $$XLA_FLAGS" \
-	JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0.3 $(1) -m pytest -n auto --dist loadfile --no-loadscope-reorder
+	JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0.3 $(1) -m pytest -n auto --dist loadfile
 # What depends on the versions of jax and flax.
 CORE := $(patsubst %,tests/test_%.py,formats scaling packing weights matmul statistics clustering methods any4 surgery \
 	llama generate checkpoint_model linen swapping nnx pallas_kernel)
