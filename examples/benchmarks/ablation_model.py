@@ -1,4 +1,4 @@
-"""The model of ablations.py, run block by block."""
+"""The model of ablations.py: its logits by a scan over the layers, and what its linears are given."""
 
 import functools
 from collections.abc import Iterator
