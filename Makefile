@@ -36,7 +36,8 @@ help:
 	@echo "make demo      quantize a real small model to 4 bits, compare, generate, save and load"
 	@echo "make test      format check, lint, types, all tests; the core tests again on the newest Python"
 	@echo "make lint      format check, lint and types only"
-	@echo "make sanitize  the C++ kernels under the address, undefined-behaviour and thread sanitizers; two minutes"
+	@echo "make sanitize  the C++ kernels under the address, undefined-behaviour and thread sanitizers, two minutes;"
+	@echo "               and where there is a GPU the CUDA kernels under compute-sanitizer"
 	@echo "make clean     remove the virtual environments, caches and build products"
 
 demo: .venv/demo.stamp
@@ -52,7 +53,7 @@ test-newest: .venv-newest/dev.stamp
 
 # Two minutes of compiling that a change of Python code doesn't need.
 sanitize: .venv/dev.stamp
-	@.venv/bin/python -m pytest -m sanitize tests/test_native_build.py
+	@.venv/bin/python -m pytest -m sanitize tests/test_native_build.py tests/test_cuda_sanitizers.py
 
 lint: .venv/dev.stamp
 	@.venv/bin/ruff format --check .

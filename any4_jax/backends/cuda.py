@@ -1,6 +1,6 @@
 """The CUDA product of `cuda_ffi` as a backend: it reads weights as they are stored; preparing one changes nothing."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -58,6 +58,18 @@ def _matrix(w: QuantizedTensor | Layer) -> Any:
     if isinstance(w, Layer):
         return StackedMatrix(codes, leaf.lut, scales, offsets, w.index)
     return Matrix(codes, leaf.lut, scales, offsets)
+
+
+def launcher() -> Callable[..., None]:
+    """The product on device pointers and a stream, for whoever captures launches without XLA; see
+    cuda_ffi/lut_product_plain.py.
+
+    Raises:
+      RuntimeError: the library can't be used, in words.
+    """
+    from cuda_ffi import lut_product_plain
+
+    return lut_product_plain.launcher()
 
 
 CUDA = Backend(

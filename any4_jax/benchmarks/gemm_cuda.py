@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from any4_jax.backends.cuda import launcher
 from any4_jax.benchmarks.gemm import Gemm, Measured
 from any4_jax.benchmarks.peers import Torch
 from any4_jax.benchmarks.timing import Candidate, StreamingRead, interleaved, significant, tree_bytes
@@ -28,8 +29,14 @@ ROWS = (1, 2, 4, 8, 16, 32, 64, 512, 2048)
 LEAST_COPIES, MOST_COPIES = 4, 128
 # torch's int4 product is for decoding: with 2048 rows it takes 25 times as long as a dense one.
 MOST_ROWS_OF_INT4 = 64
+# The kernel of "a table a row" in a graph that is captured without XLA, as torch's are: in XLA's graphs a product takes
+# about a microsecond longer. For as many rows of x as it is one kernel.
+ALONE, MOST_ROWS_ALONE = "4 bits, a table a row, without XLA", 64
 # A turn of a candidate takes about so long.
 TURN_S = 0.006
+# Products of a loop's body, which goes through the weights again until it has so many: from one trip to the next the
+# GPU waits some 15 us for the host, as long as two small products take.
+PRODUCTS_OF_TRIP = 128
 # Graphs for every sequence of launches, whose kernels run one after the other even where they don't depend on each
 # other: the loop is to measure a product, not how well several fill the GPU together.
 CAPTURED = {
@@ -153,6 +160,8 @@ def _compiled(product: _Product, x: jax.Array) -> tuple[Callable[..., jax.Array]
     n, k = copies[0].shape
     guess = max(tree_bytes(copies[0]) / 2.5e12, 2 * x.shape[0] * n * k / 5e14) + 2e-6
     times = max(2, round(TURN_S / guess / len(copies)))
+    passes = min(times, -(-PRODUCTS_OF_TRIP // len(copies)))
+    times = -(-times // passes) * passes
 
     def body(_: jax.Array, x: jax.Array, weights: Sequence[Any]) -> jax.Array:
         ys = [product.call(x, w) for w in weights]
@@ -161,7 +170,7 @@ def _compiled(product: _Product, x: jax.Array) -> tuple[Callable[..., jax.Array]
 
     @functools.partial(jax.jit, compiler_options=CAPTURED)
     def loop(x: jax.Array, weights: Sequence[Any]) -> jax.Array:
-        return jax.lax.fori_loop(0, times, lambda i, x: body(i, x, weights), x)
+        return jax.lax.fori_loop(0, times, lambda i, x: body(i, x, weights), x, unroll=passes)
 
     once = jax.jit(product.call).lower(x, copies[0]).compile()
     return once, loop.lower(x, product.copies).compile(), times * len(copies)
@@ -199,6 +208,10 @@ def _theirs(
             rows = tuple(m for m in config.m if m <= MOST_ROWS_OF_INT4)
             seconds = torch.int4(n, k, rows, _number(config, few), config.rounds, config.group_size)
             taken |= {("int4 by torch", m): (s, few) for m, s in zip(rows, seconds, strict=True)}
+        if config.bits == 4:
+            rows = tuple(m for m in config.m if m <= MOST_ROWS_ALONE)
+            seconds = torch.few_bits(launcher(), n, k, rows, _number(config, few), config.rounds, config.group_size)
+            taken |= {(ALONE, m): (s, few + 32 * n) for m, s in zip(rows, seconds, strict=True)}
     except torch.out_of_memory():
         notes.setdefault(
             f"{n} x {k}: torch found too little memory beside jax's; set XLA_PYTHON_CLIENT_PREALLOCATE=false"

@@ -1,7 +1,7 @@
 """What PyTorch does with the same product on the same GPU, where it is installed: cuBLAS, and its own int4 kernel.
 
-Both are timed as replays of a captured CUDA graph, in which launching costs next to nothing. Letters: N outputs, K
-inputs, M rows of x.
+They are timed as replays of a captured CUDA graph, in which launching costs next to nothing; so is this library's CUDA
+product, beside what it takes in XLA's graphs. Letters: N outputs, K inputs, M rows of x.
 """
 
 import importlib
@@ -9,6 +9,9 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+
+# Of replays that are launched at once: so the GPU waits for the host before the first of them alone.
+TURN_MS = 2.0
 
 
 class Torch:
@@ -27,7 +30,7 @@ class Torch:
             raise RuntimeError("this torch sees no GPU, so cuBLAS and torch's int4 product are not measured")
 
     def cublas(self, n: int, k: int, rows: tuple[int, ...], copies: int, rounds: int) -> list[float]:
-        """Seconds of x @ w.T for each number of rows: the median of `rounds` replays through all copies of w."""
+        """Seconds of x @ w.T for each number of rows: the median of `rounds` turns through all copies of w."""
         torch = self._torch
         weights = [torch.randn(n, k, device="cuda", dtype=torch.bfloat16) for _ in range(copies)]
         product = torch.nn.functional.linear
@@ -46,6 +49,43 @@ class Torch:
 
         return self._timed(product, k, rows, weights, rounds)
 
+    def few_bits(
+        self,
+        launch: Callable[..., None],
+        n: int,
+        k: int,
+        rows: tuple[int, ...],
+        copies: int,
+        rounds: int,
+        group_size: int,
+    ) -> list[float]:
+        """The same of this library's product of 4 bits, with a table a row and offsets.
+
+        Args:
+          launch: of `any4_jax.backends.cuda.launcher`.
+        """
+        torch = self._torch
+
+        def array(*shape: int) -> Any:
+            return torch.randn(*shape, device="cuda", dtype=torch.bfloat16)
+
+        groups = -(-k // group_size)
+        weights = [
+            (
+                torch.randint(0, 256, (n, k // 2), device="cuda", dtype=torch.uint8),
+                *(array(n, 16), array(n, groups), array(n, groups)),
+            )
+            for _ in range(copies)
+        ]
+        results = {m: torch.empty(m, n, device="cuda", dtype=torch.bfloat16) for m in rows}
+
+        def product(x: Any, w: Any) -> None:
+            y, stream = results[len(x)], torch.cuda.current_stream().cuda_stream
+            addresses = [array.data_ptr() for array in w]
+            launch(x.data_ptr(), len(x), *addresses, y.data_ptr(), n, k, group_size, 0, stream)
+
+        return self._timed(product, k, rows, weights, rounds)
+
     def _timed(
         self, product: Callable[[Any, Any], Any], k: int, rows: tuple[int, ...], weights: list[Any], rounds: int
     ) -> list[float]:
@@ -60,21 +100,27 @@ class Torch:
                 with torch.cuda.graph(graph):
                     for w in weights:
                         product(x, w)
-                turns = []
-                for _ in range(rounds + 2):
-                    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-                    begin.record()
-                    graph.replay()
-                    end.record()
-                    torch.cuda.synchronize()
-                    turns.append(begin.elapsed_time(end) / 1e3 / len(weights))
-                # The first two load what later ones find loaded.
-                seconds.append(float(np.median(turns[2:])))
+                # The first replays load what later ones find loaded.
+                milliseconds = min(self._replayed(graph, 1) for _ in range(2))
+                replays = max(1, round(TURN_MS / milliseconds))
+                turns = [self._replayed(graph, replays) for _ in range(rounds)]
+                seconds.append(float(np.median(turns)) / 1e3 / replays / len(weights))
                 del graph, x
         finally:
             weights.clear()
             torch.cuda.empty_cache()
         return seconds
+
+    def _replayed(self, graph: Any, times: int) -> float:
+        """Milliseconds."""
+        torch = self._torch
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        for _ in range(times):
+            graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        return begin.elapsed_time(end)
 
     def out_of_memory(self) -> type[Exception]:
         """What torch raises where jax has left it too little of the GPU."""
