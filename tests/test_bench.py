@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from any4_jax.benchmarks import Device, Result, decode, gemm, gemm_cuda, machine, read, timing, write
+from any4_jax.benchmarks import Device, Result, decode, gemm, gemm_cuda, machine, read, shapes, timing, write
 from any4_jax.benchmarks.plot import speed_plot
 from any4_jax.benchmarks.schema import check
 from any4_jax.cli import main
@@ -203,6 +203,26 @@ def test_decode_of_several_models(stream, tmp_path: Path, capsys: pytest.Capture
     assert "tiny" in capsys.readouterr().out
 
 
+def test_decode_of_a_shape_is_in_bfloat16_and_in_4_bits(
+    stream, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = dataclasses.replace(
+        shapes.CONFIGS["llama-3.1-8b"],
+        **dict(vocab_size=64, hidden_size=128, intermediate_size=256, num_hidden_layers=1),
+        **dict(num_attention_heads=2, num_key_value_heads=1, head_dim=64),
+    )
+    monkeypatch.setitem(shapes.CONFIGS, "llama-3.1-8b", small)
+    out = str(tmp_path / "r.json")
+    sizes = ["--prompt-tokens", "4", "--tokens", "2", "--rounds", "1"]
+    assert main(["bench", "decode", "--shape", "llama-3.1-8b", *sizes, "--out", out]) == 0
+    dense, coded = read(out).rows
+    assert (dense["model"], dense["method"], coded["method"]) == ("llama-3.1-8b", "float", "any4")
+    # Two bytes a weight; half a byte, a scale and an offset for 128 of them, and a table of 32 bytes a row.
+    linears, rows = 128 * 128 * 2 + 64 * 128 * 2 + 3 * 128 * 256, 128 * 2 + 64 * 2 + 256 * 2 + 128
+    saved = 1e6 * (dense["read_mb_per_token"] - coded["read_mb_per_token"])
+    assert saved == pytest.approx(linears * (2 - 0.5 - 4 / 128) - 32 * rows, rel=1e-3)
+
+
 def test_bytes_a_token_reads() -> None:
     tied, free = tiny(), random_llama()
     assert tied.config.tie_word_embeddings and not free.config.tie_word_embeddings
@@ -230,6 +250,7 @@ def test_an_engine_that_stops_early_is_not_timed(stream) -> None:
         (["gemm", "--out", "no/such/folder/r.json"], 1, "its folder is missing"),
         (["decode", "--tokens", "1"], 2, "got --tokens 1"),
         (["decode", "tiny", "tiny"], 2, "one of them twice"),
+        (["decode", "tiny", "--shape", "llama-3.2-1b"], 2, "got --shape and the model tiny"),
         ([], 2, "BENCHMARK"),
     ],
 )

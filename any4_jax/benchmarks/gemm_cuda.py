@@ -19,9 +19,10 @@ import numpy as np
 from any4_jax.backends.cuda import launcher
 from any4_jax.benchmarks.gemm import Gemm, Measured
 from any4_jax.benchmarks.peers import Torch
+from any4_jax.benchmarks.shapes import random_leaf
 from any4_jax.benchmarks.timing import Candidate, StreamingRead, interleaved, significant, tree_bytes
 from any4_jax.matmul import CUDA, PALLAS, matmul
-from any4_jax.weights import QuantizedTensor, dequantize
+from any4_jax.weights import dequantize
 
 ROWS = (1, 2, 4, 8, 16, 32, 64, 512, 2048)
 # Weights of a kind, each in one product of a loop's body: enough that what else the body does is lost among them, few
@@ -92,8 +93,9 @@ def _number(config: Gemm, size: int) -> int:
 def _ours(config: Gemm, n: int, k: int) -> dict[tuple[str, int], tuple[float, float, int]]:
     """(product, m) -> seconds in a loop and as a call, and bytes of the weight."""
     few = _number(config, n * k * config.bits // 8)
+    leaf = functools.partial(random_leaf, n=n, k=k, bits=config.bits, group_size=config.group_size)
     products = [
-        _Product(f"{config.bits} bits, {words}", matmul, _weights(config, n, k, own, few))
+        _Product(f"{config.bits} bits, {words}", matmul, [leaf(seed, own=own) for seed in range(few)])
         for words, own in (("a table a row", True), ("one table", False))
     ]
     dense = [jax.random.normal(jax.random.key(i), (n, k), jnp.bfloat16) for i in range(_number(config, 2 * n * k))]
@@ -131,27 +133,6 @@ def _seconds(program: Callable[..., jax.Array], *arguments: Any) -> float:
 
 def _dense(x: jax.Array, w: jax.Array) -> jax.Array:
     return jax.lax.dot_general(x, w, (((1,), (1,)), ((), ())))
-
-
-def _weights(config: Gemm, n: int, k: int, own: bool, copies: int) -> list[QuantizedTensor]:
-    """Weights of random codes: any4's form, or nf4's with one table and no offsets."""
-
-    @jax.jit
-    def weight(seed: jax.Array) -> QuantizedTensor:
-        keys = jax.random.split(jax.random.key(seed), 4)
-        groups = (n, -(-k // config.group_size))
-        return QuantizedTensor(
-            codes=jax.random.bits(keys[0], (n, k * config.bits // 8), jnp.uint8),
-            lut=jnp.sort(jax.random.normal(keys[1], (n if own else 1, 2**config.bits), jnp.bfloat16)),
-            scales=jax.random.uniform(keys[2], groups, jnp.bfloat16, 0.5, 1.5) * k**-0.5,
-            offsets=jax.random.normal(keys[3], groups, jnp.bfloat16) * k**-0.5 if own else None,
-            bits=config.bits,
-            group_size=config.group_size,
-            padding=0,
-            uniform=False,
-        )
-
-    return [weight(seed) for seed in range(copies)]
 
 
 def _compiled(product: _Product, x: jax.Array) -> tuple[Callable[..., jax.Array], Callable[..., jax.Array], int]:

@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Sequence
 from typing import Any
 
-from any4_jax.benchmarks import decode, machine, quantize
+from any4_jax.benchmarks import decode, machine, quantize, shapes
 from any4_jax.benchmarks.timing import StreamingRead
 from any4_jax.cli.bench_gemm import add_gemm
 from any4_jax.cli.bench_shared import add_common, add_machine, check, count, finish, heading
@@ -13,6 +13,7 @@ from any4_jax.cli.options import add_fields, build, checked
 from any4_jax.cli.output import progress, table
 from any4_jax.cli.sources import MODEL_HELP, open_model
 from any4_jax.methods import Any4
+from any4_jax.models.llama import Llama
 
 
 def add(commands: Any, common: argparse.ArgumentParser, argv: Sequence[str]) -> None:
@@ -33,9 +34,14 @@ def _add_decode(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "models",
         nargs="*",
-        default=["tiny"],
+        default=[],
         metavar="MODEL",
         help=f"a checkpoint, {MODEL_HELP}; several are timed in turns and told against the first (default: tiny)",
+    )
+    parser.add_argument(
+        "--shape",
+        choices=shapes.CONFIGS,
+        help="take a model of this shape with random weights instead: in bfloat16, and with linears of 4 bits",
     )
     parser.add_argument("--prompt-tokens", type=count, default=32, metavar="N", help="(default: 32)")
     parser.add_argument("--tokens", type=count, default=128, metavar="N", help="new ones, 2 or more (default: 128)")
@@ -64,7 +70,10 @@ def run_decode(args: argparse.Namespace) -> int:
         raise CommandLineError(f"got the models {' '.join(args.models)}, one of them twice; give each once")
     if args.tokens < 2:
         raise CommandLineError(f"got --tokens {args.tokens}, and the first comes from the prompt; give 2 or more")
-    contestants = {name: decode.contestant(name, open_model(name)) for name in args.models}
+    if args.shape is not None and args.models:
+        raise CommandLineError(f"got --shape and the model {args.models[0]}; give one or the other")
+    models = _of_shape(args.shape) if args.shape else {name: open_model(name) for name in args.models or ["tiny"]}
+    contestants = {name: decode.contestant(args.shape or name, model) for name, model in models.items()}
     stream = StreamingRead(machine.platform())
     with progress("decode", "turn") as bar:
         rows = decode.run(
@@ -84,6 +93,11 @@ def run_decode(args: argparse.Namespace) -> int:
         f"medians of {args.rounds} turns; times: speed over the first"
     )
     return finish(args, result)
+
+
+def _of_shape(shape: str) -> dict[str, Llama]:
+    dense = shapes.dense(shape)
+    return {"bfloat16": dense, "4 bits": shapes.few_bits(dense, group_size=128)}
 
 
 def run_quantize(args: argparse.Namespace) -> int:

@@ -1,0 +1,77 @@
+"""Models of well-known shapes with random weights, made on the device: their speed doesn't depend on the values."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from any4_jax.methods import Any4
+from any4_jax.models.config import LlamaConfig, RopeScaling
+from any4_jax.models.llama import SITES, Llama
+from any4_jax.nn.nnx import Any4Linear
+from any4_jax.surgery import Recipe
+from any4_jax.weights import QuantizedTensor
+
+_SCALING = RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192)
+_LLAMA_31_8B = LlamaConfig(
+    vocab_size=128256,
+    hidden_size=4096,
+    intermediate_size=14336,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    head_dim=128,
+    max_position_embeddings=131072,
+    rope_theta=500000.0,
+    rope_scaling=_SCALING,
+)
+_LLAMA_32_1B = dataclasses.replace(
+    _LLAMA_31_8B,
+    hidden_size=2048,
+    intermediate_size=8192,
+    num_hidden_layers=16,
+    head_dim=64,
+    rope_scaling=dataclasses.replace(_SCALING, factor=32.0),
+    tie_word_embeddings=True,
+)
+CONFIGS = {"llama-3.2-1b": _LLAMA_32_1B, "llama-3.1-8b": _LLAMA_31_8B}
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4, 5))
+def random_leaf(seed: int, n: int, k: int, bits: int, group_size: int, own: bool = True) -> QuantizedTensor:
+    """A weight [N, K] of random codes in bfloat16: any4's form, or where not `own` nf4's, one table and no offsets."""
+    keys = jax.random.split(jax.random.key(seed), 4)
+    groups = (n, -(-k // group_size))
+    return QuantizedTensor(
+        codes=jax.random.bits(keys[0], (n, k * bits // 8), jnp.uint8),
+        lut=jnp.sort(jax.random.normal(keys[1], (n if own else 1, 2**bits), jnp.bfloat16)),
+        scales=jax.random.uniform(keys[2], groups, jnp.bfloat16, 0.5, 1.5) * k**-0.5,
+        offsets=jax.random.normal(keys[3], groups, jnp.bfloat16) * k**-0.5 if own else None,
+        bits=bits,
+        group_size=group_size,
+        padding=0,
+        uniform=False,
+    )
+
+
+def dense(shape: str | LlamaConfig) -> Llama:
+    """A model in bfloat16; `shape` is a key of `CONFIGS`, or a configuration."""
+    config = CONFIGS[shape] if isinstance(shape, str) else shape
+    return Llama(config, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+
+
+def few_bits(model: Llama, group_size: int) -> Llama:
+    """The same model, whose blocks' linears are of random 4-bit codes in any4's form; it shares all other arrays."""
+    coded = nnx.merge(*nnx.split(model))
+    layers: list[tuple[str, Any4, tuple[tuple[str, str], ...]]] = []
+    for i, block in enumerate(coded.layers):
+        for path in (path for site in SITES for path in site.linears):
+            parent, name = path.split(".")
+            linear = getattr(getattr(block, parent), name)
+            leaf = random_leaf(len(layers), linear.out_features, linear.in_features, 4, group_size)
+            setattr(getattr(block, parent), name, Any4Linear.of(leaf, dtype=model.dtype))
+            layers.append((f"layers.{i}.{path}", Any4(group_size=group_size), ()))
+    coded.recipe = Recipe((), tuple(layers))
+    return coded
