@@ -7,6 +7,7 @@ Letters: N outputs, K inputs, M rows of x.
 
 import dataclasses
 import functools
+import math
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -35,9 +36,9 @@ MOST_ROWS_OF_INT4 = 64
 ALONE, MOST_ROWS_ALONE = "4 bits, a table a row, without XLA", 64
 # A turn of a candidate takes about so long.
 TURN_S = 0.006
-# Products of a loop's body, which goes through the weights again until it has so many: from one trip to the next the
-# GPU waits some 15 us for the host, as long as two small products take.
-PRODUCTS_OF_TRIP = 128
+# And so long a trip of its loop, whose body goes through the weights more than once where they are few: from one trip to
+# the next the GPU waits some 15 us for the host, as long as two small products take.
+TRIP_S = 0.0005
 # Graphs for every sequence of launches, whose kernels run one after the other even where they don't depend on each
 # other: the loop is to measure a product, not how well several fill the GPU together.
 CAPTURED = {
@@ -141,7 +142,7 @@ def _compiled(product: _Product, x: jax.Array) -> tuple[Callable[..., jax.Array]
     n, k = copies[0].shape
     guess = max(tree_bytes(copies[0]) / 2.5e12, 2 * x.shape[0] * n * k / 5e14) + 2e-6
     times = max(2, round(TURN_S / guess / len(copies)))
-    passes = min(times, -(-PRODUCTS_OF_TRIP // len(copies)))
+    passes = min(times, math.ceil(TRIP_S / guess / len(copies)))
     times = -(-times // passes) * passes
 
     def body(_: jax.Array, x: jax.Array, weights: Sequence[Any]) -> jax.Array:
