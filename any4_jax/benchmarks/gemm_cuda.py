@@ -36,8 +36,8 @@ MOST_ROWS_OF_INT4 = 64
 ALONE, MOST_ROWS_ALONE = "4 bits, a table a row, without XLA", 64
 # A turn of a candidate takes about so long.
 TURN_S = 0.006
-# And so long a trip of its loop, whose body goes through the weights more than once where they are few: from one trip to
-# the next the GPU waits some 15 us for the host, as long as two small products take.
+# And so long a trip of its loop, whose body goes through the weights more than once where they are few: from one trip
+# to the next the GPU waits some 15 us for the host, as long as two small products take.
 TRIP_S = 0.0005
 # Graphs for every sequence of launches, whose kernels run one after the other even where they don't depend on each
 # other: the loop is to measure a product, not how well several fill the GPU together.
