@@ -34,13 +34,15 @@ ISA_FLAGS = {
     ),
     "_avx2.cc": ("-mavx2", "-mfma"),
 }
-# The two numbers are nvcc's complaints about constructs in XLA's headers. Hopper's PTX serves what comes after.
-CUDA_FLAGS = (
-    *("-std=c++17", "-O3", "--cudart=static", "-Xcompiler=-fPIC,-pthread", "-diag-suppress=940,2473"),
-    "-gencode=arch=compute_90,code=compute_90",
-)
+# The two numbers are nvcc's complaints about constructs in XLA's headers.
+CUDA_FLAGS = ("-std=c++17", "-O3", "--cudart=static", "-Xcompiler=-fPIC,-pthread", "-diag-suppress=940,2473")
+# Hopper's PTX serves what comes after.
+CUDA_PTX = "-gencode=arch=compute_90,code=compute_90"
 # Machine code of Ampere, which 8.6 and Ada's 8.9 run too, of Hopper, and of Blackwell where nvcc knows it.
 CUDA_MACHINES = (80, 90, 100)
+# Files of this ending use what Hopper alone has: they are compiled for it and nothing else.
+HOPPER_FILES = "_sm90a.cu"
+HOPPER_ONLY = "-gencode=arch=compute_90a,code=sm_90a"
 
 
 def source_files(kind: str) -> list[Path]:
@@ -81,7 +83,8 @@ def find_compiler(kind: str) -> str | None:
 def flags(kind: str, source: Path) -> tuple[str, ...]:
     """The compiler's flags for one file."""
     if kind == "cuda":
-        return (*CUDA_FLAGS, f"-I{SOURCES}", f"-I{SOURCES / 'cuda'}")
+        target = HOPPER_ONLY if source.name.endswith(HOPPER_FILES) else CUDA_PTX
+        return (*CUDA_FLAGS, target, f"-I{SOURCES}", f"-I{SOURCES / 'cuda'}")
     on_x86 = platform.machine().lower() in ("x86_64", "amd64")
     special = [isa for end, isa in ISA_FLAGS.items() if on_x86 and source.name.endswith(end)]
     # XLA's headers are not clean under -Wextra.
@@ -131,7 +134,8 @@ def build(kind: str, folder: Path | None = None) -> Path:
         objects = [Path(scratch) / (f.stem + ".o") for f in sources]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             commands = [
-                [compiler, *flags(kind, source), *machines, "-c", str(source), "-o", str(made)]
+                [compiler, *flags(kind, source), "-c", str(source), "-o", str(made)]
+                + ([] if source.name.endswith(HOPPER_FILES) else machines)
                 for source, made in zip(sources, objects, strict=True)
             ]
             list(pool.map(_run, commands))

@@ -11,12 +11,18 @@ __host__ __device__ __forceinline__ int64_t BytesOf(Type type) {
   return type == Type::kE8m0 ? 1 : type == Type::kFloat32 ? 4 : 2;
 }
 
-// The weight with its pointers at the matrix that `index` names. It is read here, by the kernel: so a loop over layers
-// takes each where it lies.
+// Which matrix of the stack `index` names. It is read here, by the kernel: so a loop over layers takes each where it
+// lies.
+__device__ __forceinline__ int64_t IndexOf(const LutWeight& w) {
+  if (w.index == nullptr) return 0;
+  return min(max(static_cast<int64_t>(__ldg(w.index)), int64_t{0}), w.stack - 1);
+}
+
+// The weight with its pointers at that matrix.
 template <int kBits>
 __device__ __forceinline__ LutWeight TakeOfStack(LutWeight w) {
   if (w.index == nullptr) return w;
-  const int64_t i = min(max(static_cast<int64_t>(__ldg(w.index)), int64_t{0}), w.stack - 1);
+  const int64_t i = IndexOf(w);
   const int64_t weights = w.n * w.k, groups = w.n * w.groups;
   const auto advance = [i](const void* from, int64_t bytes) { return static_cast<const uint8_t*>(from) + i * bytes; };
   w.codes = advance(w.codes, weights * (kBits == 3 ? 2 : kBits) / 8);

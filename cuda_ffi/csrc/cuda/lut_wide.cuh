@@ -1,0 +1,379 @@
+// The product for many rows of x, on Hopper: 4-bit codes, decoded to the registers that wgmma takes W from.
+#pragma once
+
+#include "decode.cuh"
+#include "hopper.cuh"
+#include "lut_stack.cuh"
+#include "wgmma.cuh"
+
+namespace any4 {
+
+// What an instance of the kernel is made for.
+//
+// kColumns: rows of x a block takes: 64, 128 or 256.
+// kTiles: tiles of 64 rows of W a block takes, each of a warpgroup or more of its own.
+// kSplit: warpgroups of a tile, which take its steps in turns and add up their sums at the end.
+// kCluster: blocks that take the same rows of x, of which each copies a part to all.
+// kStages: steps whose codes and inputs are in shared memory, or under way to it.
+// kGroups: groups in a step, 2 where a group is 32 inputs.
+// kScale: the type of scales, and of offsets, which are bfloat16 where scales are exponents.
+template <int kColumns_, int kTiles_, int kSplit_, int kCluster_, int kStages_, int kGroups_, Type kScale_>
+struct WideOf {
+  static constexpr int kColumns = kColumns_, kTiles = kTiles_, kSplit = kSplit_, kCluster = kCluster_;
+  static constexpr int kStages = kStages_, kGroups = kGroups_;
+  static constexpr Type kScale = kScale_;
+
+  static constexpr int kConsumers = kTiles * kSplit, kThreads = 128 * (kConsumers + 1), kRows = 64 * kTiles;
+  // A step is 64 inputs, the 128 bytes within which rows of x can be swizzled; the codes of a row are 32 bytes.
+  static constexpr int kInputBytes = kColumns * 128, kCodeBytes = kRows * 32;
+  // Of a tile, results and the sums of each warpgroup but the first.
+  static constexpr int kResultBytes = kColumns * 128, kSumBytes = (kSplit - 1) * kColumns * 256;
+  static constexpr int kInputsAt = 0, kCodesAt = kStages * kInputBytes;
+  static constexpr int kResultsAt = kCodesAt + kStages * kCodeBytes, kSumsAt = kResultsAt + kTiles * kResultBytes;
+  static constexpr int kBarriersAt = kSumsAt + kTiles * kSumBytes;
+  // Dynamic shared memory begins at a multiple of 16 bytes; swizzled rows need one of 1024.
+  static constexpr int kSharedBytes = 1024 + kBarriersAt + 2 * kStages * 8;
+  // Registers of a thread. What the block begins with, of the 65536 that a multiprocessor has, is all that it ever gets:
+  // the copying warpgroup gives up its own for the others.
+  static constexpr int kBeginning = 65536 / kThreads / 8 * 8, kCopying = 24;
+  static constexpr int kEqual = (kBeginning * (kConsumers + 1) - kCopying) / kConsumers / 8 * 8;
+  static constexpr int kComputing = kEqual > 240 ? 240 : kEqual;
+};
+
+constexpr int kStepInputs = 64;
+
+// Tensor maps of one product: x [m, k], the codes of the whole stack as bytes [stack * n, k / 2], y [m, n].
+struct WideMaps {
+  CUtensorMap x, codes, y;
+};
+
+// Blocks of a product: tiles of columns follow each other, so that codes come from memory once.
+struct WideGrid {
+  int columns, tiles;  // tiles of columns, and all tiles of a cluster
+  int steps;           // of a row
+  int group_shift;     // log2 of the inputs of a group, or 30
+  int last_group;
+};
+
+// A slot of the ring of stages, and the parity of the phase that its barriers are in.
+template <int kStages>
+struct Slot {
+  int stage = 0;
+  uint32_t parity = 0;
+
+  __device__ __forceinline__ void Advance(int steps) {
+    stage += steps;
+    if (stage >= kStages) {
+      stage -= kStages;
+      parity ^= 1;
+    }
+  }
+};
+
+// A scale or offset twice in a word, as T; conversion apart from the load, which it would wait for.
+template <typename T, Type kStored>
+__device__ __forceinline__ uint32_t PairOf(uint32_t raw) {
+  if constexpr (kStored == Type::kE8m0) raw = raw == 255 ? 0x7FC0u : raw == 0 ? 0x0040u : raw << 7;
+  const uint32_t pair = Permute(raw, raw, 0x1010);
+  return std::is_same_v<T, __half> && kStored == Type::kBfloat16 ? ToHalves(pair) : pair;
+}
+
+template <Type kStored>
+__device__ __forceinline__ uint32_t LoadStored(const void* row, int group) {
+  return kStored == Type::kE8m0 ? __ldg(static_cast<const uint8_t*>(row) + group)
+                                : __ldg(static_cast<const uint16_t*>(row) + group);
+}
+
+template <typename T>
+__device__ __forceinline__ uint32_t Affine(uint32_t values, uint32_t scale, uint32_t offset) {
+  uint32_t out;
+  if constexpr (std::is_same_v<T, __half>) {
+    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(out) : "r"(values), "r"(scale), "r"(offset));
+  } else {
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(out) : "r"(values), "r"(scale), "r"(offset));
+  }
+  return out;
+}
+
+template <typename T>
+__device__ __forceinline__ uint32_t Round(float low, float high) {
+  if constexpr (std::is_same_v<T, __half>) {
+    const __half2 pair = __floats2half2_rn(low, high);
+    return reinterpret_cast<const uint32_t&>(pair);
+  } else {
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+    return reinterpret_cast<const uint32_t&>(pair);
+  }
+}
+
+// What a lane decodes: rows g and g + 8 of its warp's 16 rows.
+template <typename T, int kGroups, Type kScale>
+struct WideRows {
+  static constexpr Type kOffset = kScale == Type::kE8m0 ? Type::kBfloat16 : kScale;
+
+  Decoder<T, 4> table[2];
+  const void *scales[2], *offsets[2];
+  uint32_t raw_scale[kGroups][2], raw_offset[kGroups][2];  // of the step to be decoded next
+  uint32_t words[2][4], scale[kGroups][2], offset[kGroups][2];
+
+  __device__ __forceinline__ WideRows(const LutWeight& w, int64_t first_row) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      // Rows past the end repeat the last and are not stored.
+      const int64_t row = min(first_row + 8 * r, w.n - 1), at = row * w.groups;
+      table[r].Load(w, row);
+      scales[r] = static_cast<const uint8_t*>(w.scales) + at * BytesOf(kScale);
+      offsets[r] = w.offsets == nullptr ? nullptr : static_cast<const uint8_t*>(w.offsets) + at * BytesOf(kOffset);
+    }
+  }
+
+  __device__ __forceinline__ void Load(const WideGrid& grid, int step) {
+#pragma unroll
+    for (int i = 0; i < kGroups; ++i) {
+      const int group = min((step * kStepInputs + 32 * i) >> grid.group_shift, grid.last_group);
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        raw_scale[i][r] = LoadStored<kScale>(scales[r], group);
+        // -0 changes no product.
+        raw_offset[i][r] = offsets[r] == nullptr ? 0x8000u : LoadStored<kOffset>(offsets[r], group);
+      }
+    }
+  }
+
+  // Loads a lane's codes of a step, [64, 32 bytes] in shared memory: as they are stored, but for the two 16-byte pieces
+  // of rows 4 to 7 of each 8, which are exchanged (swizzle of 32 bytes). wgmma wants of lane 4 g + t the inputs 2t and
+  // 2t + 1 of each eight, which are byte t of a word: its four lanes read the same words.
+  __device__ __forceinline__ void Take(const unsigned char* codes) {
+    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, warp = threadIdx.x / 32 % 4;
+    const uint32_t byte_of_two = 0x40 + 0x11 * t;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const unsigned char* row = codes + (16 * warp + g + 8 * r) * 32;
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const uint4 v = *reinterpret_cast<const uint4*>(row + (half ^ g / 4) * 16);
+        words[r][half] = Permute(Permute(v.x, v.y, byte_of_two), Permute(v.z, v.w, byte_of_two), 0x5410);
+      }
+#pragma unroll
+      for (int i = 0; i < kGroups; ++i) {
+        scale[i][r] = PairOf<T, kScale>(raw_scale[i][r]);
+        offset[i][r] = PairOf<T, kOffset>(raw_offset[i][r]);
+      }
+    }
+  }
+
+  // Decodes a quarter of what was taken, a row's part of the operands of two of the step's four products.
+  template <int kQuarter>
+  __device__ __forceinline__ void Decode(uint32_t (&a)[4][4]) const {
+    constexpr int r = kQuarter % 2, half = kQuarter / 2, group = kGroups == 2 ? half : 0;
+    uint32_t values[4];
+#ifdef NODECODE
+    for (int i = 0; i < 4; ++i) values[i] = words[r][half] + table[r].low[i];
+#else
+    table[r].Decode(words[r], half, values);
+#endif
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      a[2 * half + i / 2][2 * (i % 2) + r] = Affine<T>(values[i], scale[group][r], offset[group][r]);
+    }
+  }
+};
+
+// Adds up the sums of a tile's warpgroups in their order, and has the result copied out.
+template <typename T, typename Of>
+__device__ __forceinline__ void Finish(const WideMaps& maps, const WideGrid& grid, float (&sums)[Of::kColumns / 2],
+                                       unsigned char* shared, int tile, int64_t first_row, int in_block, int turn) {
+  constexpr int kColumns = Of::kColumns, kThreads = 128 * Of::kSplit;
+  const int thread = threadIdx.x % 128, lane = thread % 32, warp = thread / 32, barrier = 1 + in_block;
+  if constexpr (Of::kSplit > 1) {
+    float* kept = reinterpret_cast<float*>(shared + Of::kSumsAt + in_block * Of::kSumBytes) + thread;
+    if (turn > 0) {
+#pragma unroll
+      for (int i = 0; i < kColumns / 2; ++i) kept[((turn - 1) * (kColumns / 2) + i) * 128] = sums[i];
+    }
+    SyncSome(barrier, kThreads);
+    if (turn == 0) {
+#pragma unroll
+      for (int other = 0; other < Of::kSplit - 1; ++other) {
+#pragma unroll
+        for (int i = 0; i < kColumns / 2; ++i) sums[i] += kept[(other * (kColumns / 2) + i) * 128];
+      }
+    }
+    SyncSome(barrier, kThreads);
+    if (turn > 0) return;
+  }
+  // [rows of x, 64 rows of W], swizzled in 128 bytes.
+  const uint32_t results = SharedAddress(shared) + Of::kResultsAt + in_block * Of::kResultBytes;
+  const int own = 8 + in_block;
+  if (thread == 0) WaitCopiedOut();
+  SyncSome(own, 128);
+  const int row = lane / 16 * 8 + lane % 8, piece = (2 * warp + lane / 8 % 2) ^ (lane % 8);
+#pragma unroll
+  for (int j = 0; j < kColumns / 8; j += 2) {
+    StoreTransposed(results + (8 * j + row) * 128 + piece * 16, Round<T>(sums[4 * j], sums[4 * j + 1]),
+                    Round<T>(sums[4 * j + 2], sums[4 * j + 3]), Round<T>(sums[4 * j + 4], sums[4 * j + 5]),
+                    Round<T>(sums[4 * j + 6], sums[4 * j + 7]));
+  }
+  FenceForCopies();
+  SyncSome(own, 128);
+  if (thread == 0) CopyOut(maps.y, static_cast<int>(first_row), tile % grid.columns * kColumns, results);
+}
+
+// A warpgroup copies, the others multiply. Of these, each decodes a step while the tensor cores work on the one before:
+// decoding 64 x 64 weights takes a warpgroup some 200 clocks by itself, multiplying them with 256 rows of x 512.
+template <typename T, typename Of>
+__global__ void __launch_bounds__(Of::kThreads, 1)
+    LutWide(const __grid_constant__ WideMaps maps, const __grid_constant__ LutWeight stack, const WideGrid grid) {
+  constexpr int kColumns = Of::kColumns, kTiles = Of::kTiles, kSplit = Of::kSplit, kCluster = Of::kCluster;
+  constexpr int kStages = Of::kStages;
+  extern __shared__ unsigned char unaligned[];
+  unsigned char* const shared = unaligned + (1024 - SharedAddress(unaligned) % 1024) % 1024;
+  const uint32_t base = SharedAddress(shared), arrived = base + Of::kBarriersAt, used = arrived + 8 * kStages;
+  const uint32_t rank = RankInCluster<kCluster>();
+  const int warpgroup = threadIdx.x / 128;
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < kStages; ++i) {
+      InitBarrier(arrived + 8 * i, 1);
+      // A stage is of one step, and so of one warpgroup of each tile, whose four warps arrive.
+      InitBarrier(used + 8 * i, 4 * kTiles * kCluster);
+    }
+  }
+  SyncCluster<kCluster>();
+  const int first_tile = blockIdx.x / kCluster, tiles_apart = gridDim.x / kCluster;
+  const auto row_of = [&](int tile) {
+    return (static_cast<int64_t>(tile / grid.columns) * kCluster + rank) * Of::kRows;
+  };
+
+  if (warpgroup == Of::kConsumers) {
+    GiveRegisters<Of::kCopying>();
+    if (threadIdx.x == 128 * Of::kConsumers) {
+      constexpr int kPart = kColumns / kCluster;
+      const int64_t above = IndexOf(stack) * stack.n;
+      Slot<kStages> slot;
+      for (int tile = first_tile; tile < grid.tiles; tile += tiles_apart) {
+        const int row = static_cast<int>(above + row_of(tile)), column = tile % grid.columns * kColumns + rank * kPart;
+        for (int step = 0; step < grid.steps; ++step) {
+          // The first time around the phase before the first counts as ended.
+          Wait(used + 8 * slot.stage, slot.parity ^ 1);
+          const uint32_t barrier = arrived + 8 * slot.stage;
+          ExpectBytes(barrier, Of::kInputBytes + Of::kCodeBytes);
+          CopyIn<kCluster>(maps.x, step * kStepInputs, column,
+                           base + slot.stage * Of::kInputBytes + rank * (kPart * 128), barrier);
+          CopyIn(maps.codes, step * (kStepInputs / 2), row, base + Of::kCodesAt + slot.stage * Of::kCodeBytes, barrier);
+          slot.Advance(1);
+        }
+      }
+    }
+  } else {
+    TakeRegisters<Of::kComputing>();
+    const LutWeight w = TakeOfStack<4>(stack);
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
+    const int in_block = warpgroup / kSplit, turn = warpgroup % kSplit;
+#ifdef PINGPONG
+    if (warpgroup == 1) asm volatile("bar.arrive 4, 256;" ::: "memory");
+#endif
+    // Steps follow each other through all tiles of the block: this warpgroup's are `turn` and every kSplit on, of each.
+    Slot<kStages> first;
+    for (int tile = first_tile; tile < grid.tiles; tile += tiles_apart) {
+      const int64_t first_row = row_of(tile) + 64 * in_block;
+      WideRows<T, Of::kGroups, Of::kScale> rows(w, first_row + 16 * warp + lane / 4);
+      float sums[kColumns / 2];
+#pragma unroll
+      for (int i = 0; i < kColumns / 2; ++i) sums[i] = 0;
+      uint32_t a[2][4][4];
+      Slot<kStages> now = first;
+      now.Advance(turn);
+      Slot<kStages> before = now;
+      rows.Load(grid, turn);
+
+      const auto take = [&](int step) {
+        Wait(arrived + 8 * now.stage, now.parity);
+        rows.Take(shared + Of::kCodesAt + now.stage * Of::kCodeBytes + in_block * (64 * 32));
+        rows.Load(grid, min(step + kSplit, grid.steps - 1));
+      };
+      // The stage of the step before, which no warp of this warpgroup reads any more, is free to all that copy to it.
+      const auto release = [&] {
+        __syncwarp();
+        if constexpr (kCluster == 1) {
+          if (lane == 0) Arrive(used + 8 * before.stage);
+        } else {
+          if (lane < kCluster) ArriveAt(used + 8 * before.stage, lane);
+        }
+      };
+      if (turn < grid.steps) {
+        take(turn);
+        rows.template Decode<0>(a[0]);
+        rows.template Decode<1>(a[0]);
+        rows.template Decode<2>(a[0]);
+        rows.template Decode<3>(a[0]);
+      }
+#pragma unroll 1
+      for (int step = turn; step < grid.steps;) {
+#pragma unroll
+        for (int parity = 0; parity < 2; ++parity) {
+          if (step >= grid.steps) break;
+          const uint64_t inputs = DescribeRows(base + now.stage * Of::kInputBytes);
+#ifdef PINGPONG
+          SyncSome(4 + warpgroup, 256);
+#endif
+          FenceProducts();
+          WideProduct<T, kColumns>(sums, a[parity][0], inputs);
+          CommitProducts();
+#ifdef BURST
+          WideProduct<T, kColumns>(sums, a[parity][1], inputs + 2);
+          WideProduct<T, kColumns>(sums, a[parity][2], inputs + 4);
+          WideProduct<T, kColumns>(sums, a[parity][3], inputs + 6);
+          CommitProducts();
+#ifdef PINGPONG
+          asm volatile("bar.arrive %0, 256;" ::"r"(5 - warpgroup) : "memory");
+#endif
+          WaitProducts<2>();
+#else
+          WaitProducts<1>();
+#endif
+          if (step > turn) release();
+          before = now;
+          step += kSplit;
+          // After the last step it is decoded again, in vain.
+          if (step < grid.steps) now.Advance(kSplit);
+          take(step);
+          rows.template Decode<0>(a[1 - parity]);
+          Pin(a[1 - parity][0]);
+          Pin(a[1 - parity][1]);
+#ifndef BURST
+          FenceProducts();
+          WideProduct<T, kColumns>(sums, a[parity][1], inputs + 2);
+#endif
+          rows.template Decode<1>(a[1 - parity]);
+          Pin(a[1 - parity][0]);
+          Pin(a[1 - parity][1]);
+#ifndef BURST
+          FenceProducts();
+          WideProduct<T, kColumns>(sums, a[parity][2], inputs + 4);
+#endif
+          rows.template Decode<2>(a[1 - parity]);
+          Pin(a[1 - parity][2]);
+          Pin(a[1 - parity][3]);
+#ifndef BURST
+          FenceProducts();
+          WideProduct<T, kColumns>(sums, a[parity][3], inputs + 6);
+          CommitProducts();
+#endif
+          rows.template Decode<3>(a[1 - parity]);
+        }
+      }
+      WaitProducts<0>();
+      if (turn < grid.steps) release();
+      Pin(sums);
+      first.Advance(grid.steps % kStages);
+      if (grid.steps / kStages % 2) first.parity ^= 1;
+
+      Finish<T, Of>(maps, grid, sums, shared, tile, first_row, in_block, turn);
+    }
+    if (turn == 0 && threadIdx.x % 128 == 0) WaitCopiedOut();
+  }
+  // A block's shared memory must last as long as another may arrive there.
+  if constexpr (kCluster > 1) SyncCluster<kCluster>();
+}
+
+}  // namespace any4
