@@ -55,21 +55,6 @@ struct WideGrid {
   int last_group;
 };
 
-// A slot of the ring of stages, and the parity of the phase that its barriers are in.
-template <int kStages>
-struct Slot {
-  int stage = 0;
-  uint32_t parity = 0;
-
-  __device__ __forceinline__ void Advance(int steps) {
-    stage += steps;
-    if (stage >= kStages) {
-      stage -= kStages;
-      parity ^= 1;
-    }
-  }
-};
-
 // A scale or offset twice in a word, as T; conversion apart from the load, which it would wait for.
 template <typename T, Type kStored>
 __device__ __forceinline__ uint32_t PairOf(uint32_t raw) {
@@ -113,17 +98,19 @@ struct WideRows {
 
   Decoder<T, 4> table[2];
   const void *scales[2], *offsets[2];
+  bool with_offsets;
   uint32_t raw_scale[kGroups][2], raw_offset[kGroups][2];  // of the step to be decoded next
-  uint32_t words[2][4], scale[kGroups][2], offset[kGroups][2];
 
-  __device__ __forceinline__ WideRows(const LutWeight& w, int64_t first_row) {
+  __device__ __forceinline__ WideRows(const LutWeight& w, int64_t first_row) : with_offsets(w.offsets != nullptr) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       // Rows past the end repeat the last and are not stored.
       const int64_t row = min(first_row + 8 * r, w.n - 1), at = row * w.groups;
       table[r].Load(w, row);
       scales[r] = static_cast<const uint8_t*>(w.scales) + at * BytesOf(kScale);
-      offsets[r] = w.offsets == nullptr ? nullptr : static_cast<const uint8_t*>(w.offsets) + at * BytesOf(kOffset);
+      // Where there are none, something is loaded in their place, since a branch would keep the steps of decoding from
+      // overlapping. It is read as many bytes from the row's first as an offset would be.
+      offsets[r] = with_offsets ? static_cast<const uint8_t*>(w.offsets) + at * BytesOf(kOffset) : scales[r];
     }
   }
 
@@ -135,46 +122,44 @@ struct WideRows {
       for (int r = 0; r < 2; ++r) {
         raw_scale[i][r] = LoadStored<kScale>(scales[r], group);
         // -0 changes no product.
-        raw_offset[i][r] = offsets[r] == nullptr ? 0x8000u : LoadStored<kOffset>(offsets[r], group);
+        const uint32_t offset = LoadStored<kOffset>(offsets[r], with_offsets ? group : 0);
+        raw_offset[i][r] = with_offsets ? offset : 0x8000u;
       }
     }
   }
 
-  // Loads a lane's codes of a step, [64, 32 bytes] in shared memory: as they are stored, but for the two 16-byte pieces
-  // of rows 4 to 7 of each 8, which are exchanged (swizzle of 32 bytes). wgmma wants of lane 4 g + t the inputs 2t and
-  // 2t + 1 of each eight, which are byte t of a word: its four lanes read the same words.
-  __device__ __forceinline__ void Take(const unsigned char* codes) {
+  // The operands of a step's four products, from codes [64, 32 bytes] in shared memory: as they are stored, but for the
+  // two 16-byte pieces of rows 4 to 7 of each 8, which are exchanged (swizzle of 32 bytes). wgmma wants of lane 4 g + t
+  // the inputs 2t and 2t + 1 of each eight, which are byte t of a word: its four lanes read the same words.
+  __device__ __forceinline__ void Decode(const unsigned char* codes, uint32_t (&a)[4][4]) const {
     const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, warp = threadIdx.x / 32 % 4;
     const uint32_t byte_of_two = 0x40 + 0x11 * t;
+    const unsigned char* row = codes + (16 * warp + g) * 32;
+    uint32_t words[2][4] = {};
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const unsigned char* row = codes + (16 * warp + g + 8 * r) * 32;
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const uint4 v = *reinterpret_cast<const uint4*>(row + (half ^ g / 4) * 16);
+        const uint4 v = *reinterpret_cast<const uint4*>(row + 256 * r + (half ^ g / 4) * 16);
         words[r][half] = Permute(Permute(v.x, v.y, byte_of_two), Permute(v.z, v.w, byte_of_two), 0x5410);
       }
-#pragma unroll
-      for (int i = 0; i < kGroups; ++i) {
-        scale[i][r] = PairOf<T, kScale>(raw_scale[i][r]);
-        offset[i][r] = PairOf<T, kOffset>(raw_offset[i][r]);
-      }
     }
-  }
-
-  // Decodes a quarter of what was taken, a row's part of the operands of two of the step's four products.
-  template <int kQuarter>
-  __device__ __forceinline__ void Decode(uint32_t (&a)[4][4]) const {
-    constexpr int r = kQuarter % 2, half = kQuarter / 2, group = kGroups == 2 ? half : 0;
-    uint32_t values[4];
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int group = kGroups == 2 ? half : 0;
+        const uint32_t scale = PairOf<T, kScale>(raw_scale[group][r]);
+        const uint32_t offset = PairOf<T, kOffset>(raw_offset[group][r]);
+        uint32_t values[4];
 #ifdef NODECODE
-    for (int i = 0; i < 4; ++i) values[i] = words[r][half] + table[r].low[i];
+        for (int i = 0; i < 4; ++i) values[i] = words[r][half] + table[r].low[i];
 #else
-    table[r].Decode(words[r], half, values);
+        table[r].Decode(words[r], half, values);
 #endif
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      a[2 * half + i / 2][2 * (i % 2) + r] = Affine<T>(values[i], scale[group][r], offset[group][r]);
+        for (int i = 0; i < 4; ++i) a[2 * half + i / 2][2 * (i % 2) + r] = Affine<T>(values[i], scale, offset);
+      }
     }
   }
 };
@@ -249,18 +234,18 @@ __global__ void __launch_bounds__(Of::kThreads, 1)
     if (threadIdx.x == 128 * Of::kConsumers) {
       constexpr int kPart = kColumns / kCluster;
       const int64_t above = IndexOf(stack) * stack.n;
-      Slot<kStages> slot;
+      uint32_t phases = 0;  // a bit of each stage
       for (int tile = first_tile; tile < grid.tiles; tile += tiles_apart) {
         const int row = static_cast<int>(above + row_of(tile)), column = tile % grid.columns * kColumns + rank * kPart;
-        for (int step = 0; step < grid.steps; ++step) {
+        for (int step = 0, stage = 0; step < grid.steps; ++step, stage = stage + 1 == kStages ? 0 : stage + 1) {
           // The first time around the phase before the first counts as ended.
-          Wait(used + 8 * slot.stage, slot.parity ^ 1);
-          const uint32_t barrier = arrived + 8 * slot.stage;
+          Wait(used + 8 * stage, (phases >> stage & 1) ^ 1);
+          phases ^= 1u << stage;
+          const uint32_t barrier = arrived + 8 * stage;
           ExpectBytes(barrier, Of::kInputBytes + Of::kCodeBytes);
           CopyIn<kCluster>(maps.x, step * kStepInputs, column,
-                           base + slot.stage * Of::kInputBytes + rank * (kPart * 128), barrier);
-          CopyIn(maps.codes, step * (kStepInputs / 2), row, base + Of::kCodesAt + slot.stage * Of::kCodeBytes, barrier);
-          slot.Advance(1);
+                           base + stage * Of::kInputBytes + rank * (kPart * 128), barrier);
+          CopyIn(maps.codes, step * (kStepInputs / 2), row, base + Of::kCodesAt + stage * Of::kCodeBytes, barrier);
         }
       }
     }
@@ -269,11 +254,16 @@ __global__ void __launch_bounds__(Of::kThreads, 1)
     const LutWeight w = TakeOfStack<4>(stack);
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
     const int in_block = warpgroup / kSplit, turn = warpgroup % kSplit;
+    // Of each tile, this warpgroup's steps are number `turn` and every kSplit on, in as many stages.
+    constexpr int kTurns = kStages / kSplit;
+    static_assert(kStages % kSplit == 0 && kTurns % 2 == 0, "a step has the same stage and registers in every round");
+    const uint32_t inputs = base + turn * Of::kInputBytes;
+    const unsigned char* const codes = shared + Of::kCodesAt + turn * Of::kCodeBytes + in_block * (64 * 32);
+    const uint32_t own_arrived = arrived + 8 * turn, own_used = used + 8 * turn;
+    uint32_t phases = 0;
 #ifdef PINGPONG
-    if (warpgroup == 1) asm volatile("bar.arrive 4, 256;" ::: "memory");
+    if (kSplit == 1 && kTiles == 2 && warpgroup == 1) asm volatile("bar.arrive 4, 256;" ::: "memory");
 #endif
-    // Steps follow each other through all tiles of the block: this warpgroup's are `turn` and every kSplit on, of each.
-    Slot<kStages> first;
     for (int tile = first_tile; tile < grid.tiles; tile += tiles_apart) {
       const int64_t first_row = row_of(tile) + 64 * in_block;
       WideRows<T, Of::kGroups, Of::kScale> rows(w, first_row + 16 * warp + lane / 4);
@@ -281,93 +271,51 @@ __global__ void __launch_bounds__(Of::kThreads, 1)
 #pragma unroll
       for (int i = 0; i < kColumns / 2; ++i) sums[i] = 0;
       uint32_t a[2][4][4];
-      Slot<kStages> now = first;
-      now.Advance(turn);
-      Slot<kStages> before = now;
-      rows.Load(grid, turn);
-
-      const auto take = [&](int step) {
-        Wait(arrived + 8 * now.stage, now.parity);
-        rows.Take(shared + Of::kCodesAt + now.stage * Of::kCodeBytes + in_block * (64 * 32));
+      const auto decode = [&](int step, int i, uint32_t(&to)[4][4]) {
+        Wait(own_arrived + 8 * kSplit * i, phases >> i & 1);
+        phases ^= 1u << i;
+        rows.Decode(codes + i * kSplit * Of::kCodeBytes, to);
         rows.Load(grid, min(step + kSplit, grid.steps - 1));
       };
-      // The stage of the step before, which no warp of this warpgroup reads any more, is free to all that copy to it.
-      const auto release = [&] {
+      // A stage that no warp of this warpgroup reads any more is free to all that copy to it.
+      const auto release = [&](int i) {
         __syncwarp();
         if constexpr (kCluster == 1) {
-          if (lane == 0) Arrive(used + 8 * before.stage);
+          if (lane == 0) Arrive(own_used + 8 * kSplit * i);
         } else {
-          if (lane < kCluster) ArriveAt(used + 8 * before.stage, lane);
+          if (lane < kCluster) ArriveAt(own_used + 8 * kSplit * i, lane);
         }
       };
-      if (turn < grid.steps) {
-        take(turn);
-        rows.template Decode<0>(a[0]);
-        rows.template Decode<1>(a[0]);
-        rows.template Decode<2>(a[0]);
-        rows.template Decode<3>(a[0]);
-      }
+      rows.Load(grid, min(turn, grid.steps - 1));
+      if (turn < grid.steps) decode(turn, 0, a[0]);
 #pragma unroll 1
       for (int step = turn; step < grid.steps;) {
 #pragma unroll
-        for (int parity = 0; parity < 2; ++parity) {
-          if (step >= grid.steps) break;
-          const uint64_t inputs = DescribeRows(base + now.stage * Of::kInputBytes);
+        for (int i = 0; i < kTurns; ++i) {
+          const uint64_t described = DescribeRows(inputs + i * kSplit * Of::kInputBytes);
 #ifdef PINGPONG
-          SyncSome(4 + warpgroup, 256);
+          if (kSplit == 1 && kTiles == 2) SyncSome(4 + warpgroup, 256);
 #endif
           FenceProducts();
-          WideProduct<T, kColumns>(sums, a[parity][0], inputs);
-          CommitProducts();
-#ifdef BURST
-          WideProduct<T, kColumns>(sums, a[parity][1], inputs + 2);
-          WideProduct<T, kColumns>(sums, a[parity][2], inputs + 4);
-          WideProduct<T, kColumns>(sums, a[parity][3], inputs + 6);
+#pragma unroll
+          for (int j = 0; j < 4; ++j) WideProduct<T, kColumns>(sums, a[i % 2][j], described + 2 * j);
           CommitProducts();
 #ifdef PINGPONG
-          asm volatile("bar.arrive %0, 256;" ::"r"(5 - warpgroup) : "memory");
+          if (kSplit == 1 && kTiles == 2) asm volatile("bar.arrive %0, 256;" ::"r"(5 - warpgroup) : "memory");
 #endif
-          WaitProducts<2>();
-#else
           WaitProducts<1>();
-#endif
-          if (step > turn) release();
-          before = now;
+          if (step > turn) release((i + kTurns - 1) % kTurns);
           step += kSplit;
-          // After the last step it is decoded again, in vain.
-          if (step < grid.steps) now.Advance(kSplit);
-          take(step);
-          rows.template Decode<0>(a[1 - parity]);
-          Pin(a[1 - parity][0]);
-          Pin(a[1 - parity][1]);
-#ifndef BURST
-          FenceProducts();
-          WideProduct<T, kColumns>(sums, a[parity][1], inputs + 2);
-#endif
-          rows.template Decode<1>(a[1 - parity]);
-          Pin(a[1 - parity][0]);
-          Pin(a[1 - parity][1]);
-#ifndef BURST
-          FenceProducts();
-          WideProduct<T, kColumns>(sums, a[parity][2], inputs + 4);
-#endif
-          rows.template Decode<2>(a[1 - parity]);
-          Pin(a[1 - parity][2]);
-          Pin(a[1 - parity][3]);
-#ifndef BURST
-          FenceProducts();
-          WideProduct<T, kColumns>(sums, a[parity][3], inputs + 6);
-          CommitProducts();
-#endif
-          rows.template Decode<3>(a[1 - parity]);
+          if (step >= grid.steps) {
+            WaitProducts<0>();
+            release(i);
+            break;
+          }
+          decode(step, (i + 1) % kTurns, a[1 - i % 2]);
         }
       }
       WaitProducts<0>();
-      if (turn < grid.steps) release();
       Pin(sums);
-      first.Advance(grid.steps % kStages);
-      if (grid.steps / kStages % 2) first.parity ^= 1;
-
       Finish<T, Of>(maps, grid, sums, shared, tile, first_row, in_block, turn);
     }
     if (turn == 0 && threadIdx.x % 128 == 0) WaitCopiedOut();

@@ -82,9 +82,9 @@ cudaError_t Choose(int choice, const LutWeight& w, void* y, int64_t group_size, 
   switch (choice) {
     case 0: return LaunchOf<T, WideOf<256, 2, 1, 2, 4, kGroups, kScale>>(w, y, group_size, x, m, stream);
     case 1: return LaunchOf<T, WideOf<256, 2, 1, 1, 4, kGroups, kScale>>(w, y, group_size, x, m, stream);
-    case 2: return LaunchOf<T, WideOf<128, 2, 1, 2, 6, kGroups, kScale>>(w, y, group_size, x, m, stream);
-    case 3: return LaunchOf<T, WideOf<128, 1, 2, 4, 6, kGroups, kScale>>(w, y, group_size, x, m, stream);
-    case 4: return LaunchOf<T, WideOf<64, 1, 3, 4, 12, kGroups, kScale>>(w, y, group_size, x, m, stream);
+    case 2: return LaunchOf<T, WideOf<128, 2, 1, 1, 6, kGroups, kScale>>(w, y, group_size, x, m, stream);
+    case 3: return LaunchOf<T, WideOf<128, 1, 2, 2, 8, kGroups, kScale>>(w, y, group_size, x, m, stream);
+    case 4: return LaunchOf<T, WideOf<64, 1, 3, 2, 12, kGroups, kScale>>(w, y, group_size, x, m, stream);
     default: return LaunchOf<T, WideOf<64, 1, 3, 1, 12, kGroups, kScale>>(w, y, group_size, x, m, stream);
   }
 }
