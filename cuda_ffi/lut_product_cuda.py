@@ -21,10 +21,13 @@ MOST_ROWS = 64
 """Of x, in the kernel that decodes W anew for each 32 rows; beyond, W is decoded once to memory, for XLA's product.
 
 That is where `is_fast`. Other weights are decoded anew for each eight columns of work, up to MOST_COLUMNS; a row of x
-is as many columns as there are groups in 128 inputs. On an H100 either way costs about the same there.
+is as many columns as there are groups in 128 inputs. On an H100 either way costs about the same there. A weight that
+`is_wide` needs no dense W on Hopper: with more than 32 rows, or 8 where not `is_fast`, another kernel takes it.
 """
 MOST_COLUMNS = 24
 
+# What jax calls GPUs of compute capability 9.0.
+_HOPPER = ("NVIDIA H100", "NVIDIA H200", "NVIDIA GH200", "NVIDIA H800", "NVIDIA H20")
 # A lane decodes 32 inputs; rows of W that are no multiple of them are filled up, in a copy.
 _UNIT = 32
 # Inputs that a warp takes at a time.
@@ -78,13 +81,33 @@ def is_fast(matrix: Matrix, x_dtype, k: int, bits: int, group_size: int) -> bool
     return exponents or (stored == {jnp.dtype(jnp.bfloat16)} and group_size >= 32)
 
 
+def is_wide(matrix: Matrix, x_dtype, bits: int, group_size: int) -> bool:
+    """Whether Hopper's kernel for many rows of x takes a matrix: what IsForWide in csrc says."""
+    if bits != 4 or group_size < 32 or matrix.codes[0].shape[-2] % 8:
+        return False
+    if matrix.scales.dtype == jnp.uint8:
+        return x_dtype == jnp.bfloat16 and (matrix.offsets is None or matrix.offsets.dtype == jnp.bfloat16)
+    stored = {a.dtype for a in (matrix.scales, matrix.offsets) if a is not None}
+    return stored in ({jnp.dtype(jnp.bfloat16)}, {jnp.dtype(x_dtype)})
+
+
+def on_hopper() -> bool:
+    """Whether programs are lowered for compute capability 9.0: by the abstract mesh's device, or this process's."""
+    named = jax.sharding.get_abstract_mesh().abstract_device
+    if named is not None:
+        return named.device_kind.startswith(_HOPPER)
+    return jax.default_backend() == "gpu" and jax.devices()[0].compute_capability == "9.0"
+
+
 def lut_products(x: jax.Array, matrices: Sequence[Matrix], *, bits: int, group_size: int) -> tuple[jax.Array, ...]:
     """y = x W^T [M, N] of each matrix, in x's dtype, accumulated in float32.
 
     With few rows of x (see MOST_ROWS) codes are decoded in registers, there is no dense W in memory, and scales and
     offsets are applied to the float32 sums of a group's products; one call does all matrices, each with the bits that
-    it gives alone. Under vmap over x alone it stays one call with more rows; with a batch of weights it is a loop over
-    them that takes each where it lies.
+    it gives alone. On Hopper a weight that `is_wide` is decoded in registers however many rows there are. With more
+    than 32, or 8 where not `is_fast`, W is then rounded to x's dtype, once, in entry * scale + offset; for float16 x, a
+    table, scales and offsets in bfloat16 are rounded to it before. Under vmap over x alone it stays one call with more
+    rows; with a batch of weights it is a loop over them that takes each where it lies.
 
     Args:
       x: [M, K], bfloat16 or float16.
@@ -104,7 +127,9 @@ def lut_products(x: jax.Array, matrices: Sequence[Matrix], *, bits: int, group_s
             raise ValueError(f"{reason}; use another backend")
     registration.register("cuda")
     fast = tuple(is_fast(matrix, x.dtype, x.shape[-1], bits, group_size) for matrix in matrices)
-    call = _call(bits, group_size if group_size < x.shape[-1] else _WHOLE_ROW, fast)
+    hopper = on_hopper()
+    wide = tuple(hopper and is_wide(matrix, x.dtype, bits, group_size) for matrix in matrices)
+    call = _call(bits, group_size if group_size < x.shape[-1] else _WHOLE_ROW, fast, wide)
     return call(x, *(operand for matrix in matrices for operand in _operands(matrix)))
 
 
@@ -121,7 +146,7 @@ def _operands(matrix: Matrix) -> tuple[jax.Array, ...]:
 
 
 @functools.cache
-def _call(bits: int, group_size: int, fast: tuple[bool, ...]):
+def _call(bits: int, group_size: int, fast: tuple[bool, ...], wide: tuple[bool, ...]):
     """The products of (x, *operands) with their rule for vmap, which may bring more rows."""
     attributes = {"bits": np.int64(bits), "group_size": np.int64(group_size)}
 
@@ -133,10 +158,11 @@ def _call(bits: int, group_size: int, fast: tuple[bool, ...]):
             matrices = [_filled(matrix, x.shape[1], bits) for matrix in matrices]
         rows = x.shape[0]
         columns = rows * max(1, _TILE // group_size)
-        decoded = [rows <= MOST_ROWS if quick else columns <= MOST_COLUMNS for quick in fast]
-        few = [matrix for matrix, in_registers in zip(matrices, decoded, strict=True) if in_registers]
-        outs = [jax.ShapeDtypeStruct((rows, codes.shape[1]), x.dtype) for codes, *_ in few]
-        ys = iter(jax.ffi.ffi_call(PRODUCT, outs)(x, *(a for m in few for a in m), **attributes) if few else ())
+        few = [rows <= MOST_ROWS if quick else columns <= MOST_COLUMNS for quick in fast]
+        decoded = [any(reasons) for reasons in zip(few, wide, strict=True)]
+        direct = [matrix for matrix, in_registers in zip(matrices, decoded, strict=True) if in_registers]
+        outs = [jax.ShapeDtypeStruct((rows, codes.shape[1]), x.dtype) for codes, *_ in direct]
+        ys = iter(jax.ffi.ffi_call(PRODUCT, outs)(x, *(a for m in direct for a in m), **attributes) if direct else ())
         return tuple(
             next(ys) if in_registers else dense(x, m) for m, in_registers in zip(matrices, decoded, strict=True)
         )

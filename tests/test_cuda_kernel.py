@@ -18,7 +18,16 @@ from any4_jax.partition import combine, partition
 from any4_jax.weights import QuantizedTensor
 from cuda_ffi import build, lut_product_cuda, registration
 from cuda_ffi.lut_product import Matrix
-from cuda_ffi.lut_product_cuda import DEQUANTIZE, MOST_COLUMNS, MOST_ROWS, PRODUCT, is_fast, lut_products
+from cuda_ffi.lut_product_cuda import (
+    DEQUANTIZE,
+    MOST_COLUMNS,
+    MOST_ROWS,
+    PRODUCT,
+    is_fast,
+    is_wide,
+    lut_products,
+    on_hopper,
+)
 
 why_not = registration.why_not("cuda")
 native = pytest.mark.skipif(why_not is not None, reason=str(why_not))
@@ -82,20 +91,27 @@ def rows(*shape: int, dtype: Any = jnp.bfloat16, seed: int = 7) -> jax.Array:
 
 
 def in_registers(x: jax.Array, w: QuantizedTensor) -> bool:
-    """Whether the kernel computes the product, and not XLA with the decoded matrix."""
+    """Whether a kernel computes the product, and not XLA with the decoded matrix."""
+    if on_hopper() and is_wide(matrix(w), x.dtype, w.bits, w.group_size):
+        return True
     if is_fast(matrix(w), x.dtype, w.shape[1], w.bits, w.group_size):
         return x.shape[0] <= MOST_ROWS
     return x.shape[0] * max(1, 128 // w.group_size) <= MOST_COLUMNS
+
+
+def is_rounded(x: jax.Array, w: QuantizedTensor) -> bool:
+    """Whether W is rounded to x's dtype: decoded to memory, or by Hopper's kernel for many rows."""
+    fast = is_fast(matrix(w), x.dtype, w.shape[1], w.bits, w.group_size)
+    wide = on_hopper() and is_wide(matrix(w), x.dtype, w.bits, w.group_size)
+    return not in_registers(x, w) or (wide and x.shape[0] > (32 if fast else 8))
 
 
 def check(y: jax.Array, x: jax.Array, w: QuantizedTensor) -> None:
     """Every element within the rounding of its dtype and of float32 sums, relative to the terms of the sum."""
     assert y.dtype == x.dtype and y.shape == (x.shape[0], w.shape[0])
     dense, magnitude = exact(w)
-    if in_registers(x, w):
-        slack = 0.0
-    else:
-        # Where W is decoded to memory, each weight is rounded to x's dtype.
+    slack = 0.0
+    if is_rounded(x, w):
         slack = 4 * ULP[str(x.dtype)] / 2 * np.sqrt(np.asarray(x, np.float64) ** 2 @ dense.T**2)
     wide = np.asarray(x, np.float64)
     expected = wide @ dense.T
@@ -282,10 +298,12 @@ def test_gradients_equal_those_of_xla() -> None:
         assert np.linalg.norm(a - b) <= 0.02 * np.linalg.norm(b)
 
 
-def lowered(function: Any, *arguments: Any) -> str:
+def lowered(function: Any, *arguments: Any, on: str = "NVIDIA A100-SXM4-80GB") -> str:
     """StableHLO for an NVIDIA GPU, which this machine needn't have."""
+    device = jax.sharding.AbstractDevice(device_kind=on, num_cores=None, platform="gpu")
     checks = [jax.export.DisabledSafetyCheck.custom_call(name) for name in (PRODUCT, DEQUANTIZE)]
-    exported = jax.export.export(jax.jit(function), platforms=["cuda"], disabled_checks=checks)(*arguments)
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device)):
+        exported = jax.export.export(jax.jit(function), platforms=["cuda"], disabled_checks=checks)(*arguments)
     return exported.mlir_module()
 
 

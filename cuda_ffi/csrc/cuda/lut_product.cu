@@ -1,10 +1,12 @@
-// LutProducts: the kernel for turns where the operands allow it, else the general one, whose grid is chosen here.
+// LutProducts: the kernel for many rows of x where there is one, the kernel for turns where the operands allow it, else
+// the general one, whose grid is chosen here.
 #include "lut_product.h"
 
 #include <algorithm>
 
 #include "lut_general.cuh"
 #include "lut_launch.h"
+#include "lut_wide.h"
 
 namespace any4 {
 namespace {
@@ -89,13 +91,22 @@ int WarpsOfBlock(int64_t blocks, int64_t turns, int resident) {
 cudaError_t LutProducts(const LutWeight* ws, void* const* ys, int count, int bits, int64_t group_size, const void* x,
                         int64_t m, Type type, cudaStream_t stream) {
   const auto for_turns = [&](int i) { return IsForTurns(ws[i], bits, group_size, type); };
+  const auto wide = [&](int i) { return WideLaunch{ws[i], ys[i], group_size, x, m, type}; };
+  // Up to so many rows the other kernels, which decode a weight once for 32 or for eight, are faster.
+  const auto for_wide = [&](int i) { return m > (for_turns(i) ? 32 : 8) && IsForWide(wide(i), bits); };
   // Weights that need another kernel, or another instance of it, than the one before them begin another launch.
   const auto alike = [&](int i, int j) {
-    return for_turns(i) == for_turns(j) && (ws[i].offsets == nullptr) == (ws[j].offsets == nullptr) &&
+    return for_turns(i) == for_turns(j) && !for_wide(j) && (ws[i].offsets == nullptr) == (ws[j].offsets == nullptr) &&
            ws[i].scale_type == ws[j].scale_type;
   };
   for (int first = 0, last; first < count; first = last) {
     last = first + 1;
+    if (for_wide(first)) {
+      // Each by itself: it fills the GPU, and its bits don't depend on the others.
+      const cudaError_t error = LaunchWide(wide(first), stream);
+      if (error != cudaSuccess) return error;
+      continue;
+    }
     while (last < count && last - first < kMostTogether && alike(first, last)) ++last;
     const LutLaunch launch{ws + first, ys + first, last - first, bits, group_size, x, m, type};
     const cudaError_t error = for_turns(first) ? LaunchTurns(launch, stream) : LaunchGeneral(launch, stream);

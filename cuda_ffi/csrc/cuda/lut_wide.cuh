@@ -63,10 +63,18 @@ __device__ __forceinline__ uint32_t PairOf(uint32_t raw) {
   return std::is_same_v<T, __half> && kStored == Type::kBfloat16 ? ToHalves(pair) : pair;
 }
 
+// Volatile, so that it stays ahead of a step's decoding: the compiler would put it off until the step that needs it.
 template <Type kStored>
 __device__ __forceinline__ uint32_t LoadStored(const void* row, int group) {
-  return kStored == Type::kE8m0 ? __ldg(static_cast<const uint8_t*>(row) + group)
-                                : __ldg(static_cast<const uint16_t*>(row) + group);
+  uint32_t raw;
+  if constexpr (kStored == Type::kE8m0) {
+    asm volatile("ld.global.nc.u8 %0, [%1];" : "=r"(raw) : "l"(static_cast<const uint8_t*>(row) + group));
+  } else {
+    asm volatile("{.reg .u16 half; ld.global.nc.u16 half, [%1]; cvt.u32.u16 %0, half;}"
+                 : "=r"(raw)
+                 : "l"(static_cast<const uint16_t*>(row) + group));
+  }
+  return raw;
 }
 
 template <typename T>
@@ -99,7 +107,8 @@ struct WideRows {
   Decoder<T, 4> table[2];
   const void *scales[2], *offsets[2];
   bool with_offsets;
-  uint32_t raw_scale[kGroups][2], raw_offset[kGroups][2];  // of the step to be decoded next
+  // As they are stored, of the step to be decoded next and of the one after it.
+  uint32_t raw_scale[2][kGroups][2], raw_offset[2][kGroups][2];
 
   __device__ __forceinline__ WideRows(const LutWeight& w, int64_t first_row) : with_offsets(w.offsets != nullptr) {
 #pragma unroll
@@ -114,16 +123,16 @@ struct WideRows {
     }
   }
 
+  // Loads those of a step to place 0 or 1.
+  template <int kPlace>
   __device__ __forceinline__ void Load(const WideGrid& grid, int step) {
 #pragma unroll
     for (int i = 0; i < kGroups; ++i) {
       const int group = min((step * kStepInputs + 32 * i) >> grid.group_shift, grid.last_group);
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        raw_scale[i][r] = LoadStored<kScale>(scales[r], group);
-        // -0 changes no product.
-        const uint32_t offset = LoadStored<kOffset>(offsets[r], with_offsets ? group : 0);
-        raw_offset[i][r] = with_offsets ? offset : 0x8000u;
+        raw_scale[kPlace][i][r] = LoadStored<kScale>(scales[r], group);
+        raw_offset[kPlace][i][r] = LoadStored<kOffset>(offsets[r], with_offsets ? group : 0);
       }
     }
   }
@@ -131,11 +140,13 @@ struct WideRows {
   // The operands of a step's four products, from codes [64, 32 bytes] in shared memory: as they are stored, but for the
   // two 16-byte pieces of rows 4 to 7 of each 8, which are exchanged (swizzle of 32 bytes). wgmma wants of lane 4 g + t
   // the inputs 2t and 2t + 1 of each eight, which are byte t of a word: its four lanes read the same words.
-  __device__ __forceinline__ void Decode(const unsigned char* codes, uint32_t (&a)[4][4]) const {
+  template <int kPlace>
+  __device__ __forceinline__ void Decode(const unsigned char* codes, const WideGrid& grid, int later_step,
+                                         uint32_t (&a)[4][4]) {
     const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, warp = threadIdx.x / 32 % 4;
     const uint32_t byte_of_two = 0x40 + 0x11 * t;
     const unsigned char* row = codes + (16 * warp + g) * 32;
-    uint32_t words[2][4] = {};
+    uint32_t words[2][4] = {}, scale[kGroups][2], offset[kGroups][2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
 #pragma unroll
@@ -143,22 +154,23 @@ struct WideRows {
         const uint4 v = *reinterpret_cast<const uint4*>(row + 256 * r + (half ^ g / 4) * 16);
         words[r][half] = Permute(Permute(v.x, v.y, byte_of_two), Permute(v.z, v.w, byte_of_two), 0x5410);
       }
+#pragma unroll
+      for (int i = 0; i < kGroups; ++i) {
+        scale[i][r] = PairOf<T, kScale>(raw_scale[kPlace][i][r]);
+        // -0 changes no product. Chosen here, not where it is loaded, which would wait for the load.
+        offset[i][r] = with_offsets ? PairOf<T, kOffset>(raw_offset[kPlace][i][r]) : 0x80008000u;
+      }
     }
+    Load<kPlace>(grid, later_step);
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int group = kGroups == 2 ? half : 0;
-        const uint32_t scale = PairOf<T, kScale>(raw_scale[group][r]);
-        const uint32_t offset = PairOf<T, kOffset>(raw_offset[group][r]);
         uint32_t values[4];
-#ifdef NODECODE
-        for (int i = 0; i < 4; ++i) values[i] = words[r][half] + table[r].low[i];
-#else
         table[r].Decode(words[r], half, values);
-#endif
 #pragma unroll
-        for (int i = 0; i < 4; ++i) a[2 * half + i / 2][2 * (i % 2) + r] = Affine<T>(values[i], scale, offset);
+        for (int i = 0; i < 4; ++i) a[2 * half + i / 2][2 * (i % 2) + r] = Affine<T>(values[i], scale[group][r], offset[group][r]);
       }
     }
   }
@@ -204,8 +216,13 @@ __device__ __forceinline__ void Finish(const WideMaps& maps, const WideGrid& gri
   if (thread == 0) CopyOut(maps.y, static_cast<int>(first_row), tile % grid.columns * kColumns, results);
 }
 
-// A warpgroup copies, the others multiply. Of these, each decodes a step while the tensor cores work on the one before:
-// decoding 64 x 64 weights takes a warpgroup some 200 clocks by itself, multiplying them with 256 rows of x 512.
+// A warpgroup copies, the others multiply. Of these, each decodes a step while the tensor cores work on the one before.
+//
+// What limits it (H100, 8192 x 8192, 2048 rows of x): tensor cores are busy 80% of the time, in cuBLAS's product 97%. A
+// warp takes 180 instructions a step, 128 of them on the pipe that permutes bytes, which is 38% busy; it waits 2.3 clocks
+// an instruction for the one before, and two warps a scheduler are too few to fill that. Without decoding 87% are
+// reached. Slower were: warpgroups that take turns by barriers, decoding between the products of a step, a ring of
+// stages for the codes alone, and blocks that don't share x.
 template <typename T, typename Of>
 __global__ void __launch_bounds__(Of::kThreads, 1)
     LutWide(const __grid_constant__ WideMaps maps, const __grid_constant__ LutWeight stack, const WideGrid grid) {
@@ -261,9 +278,6 @@ __global__ void __launch_bounds__(Of::kThreads, 1)
     const unsigned char* const codes = shared + Of::kCodesAt + turn * Of::kCodeBytes + in_block * (64 * 32);
     const uint32_t own_arrived = arrived + 8 * turn, own_used = used + 8 * turn;
     uint32_t phases = 0;
-#ifdef PINGPONG
-    if (kSplit == 1 && kTiles == 2 && warpgroup == 1) asm volatile("bar.arrive 4, 256;" ::: "memory");
-#endif
     for (int tile = first_tile; tile < grid.tiles; tile += tiles_apart) {
       const int64_t first_row = row_of(tile) + 64 * in_block;
       WideRows<T, Of::kGroups, Of::kScale> rows(w, first_row + 16 * warp + lane / 4);
@@ -271,11 +285,16 @@ __global__ void __launch_bounds__(Of::kThreads, 1)
 #pragma unroll
       for (int i = 0; i < kColumns / 2; ++i) sums[i] = 0;
       uint32_t a[2][4][4];
-      const auto decode = [&](int step, int i, uint32_t(&to)[4][4]) {
+      const auto decode = [&](int step, int i) {
         Wait(own_arrived + 8 * kSplit * i, phases >> i & 1);
         phases ^= 1u << i;
-        rows.Decode(codes + i * kSplit * Of::kCodeBytes, to);
-        rows.Load(grid, min(step + kSplit, grid.steps - 1));
+        const unsigned char* const from = codes + i * kSplit * Of::kCodeBytes;
+        const int later = min(step + 2 * kSplit, grid.steps - 1);
+        if (i % 2 == 0) {
+          rows.template Decode<0>(from, grid, later, a[0]);
+        } else {
+          rows.template Decode<1>(from, grid, later, a[1]);
+        }
       };
       // A stage that no warp of this warpgroup reads any more is free to all that copy to it.
       const auto release = [&](int i) {
@@ -286,23 +305,18 @@ __global__ void __launch_bounds__(Of::kThreads, 1)
           if (lane < kCluster) ArriveAt(own_used + 8 * kSplit * i, lane);
         }
       };
-      rows.Load(grid, min(turn, grid.steps - 1));
-      if (turn < grid.steps) decode(turn, 0, a[0]);
+      rows.template Load<0>(grid, min(turn, grid.steps - 1));
+      rows.template Load<1>(grid, min(turn + kSplit, grid.steps - 1));
+      if (turn < grid.steps) decode(turn, 0);
 #pragma unroll 1
       for (int step = turn; step < grid.steps;) {
 #pragma unroll
         for (int i = 0; i < kTurns; ++i) {
           const uint64_t described = DescribeRows(inputs + i * kSplit * Of::kInputBytes);
-#ifdef PINGPONG
-          if (kSplit == 1 && kTiles == 2) SyncSome(4 + warpgroup, 256);
-#endif
           FenceProducts();
 #pragma unroll
           for (int j = 0; j < 4; ++j) WideProduct<T, kColumns>(sums, a[i % 2][j], described + 2 * j);
           CommitProducts();
-#ifdef PINGPONG
-          if (kSplit == 1 && kTiles == 2) asm volatile("bar.arrive %0, 256;" ::"r"(5 - warpgroup) : "memory");
-#endif
           WaitProducts<1>();
           if (step > turn) release((i + kTurns - 1) % kTurns);
           step += kSplit;
@@ -311,7 +325,7 @@ __global__ void __launch_bounds__(Of::kThreads, 1)
             release(i);
             break;
           }
-          decode(step, (i + 1) % kTurns, a[1 - i % 2]);
+          decode(step, (i + 1) % kTurns);
         }
       }
       WaitProducts<0>();

@@ -1,6 +1,7 @@
-// The launch of the kernel for many rows of x.
+// The launch of LutWide, the product for many rows of x on Hopper.
 #pragma once
 
+#include <cuda.h>
 #include <cuda_runtime_api.h>
 
 #include <cstdint>
@@ -9,6 +10,28 @@
 
 namespace any4 {
 
-cudaError_t LaunchWide(int choice, const LutWeight& w, void* y, int64_t group_size, const void* x, int64_t m, Type type, cudaStream_t stream);
+// y [m, n] = x [m, k] w^T.
+struct WideLaunch {
+  LutWeight w;
+  void* y;
+  int64_t group_size;
+  const void* x;
+  int64_t m;
+  Type type;
+};
+
+// Whether LutWide takes a product on this device; but for device and addresses, cuda_ffi/lut_product_cuda.py says the
+// same in `is_wide`.
+bool IsForWide(const WideLaunch& launch, int bits);
+
+cudaError_t LaunchWide(const WideLaunch& launch, cudaStream_t stream);
+
+// By the type of x.
+cudaError_t LaunchWideBfloat16(const WideLaunch& launch, cudaStream_t stream);
+cudaError_t LaunchWideFloat16(const WideLaunch& launch, cudaStream_t stream);
+
+// Describes a row-major matrix [rows, columns] of which boxes are copied; false where the driver can't.
+bool Encode(CUtensorMap* map, CUtensorMapDataType type, const void* matrix, int64_t rows, int64_t columns, int box_rows,
+            int box_columns, CUtensorMapSwizzle swizzle);
 
 }  // namespace any4
