@@ -1,9 +1,8 @@
 // The product for many rows of x, on Hopper: 4-bit codes, decoded to the registers that wgmma takes W from.
 #pragma once
 
-#include "decode.cuh"
 #include "hopper.cuh"
-#include "lut_stack.cuh"
+#include "lut_wide_rows.cuh"
 #include "wgmma.cuh"
 
 namespace any4 {
@@ -28,65 +27,22 @@ struct WideOf {
   static constexpr int kInputBytes = kColumns * 128, kCodeBytes = kRows * 32;
   // Of a tile, results and the sums of each warpgroup but the first.
   static constexpr int kResultBytes = kColumns * 128, kSumBytes = (kSplit - 1) * kColumns * 256;
-  static constexpr int kInputsAt = 0, kCodesAt = kStages * kInputBytes;
-  static constexpr int kResultsAt = kCodesAt + kStages * kCodeBytes, kSumsAt = kResultsAt + kTiles * kResultBytes;
+  static constexpr int kCodesAt = kStages * kInputBytes, kResultsAt = kCodesAt + kStages * kCodeBytes;
+  static constexpr int kSumsAt = kResultsAt + kTiles * kResultBytes;
   static constexpr int kBarriersAt = kSumsAt + kTiles * kSumBytes;
   // Dynamic shared memory begins at a multiple of 16 bytes; swizzled rows need one of 1024.
   static constexpr int kSharedBytes = 1024 + kBarriersAt + 2 * kStages * 8;
-  // Registers of a thread. What the block begins with, of the 65536 that a multiprocessor has, is all that it ever gets:
+  // Registers of a thread. What a block begins with, of the 65536 that a multiprocessor has, is all that it ever has:
   // the copying warpgroup gives up its own for the others.
   static constexpr int kBeginning = 65536 / kThreads / 8 * 8, kCopying = 24;
   static constexpr int kEqual = (kBeginning * (kConsumers + 1) - kCopying) / kConsumers / 8 * 8;
   static constexpr int kComputing = kEqual > 240 ? 240 : kEqual;
 };
 
-constexpr int kStepInputs = 64;
-
 // Tensor maps of one product: x [m, k], the codes of the whole stack as bytes [stack * n, k / 2], y [m, n].
 struct WideMaps {
   CUtensorMap x, codes, y;
 };
-
-// Blocks of a product: tiles of columns follow each other, so that codes come from memory once.
-struct WideGrid {
-  int columns, tiles;  // tiles of columns, and all tiles of a cluster
-  int steps;           // of a row
-  int group_shift;     // log2 of the inputs of a group, or 30
-  int last_group;
-};
-
-// A scale or offset twice in a word, as T; conversion apart from the load, which it would wait for.
-template <typename T, Type kStored>
-__device__ __forceinline__ uint32_t PairOf(uint32_t raw) {
-  if constexpr (kStored == Type::kE8m0) raw = raw == 255 ? 0x7FC0u : raw == 0 ? 0x0040u : raw << 7;
-  const uint32_t pair = Permute(raw, raw, 0x1010);
-  return std::is_same_v<T, __half> && kStored == Type::kBfloat16 ? ToHalves(pair) : pair;
-}
-
-// Volatile, so that it stays ahead of a step's decoding: the compiler would put it off until the step that needs it.
-template <Type kStored>
-__device__ __forceinline__ uint32_t LoadStored(const void* row, int group) {
-  uint32_t raw;
-  if constexpr (kStored == Type::kE8m0) {
-    asm volatile("ld.global.nc.u8 %0, [%1];" : "=r"(raw) : "l"(static_cast<const uint8_t*>(row) + group));
-  } else {
-    asm volatile("{.reg .u16 half; ld.global.nc.u16 half, [%1]; cvt.u32.u16 %0, half;}"
-                 : "=r"(raw)
-                 : "l"(static_cast<const uint16_t*>(row) + group));
-  }
-  return raw;
-}
-
-template <typename T>
-__device__ __forceinline__ uint32_t Affine(uint32_t values, uint32_t scale, uint32_t offset) {
-  uint32_t out;
-  if constexpr (std::is_same_v<T, __half>) {
-    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(out) : "r"(values), "r"(scale), "r"(offset));
-  } else {
-    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(out) : "r"(values), "r"(scale), "r"(offset));
-  }
-  return out;
-}
 
 template <typename T>
 __device__ __forceinline__ uint32_t Round(float low, float high) {
@@ -98,83 +54,6 @@ __device__ __forceinline__ uint32_t Round(float low, float high) {
     return reinterpret_cast<const uint32_t&>(pair);
   }
 }
-
-// What a lane decodes: rows g and g + 8 of its warp's 16 rows.
-template <typename T, int kGroups, Type kScale>
-struct WideRows {
-  static constexpr Type kOffset = kScale == Type::kE8m0 ? Type::kBfloat16 : kScale;
-
-  Decoder<T, 4> table[2];
-  const void *scales[2], *offsets[2];
-  bool with_offsets;
-  // As they are stored, of the step to be decoded next and of the one after it.
-  uint32_t raw_scale[2][kGroups][2], raw_offset[2][kGroups][2];
-
-  __device__ __forceinline__ WideRows(const LutWeight& w, int64_t first_row) : with_offsets(w.offsets != nullptr) {
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      // Rows past the end repeat the last and are not stored.
-      const int64_t row = min(first_row + 8 * r, w.n - 1), at = row * w.groups;
-      table[r].Load(w, row);
-      scales[r] = static_cast<const uint8_t*>(w.scales) + at * BytesOf(kScale);
-      // Where there are none, something is loaded in their place, since a branch would keep the steps of decoding from
-      // overlapping. It is read as many bytes from the row's first as an offset would be.
-      offsets[r] = with_offsets ? static_cast<const uint8_t*>(w.offsets) + at * BytesOf(kOffset) : scales[r];
-    }
-  }
-
-  // Loads those of a step to place 0 or 1.
-  template <int kPlace>
-  __device__ __forceinline__ void Load(const WideGrid& grid, int step) {
-#pragma unroll
-    for (int i = 0; i < kGroups; ++i) {
-      const int group = min((step * kStepInputs + 32 * i) >> grid.group_shift, grid.last_group);
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        raw_scale[kPlace][i][r] = LoadStored<kScale>(scales[r], group);
-        raw_offset[kPlace][i][r] = LoadStored<kOffset>(offsets[r], with_offsets ? group : 0);
-      }
-    }
-  }
-
-  // The operands of a step's four products, from codes [64, 32 bytes] in shared memory: as they are stored, but for the
-  // two 16-byte pieces of rows 4 to 7 of each 8, which are exchanged (swizzle of 32 bytes). wgmma wants of lane 4 g + t
-  // the inputs 2t and 2t + 1 of each eight, which are byte t of a word: its four lanes read the same words.
-  template <int kPlace>
-  __device__ __forceinline__ void Decode(const unsigned char* codes, const WideGrid& grid, int later_step,
-                                         uint32_t (&a)[4][4]) {
-    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, warp = threadIdx.x / 32 % 4;
-    const uint32_t byte_of_two = 0x40 + 0x11 * t;
-    const unsigned char* row = codes + (16 * warp + g) * 32;
-    uint32_t words[2][4] = {}, scale[kGroups][2], offset[kGroups][2];
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const uint4 v = *reinterpret_cast<const uint4*>(row + 256 * r + (half ^ g / 4) * 16);
-        words[r][half] = Permute(Permute(v.x, v.y, byte_of_two), Permute(v.z, v.w, byte_of_two), 0x5410);
-      }
-#pragma unroll
-      for (int i = 0; i < kGroups; ++i) {
-        scale[i][r] = PairOf<T, kScale>(raw_scale[kPlace][i][r]);
-        // -0 changes no product. Chosen here, not where it is loaded, which would wait for the load.
-        offset[i][r] = with_offsets ? PairOf<T, kOffset>(raw_offset[kPlace][i][r]) : 0x80008000u;
-      }
-    }
-    Load<kPlace>(grid, later_step);
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int group = kGroups == 2 ? half : 0;
-        uint32_t values[4];
-        table[r].Decode(words[r], half, values);
-#pragma unroll
-        for (int i = 0; i < 4; ++i) a[2 * half + i / 2][2 * (i % 2) + r] = Affine<T>(values[i], scale[group][r], offset[group][r]);
-      }
-    }
-  }
-};
 
 // Adds up the sums of a tile's warpgroups in their order, and has the result copied out.
 template <typename T, typename Of>
@@ -219,8 +98,8 @@ __device__ __forceinline__ void Finish(const WideMaps& maps, const WideGrid& gri
 // A warpgroup copies, the others multiply. Of these, each decodes a step while the tensor cores work on the one before.
 //
 // What limits it (H100, 8192 x 8192, 2048 rows of x): tensor cores are busy 80% of the time, in cuBLAS's product 97%. A
-// warp takes 180 instructions a step, 128 of them on the pipe that permutes bytes, which is 38% busy; it waits 2.3 clocks
-// an instruction for the one before, and two warps a scheduler are too few to fill that. Without decoding 87% are
+// warp takes 180 instructions a step, 120 of them on the pipe that permutes bytes, which is 37% busy; it waits 2.3
+// clocks an instruction for those before, and two warps a scheduler are too few to fill that. Without decoding 87% are
 // reached. Slower were: warpgroups that take turns by barriers, decoding between the products of a step, a ring of
 // stages for the codes alone, and blocks that don't share x.
 template <typename T, typename Of>

@@ -71,8 +71,8 @@ cudaError_t LaunchWideInstance(const WideLaunch& launch, cudaStream_t stream) {
   return cudaLaunchKernelEx(&config, LutWide<T, Of>, maps, w, grid);
 }
 
-// The instance that finishes first, by the tiles that a multiprocessor gets one after the other, and the time that a step
-// of one was measured to take on an H100.
+// The instance that finishes first, by the tiles that a multiprocessor gets one after the other, and the time that a
+// step of one was measured to take on an H100.
 template <typename T, int kGroups, Type kScale>
 cudaError_t LaunchWideScales(const WideLaunch& launch, cudaStream_t stream) {
   const int64_t multiprocessors = Multiprocessors();

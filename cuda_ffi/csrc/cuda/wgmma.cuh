@@ -49,9 +49,9 @@ __device__ __forceinline__ void Pin(uint32_t (&registers)[kCount]) {
 template <typename T, int kColumns>
 __device__ __forceinline__ void WideProduct(float (&sums)[kColumns / 2], const uint32_t (&a)[4], uint64_t b);
 
-#define ANY4_8(i) \
-  "+f"(s[i]), "+f"(s[i + 1]), "+f"(s[i + 2]), "+f"(s[i + 3]), "+f"(s[i + 4]), "+f"(s[i + 5]), "+f"(s[i + 6]), "+f"(s[i + 7])
-#define ANY4_32(i) ANY4_8(i), ANY4_8(i + 8), ANY4_8(i + 16), ANY4_8(i + 24)
+#define ANY4_4(i) "+f"(s[i]), "+f"(s[i + 1]), "+f"(s[i + 2]), "+f"(s[i + 3])
+#define ANY4_16(i) ANY4_4(i), ANY4_4(i + 4), ANY4_4(i + 8), ANY4_4(i + 12)
+#define ANY4_32(i) ANY4_16(i), ANY4_16(i + 16)
 
 #define ANY4_SUMS_64 \
   "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28," \
@@ -89,7 +89,8 @@ ANY4_WIDE_PRODUCT(__half, "f16", 64, 32, 33, 34, 35, 36)
 ANY4_WIDE_PRODUCT(__half, "f16", 128, 64, 65, 66, 67, 68)
 ANY4_WIDE_PRODUCT(__half, "f16", 256, 128, 129, 130, 131, 132)
 
-#undef ANY4_8
+#undef ANY4_4
+#undef ANY4_16
 #undef ANY4_32
 #undef ANY4_SUMS_64
 #undef ANY4_OPERANDS_64
