@@ -14,7 +14,7 @@ namespace any4 {
 // kSplit: warpgroups of a tile, which take its steps in turns and add up their sums at the end.
 // kCluster: blocks that take the same rows of x, of which each copies a part to all.
 // kStages: steps whose codes and inputs are in shared memory, or under way to it.
-// kGroups: groups in a step, 2 where a group is 32 inputs.
+// kGroups: 1 for groups of two steps or more, 2 for smaller ones, of which a step may have two.
 // kScale: the type of scales, and of offsets, which are bfloat16 where scales are exponents.
 template <int kColumns_, int kTiles_, int kSplit_, int kCluster_, int kStages_, int kGroups_, Type kScale_>
 struct WideOf {
@@ -159,7 +159,7 @@ __global__ void __launch_bounds__(Of::kThreads, 1)
     uint32_t phases = 0;
     for (int tile = first_tile; tile < grid.tiles; tile += tiles_apart) {
       const int64_t first_row = row_of(tile) + 64 * in_block;
-      WideRows<T, Of::kGroups, Of::kScale> rows(w, first_row + 16 * warp + lane / 4);
+      WideRows<T, Of::kGroups, Of::kScale, Of::kGroups == 1 && kSplit == 1> rows(w, first_row + 16 * warp + lane / 4);
       float sums[kColumns / 2];
 #pragma unroll
       for (int i = 0; i < kColumns / 2; ++i) sums[i] = 0;

@@ -85,16 +85,15 @@ cudaError_t LaunchWideScales(const WideLaunch& launch, cudaStream_t stream) {
   switch (std::min_element(times, times + 4) - times) {
     case 0: return LaunchWideInstance<T, WideOf<256, 2, 1, 2, 4, kGroups, kScale>>(launch, stream);
     case 1: return LaunchWideInstance<T, WideOf<128, 2, 1, 1, 6, kGroups, kScale>>(launch, stream);
-    case 2: return LaunchWideInstance<T, WideOf<128, 1, 2, 1, 8, kGroups, kScale>>(launch, stream);
+    case 2: return LaunchWideInstance<T, WideOf<128, 1, 2, 2, 8, kGroups, kScale>>(launch, stream);
     default: return LaunchWideInstance<T, WideOf<64, 1, 3, 1, 12, kGroups, kScale>>(launch, stream);
   }
 }
 
-// The number of groups in a step is 2 where they are of 32 inputs, and 1 otherwise.
 template <typename T, Type kScale>
 cudaError_t LaunchWideGroups(const WideLaunch& launch, cudaStream_t stream) {
-  return launch.group_size == 32 ? LaunchWideScales<T, 2, kScale>(launch, stream)
-                                 : LaunchWideScales<T, 1, kScale>(launch, stream);
+  return launch.group_size < 2 * kStepInputs ? LaunchWideScales<T, 2, kScale>(launch, stream)
+                                             : LaunchWideScales<T, 1, kScale>(launch, stream);
 }
 
 }  // namespace any4

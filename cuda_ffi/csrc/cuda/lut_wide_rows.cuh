@@ -49,8 +49,9 @@ __device__ __forceinline__ uint32_t Affine(uint32_t values, uint32_t scale, uint
   return out;
 }
 
-// What a lane decodes: rows g and g + 8 of its warp's 16 rows.
-template <typename T, int kGroups, Type kScale>
+// What a lane decodes: rows g and g + 8 of its warp's 16 rows. kGroups are the groups in a step; or 1 for those of two
+// steps or more, and where kPaired is set the steps of an even number and the next are decoded one after the other.
+template <typename T, int kGroups, Type kScale, bool kPaired>
 struct WideRows {
   static constexpr Type kOffset = kScale == Type::kE8m0 ? Type::kBfloat16 : kScale;
 
@@ -59,6 +60,7 @@ struct WideRows {
   bool with_offsets;
   // As they are stored, of the step to be decoded next and of the one after it.
   uint32_t raw_scale[2][kGroups][2], raw_offset[2][kGroups][2];
+  uint32_t scale[kGroups][2], offset[kGroups][2];  // of the step that is decoded
 
   __device__ __forceinline__ WideRows(const LutWeight& w, int64_t first_row) : with_offsets(w.offsets != nullptr) {
 #pragma unroll
@@ -95,7 +97,7 @@ struct WideRows {
     const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, warp = threadIdx.x / 32 % 4;
     const uint32_t byte_of_two = 0x40 + 0x11 * t;
     const unsigned char* row = codes + (16 * warp + g) * 32;
-    uint32_t words[2][4] = {}, scale[kGroups][2], offset[kGroups][2];
+    uint32_t words[2][4] = {};
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
 #pragma unroll
@@ -103,6 +105,8 @@ struct WideRows {
         const uint4 v = *reinterpret_cast<const uint4*>(row + 256 * r + (half ^ g / 4) * 16);
         words[r][half] = Permute(Permute(v.x, v.y, byte_of_two), Permute(v.z, v.w, byte_of_two), 0x5410);
       }
+      // The second of two steps has the scales of the first.
+      if (kPaired && kPlace == 1) continue;
 #pragma unroll
       for (int i = 0; i < kGroups; ++i) {
         scale[i][r] = PairOf<T, kScale>(raw_scale[kPlace][i][r]);
@@ -110,7 +114,7 @@ struct WideRows {
         offset[i][r] = with_offsets ? PairOf<T, kOffset>(raw_offset[kPlace][i][r]) : 0x80008000u;
       }
     }
-    Load<kPlace>(grid, later_step);
+    if (!kPaired || kPlace == 0) Load<kPlace>(grid, later_step);
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
 #pragma unroll
