@@ -91,8 +91,10 @@ def flags(kind: str, source: Path) -> tuple[str, ...]:
     return (*FLAGS, *(special[0] if special else ()), "-isystem", str(SOURCES), f"-I{SOURCES / 'cpu'}")
 
 
-def machine_flags(nvcc: str) -> list[str]:
-    """For machine code of those of CUDA_MACHINES that this nvcc knows."""
+def machine_flags(nvcc: str, source: Path) -> list[str]:
+    """For machine code of those of CUDA_MACHINES that this nvcc knows; for files of HOPPER_FILES there are none."""
+    if source.name.endswith(HOPPER_FILES):
+        return []
     known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=False).stdout.split()
     return [f"-gencode=arch=compute_{n},code=sm_{n}" for n in CUDA_MACHINES if f"sm_{n}" in known]
 
@@ -130,12 +132,11 @@ def build(kind: str, folder: Path | None = None) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     # Renamed into place when complete: another process may look for it meanwhile.
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        machines = machine_flags(compiler) if kind == "cuda" else []
         objects = [Path(scratch) / (f.stem + ".o") for f in sources]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             commands = [
-                [compiler, *flags(kind, source), "-c", str(source), "-o", str(made)]
-                + ([] if source.name.endswith(HOPPER_FILES) else machines)
+                [compiler, *flags(kind, source), *(machine_flags(compiler, source) if kind == "cuda" else ())]
+                + ["-c", str(source), "-o", str(made)]
                 for source, made in zip(sources, objects, strict=True)
             ]
             list(pool.map(_run, commands))

@@ -21,7 +21,7 @@ def objects_of(sources: list[Path], folder: Path) -> list[str]:
     assert compiler is not None
     made = [str(folder / f"{file.stem}.o") for file in sources]
     jobs = [
-        [compiler, *build.flags("cuda", file), *build.machine_flags(compiler), "-c", str(file), "-o", object_]
+        [compiler, *build.flags("cuda", file), *build.machine_flags(compiler, file), "-c", str(file), "-o", object_]
         for file, object_ in zip(sources, made, strict=True)
     ]
     with ThreadPoolExecutor() as pool:

@@ -142,7 +142,7 @@ def test_files_for_hopper_alone_are_compiled_for_it_alone() -> None:
     assert len(files) == 2
     for file in files:
         targets = [flag for flag in build.flags("cuda", file) if flag.startswith("-gencode")]
-        assert targets == ["-gencode=arch=compute_90a,code=sm_90a"]
+        assert targets == ["-gencode=arch=compute_90a,code=sm_90a"] and build.machine_flags("nvcc", file) == []
     assert build.CUDA_PTX in build.flags("cuda", Path("lut_product.cu"))
     text = (Path(__file__).resolve().parent.parent / "CMakeLists.txt").read_text(encoding="utf-8")
     assert "CUDA_ARCHITECTURES 90a-real" in text and text.count(build.HOPPER_FILES.replace(".", "\\\\.") + "$") == 2

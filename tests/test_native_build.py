@@ -55,7 +55,9 @@ def test_machine_code_is_made_of_what_nvcc_knows(tmp_path: Path) -> None:
     nvcc = tmp_path / "nvcc"
     nvcc.write_text("#!/bin/sh\necho sm_75 sm_80 sm_86 sm_90\n")
     nvcc.chmod(0o755)
-    assert build.machine_flags(str(nvcc)) == [f"-gencode=arch=compute_{n},code=sm_{n}" for n in (80, 90)]
+    assert build.machine_flags(str(nvcc), Path("lut.cu")) == [
+        f"-gencode=arch=compute_{n},code=sm_{n}" for n in (80, 90)
+    ]
 
 
 @needs_compiler

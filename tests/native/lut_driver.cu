@@ -118,6 +118,8 @@ int main() {
         Multiply({4, 128, 256, 512, m, offsets, true, type, 2, 2});
         if (m <= 64) Multiply({4, 128, 8192, 256, m, offsets, false, type});
       }
+      // Tiles enough for the instances of Hopper's kernel for many rows that take 128 rows of W at a time.
+      for (const int m : {128, 250}) Multiply({4, 128, 17000, 96, m, offsets, true, type});
       for (const int64_t group_size : {32, 64, 256, 100000}) {
         for (const int m : {1, 8, 48, 200}) Multiply({4, group_size, 128, 2048, m, offsets, true, type, 1, 3});
       }
