@@ -105,16 +105,20 @@ struct WideRows {
         const uint4 v = *reinterpret_cast<const uint4*>(row + 256 * r + (half ^ g / 4) * 16);
         words[r][half] = Permute(Permute(v.x, v.y, byte_of_two), Permute(v.z, v.w, byte_of_two), 0x5410);
       }
-      // The second of two steps has the scales of the first.
-      if (kPaired && kPlace == 1) continue;
+    }
+    // The second of two steps has the scales of the first.
+    if constexpr (!kPaired || kPlace == 0) {
 #pragma unroll
       for (int i = 0; i < kGroups; ++i) {
-        scale[i][r] = PairOf<T, kScale>(raw_scale[kPlace][i][r]);
-        // -0 changes no product. Chosen here, not where it is loaded, which would wait for the load.
-        offset[i][r] = with_offsets ? PairOf<T, kOffset>(raw_offset[kPlace][i][r]) : 0x80008000u;
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+          scale[i][r] = PairOf<T, kScale>(raw_scale[kPlace][i][r]);
+          // -0 changes no product. Chosen here, not where it is loaded, which would wait for the load.
+          offset[i][r] = with_offsets ? PairOf<T, kOffset>(raw_offset[kPlace][i][r]) : 0x80008000u;
+        }
       }
+      Load<kPlace>(grid, later_step);
     }
-    if (!kPaired || kPlace == 0) Load<kPlace>(grid, later_step);
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
 #pragma unroll
