@@ -10,6 +10,7 @@ clock and multiprocessor. With one row of x it takes 25 us, no more than triton_
 
 import dataclasses
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import mosaic_registers as registers
-from pallas_kernels.mosaic_registers import INPUTS, ROWS
+from pallas_kernels.mosaic_registers import INPUTS, PART, ROWS, SWIZZLED
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +65,8 @@ def lut_product_narrow(
             bytes_ = pl.ds(turn * (steps * INPUTS // 2), steps * INPUTS // 2)
             plgpu.copy_gmem_to_smem(codes_ref.at[rows, bytes_], codes_smem.at[own, slot], barrier)
             inputs = pl.ds(turn * (steps * INPUTS), steps * INPUTS)
-            plgpu.copy_gmem_to_smem(x_ref.at[:, inputs], x_smem.at[own, slot], barrier)
+            # Rows behind the last of x arrive as zeros.
+            plgpu.copy_gmem_to_smem(x_ref.at[pl.ds(0, columns), inputs], x_smem.at[own, slot], barrier)
 
         for i in range(stages):
             pl.when(i < count)(functools.partial(fetch, i, i))
@@ -75,7 +77,7 @@ def lut_product_narrow(
             # A warpgroup without a turn of its own still loads, where there is something to load.
             first = jnp.minimum(i * warpgroups + own, turns - 1) * steps
             return [
-                [registers.group_pair(ref.at[rows], first + s, group_size) for ref in (scales_ref, *offsets_refs)]
+                [registers.group_pairs(ref.at[rows], first + s, group_size) for ref in (scales_ref, *offsets_refs)]
                 for s in range(steps)
             ]
 
@@ -84,13 +86,17 @@ def lut_product_narrow(
                 slot = lax.rem(i, stages)
                 ahead = affine(jnp.minimum(i + 1, count - 1))
                 plgpu.barrier_wait(arrived.at[own * stages + slot])
-                for s, (scale, *offset) in enumerate(pairs):
+                for s, part in itertools.product(range(steps), range(INPUTS // PART)):
+                    scales, *offset = pairs[s]
                     tile = codes_smem.at[own, slot, :, pl.ds(s * INPUTS // 2, INPUTS // 2)]
-                    w = registers.dequantized(tile, words, scale, offset[0] if offset else None, x.dtype)
-                    inputs = x_smem.at[own, slot, :, pl.ds(s * INPUTS, INPUTS)]
+                    w = registers.dequantized(tile, part, words, scales, offset[0] if offset else None, x.dtype)
+                    inputs = x_smem.at[own, slot, :, pl.ds(s * INPUTS + part * PART, PART)]
                     plgpu.wgmma(sums_ref, w, inputs.transpose((1, 0)))
-                plgpu.wgmma_wait(0)
-                pl.when(i + stages < count)(lambda: fetch(i + stages, slot))
+                    plgpu.wgmma_wait(1)
+                    if s + part == 0:
+                        # Now the products of the turn before are done.
+                        free = lax.rem(i + stages - 1, stages)
+                        pl.when((i > 0) & (i - 1 + stages < count))(functools.partial(fetch, i - 1 + stages, free))
                 return ahead
 
             lax.fori_loop(0, count, turn, affine(0))
@@ -102,7 +108,6 @@ def lut_product_narrow(
         plgpu.barrier_wait(done)
         registers.store_total(sums_smem, y_ref.at[:, rows], warpgroups, m, x.dtype)
 
-    swizzled = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
     return plgpu.kernel(
         kernel,
         out_type=jax.ShapeDtypeStruct((m, n), x.dtype),
@@ -113,9 +118,9 @@ def lut_product_narrow(
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
         scratch_types=[
             plgpu.SMEM((warpgroups, stages, ROWS, steps * INPUTS // 2), jnp.uint8),
-            plgpu.SMEM((warpgroups, stages, columns, steps * INPUTS), x.dtype, transforms=swizzled),
+            plgpu.SMEM((warpgroups, stages, columns, steps * INPUTS), x.dtype, transforms=SWIZZLED),
             plgpu.SMEM((warpgroups, columns, ROWS), jnp.float32),
             plgpu.Barrier(num_arrivals=2, num_barriers=warpgroups * stages),
             plgpu.Barrier(num_arrivals=warpgroups),
         ],
-    )(registers.reordered(x, columns), codes, lut, scales, *([] if offsets is None else [offsets]))
+    )(jnp.pad(x, [(0, -m % 8 if m > 8 else 0), (0, 0)]), codes, lut, scales, *([] if offsets is None else [offsets]))
