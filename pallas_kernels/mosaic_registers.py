@@ -140,9 +140,9 @@ def _decoding(kind: str) -> str:
     lines = []
     for first in (0, 2):
         lines.append(f"prmt.b32 codes, ${5 + first}, ${6 + first}, $4;")
-        lines.append("and.b32 select, codes, 0x7777;")
-        lines.append("shr.b32 choose, codes, 1;")
-        lines.append("lop3.b32 choose, choose, 0x4444, 0x3210, 0xEA;")  # (a & b) | c
+        lines.append("and.b32 choose, codes, 0x8888;")
+        lines.append("sub.s32 select, codes, choose;")
+        lines.append("mad.hi.u32 choose, choose, 0x80000000, 0x3210;")
         for name, table in (("low", 9), ("high", 13)):
             lines.append(f"prmt.b32 {name}, ${table}, ${table + 1}, select;")
             lines.append(f"prmt.b32 upper, ${table + 2}, ${table + 3}, select;")
