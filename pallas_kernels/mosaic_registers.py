@@ -191,9 +191,7 @@ def keep_rounded(ref: Any, sums: jax.Array, dtype: Any) -> None:
         tile = lane.arith.addi(lane.arith.muli(second, lane.constant(2)), own)
         at = lane.arith.addi(lane.arith.muli(tile, lane.constant(8)), column)
         at = lane.arith.addi(lane.arith.muli(at, lane.constant(128)), lane.arith.muli(piece, lane.constant(16)))
-        pairs = [
-            utils.bitcast(lane.arith.truncf(pair_type, register), lane.i32()) for register in sums.registers.flat
-        ]
+        pairs = [utils.bitcast(lane.arith.truncf(pair_type, register), lane.i32()) for register in sums.registers.flat]
         for first in range(0, len(pairs), 4):
             lane.store_transposed(ref, lane.arith.addi(at, lane.constant(first // 4 * 4096)), pairs[first : first + 4])
         return ()

@@ -44,6 +44,6 @@ def _configs(kernel: str, config: Any, problem: Problem) -> Iterator[Any]:
             if shared <= _SHARED_BYTES and problem.k % (128 * steps) == 0:
                 yield mosaic_narrow.Config(config.columns, warpgroups, steps, stages)
     else:
-        for columns, stages in itertools.product((128, 256), (2, 3, 4, 5)):
-            if stages * (128 * 64 + columns * 256) + 1024 <= _SHARED_BYTES:
+        for columns, stages in itertools.product((64, 128, 192, 256), (3, 4, 5, 8)):
+            if stages * (128 * 64 + columns * 256) + 1024 <= _SHARED_BYTES and columns < problem.m + 64:
                 yield mosaic_wide.Config(columns, stages)
