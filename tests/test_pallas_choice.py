@@ -81,7 +81,7 @@ def test_wgmma_for_many_rows_lowers() -> None:
 @pytest.mark.parametrize(
     ("shape", "kernels"),
     [
-        ((8192, 8192), {1: "triton_gemv", 64: "mosaic_narrow", 256: "mosaic_wide", 2048: "triton_dequantize"}),
+        ((8192, 8192), {1: "mosaic_narrow", 64: "mosaic_narrow", 65: "mosaic_wide", 4096: "mosaic_wide"}),
         # A few blocks would leave most of the GPU idle.
         ((1024, 8192), {1: "triton_gemv", 64: "mosaic_narrow", 256: "triton_dequantize"}),
     ],
@@ -144,18 +144,26 @@ def test_every_tuned_configuration_fits_its_kernel() -> None:
         assert CONFIGS[kernel](**config)
 
 
-def test_what_is_tuned_is_found_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of every kernel: the rule's configuration is the first candidate, and a row of another one is taken from then."""
-    dtypes = (jnp.bfloat16,) * 4
-    for m in (1, 16, 256, 2048):
-        asked = Problem(8192, 4096, m, 4, 128, *dtypes, NAMES["H100"])
-        first, *others = tuning.candidates(asked)
-        assert first == choose(asked) and len({repr(c.config) for c in (first, *others)}) == 1 + len(others) > 1
-        found = json.loads(json.dumps(tuning.row(asked, others[-1])))
-        names = ("gpu", "kernel", "n", "k", "m", "bits", "group_size")
-        with monkeypatch.context() as patch:
-            patch.setattr(choice, "_tuned", lambda f=found, n=names: {tuple(f[name] for name in n): f["config"]})
-            assert choose(asked).config == others[-1].config != first.config
+@pytest.mark.parametrize(
+    ("kernel", "n", "m", "on"),
+    [
+        ("triton_gemv", 4096, 1, "H100"),
+        ("triton_gemm", 4096, 16, "A100"),
+        ("triton_dequantize", 4096, 100, "A100"),
+        ("mosaic_narrow", 8192, 16, "H100"),
+        ("mosaic_wide", 8192, 256, "H100"),
+    ],
+)
+def test_what_is_tuned_is_found_again(kernel: str, n: int, m: int, on: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rule's configuration is the first candidate, and a row of another one is taken from then."""
+    asked = Problem(n, 4096, m, 4, 128, *(jnp.bfloat16,) * 4, NAMES[on])
+    first, *others = tuning.candidates(asked)
+    assert first == choose(asked) and first.kernel == kernel
+    assert len({repr(c.config) for c in (first, *others)}) == 1 + len(others) > 1
+    found = json.loads(json.dumps(tuning.row(asked, others[-1])))
+    names = ("gpu", "kernel", "n", "k", "m", "bits", "group_size")
+    monkeypatch.setattr(choice, "_tuned", lambda: {tuple(found[name] for name in names): found["config"]})
+    assert choose(asked).config == others[-1].config != first.config
 
 
 def test_tuning_without_a_gpu_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
