@@ -123,7 +123,7 @@ def _gemv_us(problem: Problem) -> float:
 
 def _narrow_us(problem: Problem) -> float:
     """Microseconds that mosaic_narrow takes there: 64 rows of W a multiprocessor, 512 inputs a turn."""
-    return 2.4 + 1.41 * -(-problem.n // (64 * 132)) * problem.k / 512
+    return 2.4 + 1.36 * -(-problem.n // (64 * 132)) * problem.k / 512
 
 
 def _columns(problem: Problem) -> int:

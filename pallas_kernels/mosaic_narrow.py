@@ -1,11 +1,12 @@
 """y = x W^T on Hopper for few rows of x: the warpgroups of a block share out the inputs of 64 rows of W.
 
-Each warpgroup copies codes and inputs of its steps to shared memory by TMA some steps ahead, decodes codes to the left
-operand of `wgmma`, and adds up products in float32; the warpgroups' sums are added in a fixed order.
+One more warpgroup copies codes and inputs to shared memory by TMA some steps ahead. The others decode codes to the left
+operand of `wgmma` and add up products in float32; their sums are added in a fixed order.
 
-What limits it (H100, 8192 x 8192, M = 16, 26 us of the device, 2 of them to put x in order; reading the codes alone
-takes 12.6) was not profiled; decoding takes 24 instructions for eight weights, 17 of them in the pipe that starts 64 a
-clock and multiprocessor. With one row of x it takes 25 us, no more than triton_gemv, but one launch more.
+What limits it (H100, 8192 x 8192, 24 us of the device for M = 1 and 25 for M = 16; reading the codes alone takes 12.6):
+decoding. Of the 300 instructions for 64 weights of a lane 190 are for the pipe that starts one every other clock, which
+makes 14 us if it were never idle; it is busy for 62 % of the clocks (Nsight Compute), with four warps a scheduler. Six
+took longer, having too few registers. A matrix of 64 rows a multiprocessor or fewer leaves the others idle.
 """
 
 import dataclasses
