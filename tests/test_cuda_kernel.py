@@ -231,6 +231,8 @@ def test_operands_are_refused_before_anything_is_built() -> None:
 
 def test_without_the_library_products_take_xla(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registration, "_register", lambda kind: f"no {kind} library is built")
+    # Nor Pallas's kernels, which would be next.
+    monkeypatch.setattr("pallas_kernels.device.gpu_name", lambda: None)
     w, x = leaf(24, 256), rows(3, 256)
     assert "cuda: no cuda library is built" in explain(x, w, "cuda")
     assert PRODUCT not in lowered(matmul, x, w)
