@@ -185,8 +185,8 @@ def stored(w: QuantizedTensor | Layer) -> QuantizedTensor:
 
 
 def choose(x, w: QuantizedTensor | Layer, platform: str) -> Backend:
-    """The first backend that can do the product on a platform, of those that needn't be named."""
-    return next(b for b in BACKENDS if not b.by_name and b.supports(x, stored(w), platform) is None)
+    """The first backend that can do the product on a platform."""
+    return next(b for b in BACKENDS if b.supports(x, stored(w), platform) is None)
 
 
 def operand(kernel: Backend, w) -> Any:
@@ -269,7 +269,7 @@ def explain(x, w, platform: str | None = None) -> str:
             taken = choose(x, leaf, where)
             for backend in BACKENDS:
                 reason = backend.supports(x, leaf, where)
-                other = "could, if asked for by name" if backend.by_name else f"could, but {taken.name!r} comes first"
-                verdict = "taken" if backend is taken else reason or other
-                lines.append(f"{backend.name}: {verdict}")
+                verdict = reason or ("taken" if backend is taken else f"could, but {taken.name!r} comes first")
+                detail = f" ({backend.detail(x, leaf)})" if backend.detail and reason is None else ""
+                lines.append(f"{backend.name}: {verdict}{detail}")
     return "\n".join(lines) if lines else "no quantized leaf: a dense product in XLA"

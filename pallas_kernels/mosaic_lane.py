@@ -79,3 +79,15 @@ def inline(text: str, operands: Sequence[ir.Value], *, results: int) -> list[ir.
     if results == 1:
         return [returned]
     return [llvm.extractvalue(i32(), returned, [i]) for i in range(results)]
+
+
+def store_transposed(ref: ir.Value, offset: ir.Value, pairs: Sequence[ir.Value]) -> None:
+    """Four 8 x 8 matrices of 16-bit values, of which a lane holds two of a row, to shared memory, transposed.
+
+    Args:
+      offset: bytes from the beginning of `ref`, where lane 8 i + j has column j of matrix i put.
+      pairs: 32 bits of each matrix.
+    """
+    address = arith.addi(llvm.ptrtoint(i32(), utils.memref_ptr(ref)), offset)
+    text = "stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [$0], {$1, $2, $3, $4};"
+    llvm.inline_asm(ir.Type.parse("!llvm.void"), [address, *pairs], text, "r,r,r,r,r,~{memory}", has_side_effects=True)

@@ -1,9 +1,9 @@
 """A warpgroup's codes to the left operand of `wgmma`, in registers: what Mosaic GPU has no operation for.
 
-A step is 64 rows of W by 128 inputs. Lane 4g + t of warp w takes rows 16w + g and 16w + g + 8, and of each the 32
-inputs from 32t on, whose codes are 16 bytes as stored. `wgmma` wants of that lane inputs 2t, 2t + 1, 2t + 8 and 2t + 9
-of each 16; which inputs of W these are is free as long as x has the same order. `reordered` puts x into that order, so
-that codes are loaded 16 bytes at a time, pairs of codes become registers as they come, and no value changes lanes.
+A step is 64 rows of W by 128 inputs, and is decoded in two parts of 64 inputs. Lane 4g + t of warp w takes rows 16w + g
+and 16w + g + 8, and of each 16 inputs 2t, 2t + 1, 2t + 8 and 2t + 9, as `wgmma` wants: byte t of every four bytes of
+codes. So the four lanes of a row load the same words and each gathers its byte of four of them, which takes an eighth
+of the instructions of decoding; in exchange x is read in the order it has, by the copy engine.
 
 The functions with a `ctx` run while the kernel is lowered and emit MLIR for one lane.
 """
@@ -21,16 +21,11 @@ from jax.extend.mlir import ir
 
 from pallas_kernels import mosaic_lane as lane
 
-ROWS, INPUTS = 64, 128
+ROWS, INPUTS, PART = 64, 128, 64
 # An array [64] of which each lane has the entries of its two rows.
 _OF_ROWS = plgpu.Layout.WGMMA.reduce(1)
-
-
-def reordered(x: jax.Array, rows: int) -> jax.Array:
-    """x [M, K] with the inputs of each 128 in the order of `dequantized`, and zeros in rows up to `rows`."""
-    m, k = x.shape
-    ordered = x.reshape(m, k // INPUTS, 4, 8, 2, 2).transpose(0, 1, 3, 4, 2, 5).reshape(m, k)
-    return jnp.pad(ordered, [(0, rows - m), (0, 0)])
+# As wgmma takes its right operand from shared memory: rows of x, 64 of 16 bits next to each other.
+SWIZZLED = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
 
 
 def table_words(lut_ref: Any) -> list[jax.Array]:
@@ -55,70 +50,80 @@ def table_words(lut_ref: Any) -> list[jax.Array]:
     return load(lut_ref)
 
 
-def group_pair(ref: Any, step: jax.Array, group_size: int) -> jax.Array:
-    """int32 [64]: the scale or offset of each lane's inputs of a step, twice in a word.
-
-    Where a step has several groups it differs among the four lanes of a row, so nothing but `dequantized` may use it.
+def group_pairs(ref: Any, step: jax.Array, group_size: int) -> list[jax.Array]:
+    """Of each group of a step int32 [64]: the scales or offsets, each twice in a word.
 
     Args:
       ref: in global memory, [64, groups], a 16-bit dtype.
       step: int32, which 128 inputs.
       group_size: a multiple of 128, or 64 or 32.
     """
+    count = max(1, INPUTS // group_size)
 
     @plgpu.inline_mgpu(
         arg_types=(plgpu.RefType(), plgpu.Layout.WG_SPLAT(())),
-        return_type=plgpu.ShapeDtypeStruct((ROWS,), jnp.int32, _OF_ROWS),
+        return_type=[plgpu.ShapeDtypeStruct((ROWS,), jnp.int32, _OF_ROWS)] * count,
     )
-    def load(ctx, ref, group):
-        at = group.registers.item()
-        if group_size < INPUTS:
-            lanes = lane.constant(group_size // 32)
-            at = lane.arith.addi(at, lane.arith.divui(lane.place()[2], lanes))
-        values = []
-        for row in lane.rows_of_lane():
-            half = lane.load(ref, row, at, ir.IntegerType.get_signless(16), 2)
-            word = lane.arith.extui(lane.i32(), half)
-            values.append(lane.arith.ori(word, lane.arith.shli(word, lane.constant(16))))
-        return _of_rows(values, signed=True)
+    def load(ctx, ref, first):
+        groups = []
+        for i in range(count):
+            at = lane.arith.addi(first.registers.item(), lane.constant(i))
+            values = []
+            for row in lane.rows_of_lane():
+                word = lane.arith.extui(lane.i32(), lane.load(ref, row, at, ir.IntegerType.get_signless(16), 2))
+                values.append(lane.arith.ori(word, lane.arith.shli(word, lane.constant(16))))
+            groups.append(_of_rows(values, signed=True))
+        return groups
 
-    first = step * (INPUTS // group_size) if group_size < INPUTS else step // (group_size // INPUTS)
-    return load(ref, first)
+    return list(load(ref, step * count if group_size < INPUTS else step // (group_size // INPUTS)))
 
 
 def dequantized(
-    codes_ref: Any, words: Sequence[jax.Array], scale: jax.Array, offset: jax.Array | None, dtype: Any
+    codes_ref: Any,
+    part: int,
+    words: Sequence[jax.Array],
+    scales: Sequence[jax.Array],
+    offsets: Sequence[jax.Array] | None,
+    dtype: Any,
 ) -> jax.Array:
-    """The weights of a step, `dtype` [64, 128] in the layout of wgmma's operand, inputs in the order of `reordered`.
+    """The first or second 64 inputs of a step, `dtype` [64, 64] in the layout of wgmma's operand.
 
     Each is entry * scale + offset in one fused multiplication and addition: rounded once.
 
     Args:
-      codes_ref: in shared memory, uint8 [64, 64].
+      codes_ref: of the whole step, in shared memory, uint8 [64, 64].
+      part: 0 or 1.
       words: from `table_words`.
-      scale, offset: from `group_pair`.
+      scales, offsets: from `group_pairs`.
       dtype: of table, scales and offsets: bfloat16 or float16.
     """
-    arrays = [*words, scale, *([] if offset is None else [offset])]
+    # Of each 32 inputs.
+    affine = [
+        [of[(2 * part + i) * len(of) // 4] for of in (scales, offsets) if of is not None] for i in range(PART // 32)
+    ]
+    arrays = [*words, *(array for pair in affine for array in pair)]
 
     @plgpu.inline_mgpu(
         arg_types=(plgpu.RefType(), *[_OF_ROWS] * len(arrays)),
-        return_type=plgpu.ShapeDtypeStruct((ROWS, INPUTS), dtype, plgpu.Layout.WGMMA),
+        return_type=plgpu.ShapeDtypeStruct((ROWS, PART), dtype, plgpu.Layout.WGMMA),
     )
     def decode(ctx, ref, *operands):
         layout = mgpu.WGMMA_LAYOUT
-        registers = np.empty(layout.registers_shape((ROWS, INPUTS)), dtype=object)
-        by_pair = registers.reshape(INPUTS // 8, 2)
+        registers = np.empty(layout.registers_shape((ROWS, PART)), dtype=object)
+        by_pair = registers.reshape(PART // 8, 2)
         bfloat16 = dtype == jnp.bfloat16
         pair_type = ir.VectorType.get((2,), ir.BF16Type.get() if bfloat16 else ir.F16Type.get())
         text = _decoding("bf16x2" if bfloat16 else "f16x2")
-        place = lane.arith.muli(lane.place()[2], lane.constant(16))
+        # Byte t of its first operand, byte t of its second.
+        byte = lane.arith.addi(lane.arith.muli(lane.place()[2], lane.constant(0x11)), lane.constant(0x40))
         for half, row in enumerate(lane.rows_of_lane()):
             own = [_entry(operand, half) for operand in operands]
-            if offset is None:
-                own.append(lane.constant(0x80008000))  # -0, which changes no product
-            for i, word in enumerate(lane.load_words(ref, row, place)):
-                for j, pair in enumerate(lane.inline(text, [word, *own], results=4)):
+            table, pairs = own[:8], own[8:]
+            for i in range(PART // 32):
+                loaded = lane.load_words(ref, row, lane.constant(part * (PART // 2) + 16 * i))
+                scale, *offset = pairs[i * len(affine[i]) : (i + 1) * len(affine[i])]
+                last = offset[0] if offset else lane.constant(0x80008000)  # -0, which changes no product
+                for j, pair in enumerate(lane.inline(text, [byte, *loaded, *table, scale, last], results=4)):
                     by_pair[4 * i + j, half] = utils.bitcast(pair, pair_type)
         return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
 
@@ -126,37 +131,31 @@ def dequantized(
 
 
 def _decoding(kind: str) -> str:
-    """PTX from a word of eight codes, eight words of the table, scale and offset to four pairs of values.
+    """PTX from the place of a lane's byte and four words that each hold one, eight words of the table, scale and offset
+    to four pairs of values.
 
     PRMT picks four bytes of eight by four nibbles of a selector, of which it reads three bits; the codes are the
     selector, and their fourth bits, moved to bit 2 of each nibble, select between two results.
     """
-    lines = ["and.b32 select, $4, 0x77777777;", "shr.b32 choose, $4, 1;"]
-    lines.append("lop3.b32 choose, choose, 0x44444444, 0x32103210, 0xEA;")  # (a & b) | c
-    for half in range(2):
-        for name, first in (("low", 5), ("high", 9)):
-            lines.append(f"prmt.b32 {name}, ${first}, ${first + 1}, select;")
-            lines.append(f"prmt.b32 upper, ${first + 2}, ${first + 3}, select;")
+    lines = []
+    for first in (0, 2):
+        lines.append(f"prmt.b32 codes, ${5 + first}, ${6 + first}, $4;")
+        lines.append("and.b32 choose, codes, 0x8888;")
+        lines.append("sub.s32 select, codes, choose;")
+        lines.append("mad.hi.u32 choose, choose, 0x80000000, 0x3210;")
+        for name, table in (("low", 9), ("high", 13)):
+            lines.append(f"prmt.b32 {name}, ${table}, ${table + 1}, select;")
+            lines.append(f"prmt.b32 upper, ${table + 2}, ${table + 3}, select;")
             lines.append(f"prmt.b32 {name}, {name}, upper, choose;")
-        for pair, selector in ((2 * half, "0x5140"), (2 * half + 1, "0x7362")):
+        for pair, selector in ((first, "0x5140"), (first + 1, "0x7362")):
             lines.append(f"prmt.b32 ${pair}, low, high, {selector};")
-            lines.append(f"fma.rn.{kind} ${pair}, ${pair}, $13, $14;")
-        if half == 0:
-            lines += ["shr.b32 select, select, 16;", "shr.b32 choose, choose, 16;"]
-    return "{.reg .b32 select, choose, upper, low, high;\n" + "\n".join(lines) + "\n}"
+            lines.append(f"fma.rn.{kind} ${pair}, ${pair}, $17, $18;")
+    return "{.reg .b32 codes, select, choose, upper, low, high;\n" + "\n".join(lines) + "\n}"
 
 
 def keep_transposed(ref: Any, sums: jax.Array) -> None:
     """Stores float32 [64, columns] in the layout of wgmma's sums to [columns, 64] in shared memory."""
-    _store_transposed(ref, sums, ref.shape[0], None)
 
-
-def store_transposed(ref: Any, sums: jax.Array, count: int, dtype: Any) -> None:
-    """Stores `count` columns of float32 [64, columns], rounded to `dtype`, to [count, 64] in global memory."""
-    _store_transposed(ref, sums, count, dtype)
-
-
-def _store_transposed(ref: Any, sums: jax.Array, count: int, dtype: Any) -> None:
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.Layout.WGMMA), return_type=())
     def store(ctx, ref, sums):
         rows, t = lane.rows_of_lane(), lane.place()[2]
@@ -164,12 +163,37 @@ def _store_transposed(ref: Any, sums: jax.Array, count: int, dtype: Any) -> None
             for half, register in enumerate(halves):
                 for i in range(2):
                     column = lane.arith.addi(lane.arith.muli(t, lane.constant(2)), lane.constant(8 * tile + i))
-                    value = _narrowed(lane.element(register, i), dtype)
-                    if 8 * tile + 8 <= count:
-                        lane.store(ref, column, rows[half], value)
-                    elif 8 * tile < count:
-                        with mgpu.when(lane.arith.cmpi(lane.arith.CmpIPredicate.slt, column, lane.constant(count))):
-                            lane.store(ref, column, rows[half], value)
+                    lane.store(ref, column, rows[half], lane.element(register, i))
+        return ()
+
+    store(ref, sums)
+
+
+def keep_rounded(ref: Any, sums: jax.Array, dtype: Any) -> None:
+    """Stores float32 [64, columns] in the layout of wgmma's sums, rounded to `dtype`, to [columns, 64 i to 64 i + 63]
+    in shared memory, where i is the number of the warpgroup.
+
+    Args:
+      ref: [columns, 128], `SWIZZLED`.
+    """
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(SWIZZLED), plgpu.Layout.WGMMA), return_type=())
+    def store(ctx, ref, sums):
+        pair_type = ir.VectorType.get((2,), ir.BF16Type.get() if dtype == jnp.bfloat16 else ir.F16Type.get())
+        thread = mgpu.thread_idx()
+        warp, own = lane.place()[0], lane.arith.divui(thread, lane.constant(128))
+        matrix = lane.arith.divui(lane.arith.remui(thread, lane.constant(32)), lane.constant(8))
+        column = lane.arith.remui(thread, lane.constant(8))
+        half, second = (lane.arith.remui(matrix, lane.constant(2)), lane.arith.divui(matrix, lane.constant(2)))
+        # Of a lane: where it puts a row of the transposed 8 x 8, 16 bytes of the 128 that a swizzle permutes.
+        piece = lane.arith.addi(lane.arith.muli(warp, lane.constant(2)), half)
+        piece = lane.arith.xori(piece, column)
+        tile = lane.arith.addi(lane.arith.muli(second, lane.constant(2)), own)
+        at = lane.arith.addi(lane.arith.muli(tile, lane.constant(8)), column)
+        at = lane.arith.addi(lane.arith.muli(at, lane.constant(128)), lane.arith.muli(piece, lane.constant(16)))
+        pairs = [utils.bitcast(lane.arith.truncf(pair_type, register), lane.i32()) for register in sums.registers.flat]
+        for first in range(0, len(pairs), 4):
+            lane.store_transposed(ref, lane.arith.addi(at, lane.constant(first // 4 * 4096)), pairs[first : first + 4])
         return ()
 
     store(ref, sums)

@@ -38,12 +38,11 @@ def _configs(kernel: str, config: Any, problem: Problem) -> Iterator[Any]:
         for rows, columns in itertools.product((2, 4, 8), (1024, 2048, 4096)):
             yield dataclasses.replace(config, rows=rows, columns=columns)
     elif kernel == "mosaic_narrow":
-        for warpgroups, steps, stages in itertools.product((2, 4, 8), (1, 2), (2, 3, 4, 6)):
-            tile = 64 * 64 + config.columns * 256
-            shared = warpgroups * (stages * steps * tile + config.columns * 256) + 1024
-            if shared <= _SHARED_BYTES and problem.k % (128 * steps) == 0:
-                yield mosaic_narrow.Config(config.columns, warpgroups, steps, stages)
+        for warpgroups, stages in itertools.product((2, 3, 4), (2, 3, 4, 6)):
+            shared = warpgroups * (stages * (64 * 64 + config.columns * 256) + config.columns * 256) + 1024
+            if shared <= _SHARED_BYTES:
+                yield mosaic_narrow.Config(config.columns, warpgroups, stages)
     else:
-        for columns, stages in itertools.product((128, 256), (2, 3, 4, 5)):
-            if stages * (128 * 64 + columns * 256) + 1024 <= _SHARED_BYTES:
+        for columns, stages in itertools.product((64, 128, 192, 256), (3, 4, 5, 8)):
+            if stages * (128 * 64 + columns * 256) + 1024 <= _SHARED_BYTES and columns < problem.m + 64:
                 yield mosaic_wide.Config(columns, stages)

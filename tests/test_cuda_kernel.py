@@ -7,14 +7,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import kernel_contract
 import numpy as np
 import pytest
-from float64 import Terms
+from kernel_contract import CASES, HALVES, ULP, leaf, rows, within
 
 import any4_jax as a4
-from any4_jax import methods, weights
-from any4_jax.matmul import explain, matmul, prepare, unprepare
-from any4_jax.partition import combine, partition
+from any4_jax import methods
+from any4_jax.matmul import CUDA, explain, matmul, prepare, unprepare
 from any4_jax.weights import QuantizedTensor
 from cuda_ffi import build, lut_product_cuda, registration
 from cuda_ffi.lut_product import Matrix
@@ -33,49 +33,6 @@ why_not = registration.why_not("cuda")
 native = pytest.mark.skipif(why_not is not None, reason=str(why_not))
 gpu = pytest.mark.skipif(jax.default_backend() != "gpu" or why_not is not None, reason="needs an NVIDIA GPU")
 
-ULP = {"bfloat16": 2.0**-7, "float16": 2.0**-10}
-HALVES = list(ULP)
-
-
-def leaf(
-    n: int,
-    k: int,
-    *,
-    bits: int = 4,
-    g: int = 128,
-    lut: Any = jnp.bfloat16,
-    scale: Any = jnp.bfloat16,
-    row_tables: bool = True,
-    offsets: bool = True,
-    seed: int = 0,
-) -> QuantizedTensor:
-    """Random codes, tables and scales; 8 bits get a ramp."""
-    rng = np.random.default_rng(seed)
-    shape = (n, -(-k // g))
-    rows = n if row_tables else 1
-    table = rng.normal(size=(rows, 2**bits))
-    if bits == 8:
-        table = np.broadcast_to(np.arange(256.0) - 128, (rows, 256)) * 2.0 ** -rng.integers(0, 3, (rows, 1))
-    e8m0 = scale == jnp.uint8
-    return weights.from_codes(
-        jnp.asarray(rng.integers(0, 2**bits, (n, k), dtype=np.uint8)),
-        jnp.asarray(table, lut),
-        jnp.asarray(rng.integers(120, 130, shape) if e8m0 else rng.uniform(0.5, 2, shape), scale),
-        jnp.asarray(rng.normal(size=shape), jnp.bfloat16 if e8m0 else scale) if offsets else None,
-        bits=bits,
-        group_size=g,
-        uniform=bits == 8,
-    )
-
-
-def exact(w: QuantizedTensor) -> tuple[np.ndarray, np.ndarray]:
-    """W in float64, and the sum of its terms' magnitudes, by which roundings are judged."""
-    terms = Terms.of(w)
-    # A ramp's middle goes into the offset: its terms are the step's multiples.
-    ramp = w.bits == 8
-    size = np.abs(terms.table).max(1, keepdims=True) * terms.scales if ramp else np.abs(terms.scaled)
-    return terms.scaled + terms.shift, size + np.abs(terms.shift)
-
 
 def matrix(w: QuantizedTensor) -> Matrix:
     return Matrix(w.codes if isinstance(w.codes, tuple) else (w.codes,), w.lut, w.scales, w.offsets)
@@ -84,10 +41,6 @@ def matrix(w: QuantizedTensor) -> Matrix:
 def product(x: jax.Array, w: QuantizedTensor) -> jax.Array:
     (y,) = lut_products(x, [matrix(w)], bits=w.bits, group_size=w.group_size)
     return y
-
-
-def rows(*shape: int, dtype: Any = jnp.bfloat16, seed: int = 7) -> jax.Array:
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
 
 
 def in_registers(x: jax.Array, w: QuantizedTensor) -> bool:
@@ -107,29 +60,17 @@ def is_rounded(x: jax.Array, w: QuantizedTensor) -> bool:
 
 
 def check(y: jax.Array, x: jax.Array, w: QuantizedTensor) -> None:
-    """Every element within the rounding of its dtype and of float32 sums, relative to the terms of the sum."""
-    assert y.dtype == x.dtype and y.shape == (x.shape[0], w.shape[0])
-    dense, magnitude = exact(w)
-    slack = 0.0
-    if is_rounded(x, w):
-        slack = 4 * ULP[str(x.dtype)] / 2 * np.sqrt(np.asarray(x, np.float64) ** 2 @ dense.T**2)
-    wide = np.asarray(x, np.float64)
-    expected = wide @ dense.T
-    # Tensor cores cut the bits that an addition shifts out instead of rounding them: twice the CPU's allowance.
-    slack = slack + 32 * 2.0**-24 * (np.abs(wide) @ magnitude.T)
-    np.testing.assert_array_less(
-        np.abs(np.asarray(y, np.float64) - expected), slack + ULP[str(y.dtype)] * np.abs(expected) + 1e-30
-    )
+    unit = ULP[str(x.dtype)]
+    within(y, x, w, unit, of_weights=2 * unit if is_rounded(x, w) else 0.0)
 
 
 @gpu
-@pytest.mark.parametrize("dtype", HALVES)
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
-@pytest.mark.parametrize("m", [1, 2, 7, 8, 9, 16, 17, 33, 64, 65, 200])
-def test_every_width_and_number_of_rows(m: int, bits: int, dtype: str) -> None:
-    x = rows(m, 352, dtype=dtype)
-    for w in (leaf(37, 352, bits=bits), leaf(37, 352, bits=bits, g=32, offsets=False)):
-        check(product(x, w), x, w)
+@pytest.mark.parametrize("name", CASES)
+def test_the_contract(name: str) -> None:
+    for case in CASES[name]:
+        x, w = case.operands()
+        if CUDA.supports(x, w, "cuda") is None:
+            check(product(x, w), x, w)
 
 
 @gpu
@@ -161,114 +102,35 @@ def test_the_fast_kernel_of_other_groups(m: int, g: int, offsets: bool) -> None:
 
 
 @gpu
-@pytest.mark.parametrize("g", [16, 32, 64, 128, 256, 512, 1000, 2000])
-def test_every_group_size(g: int) -> None:
-    """Several groups a tile and several tiles a group, and a short last one."""
-    for k in (1000, 1184, 1536):
-        if g < k and g & (g - 1):
-            continue
-        w = leaf(24, k, g=g)
-        for m in (1, 3, 40):
-            x = rows(m, k)
-            check(product(x, w), x, w)
-
-
-@gpu
-@pytest.mark.parametrize("bits", [2, 3, 4])
-@pytest.mark.parametrize(
-    "fields",
-    [
-        dict(row_tables=False),
-        dict(offsets=False),
-        dict(scale=jnp.uint8, offsets=False),
-        dict(scale=jnp.uint8),
-        dict(scale=jnp.float32),
-        dict(scale=jnp.float16),
-        dict(scale=jnp.float16, lut=jnp.float16),
-    ],
-    ids=lambda fields: " ".join(f"{k}={getattr(v, '__name__', v)}" for k, v in fields.items()),
-)
-def test_every_kind_of_table_and_scale(bits: int, fields: dict[str, Any]) -> None:
-    w = leaf(21, 224, bits=bits, g=32, **fields)
-    for dtype in HALVES:
-        if fields.get("lut") == jnp.float16 and dtype == "bfloat16":
-            continue
-        for m in (1, 100):
-            x = rows(m, 224, dtype=dtype)
-            check(product(x, w), x, w)
-
-
-@gpu
-@pytest.mark.parametrize("shape", [(1, 1, 1), (3, 5, 31), (2, 17, 33), (65, 3, 70), (1, 9, 4100), (9, 4099, 96)])
-def test_odd_shapes(shape: tuple[int, int, int]) -> None:
-    m, n, k = shape
-    for bits in (2, 3, 4, 8):
-        w, x = leaf(n, k, g=64, bits=bits), rows(m, k)
-        check(product(x, w), x, w)
-
-
-@gpu
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("dtype", HALVES)
 def test_identity_gives_the_weights_within_one_ulp(bits: int, dtype: str) -> None:
-    w = leaf(40, 256, bits=bits)
-    dense, magnitude = exact(w)
-    eye = jnp.eye(256, dtype=dtype)
-    for first, last in ((0, 256), (0, 1), (3, 9), (100, 120), (192, 256)):
-        error = np.abs(np.asarray(product(eye[first:last], w), np.float64).T - dense[:, first:last])
-        unit = ULP[dtype] * np.abs(dense) + 2.0**-22 * magnitude
-        assert (error <= unit[:, first:last]).all()
+    kernel_contract.identity_gives_the_weights_within_one_ulp(product, leaf(40, 256, bits=bits), dtype)
 
 
 @gpu
 def test_results_are_the_same_every_time() -> None:
-    w = leaf(4096, 4096)
-    for m in (1, 8, 30):
-        x = rows(m, 4096)
-        first = np.asarray(product(x, w))
-        for _ in range(5):
-            np.testing.assert_array_equal(product(x, w), first)
+    kernel_contract.results_are_the_same_every_time(product, (1, 8, 30))
 
 
 @gpu
 def test_values_that_are_not_finite_stay_in_their_rows() -> None:
-    for w in (leaf(32, 512), leaf(21, 96, g=32)):
-        k = w.shape[1]
-        scales = w.scales.at[1, 2].set(jnp.inf).at[2, 0].set(jnp.nan)
-        for m in (1, 5):
-            y = np.asarray(product(rows(m, k), dataclasses.replace(w, scales=scales)), np.float32)
-            assert np.isfinite(np.delete(y, [1, 2], axis=1)).all() and not np.isfinite(y[:, [1, 2]]).any()
-            bad = np.asarray(product(rows(m, k).at[0, 5].set(jnp.nan), w), np.float32)
-            assert np.isnan(bad[0]).all() and np.isfinite(bad[1:]).all()
+    kernel_contract.values_that_are_not_finite_stay_in_their_rows(product)
 
 
 @gpu
 def test_more_weights_than_31_bits_count() -> None:
-    """2^31 + 2^17 weights, whose rows lie beyond 2^30 bytes: 16 rows of random codes, the others zero."""
-    n, k = 32768 + 32, 65536
-    small = leaf(32, k)
-    far = jnp.zeros((n, k // 2), jnp.uint8).at[-32:].set(small.codes)
-    fill = lambda a: jnp.zeros((n, *a.shape[1:]), a.dtype).at[-32:].set(a)  # noqa: E731
-    w = dataclasses.replace(
-        small, codes=far, lut=fill(small.lut), scales=fill(small.scales), offsets=fill(small.offsets)
-    )
-    for m in (1, 3):
-        x = rows(m, k)
-        y = product(x, w)
-        check(y[:, -32:], x, small)
-        assert not np.asarray(y[:, :-32]).any()
+    kernel_contract.more_weights_than_31_bits_count(product, check)
 
 
 @gpu
 def test_the_whole_result_is_written() -> None:
-    """The memory that results get was full of NaN a moment ago."""
-    for w in (leaf(4064, 512), leaf(4001, 480, g=32)):
-        for m in (1, 7, 20, 64):
-            x = rows(m, w.shape[1])
-            run = jax.jit(lambda x, w: product(x, w))
-            run(x, w).block_until_ready()
-            jnp.full((64, m, w.shape[0]), jnp.nan, jnp.bfloat16).block_until_ready()
-            check(run(x, w), x, w)
+    kernel_contract.the_whole_result_is_written(product, check)
+
+
+@gpu
+def test_gradients_equal_those_of_xla() -> None:
+    kernel_contract.gradients_equal_those_of_xla("cuda")
 
 
 @gpu
@@ -282,20 +144,6 @@ def test_matmul_takes_it_and_agrees_with_xla() -> None:
     text = jax.jit(matmul).lower(x, w).compile().as_text()
     assert PRODUCT in text and "[64,512]" not in text and "[512,64]" not in text
     assert matmul(x[:0], w, "cuda").shape == (0, 3, 64)
-
-
-@gpu
-def test_gradients_equal_those_of_xla() -> None:
-    w, x = leaf(32, 256), rows(3, 256)
-    tables, codes = partition(w)
-
-    def loss(x, t, backend):
-        return jnp.sin(matmul(x, combine(t, codes), backend).astype(jnp.float32) / 64).sum()
-
-    ours, theirs = (jax.grad(loss, (0, 1))(x, tables, backend) for backend in ("cuda", "xla"))
-    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
-        a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
-        assert np.linalg.norm(a - b) <= 0.02 * np.linalg.norm(b)
 
 
 def lowered(function: Any, *arguments: Any, on: str = "NVIDIA A100-SXM4-80GB") -> str:
@@ -402,6 +250,8 @@ def test_operands_are_refused_before_anything_is_built() -> None:
 
 def test_without_the_library_products_take_xla(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registration, "_register", lambda kind: f"no {kind} library is built")
+    # Nor Pallas's kernels, which would be next.
+    monkeypatch.setattr("pallas_kernels.device.gpu_name", lambda: None)
     w, x = leaf(24, 256), rows(3, 256)
     assert "cuda: no cuda library is built" in explain(x, w, "cuda")
     assert PRODUCT not in lowered(matmul, x, w)

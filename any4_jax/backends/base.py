@@ -24,7 +24,8 @@ class Backend:
         one call that is faster than several; None where there is no such call.
       takes_layers: `prepare`, `run` and `run_together` take a Layer too, and read the matrix where it lies in its
         stack. Others get a copy of it.
-      by_name: it runs where it is asked for by name, and is never chosen.
+      detail: (x, w) -> which of its kernels such a product takes and why, in words, where `supports` has no objection;
+        None for a family of one kernel.
     """
 
     name: str
@@ -34,4 +35,4 @@ class Backend:
     unprepare: Callable[[Any], QuantizedTensor]
     run_together: Callable[[jax.Array, Sequence[Any]], tuple[jax.Array, ...]] | None = None
     takes_layers: bool = False
-    by_name: bool = False
+    detail: Callable[[Any, QuantizedTensor], str] | None = None

@@ -5,6 +5,7 @@ compute capability 8.0 and newer; those of Mosaic GPU, which take over where wgm
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -33,6 +34,22 @@ def _supports(x: Any, w: QuantizedTensor, platform: str) -> str | None:
     return why_not(x.dtype, w.bits, w.group_size, w.shape[-1], w.lut.dtype, scales, offsets)
 
 
+def _problem(x: Any, w: QuantizedTensor) -> Any:
+    from pallas_kernels.choice import Problem
+    from pallas_kernels.device import gpu_name
+
+    (n, k), offsets = w.shape[-2:], None if w.offsets is None else _dtype(w.offsets)
+    dtypes = (x.dtype, w.lut.dtype, _dtype(w.scales), offsets)
+    return Problem(n, k, math.prod(x.shape[:-1]), w.bits, w.group_size, *dtypes, gpu_name() or "")
+
+
+def _detail(x: Any, w: QuantizedTensor) -> str:
+    from pallas_kernels.choice import choose
+
+    choice = choose(_problem(x, w))
+    return f"{choice.kernel}, {choice.reason}"
+
+
 def alternatives(x: Any, w: QuantizedTensor) -> list[tuple[dict[str, Any], Callable[[jax.Array, Any], jax.Array]]]:
     """Every configuration of the chosen kernel that is worth timing: its row for tuned.json, and the product with it.
 
@@ -41,8 +58,6 @@ def alternatives(x: Any, w: QuantizedTensor) -> list[tuple[dict[str, Any], Calla
       w: a weight [N, K] that the backend supports; the products take it or others like it.
     """
     from pallas_kernels import tuning
-    from pallas_kernels.choice import Problem
-    from pallas_kernels.device import gpu_name
     from pallas_kernels.lut_product import lut_product
 
     def product(x: jax.Array, w: QuantizedTensor, choice: Any) -> jax.Array:
@@ -50,9 +65,7 @@ def alternatives(x: Any, w: QuantizedTensor) -> list[tuple[dict[str, Any], Calla
         fields = dict(bits=w.bits, group_size=w.group_size, choice=choice)
         return lut_product(x, codes, w.lut, w.scales, w.offsets, **fields)
 
-    (n, k), offsets = w.shape, None if w.offsets is None else _dtype(w.offsets)
-    dtypes = (x.dtype, w.lut.dtype, _dtype(w.scales), offsets)
-    problem = Problem(n, k, x.shape[0], w.bits, w.group_size, *dtypes, gpu_name() or "")
+    problem = _problem(x, w)
     choices = tuning.candidates(problem)
     return [(tuning.row(problem, choice), functools.partial(product, choice=choice)) for choice in choices]
 
@@ -84,6 +97,5 @@ PALLAS = Backend(
     run=_run,
     prepare=lambda w: w,
     unprepare=lambda arrays: arrays,
-    # Until the contract of its last form has been run through on a GPU.
-    by_name=True,
+    detail=_detail,
 )
