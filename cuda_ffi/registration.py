@@ -3,7 +3,8 @@
 Conventions for a handler:
 - its source lies in csrc/cpu/*.cc (csrc/cuda/*.cu); every such file is compiled into the one library of its kind.
   A file named *_avx512.cc or *_avx2.cc is compiled with that instruction set's flags (build.py, CMakeLists.txt), so it
-  holds nothing that runs on other processors; csrc/cpu/isa.h chooses at run time.
+  holds nothing that runs on other processors; csrc/cpu/isa.h chooses at run time. One named *_sm90a.cu is compiled for
+  Hopper alone, and its kernels are launched nowhere else.
 - it is defined by XLA_FFI_DEFINE_HANDLER_SYMBOL and has a row in `TARGETS`: symbol -> target name.
 - its Python wrapper asks `why_not(kind)` where it may fall back, or calls `register(kind)` and lets it raise, each
   time before `jax.ffi.ffi_call(target, ...)`; both are cheap once done.

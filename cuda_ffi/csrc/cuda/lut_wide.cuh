@@ -98,10 +98,10 @@ __device__ __forceinline__ void Finish(const WideMaps& maps, const WideGrid& gri
 // A warpgroup copies, the others multiply. Of these, each decodes a step while the tensor cores work on the one before.
 //
 // What limits it (H100, 8192 x 8192, 2048 rows of x): tensor cores are busy 80% of the time, in cuBLAS's product 97%. A
-// warp takes 180 instructions a step, 120 of them on the pipe that permutes bytes, which is 37% busy; it waits 2.3
-// clocks an instruction for those before, and two warps a scheduler are too few to fill that. Without decoding 87% are
-// reached. Slower were: warpgroups that take turns by barriers, decoding between the products of a step, a ring of
-// stages for the codes alone, and blocks that don't share x.
+// warp takes some 170 instructions a step, two thirds of them on the pipe that permutes bytes, which is 37% busy; it
+// waits 2.3 clocks an instruction for those before, and two warps a scheduler are too few to fill that. Without
+// decoding 87% are reached. No faster were: warpgroups that take turns by barriers, decoding between the products of a
+// step, a ring of stages for the codes alone, and blocks that don't share x.
 template <typename T, typename Of>
 __global__ void __launch_bounds__(Of::kThreads, 1)
     LutWide(const __grid_constant__ WideMaps maps, const __grid_constant__ LutWeight stack, const WideGrid grid) {
@@ -207,6 +207,7 @@ __global__ void __launch_bounds__(Of::kThreads, 1)
           decode(step, (i + 1) % kTurns);
         }
       }
+      // All have ended; but nvcc 13.0 doesn't see it, and without this makes the loop wait for every single product.
       WaitProducts<0>();
       Pin(sums);
       Finish<T, Of>(maps, grid, sums, shared, tile, first_row, in_block, turn);
