@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_cuda_kernel import gpu, in_registers, leaf, lowered, native, rows
+from kernel_contract import leaf, rows
+from test_cuda_kernel import gpu, in_registers, lowered, native
 
 import any4_jax as a4
 from any4_jax.layer import Layer

@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_cuda_kernel import HALVES, ULP, check, exact, gpu, leaf, lowered, matrix, native, product, rows
+from kernel_contract import HALVES, ULP, exact, leaf, rows
+from test_cuda_kernel import check, gpu, lowered, matrix, native, product
 
 import any4_jax as a4
 from any4_jax.matmul import matmul
