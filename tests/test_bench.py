@@ -154,7 +154,8 @@ def test_gemm_refuses_to_time_a_wrong_result(stream, monkeypatch: pytest.MonkeyP
 def as_on_cuda(stream, monkeypatch: pytest.MonkeyPatch) -> gemm.Gemm:
     """gemm_cuda's loops on whatever is here, over two copies and without torch."""
     monkeypatch.setattr(timing, "STREAM_BYTES", {"cuda": 2**20})
-    monkeypatch.setattr(gemm_cuda, "CUDA", dataclasses.replace(gemm_cuda.CUDA, supports=lambda x, w, platform: None))
+    stand_in = dataclasses.replace(gemm_cuda.CUDA, name="xla", supports=lambda x, w, platform: None)
+    monkeypatch.setattr(gemm_cuda, "CUDA", stand_in)
     monkeypatch.setattr(gemm_cuda, "LEAST_COPIES", 2)
     monkeypatch.setattr(gemm_cuda, "MOST_COPIES", 2)
     monkeypatch.setattr(gemm_cuda, "TURN_S", 1e-6)
@@ -164,7 +165,7 @@ def as_on_cuda(stream, monkeypatch: pytest.MonkeyPatch) -> gemm.Gemm:
 
 def test_gemm_on_cuda_gives_each_product_a_row(as_on_cuda: gemm.Gemm) -> None:
     measured = gemm_cuda.run(as_on_cuda)
-    products = ("4 bits, a table a row", "4 bits, one table", "bfloat16 in XLA")
+    products = ("4 bits in CUDA, a table a row", "4 bits in CUDA, one table", "bfloat16 in XLA")
     assert [(row["m"], row["product"]) for row in measured.rows] == [(3, p) for p in products]
     for row in measured.rows:
         assert row["us"] > 0 and row["call_us"] > 0 and row["speed_ratio_to_cublas"] is None

@@ -14,7 +14,7 @@ from kernel_contract import HALVES, ULP, exact, leaf, rows
 from test_cuda_kernel import check, gpu, lowered, matrix, native, product
 
 import any4_jax as a4
-from any4_jax.matmul import matmul
+from any4_jax.matmul import choose, explain, matmul
 from any4_jax.together import matmul_each
 from cuda_ffi import build
 from cuda_ffi.lut_product_cuda import DEQUANTIZE, PRODUCT, is_wide, on_hopper
@@ -147,3 +147,24 @@ def test_files_for_hopper_alone_are_compiled_for_it_alone() -> None:
     assert build.CUDA_PTX in build.flags("cuda", Path("lut_product.cu"))
     text = (Path(__file__).resolve().parent.parent / "CMakeLists.txt").read_text(encoding="utf-8")
     assert "CUDA_ARCHITECTURES 90a-real" in text and text.count(build.HOPPER_FILES.replace(".", "\\\\.") + "$") == 2
+
+
+@native
+@pytest.mark.parametrize(
+    ("m", "stacked", "on", "taken"),
+    [
+        (64, False, "NVIDIA H100 80GB HBM3", "cuda"),
+        (512, False, "NVIDIA H100 80GB HBM3", "pallas"),
+        (512, True, "NVIDIA H100 80GB HBM3", "cuda"),
+        (512, False, "NVIDIA A100-SXM4-80GB", "cuda"),
+    ],
+)
+def test_many_rows_on_hopper_are_left_to_pallas(m: int, stacked: bool, on: str, taken: str) -> None:
+    """Whose kernel is faster there; but a layer is read where it lies in its stack, which CUDA's kernels can."""
+    x, w = rows(m, 256), leaf(128, 256)
+    operand = a4.layer(jax.tree.map(lambda a: jnp.stack([a, a]), w), 1) if stacked else w
+    device = jax.sharding.AbstractDevice(device_kind=on, num_cores=None, platform="gpu")
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device)):
+        assert choose(x, operand, "cuda").name == taken
+        if not stacked:
+            assert f"{taken}: taken" in explain(x, w, "cuda")

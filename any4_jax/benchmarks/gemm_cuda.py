@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from any4_jax.backends.cuda import launcher
+from any4_jax.backends.cuda import is_one_launch, launcher
 from any4_jax.benchmarks.gemm import Gemm, Measured
 from any4_jax.benchmarks.peers import Torch
 from any4_jax.benchmarks.shapes import random_leaf
@@ -31,9 +31,9 @@ ROWS = (1, 2, 4, 8, 16, 32, 64, 512, 2048)
 LEAST_COPIES, MOST_COPIES = 4, 128
 # torch's int4 product is for decoding: with 2048 rows it takes 25 times as long as a dense one.
 MOST_ROWS_OF_INT4 = 64
-# The kernel of "a table a row" in a graph that is captured without XLA, as torch's are: in XLA's graphs a product takes
-# about a microsecond longer. For as many rows of x as it is one kernel.
-ALONE, MOST_ROWS_ALONE = "4 bits, a table a row, without XLA", 64
+# The same in a graph that is captured without XLA, as torch's are: in XLA's graphs a product takes half a microsecond
+# to one longer.
+ALONE = "4 bits in CUDA, a table a row, without XLA"
 # A turn of a candidate takes about so long.
 TURN_S = 0.006
 # And so long a trip of its loop, whose body goes through the weights more than once where they are few: from one trip
@@ -95,20 +95,22 @@ def _ours(config: Gemm, n: int, k: int) -> dict[tuple[str, int], tuple[float, fl
     """(product, m) -> seconds in a loop and as a call, and bytes of the weight."""
     few = _number(config, n * k * config.bits // 8)
     leaf = functools.partial(random_leaf, n=n, k=k, bits=config.bits, group_size=config.group_size)
-    products = [
-        _Product(f"{config.bits} bits, {words}", matmul, [leaf(seed, own=own) for seed in range(few)])
-        for words, own in (("a table a row", True), ("one table", False))
-    ]
-    dense = [jax.random.normal(jax.random.key(i), (n, k), jnp.bfloat16) for i in range(_number(config, 2 * n * k))]
-    products.append(_Product("bfloat16 in XLA", _dense, dense))
-    if PALLAS.supports(jax.ShapeDtypeStruct((1, k), jnp.bfloat16), products[0].copies[0], "cuda") is None:
-        in_pallas = functools.partial(matmul, backend="pallas")
-        products.append(_Product(f"{config.bits} bits in Pallas, a table a row", in_pallas, products[0].copies))
-    reason = CUDA.supports(jax.ShapeDtypeStruct((1, k), jnp.bfloat16), products[0].copies[0], "cuda")
+    own, shared = ([leaf(seed, own=each) for seed in range(few)] for each in (True, False))
+    rows = jax.ShapeDtypeStruct((1, k), jnp.bfloat16)
+    reason = CUDA.supports(rows, own[0], "cuda")
     if reason is not None:
         raise RuntimeError(
             f"the CUDA kernels can't do {n} x {k}: {reason}; leave --platform cuda out for other backends"
         )
+    in_cuda, in_pallas = (functools.partial(matmul, backend=backend.name) for backend in (CUDA, PALLAS))
+    dense = [jax.random.normal(jax.random.key(i), (n, k), jnp.bfloat16) for i in range(_number(config, 2 * n * k))]
+    products = [
+        _Product(f"{config.bits} bits in CUDA, a table a row", in_cuda, own),
+        _Product(f"{config.bits} bits in CUDA, one table", in_cuda, shared),
+        _Product("bfloat16 in XLA", _dense, dense),
+    ]
+    if PALLAS.supports(rows, own[0], "cuda") is None:
+        products.insert(2, _Product(f"{config.bits} bits in Pallas, a table a row", in_pallas, own))
     inputs = {m: jax.random.normal(jax.random.key(m), (m, k), jnp.bfloat16) for m in config.m}
     jobs = [(product, m) for m in config.m for product in products]
     # Where XLA tries kernels of its own while it compiles, it does so for one program at a time.
@@ -191,7 +193,7 @@ def _theirs(
             seconds = torch.int4(n, k, rows, _number(config, few), config.rounds, config.group_size)
             taken |= {("int4 by torch", m): (s, few) for m, s in zip(rows, seconds, strict=True)}
         if config.bits == 4:
-            rows = tuple(m for m in config.m if m <= MOST_ROWS_ALONE)
+            rows = tuple(m for m in config.m if is_one_launch(m))
             seconds = torch.few_bits(launcher(), n, k, rows, _number(config, few), config.rounds, config.group_size)
             taken |= {(ALONE, m): (s, few + 32 * n) for m, s in zip(rows, seconds, strict=True)}
     except torch.out_of_memory():
