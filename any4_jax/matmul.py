@@ -185,14 +185,8 @@ def stored(w: QuantizedTensor | Layer) -> QuantizedTensor:
 
 
 def choose(x, w: QuantizedTensor | Layer, platform: str) -> Backend:
-    """The first backend that can do the product on a platform, unless it yields to another that can."""
-    able = [b for b in BACKENDS if b.supports(x, stored(w), platform) is None]
-    first = able[0]
-    # A layer stays with a backend that reads it where it lies.
-    if first.yields_to is None or isinstance(w, Layer):
-        return first
-    faster = first.yields_to(x, w)
-    return next((b for b in able if b.name == faster), first)
+    """The first backend that can do the product on a platform."""
+    return next(b for b in BACKENDS if b.supports(x, stored(w), platform) is None)
 
 
 def operand(kernel: Backend, w) -> Any:

@@ -14,8 +14,7 @@ from kernel_contract import HALVES, ULP, exact, leaf, rows
 from test_cuda_kernel import check, gpu, lowered, matrix, native, product
 
 import any4_jax as a4
-from any4_jax.layer import Layer
-from any4_jax.matmul import choose, explain, matmul
+from any4_jax.matmul import matmul
 from any4_jax.together import matmul_each
 from cuda_ffi import build
 from cuda_ffi.lut_product_cuda import DEQUANTIZE, PRODUCT, is_wide, on_hopper
@@ -148,25 +147,3 @@ def test_files_for_hopper_alone_are_compiled_for_it_alone() -> None:
     assert build.CUDA_PTX in build.flags("cuda", Path("lut_product.cu"))
     text = (Path(__file__).resolve().parent.parent / "CMakeLists.txt").read_text(encoding="utf-8")
     assert "CUDA_ARCHITECTURES 90a-real" in text and text.count(build.HOPPER_FILES.replace(".", "\\\\.") + "$") == 2
-
-
-@native
-@pytest.mark.parametrize(
-    ("m", "stacked", "on", "taken"),
-    [
-        (64, False, "NVIDIA H100 80GB HBM3", "cuda"),
-        (512, False, "NVIDIA H100 80GB HBM3", "pallas"),
-        (512, True, "NVIDIA H100 80GB HBM3", "cuda"),
-        (512, False, "NVIDIA A100-SXM4-80GB", "cuda"),
-    ],
-)
-def test_many_rows_on_hopper_are_left_to_pallas(m: int, stacked: bool, on: str, taken: str) -> None:
-    """Whose kernel is faster there; but a layer is read where it lies in its stack, which CUDA's kernels can."""
-    x, w = jax.ShapeDtypeStruct((m, 4096), jnp.bfloat16), jax.eval_shape(lambda: leaf(4096, 4096))
-    stack = jax.eval_shape(lambda: jax.tree.map(lambda a: jnp.stack([a, a]), leaf(4096, 4096)))
-    device = jax.sharding.AbstractDevice(device_kind=on, num_cores=None, platform="gpu")
-    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device)):
-        if stacked:
-            assert choose(x, Layer(stack, jnp.int32(1)), "cuda").name == taken
-        else:
-            assert choose(x, w, "cuda").name == taken and f"{taken}: taken" in explain(x, w, "cuda")

@@ -26,7 +26,6 @@ class Backend:
         stack. Others get a copy of it.
       detail: (x, w) -> which of its kernels such a product takes and why, in words, where `supports` has no objection;
         None for a family of one kernel.
-      yields_to: (x, w) -> the name of a backend that is faster for such a product and takes it if it can, or None.
     """
 
     name: str
@@ -37,4 +36,3 @@ class Backend:
     run_together: Callable[[jax.Array, Sequence[Any]], tuple[jax.Array, ...]] | None = None
     takes_layers: bool = False
     detail: Callable[[Any, QuantizedTensor], str] | None = None
-    yields_to: Callable[[Any, QuantizedTensor], str | None] | None = None

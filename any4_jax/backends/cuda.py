@@ -1,6 +1,5 @@
 """The CUDA product of `cuda_ffi` as a backend: it reads weights as they are stored; preparing one changes nothing."""
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -8,7 +7,6 @@ import jax
 import jax.numpy as jnp
 
 from any4_jax import weights
-from any4_jax.backends import pallas
 from any4_jax.backends.base import Backend
 from any4_jax.layer import Layer
 from any4_jax.weights import QuantizedTensor
@@ -62,15 +60,6 @@ def _matrix(w: QuantizedTensor | Layer) -> Any:
     return Matrix(codes, leaf.lut, scales, offsets)
 
 
-def _yields_to(x: Any, w: QuantizedTensor) -> str | None:
-    """Where wgmma pays, Pallas's kernel keeps the tensor cores busy for 89 % of the time, csrc's lut_wide for 80 %."""
-    from cuda_ffi.lut_product_cuda import MOST_ROWS, on_hopper
-
-    if math.prod(x.shape[:-1]) <= MOST_ROWS or not on_hopper() or pallas.PALLAS.supports(x, w, "cuda") is not None:
-        return None
-    return "pallas" if pallas.kernel(x, w) == "mosaic_wide" else None
-
-
 def is_one_launch(m: int) -> bool:
     """Whether a product with m rows of x is one kernel here, and not W decoded to memory for XLA's product."""
     from cuda_ffi.lut_product_cuda import MOST_ROWS, on_hopper
@@ -98,5 +87,4 @@ CUDA = Backend(
     unprepare=lambda arrays: arrays,
     run_together=_run_together,
     takes_layers=True,
-    yields_to=_yields_to,
 )

@@ -43,13 +43,6 @@ def _problem(x: Any, w: QuantizedTensor) -> Any:
     return Problem(n, k, math.prod(x.shape[:-1]), w.bits, w.group_size, *dtypes, gpu_name() or "")
 
 
-def kernel(x: Any, w: QuantizedTensor) -> str:
-    """The name of the kernel that does a product which the backend supports."""
-    from pallas_kernels.choice import choose
-
-    return choose(_problem(x, w)).kernel
-
-
 def _detail(x: Any, w: QuantizedTensor) -> str:
     from pallas_kernels.choice import choose
 

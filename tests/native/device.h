@@ -23,7 +23,7 @@ class Device {
     Need(cudaMemset(data_, 0xFF, Bytes()), "memset");
   }
   explicit Device(const std::vector<T>& values) : Device(values.size()) {
-    Need(cudaMemcpy(data_, values.data(), Bytes(), cudaMemcpyHostToDevice), "copy");
+    Need(cudaMemcpy(data_, values.data(), count_ * sizeof(T), cudaMemcpyHostToDevice), "copy");
   }
   Device(const Device&) = delete;
   ~Device() { cudaFree(data_); }
