@@ -2,10 +2,6 @@
 
 import dataclasses
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -24,6 +20,7 @@ from float_models import (
     linen_pair,
     run,
 )
+from new_process import run_python
 
 import any4_jax as a4
 from any4_jax.checkpoint import store
@@ -56,26 +53,8 @@ np.savez(out, **{kind: run(a4.load(paths[kind], into=into[kind])) for kind in pa
 """
 
 
-def python(code: str, *arguments: object, devices: int = 1) -> None:
-    """Runs code in a new process, in the folder of this file."""
-    flags = {"JAX_PLATFORMS": "cpu"}
-    if devices > 1:
-        flags["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
-    here = Path(__file__).resolve().parent
-    paths = os.pathsep.join([str(here.parent), str(here)])
-    done = subprocess.run(
-        [sys.executable, "-c", code, *map(str, arguments)],
-        env=os.environ | flags | {"PYTHONPATH": paths},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-
-
 def test_every_kind_computes_the_same_in_a_new_process(saved, tmp_path) -> None:
-    python(NEW_PROCESS, *(saved[kind][1] for kind in ("linen", "nnx", "hf")), tmp_path / "out.npz")
+    run_python(NEW_PROCESS, *(saved[kind][1] for kind in ("linen", "nnx", "hf")), tmp_path / "out.npz")
     found = np.load(tmp_path / "out.npz")
     for kind, (model, _) in saved.items():
         np.testing.assert_allclose(found[kind], run(model), rtol=1e-6, err_msg=kind)
@@ -186,7 +165,7 @@ a4.save(sys.argv[3], model)
 def test_one_device_to_two_and_back(saved, tmp_path) -> None:
     model, path = saved["linen"]
     np.save(tmp_path / "y.npy", run(model))
-    python(TWO_DEVICES, path, tmp_path / "y.npy", tmp_path / "two", devices=2)
+    run_python(TWO_DEVICES, path, tmp_path / "y.npy", tmp_path / "two", devices=2)
     back = a4.load(tmp_path / "two", into=linen_pair())
     assert_same_contents(back, model)
     assert recipe_of(back) == recipe_of(model)
