@@ -79,7 +79,7 @@ def hf_model():
 
 def run(model) -> np.ndarray:
     if isinstance(model, tuple):
-        return np.asarray(model[0].apply(model[1], X))
+        return np.asarray(jax.jit(model[0].apply)(model[1], X))
     if isinstance(model, nnx.Module):
         return np.asarray(model(X))
     return np.asarray(model.generate(IDS, max_new_tokens=6, do_sample=False, eos_token_id=None).sequences)
