@@ -8,14 +8,13 @@ INSTALL_INPUTS := pyproject.toml CMakeLists.txt $(wildcard cuda_ffi/csrc/*/*.* c
 # Most of a test's time is XLA compiling, much of it the same programs in several files: a file stays on one worker, and
 # the workers share a cache that lives for the run (an older one might be of another processor). Bytecode goes there too,
 # since where Python may not write any each process compiles jax's modules anew, in seven seconds.
-# LLVM's least optimisation compiles a program in two thirds of the time, and jax 0.10.2, the last for Python 3.11, in two
-# thirds of that without MLIR; flags in XLA_FLAGS go before these. The second run takes the emitters that users have.
-PYTEST = cache=$$(mktemp -d) && trap 'rm -rf "$$cache"' EXIT && JAX_PLATFORMS=cpu JAX_COMPILATION_CACHE_DIR="$$cache/xla" \
-	PYTHONDONTWRITEBYTECODE= PYTHONPYCACHEPREFIX="$$cache/python" \
-	XLA_FLAGS="$(FASTER_XLA) $$($(1) -c 'import sys; print("$(OLD_XLA)" * (sys.version_info < (3, 12)))') $$XLA_FLAGS" \
-	JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0.3 $(1) -m pytest -n auto --dist loadfile
-FASTER_XLA := --xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1
-OLD_XLA := --xla_cpu_use_fusion_emitters=false
+# LLVM's least optimisation compiles a program in two thirds of the time, and in jax 0.10.2, the last for Python 3.11, the
+# emitters without MLIR in two thirds of that; the second run takes those that users have. What is in XLA_FLAGS goes first.
+XLA = --xla_backend_optimization_level=0 \
+	$$($(1) -c 'import sys; print("--xla_cpu_use_fusion_emitters=false" * (sys.version_info < (3, 12)))')
+PYTEST = cache=$$(mktemp -d) && trap 'rm -rf "$$cache"' EXIT && JAX_PLATFORMS=cpu XLA_FLAGS="$(XLA) $$XLA_FLAGS" \
+	JAX_COMPILATION_CACHE_DIR="$$cache/xla" JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0 \
+	PYTHONDONTWRITEBYTECODE= PYTHONPYCACHEPREFIX="$$cache/python" $(1) -m pytest -n auto --dist loadfile
 # What depends on the versions of jax and flax.
 CORE := $(patsubst %,tests/test_%.py,formats scaling packing weights matmul statistics clustering methods any4 surgery \
 	llama generate checkpoint_model linen swapping nnx pallas_kernel)
