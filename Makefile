@@ -39,8 +39,7 @@ help:
 	@echo "make demo      quantize a real small model to 4 bits, compare, generate, save and load"
 	@echo "make test      format check, lint, types, all tests; the core tests again on the newest Python"
 	@echo "make lint      format check, lint and types only"
-	@echo "make sanitize  the C++ kernels under the address, undefined-behaviour and thread sanitizers, two minutes;"
-	@echo "               and where there is a GPU the CUDA kernels under compute-sanitizer"
+	@echo "make sanitize  the C++ kernels under sanitizers, two minutes; where there is a GPU the CUDA kernels too"
 	@echo "make clean     remove the virtual environments, caches and build products"
 
 demo: .venv/demo.stamp
