@@ -2,16 +2,19 @@
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.NOTPARALLEL:
-.PHONY: help demo test test-newest sanitize lint clean
+.PHONY: help demo test test-newest newest sanitize lint clean
 
 INSTALL_INPUTS := pyproject.toml CMakeLists.txt $(wildcard cuda_ffi/csrc/*/*.* cuda_ffi/csrc/xla/ffi/api/*.h)
 # Most of a test's time is XLA compiling, much of it the same programs in several files: a file stays on one worker, and
-# the workers share a cache that lives for the run (an older one might be of another processor).
-# LLVM's least optimisation compiles a program in two thirds of the time; a level in XLA_FLAGS goes before it.
-PYTEST = cache=$$(mktemp -d) && trap 'rm -rf "$$cache"' EXIT && JAX_PLATFORMS=cpu JAX_COMPILATION_CACHE_DIR="$$cache" \
-	XLA_FLAGS="--xla_backend_optimization_level=0 $$XLA_FLAGS" \
-	JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0.3 $(1) -m pytest -n auto --dist loadfile
+# the workers share a cache that lives for the run (an older one might be of another processor). Bytecode goes there too,
+# since where Python may not write any each process compiles jax's modules anew, in seven seconds.
+# LLVM's least optimisation compiles a program in two thirds of the time, and in jax 0.10.2, the last for Python 3.11, the
+# emitters without MLIR in two thirds of that; the second run takes those that users have. What is in XLA_FLAGS goes first.
+XLA = --xla_backend_optimization_level=0 \
+	$$($(1) -c 'import sys; print("--xla_cpu_use_fusion_emitters=false" * (sys.version_info < (3, 12)))')
+PYTEST = cache=$$(mktemp -d) && trap 'rm -rf "$$cache"' EXIT && JAX_PLATFORMS=cpu XLA_FLAGS="$(XLA) $$XLA_FLAGS" \
+	JAX_COMPILATION_CACHE_DIR="$$cache/xla" JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0 \
+	PYTHONDONTWRITEBYTECODE= PYTHONPYCACHEPREFIX="$$cache/python" $(1) -m pytest -n auto --dist loadfile
 # What depends on the versions of jax and flax.
 CORE := $(patsubst %,tests/test_%.py,formats scaling packing weights matmul statistics clustering methods any4 surgery \
 	llama generate checkpoint_model linen swapping nnx pallas_kernel)
@@ -36,17 +39,20 @@ help:
 	@echo "make demo      quantize a real small model to 4 bits, compare, generate, save and load"
 	@echo "make test      format check, lint, types, all tests; the core tests again on the newest Python"
 	@echo "make lint      format check, lint and types only"
-	@echo "make sanitize  the C++ kernels under the address, undefined-behaviour and thread sanitizers, two minutes;"
-	@echo "               and where there is a GPU the CUDA kernels under compute-sanitizer"
+	@echo "make sanitize  the C++ kernels under sanitizers, two minutes; where there is a GPU the CUDA kernels too"
 	@echo "make clean     remove the virtual environments, caches and build products"
 
 demo: .venv/demo.stamp
 	@.venv/bin/any4 demo
 
-test: lint
+# With --jobs=2 what here is one core's work, unpacking packages and checking types, goes beside the compilers.
+test: lint .venv/native.stamp newest
 	@[ -n "$$($(NEWEST_IF_OTHER))" ] || echo "one run only: no Python 3.12 or newer was found beside the one of .venv"
 	@$(call PYTEST,.venv/bin/python)
 	@[ -z "$$($(NEWEST_IF_OTHER))" ] || $(MAKE) --no-print-directory test-newest
+
+newest: .venv/bin/python
+	@[ -z "$$($(NEWEST_IF_OTHER))" ] || $(MAKE) --no-print-directory .venv-newest/dev.stamp
 
 test-newest: .venv-newest/dev.stamp
 	@$(call PYTEST,.venv-newest/bin/python) -m "not slow and not sanitize" $(CORE)
@@ -79,9 +85,15 @@ clean:
 	@.venv/bin/python $(PIP) install $(ONE_GPU) -e .
 	@touch $@
 
-# Without bytecode, of which tests need little, and in .venv-newest without the C++ library: two minutes less. There the
-# jnp bodies, which the first run seldom takes, are what is tested.
+# Without bytecode, of which tests need little: a minute less. Without the native libraries, which lint doesn't need;
+# in .venv-newest the jnp bodies, which the first run seldom takes, are what is tested.
 %/dev.stamp: $(INSTALL_INPUTS) | %/bin/python
 	@echo "installing any4_jax and its development tools into $*"
-	@$*/bin/python $(PIP) install --no-compile $(if $(findstring newest,$*),-C wheel.cmake=false,$(ONE_GPU)) -e '.[dev]'
-	@touch $@ $*/demo.stamp
+	@$*/bin/python $(PIP) install --no-compile -C wheel.cmake=false -e '.[dev]'
+	@rm -f $*/demo.stamp
+	@touch $@
+
+.venv/native.stamp: .venv/dev.stamp
+	@echo "compiling its native libraries"
+	@.venv/bin/python $(PIP) install --no-compile --no-deps $(ONE_GPU) -e .
+	@touch $@ .venv/demo.stamp

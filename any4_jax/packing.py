@@ -6,6 +6,8 @@ k // (8/b): the first code of a byte sits in its lowest bits. The last byte is f
 Kernels that want another order derive it from this one when a weight is put on a device.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -33,6 +35,8 @@ def padding(count: int, bits: int) -> int:
     return plane_bytes(count, width) * 8 // width - count
 
 
+# Outside of a program one that is compiled, in place of a dozen for each new shape.
+@functools.partial(jax.jit, static_argnames="bits", inline=True)
 def pack(codes: jax.Array, bits: int) -> Planes:
     """Packs codes.
 
@@ -57,6 +61,7 @@ def pack(codes: jax.Array, bits: int) -> Planes:
     return planes[0] if len(planes) == 1 else tuple(planes)
 
 
+@functools.partial(jax.jit, static_argnames=("bits", "count"), inline=True)
 def unpack(planes: Planes, bits: int, count: int) -> jax.Array:
     """The inverse of `pack`: uint8 [..., count] codes from uint8 planes."""
     arrays = planes if isinstance(planes, tuple) else (planes,)

@@ -2,120 +2,33 @@
 
 import dataclasses
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from flax import linen, nnx
-from jax.sharding import AbstractMesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from float_models import (
+    ABSTRACT,
+    CONFIG,
+    FLOAT,
+    NF,
+    LinenNet,
+    NNXNet,
+    abstract_linen,
+    assert_same_contents,
+    linen_pair,
+    run,
+)
+from new_process import run_python
 
 import any4_jax as a4
 from any4_jax.checkpoint import store
-from any4_jax.checkpoint.into import placement
 from any4_jax.cli import main
-from any4_jax.methods import NF4, Int, quantize
+from any4_jax.methods import Int
 from any4_jax.models import flax_llama
-from any4_jax.models.hf_flax import with_params
 from any4_jax.models.tiny import random_llama
 from any4_jax.surgery import kind_of, quantized_leaves, recipe_of
-from any4_jax.weights import ScaleInput, Sum
-
-NF = NF4(group_size=16)
-X = np.random.default_rng(0).normal(size=(2, 24)).astype(np.float32)
-IDS = np.arange(1, 6, dtype=np.int32)[None]
-CONFIG = {
-    "model_type": "llama",
-    "vocab_size": 32,
-    "hidden_size": 32,
-    "intermediate_size": 32,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 4,
-    "max_position_embeddings": 32,
-    "rope_theta": 5e5,
-    "pad_token_id": 0,
-}
-
-
-class LinenNet(linen.Module):
-    """The kernel of `first` has names for its axes."""
-
-    @linen.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        init = linen.with_partitioning(linen.initializers.lecun_normal(), ("embed", "mlp"))
-        x = linen.Dense(24, kernel_init=init, name="first")(x)
-        x = linen.BatchNorm(use_running_average=True, name="norm")(x)
-        return linen.Dense(7, use_bias=False, name="last")(linen.relu(x))
-
-
-class NNXNet(nnx.Module):
-    """A layer in two places, a variable that is no parameter, and random numbers."""
-
-    def __init__(self, rngs: nnx.Rngs) -> None:
-        self.first = nnx.Linear(24, 24, rngs=rngs)
-        self.rest = nnx.List([self.first, nnx.Linear(24, 7, use_bias=False, rngs=rngs)])
-        self.norm = nnx.BatchNorm(24, use_running_average=True, rngs=rngs)
-        self.dropout = nnx.Dropout(0.5, rngs=rngs)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        x = self.norm(self.first(x))
-        for layer in self.rest:
-            x = layer(nnx.relu(x))
-        return x
-
-
-def linen_pair() -> tuple:
-    net = LinenNet()
-    return net, net.init(jax.random.key(0), X)
-
-
-def abstract_linen() -> tuple:
-    net = LinenNet()
-    return net, jax.eval_shape(net.init, jax.random.key(0), X)
-
-
-def abstract_nnx() -> nnx.Module:
-    return nnx.eval_shape(lambda: NNXNet(nnx.Rngs(1)))
-
-
-def hf_model():
-    """A random FlaxLlama as load_hf_flax makes them, with a base of its rotations that transformers would ignore."""
-    abstract = flax_llama.abstract_flax_llama(CONFIG, jnp.float32)
-    rng = np.random.default_rng(1)
-    draw = lambda leaf: jnp.asarray(rng.normal(0, 0.3, leaf.shape), jnp.float32)  # noqa: E731
-    return with_params(abstract, jax.tree.map(draw, abstract.params))
-
-
-def run(model) -> np.ndarray:
-    if isinstance(model, tuple):
-        return np.asarray(model[0].apply(model[1], X))
-    if isinstance(model, nnx.Module):
-        return np.asarray(model(X))
-    return np.asarray(model.generate(IDS, max_new_tokens=6, do_sample=False, eos_token_id=None).sequences)
-
-
-def assert_same_contents(model, other) -> None:
-    """The same structure, dtypes and bits."""
-    trees = [kind_of(m).tree(m) for m in (model, other)]
-    assert jax.tree.structure(trees[0]) == jax.tree.structure(trees[1])
-    for mine, theirs in zip(*map(jax.tree.leaves, trees), strict=True):
-        assert mine.dtype == theirs.dtype
-        np.testing.assert_array_equal(mine, theirs)
-
-
-FLOAT = {"linen": linen_pair, "nnx": lambda: NNXNet(nnx.Rngs(0)), "hf": hf_model}
-ABSTRACT = {
-    "linen": abstract_linen,
-    "nnx": abstract_nnx,
-    "hf": lambda: flax_llama.abstract_flax_llama(CONFIG, jnp.float32),
-}
 
 
 @pytest.fixture(scope="module")
@@ -133,33 +46,15 @@ NEW_PROCESS = """
 import sys
 import numpy as np
 import any4_jax as a4
-from test_checkpoint_into import abstract_linen, abstract_nnx, run
+from float_models import abstract_linen, abstract_nnx, run
 paths, out = dict(zip(("linen", "nnx", "hf"), sys.argv[1:4])), sys.argv[4]
 into = {"linen": abstract_linen(), "nnx": abstract_nnx(), "hf": None}
 np.savez(out, **{kind: run(a4.load(paths[kind], into=into[kind])) for kind in paths})
 """
 
 
-def python(code: str, *arguments: object, devices: int = 1) -> None:
-    """Runs code in a new process, in the folder of this file."""
-    flags = {"JAX_PLATFORMS": "cpu"}
-    if devices > 1:
-        flags["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
-    here = Path(__file__).resolve().parent
-    paths = os.pathsep.join([str(here.parent), str(here)])
-    done = subprocess.run(
-        [sys.executable, "-c", code, *map(str, arguments)],
-        env=os.environ | flags | {"PYTHONPATH": paths},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-
-
 def test_every_kind_computes_the_same_in_a_new_process(saved, tmp_path) -> None:
-    python(NEW_PROCESS, *(saved[kind][1] for kind in ("linen", "nnx", "hf")), tmp_path / "out.npz")
+    run_python(NEW_PROCESS, *(saved[kind][1] for kind in ("linen", "nnx", "hf")), tmp_path / "out.npz")
     found = np.load(tmp_path / "out.npz")
     for kind, (model, _) in saved.items():
         np.testing.assert_allclose(found[kind], run(model), rtol=1e-6, err_msg=kind)
@@ -231,55 +126,6 @@ def test_boxes_are_put_back_around_all_arrays(saved) -> None:
     assert isinstance(a4.load(saved["linen"][1])["params"]["first"]["kernel"].codes, jax.Array)
 
 
-def shapes(**changes) -> dict:
-    """An abstract tree of two layers, with leaves changed by name; None takes one out."""
-    leaves = {"a": (24, 8), "b": (8,), "c": (8, 4)}
-    struct = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in leaves.items()} | changes
-    layers = {"a": {"kernel": struct["a"], "bias": struct["b"]}, "c": {"kernel": struct["c"]}}
-    kept = {layer: {key: leaf for key, leaf in made.items() if leaf is not None} for layer, made in layers.items()}
-    return kept | {name: leaf for name, leaf in changes.items() if name not in leaves}
-
-
-@pytest.fixture(scope="module")
-def tree(tmp_path_factory) -> tuple[dict, Path]:
-    """A tree of the shapes above, its first layer quantized, and its checkpoint."""
-    rng = np.random.default_rng(2)
-    arrays = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), leaf.dtype), shapes())
-    made = arrays | {"a": arrays["a"] | {"kernel": quantize(arrays["a"]["kernel"].T, NF)}}
-    path = tmp_path_factory.mktemp("tree") / "c"
-    a4.save(path, made)
-    return made, path
-
-
-@pytest.mark.parametrize(
-    "into, said",
-    [
-        (shapes(b=None), "the model has no a.bias"),
-        (shapes(d=jax.ShapeDtypeStruct((3,), jnp.float32)), "they lack d"),
-        (shapes(a=jax.ShapeDtypeStruct((8, 24), jnp.float32)), r"a.kernel is \[8, 24\], need \[24, 8\]"),
-        (shapes(c=jax.ShapeDtypeStruct((4, 4), jnp.float32)), r"c.kernel is \[8, 4\], need \[4, 4\]"),
-        (shapes(b=jax.ShapeDtypeStruct((8,), jnp.bfloat16)), "a.bias is float32, need bfloat16"),
-        ({}, "the model has no a.bias, a.kernel, c.kernel"),
-        ((LinenNet(), shapes(c=None)), "the model has no c.kernel"),
-        ({"x": {str(i): jnp.ones(1) for i in range(9)}}, "they lack x.0, x.1, x.2 and 6 more; the model has no a.bias"),
-    ],
-)
-def test_what_does_not_fit_is_named_before_anything_is_read(into, said: str, tree, monkeypatch) -> None:
-    monkeypatch.setattr(store, "read", lambda *a, **k: pytest.fail("arrays were read"))
-    with pytest.raises(ValueError, match=said) as error:
-        a4.load(tree[1], into=into)
-    assert "\n" not in str(error.value) and str(tree[1]) in str(error.value)
-
-
-def test_an_operator_where_no_dense_layer_is_does_not_fit(tmp_path) -> None:
-    embedding = NNXNet(nnx.Rngs(0))
-    contents = kind_of(embedding).tree(embedding)
-    contents["norm"]["scale"] = quantize(jnp.ones((24, 16)), NF)
-    a4.save(tmp_path / "c", contents)
-    with pytest.raises(ValueError, match=r"norm\.scale is quantized and no kernel of a dense layer"):
-        a4.load(tmp_path / "c", into=embedding)
-
-
 def test_a_llama_goes_into_a_llama_of_its_config(tmp_path) -> None:
     model = a4.quantize_model(random_llama(), NF)
     a4.save(tmp_path / "c", model)
@@ -294,38 +140,12 @@ def test_a_llama_goes_into_a_llama_of_its_config(tmp_path) -> None:
     assert_same_contents(a4.from_arrays(arrays, spec, into=abstract), model)
 
 
-def test_operators_are_split_as_the_kernels_that_they_replace(tree) -> None:
-    made, _ = tree
-    mesh = AbstractMesh((2, 4), ("x", "y"))
-
-    def at(*shape, spec):
-        return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, P(*spec)))
-
-    def specs(wanted, given):
-        names = jax.tree.unflatten(jax.tree.structure(given), [str(i) for i in range(len(jax.tree.leaves(given)))])
-        rule = placement({"k": wanted}, {"k": given}, {"k": names})
-        found = [rule(name, None) for name in jax.tree.leaves(names)]
-        return [sharding and tuple(sharding.spec) for sharding in found]
-
-    leaf = made["a"]["kernel"]  # codes [8, 12], lut [1, 16], scales [8, 2]
-    assert specs(at(24, 8, spec=(None, "x")), leaf) == [("x", None), (None, None), ("x", None)]
-    assert specs(at(24, 8, spec=("y", "x")), leaf) == [("x", "y"), (None, None), ("x", None)]
-    assert specs(at(24, 8, spec=(("x", "y"),)), leaf) == [(None, None), (None, None), (None, None)]
-    scaled = ScaleInput(leaf, jnp.ones(24))
-    assert specs(at(24, 8, spec=("y", "x")), scaled)[-1] == ("y",)
-    split = jax.tree.map(lambda a: at(*a.shape, spec=("x",) if a.shape[0] == 8 else ()), leaf)
-    assert specs(split, leaf) == [("x",), (), ("x",)]
-    assert specs(split, scaled) == [()] * 4
-    assert specs(at(8, spec=("y",)), made["a"]["bias"]) == [("y",)]
-    assert specs(jnp.ones(8), made["a"]["bias"]) == [None]
-
-
 TWO_DEVICES = """
 import sys
 import jax, numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 import any4_jax as a4
-from test_checkpoint_into import LinenNet, abstract_linen, run
+from float_models import LinenNet, abstract_linen, run
 from flax.core import meta
 
 assert len(jax.devices()) == 2
@@ -345,7 +165,7 @@ a4.save(sys.argv[3], model)
 def test_one_device_to_two_and_back(saved, tmp_path) -> None:
     model, path = saved["linen"]
     np.save(tmp_path / "y.npy", run(model))
-    python(TWO_DEVICES, path, tmp_path / "y.npy", tmp_path / "two", devices=2)
+    run_python(TWO_DEVICES, path, tmp_path / "y.npy", tmp_path / "two", devices=2)
     back = a4.load(tmp_path / "two", into=linen_pair())
     assert_same_contents(back, model)
     assert recipe_of(back) == recipe_of(model)
@@ -368,25 +188,6 @@ def test_orbax_alone_keeps_the_arrays_of_a_model(kind: str, saved, tmp_path) -> 
     assert recipe_of(again) == recipe_of(model)
 
 
-def test_arrays_have_the_documented_layout() -> None:
-    w = jnp.asarray(X[:, :20])
-    leaf, byte = quantize(w, NF), quantize(w, Int(3, group_size=8))
-    double = dataclasses.replace(leaf, scales=quantize(leaf.scales, Int(8, zero_point="float")))
-    tree = {"plain": [w], "a": {"kernel": double}, "b": {"kernel": Sum((ScaleInput(byte, w[0]), w))}}
-    arrays, spec = a4.to_arrays(tree)
-    assert set(arrays["a"]["kernel"]) == {"codes", "lut", "scales"}
-    assert set(arrays["a"]["kernel"]["scales"]) == {"codes", "lut", "scales", "offsets"}
-    assert set(arrays["b"]["kernel"]["terms"]) == {"0", "1"} and arrays["plain"]["0"] is w
-    assert set(arrays["b"]["kernel"]["terms"]["0"]["inner"]["codes"]) == {"0", "1"}
-    assert_same_contents(a4.from_arrays(jax.tree.map(np.asarray, arrays), spec), tree)
-    missing = arrays["a"]["kernel"].pop("lut")
-    with pytest.raises(ValueError, match=r"the arrays lack 'a\.kernel/lut' of the spec"):
-        a4.from_arrays(arrays, spec)
-    arrays["a"]["kernel"] |= {"lut": missing, "luts": missing}
-    with pytest.raises(ValueError, match=r"the spec has no array 'a\.kernel\.luts'"):
-        a4.from_arrays(arrays, spec)
-
-
 def test_orbax_alone_reads_the_arrays_of_our_checkpoint(saved) -> None:
     model, path = saved["linen"]
     arrays = path / store.read_manifest(path).data / "arrays"
@@ -395,16 +196,6 @@ def test_orbax_alone_reads_the_arrays_of_our_checkpoint(saved) -> None:
     kernel = kind_of(model).tree(model)["params"]["first"]["kernel"]
     for field in ("codes", "lut", "scales"):
         np.testing.assert_array_equal(found[f"params.first.kernel/{field}"], getattr(kernel, field))
-
-
-def test_orbax_restores_operators_into_an_abstract_tree(tree, tmp_path) -> None:
-    made, _ = tree
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(tmp_path / "c", made)
-        checkpointer.wait_until_finished()
-        back = checkpointer.restore(tmp_path / "c", jax.eval_shape(lambda: made))
-    assert isinstance(back["a"]["kernel"], a4.QuantizedTensor)
-    assert_same_contents(back, made)
 
 
 @pytest.mark.parametrize("kind, layer", [("linen", "params.first.kernel"), ("hf", "q_proj.kernel"), ("nnx", "first")])

@@ -1,15 +1,15 @@
 """Checkpoints of models and trees: equal tokens, recipe and tokenizer, equal bits, no float weights, sharding."""
 
 import dataclasses
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from equality import assert_same
 from flax import nnx
+from new_process import run_python
 
 from any4_jax import weights
 from any4_jax.checkpoint import load, save, store
@@ -22,13 +22,6 @@ from any4_jax.surgery import linears, quantize_model, quantized_leaves
 from any4_jax.weights import PermuteInput, QuantizeInput, ScaleInput, Sum
 
 TOKENS = np.arange(6, dtype=np.int32)[None]
-
-
-def assert_equal_trees(a, b) -> None:
-    assert jax.tree.structure(a) == jax.tree.structure(b)
-    for ours, theirs in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
-        assert ours.dtype == theirs.dtype
-        np.testing.assert_array_equal(ours, theirs)
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +48,7 @@ def test_a_quantized_model_comes_back(quantized: Llama, saved: Path) -> None:
     assert back.recipe == quantized.recipe and hash(back.recipe) == hash(quantized.recipe)
     assert back.tokenizer is None
     assert nnx.split(back)[0] == nnx.split(quantized)[0]
-    assert_equal_trees(nnx.state(back), nnx.state(quantized))
+    assert_same(nnx.state(back), nnx.state(quantized))
     np.testing.assert_array_equal(back(TOKENS), quantized(TOKENS))
 
 
@@ -74,7 +67,7 @@ def test_a_float_model_comes_back(tmp_path: Path) -> None:
     save(tmp_path / "m", model)
     back = load(tmp_path / "m")
     assert back.recipe is None and set(linears(back)) == set(linears(model))
-    assert_equal_trees(nnx.state(back), nnx.state(model))
+    assert_same(nnx.state(back), nnx.state(model))
 
 
 def test_load_reads_and_makes_no_float_weights(quantized: Llama, saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -126,13 +119,13 @@ def test_trees_of_operators_come_back_bit_by_bit(tmp_path: Path) -> None:
     back = load(tmp_path / "tree")
     assert set(back) == set(tree)
     for name in tree:
-        assert_equal_trees(back[name], tree[name])
+        assert_same(back[name], tree[name])
 
 
 def test_prepared_weights_are_saved_as_they_were(tmp_path: Path) -> None:
     leaf = operators()["six bits"]
     save(tmp_path / "tree", {"w": prepare(leaf, "xla")})
-    assert_equal_trees(load(tmp_path / "tree")["w"], leaf)
+    assert_same(load(tmp_path / "tree")["w"], leaf)
 
 
 def test_a_loaded_model_saves_the_same_checkpoint(saved: Path, tmp_path: Path) -> None:
@@ -166,14 +159,7 @@ print("sharded")
 
 def test_arrays_are_restored_onto_a_mesh(quantized: Llama, saved: Path, tmp_path: Path) -> None:
     np.save(tmp_path / "logits.npy", quantized(TOKENS))
-    code = (
-        "import os; os.environ['XLA_FLAGS'] = '--xla_force_host_platform_device_count=2'\n"
-        "os.environ['JAX_PLATFORMS'] = 'cpu'\n" + SHARDED
-    )
-    command = [sys.executable, "-c", code, str(saved), str(tmp_path / "logits.npy")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == "sharded"
+    assert run_python(SHARDED, saved, tmp_path / "logits.npy", devices=2) == "sharded\n"
 
 
 def test_weights_dequantize_the_same(quantized: Llama, saved: Path) -> None:

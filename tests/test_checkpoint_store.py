@@ -4,15 +4,14 @@ import fcntl
 import json
 import os
 import shutil
-import subprocess
 import sys
-import textwrap
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from new_process import run_python
 
 from any4_jax import checkpoint
 from any4_jax.checkpoint import arrays as stored_arrays
@@ -46,23 +45,6 @@ def assert_equal(found, wanted):
 def data_directory(root: Path) -> Path:
     (data,) = root.glob("data-*")
     return data
-
-
-def run(script: str, *arguments: object, devices: int = 1) -> str:
-    environment = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-        "PYTHONPATH": str(Path(__file__).parent.parent),
-    }
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script), *map(str, arguments)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 @pytest.fixture(scope="module")
@@ -350,7 +332,7 @@ def test_other_device_topologies(saved, tmp_path):
         except ValueError as error:
             print(error)
     """
-    printed = run(script, saved, tmp_path / "four", devices=4)
+    printed = run_python(script, saved, tmp_path / "four", devices=4)
     assert "array 'layers.0.q_proj/int4/stack' of shape [2, 1, 7] does not fit" in printed
     loaded = checkpoint.read(tmp_path / "four")[0]["w"]
     assert np.array_equal(loaded, np.arange(24).reshape(3, 8))
@@ -376,4 +358,4 @@ def test_memory_of_a_load_stays_near_the_arrays(tmp_path):
         arrays = checkpoint.read(sys.argv[1])[0]
         print((megabytes("VmHWM") - idle) / (sum(a.nbytes for a in arrays.values()) / 2**20))
     """
-    assert float(run(script, tmp_path / "c")) <= 1.3
+    assert float(run_python(script, tmp_path / "c")) <= 1.3

@@ -107,13 +107,14 @@ def test_accumulates_in_float32() -> None:
 def test_vmap_over_x_and_scan_over_a_stack(name: str) -> None:
     x = rows(3, M)
     w = operator(name)
-    np.testing.assert_allclose(jax.vmap(matmul, (0, None))(x, w), matmul(x, w), rtol=1e-5, atol=1e-5)
+    folded = jax.jit(jax.vmap(matmul, (0, None)))(x, w)
+    np.testing.assert_allclose(folded, jax.jit(matmul)(x, w), rtol=1e-5, atol=1e-5)
     layers = [operator(name, seed) for seed in range(3)]
-    stack = jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
+    stack = jax.tree.map(lambda *leaves: jnp.asarray(np.stack(leaves)), *layers)
     each = np.stack([reference(a, layer) for a, layer in zip(x, layers, strict=True)])
     _, scanned = jax.lax.scan(lambda _, both: (None, matmul(both[0], both[1])), None, (x, stack))
     np.testing.assert_allclose(scanned, each, rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(jax.vmap(matmul)(x, stack), each, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(jax.jit(jax.vmap(matmul))(x, stack), each, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from equality import assert_same
 
 from any4_jax import statistics, weights
 from any4_jax.methods import AF4, CATALOGUE, FP4, MX4, NF4, Any4, Int, Method, quantize
@@ -53,13 +54,6 @@ def run(w: np.ndarray, method: Method):
     return quantize(jnp.asarray(w), method, STATS)
 
 
-def assert_equal_trees(a, b) -> None:
-    assert jax.tree.structure(a) == jax.tree.structure(b)
-    for ours, theirs in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
-        assert ours.dtype == theirs.dtype
-        np.testing.assert_array_equal(ours, theirs)
-
-
 @contract
 def test_shapes_dtypes_and_size(method) -> None:
     q = run(layer(), method)
@@ -77,7 +71,7 @@ def test_shapes_dtypes_and_size(method) -> None:
 
 @contract
 def test_two_runs_give_the_same_bits(method) -> None:
-    assert_equal_trees(run(layer(), method), run(layer(), method))
+    assert_same(run(layer(), method), run(layer(), method))
 
 
 @contract
@@ -85,7 +79,7 @@ def test_row_order_changes_no_bit(method) -> None:
     order = np.random.default_rng(1).permutation(N)
     straight, shuffled = run(layer(), method), run(layer()[order], method)
     rows = jax.tree.map(lambda a: a[order] if a.shape[0] == N else a, straight)
-    assert_equal_trees(shuffled, rows)
+    assert_same(shuffled, rows)
 
 
 @contract
@@ -111,7 +105,7 @@ def test_zero_and_constant_rows_and_groups(method) -> None:
 @pytest.mark.parametrize("method", [Int(group_size=16), NF4(group_size=16), MX4()], ids=repr)
 def test_a_transposed_kernel_is_the_same_layer(method) -> None:
     kernel = jnp.asarray(layer().T)
-    assert_equal_trees(quantize(kernel, method, STATS, transposed=True), run(layer(), method))
+    assert_same(quantize(kernel, method, STATS, transposed=True), run(layer(), method))
 
 
 # MX4's "round" moves 4 * 2^e * 1.5 = 6 * 2^e up a binade, so that its own output isn't on the next grid.

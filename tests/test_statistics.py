@@ -9,6 +9,7 @@ from any4_jax import statistics
 
 K = 6
 update = jax.jit(statistics.update)
+from_activations = jax.jit(statistics.from_activations, static_argnames="samples")
 
 
 def tokens(*shape: int, seed: int = 0) -> np.ndarray:
@@ -32,14 +33,14 @@ def test_equal_to_numpy() -> None:
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_low_precision_activations_are_summed_in_float32(dtype: str) -> None:
     x = jnp.asarray(tokens(5000), dtype)
-    check(statistics.from_activations(x), np.asarray(x, np.float32), rtol=1e-5)
+    check(from_activations(x), np.asarray(x, np.float32), rtol=1e-5)
 
 
 def test_masked_tokens_leave_no_trace() -> None:
     x = tokens(2, 8)
     mask = np.arange(8) < np.array([[8], [3]])
     poisoned = np.where(mask[..., None], x, np.nan)
-    check(statistics.from_activations(poisoned, mask), x[mask])
+    check(from_activations(poisoned, mask), x[mask])
 
 
 def test_batches_and_merge_equal_one_pass() -> None:
@@ -48,7 +49,7 @@ def test_batches_and_merge_equal_one_pass() -> None:
     for part in x:
         running = update(running, part)
     check(running, x.reshape(-1, K))
-    halves = [statistics.from_activations(half) for half in (x[:1], x[1:])]
+    halves = [from_activations(half) for half in (x[:1], x[1:])]
     check(statistics.merge(*halves), x.reshape(-1, K))
 
 
@@ -85,7 +86,7 @@ def test_no_tokens_give_zeros() -> None:
 
 def test_a_sample_is_of_the_tokens_however_they_are_batched() -> None:
     x, mask = tokens(4, 40), np.arange(40) < np.array([[40], [31], [1], [12]])
-    whole = statistics.from_activations(x, mask, samples=16)
+    whole = from_activations(x, mask, samples=16)
     running = statistics.empty(K, samples=16)
     for part, kept in zip(x, mask, strict=True):
         running = update(running, part, kept)
@@ -97,12 +98,12 @@ def test_a_sample_is_of_the_tokens_however_they_are_batched() -> None:
 def test_a_sample_is_even_over_the_tokens() -> None:
     """Of 4000 tokens 1000 are kept: about a quarter of each tenth of them (standard deviation 4.3 in 100)."""
     x = np.arange(4000, dtype=np.float32)[:, None]
-    kept = np.asarray(statistics.from_activations(x, samples=1000).sample)[:, 0]
+    kept = np.asarray(from_activations(x, samples=1000).sample)[:, 0]
     counts = np.histogram(kept, bins=10, range=(0, 4000))[0]
     assert len(set(kept)) == 1000
     assert (abs(counts - 100) < 40).all()
 
 
 def test_a_sample_of_few_tokens_ends_with_zeros() -> None:
-    stats = statistics.merge(*(statistics.from_activations(x, samples=8) for x in tokens(2, 3)))
+    stats = statistics.merge(*(from_activations(x, samples=8) for x in tokens(2, 3)))
     assert (np.abs(np.asarray(stats.sample)).max(axis=1) > 0).tolist() == [True] * 6 + [False] * 2
