@@ -97,11 +97,12 @@ __device__ __forceinline__ void Finish(const WideMaps& maps, const WideGrid& gri
 
 // A warpgroup copies, the others multiply. Of these, each decodes a step while the tensor cores work on the one before.
 //
-// What limits it (H100, 8192 x 8192, 2048 rows of x): tensor cores are busy 80% of the time, in cuBLAS's product 97%. A
-// warp takes some 170 instructions a step, two thirds of them on the pipe that permutes bytes, which is 37% busy; it
-// waits 2.3 clocks an instruction for those before, and two warps a scheduler are too few to fill that. Without
-// decoding 87% are reached. No faster were: warpgroups that take turns by barriers, decoding between the products of a
-// step, a ring of stages for the codes alone, and blocks that don't share x.
+// What limits it (H100, 8192 x 8192, 2048 rows of x; counted when each step loaded its scales, and cuBLAS was 1.3 times
+// as fast, where it is 1.12 times now): tensor cores were busy 80% of the time, in cuBLAS's product 97%. A warp took
+// some 170 instructions a step, two thirds of them on the pipe that permutes bytes, which was 37% busy; it waited 2.3
+// clocks an instruction for those before, and two warps a scheduler are too few to fill that. Without decoding 87% were
+// reached. No faster were: warpgroups that take turns by barriers, decoding between the products of a step, a ring of
+// stages for the codes alone, and blocks that don't share x.
 template <typename T, typename Of>
 __global__ void __launch_bounds__(Of::kThreads, 1)
     LutWide(const __grid_constant__ WideMaps maps, const __grid_constant__ LutWeight stack, const WideGrid grid) {
