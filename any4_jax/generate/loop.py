@@ -12,7 +12,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from any4_jax.generate.sampling import Sampler
 from any4_jax.kv_cache import Cache, CacheFactory, DenseCache
@@ -32,25 +31,23 @@ TokenIds = Sequence[int] | np.ndarray
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Program:
-    """What a compiled step depends on of a model beside its arrays: hashed once, and equal ones are one object.
+    """What a compiled step depends on of a model beside its arrays: compared once, and equal ones are one object.
 
-    To hash a graph definition takes 6 ms for 30 layers and to flatten its state 2 ms, which jax would spend on every
-    call: as long as some steps take.
+    For 32 layers that takes 10 ms, which jax would spend on every call: as long as some steps take. (`nnx.split` takes
+    50, and to hash what it gives 6.)
     """
 
-    graphdef: Any
     treedef: Any
 
     @classmethod
     def of(cls, model: Llama) -> tuple["Program", list[jax.Array]]:
         """The program of a model, and the model's arrays."""
-        graphdef, state = nnx.split(model)
-        leaves, treedef = jax.tree.flatten(state)
-        return _program(graphdef, treedef), leaves
+        leaves, treedef = jax.tree.flatten(model)
+        return _program(treedef), leaves
 
     def model(self, leaves: list[jax.Array]) -> Llama:
         """The model again, with these arrays."""
-        return nnx.merge(self.graphdef, jax.tree.unflatten(self.treedef, leaves))
+        return jax.tree.unflatten(self.treedef, leaves)
 
 
 _program = functools.lru_cache(maxsize=64)(Program)

@@ -7,7 +7,6 @@ Letters: B rows, T tokens, E hidden size (the embedding), V vocabulary, H / Hkv 
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -263,12 +262,11 @@ class Llama(nnx.Module):
             raise TypeError(f"tokens are {tokens.dtype}, and integer token ids are needed; encode the text first")
         if tokens.ndim != 2 or tokens.shape[1] == 0:
             raise ValueError(f"tokens have shape {tokens.shape}, and [batch, length > 0] is needed; add a batch axis")
-        return _logits(*nnx.split(self), tokens)
+        return _logits(self, tokens)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _logits(graphdef: Any, state: Any, tokens: jax.Array) -> jax.Array:
-    model: Llama = nnx.merge(graphdef, state)
+@jax.jit
+def _logits(model: Llama, tokens: jax.Array) -> jax.Array:
     batch, length = tokens.shape
     positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length))
     x, _ = model.decode(tokens, model.init_cache(batch, length), positions)
