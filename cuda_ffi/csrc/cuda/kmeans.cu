@@ -3,9 +3,9 @@
 
 #include <math_constants.h>
 
+#include "device.h"
 #include "kmeans_exact.cuh"
 #include "kmeans_sort.cuh"
-#include "lut_launch.h"
 
 namespace any4 {
 namespace {

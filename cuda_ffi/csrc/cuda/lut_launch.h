@@ -27,8 +27,6 @@ struct LutLaunch {
   LutBatch Batch(int64_t rows) const;
 };
 
-int Multiprocessors();
-
 // Warps that share a block's inputs: few blocks need more warps each to fill the multiprocessors, of which each has
 // room for `resident` warps of the kernel. A divisor of kShares, and no more than there are turns.
 int WarpsOfBlock(int64_t blocks, int64_t turns, int resident);

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 
+#include "device.h"
 #include "lut_general.cuh"
 #include "lut_launch.h"
 #include "lut_wide.h"
@@ -73,13 +74,6 @@ LutBatch LutLaunch::Batch(int64_t rows) const {
     batch.ends[i] = static_cast<unsigned>(blocks += (ws[i].n + rows - 1) / rows);
   }
   return batch;
-}
-
-int Multiprocessors() {
-  int device = 0, count = 1;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
-  return count;
 }
 
 int WarpsOfBlock(int64_t blocks, int64_t turns, int resident) {

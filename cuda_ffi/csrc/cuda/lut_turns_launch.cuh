@@ -1,6 +1,7 @@
 // Chooses the instance of LutTurns and its grid. Included by several files, so that they compile at once.
 #pragma once
 
+#include "device.h"
 #include "lut_launch.h"
 #include "lut_turns.cuh"
 

@@ -5,16 +5,10 @@
 
 #include <climits>
 
+#include "device.h"
+
 namespace any4 {
 namespace {
-
-bool IsHopper() {
-  int device = 0, major = 0, minor = 0;
-  return cudaGetDevice(&device) == cudaSuccess &&
-         cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
-         cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) == cudaSuccess && major == 9 &&
-         minor == 0;
-}
 
 // Of the driver, whose library isn't linked: a machine without a GPU has none.
 PFN_cuTensorMapEncodeTiled_v12000 FindEncoder() {

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <atomic>
 
+#include "device.h"
 #include "lut_launch.h"
 #include "lut_wide.cuh"
 #include "lut_wide.h"

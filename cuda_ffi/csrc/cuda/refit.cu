@@ -1,7 +1,7 @@
 // A block refits one row after another: a warp takes a group, all of them the table.
 #include <algorithm>
 
-#include "lut_launch.h"
+#include "device.h"
 #include "refit_group.cuh"
 
 namespace any4 {
