@@ -9,7 +9,7 @@ INSTALL_INPUTS := pyproject.toml CMakeLists.txt $(wildcard cuda_ffi/csrc/*/*.* c
 # the workers share a cache that lives for the run (an older one might be of another processor). Bytecode goes there too,
 # since where Python may not write any each process compiles jax's modules anew, in seven seconds.
 # LLVM's least optimisation compiles a program in two thirds of the time, and in jax 0.10.2, the last for Python 3.11, the
-# emitters without MLIR in two thirds of that; the second run takes those that users have. What is in XLA_FLAGS goes first.
+# emitters without MLIR in two thirds of that; the second run takes those that users have. What is in XLA_FLAGS wins.
 XLA = --xla_backend_optimization_level=0 \
 	$$($(1) -c 'import sys; print("--xla_cpu_use_fusion_emitters=false" * (sys.version_info < (3, 12)))')
 PYTEST = cache=$$(mktemp -d) && trap 'rm -rf "$$cache"' EXIT && JAX_PLATFORMS=cpu XLA_FLAGS="$(XLA) $$XLA_FLAGS" \

@@ -31,8 +31,8 @@ ROWS = (1, 2, 4, 8, 16, 32, 64, 512, 2048)
 LEAST_COPIES, MOST_COPIES = 4, 128
 # torch's int4 product is for decoding: with 2048 rows it takes 25 times as long as a dense one.
 MOST_ROWS_OF_INT4 = 64
-# The same in a graph that is captured without XLA, as torch's are: in XLA's graphs a product takes half a microsecond
-# to one longer.
+# The first of these in a graph that is captured without XLA, as torch's are: in XLA's graphs a product takes half a
+# microsecond longer, and more. It is timed unchecked: the same kernel, called by XLA, has been.
 ALONE = "4 bits in CUDA, a table a row, without XLA"
 # A turn of a candidate takes about so long.
 TURN_S = 0.006

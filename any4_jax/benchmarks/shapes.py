@@ -56,10 +56,9 @@ def random_leaf(seed: int, n: int, k: int, bits: int, group_size: int, own: bool
     )
 
 
-def dense(shape: str | LlamaConfig) -> Llama:
-    """A model in bfloat16; `shape` is a key of `CONFIGS`, or a configuration."""
-    config = CONFIGS[shape] if isinstance(shape, str) else shape
-    return Llama(config, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+def dense(shape: str) -> Llama:
+    """A model in bfloat16; `shape` is a key of `CONFIGS`."""
+    return Llama(CONFIGS[shape], dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
 
 
 def few_bits(model: Llama, group_size: int) -> Llama:
