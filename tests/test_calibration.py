@@ -29,11 +29,11 @@ def tapped(model, tokens: jax.Array) -> dict[str, jax.Array]:
     """{path of a linear: what enters it}, by running the model's blocks one after the other."""
     found: dict[str, jax.Array] = {}
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
-    x = model.embed(tokens)
+    x = model.embed(tokens, positions)
     for index, (layer, cache) in enumerate(zip(model.layers, model.init_cache(*tokens.shape), strict=True)):
         taps: dict[str, jax.Array] = {}
         x, _ = layer(x, cache, positions, taps.__setitem__)
-        for site in model.sites:
+        for site in model.sites(index):
             found |= {f"layers.{index}.{linear}": taps[site.name] for linear in site.linears}
     return found | {"lm_head": model.norm(x)}
 

@@ -17,13 +17,14 @@ from flax import nnx
 from any4_jax import statistics, surgery
 from any4_jax.calibration.batches import Batch
 from any4_jax.methods import Method
+from any4_jax.models.base import Decoder
 from any4_jax.statistics import Statistics
 from any4_jax.surgery import Progress
 
 
 def has_blocks(model: Any) -> bool:
-    """Whether a model can be walked block by block, as any4_jax.models.Llama can."""
-    return all(hasattr(model, name) for name in ("embed_tokens", "layers", "sites", "block"))
+    """Whether a model can be walked block by block."""
+    return isinstance(model, Decoder)
 
 
 def walk_blocks(
@@ -32,25 +33,25 @@ def walk_blocks(
     """The block driver. Layers in `chosen` are quantized (in a copy of their block) as their statistics come in; these
     hold a sample of `samples` tokens."""
     gathered: dict[str, Statistics] = {}
-    hidden = [_embed(*nnx.split(model.embed_tokens), tokens) for tokens, _ in batches]
-    for index, layer in enumerate(model.layers):
-        prefix = f"layers.{index}."
+    hidden = [_embed(model, tokens) for tokens, _ in batches]
+    for index, layer in enumerate(model.blocks):
+        prefix, sites = f"{model.block_path(index)}.", model.sites(index)
         methods = {path: m for path, m in chosen.items() if path.startswith(prefix)}
-        outputs, seen = _run(model, layer, hidden, batches, samples)
-        for site in model.sites:
+        outputs, seen = _run(model, sites, layer, hidden, batches, samples)
+        for site in sites:
             gathered |= {prefix + linear: seen[site.name] for linear in site.linears}
             mine = [path for path in (prefix + linear for linear in site.linears) if path in methods]
             if mine:
                 layer = _quantize_site(layer, prefix, mine, methods, gathered)
-                outputs, seen = _run(model, layer, hidden, batches, samples)
+                outputs, seen = _run(model, sites, layer, hidden, batches, samples)
         hidden = outputs
         if progress is not None:
-            progress(index + 1, len(model.layers), prefix.rstrip("."))
-    head = "embed_tokens" if getattr(model.config, "tie_word_embeddings", False) else "lm_head"
-    if isinstance(getattr(model, head, None), nnx.Linear | nnx.Embed):
+            progress(index + 1, len(model.blocks), prefix.rstrip("."))
+    (head,) = model.head_site.linears
+    if isinstance(surgery.holders(model)[head], nnx.Linear | nnx.Embed):
         stats = statistics.empty(hidden[0].shape[-1], samples)
         for x, (_, mask) in zip(hidden, batches, strict=True):
-            stats = _head_statistics(*nnx.split(model.norm), x, mask, stats)
+            stats = _head_statistics(model, x, mask, stats)
         gathered[head] = stats
     return gathered
 
@@ -64,11 +65,11 @@ def _quantize_site(layer, prefix, paths, methods, gathered) -> nnx.Module:
     return layer
 
 
-def _run(model, layer, hidden, batches, samples) -> tuple[list[jax.Array], dict[str, Statistics]]:
+def _run(model, sites, layer, hidden, batches, samples) -> tuple[list[jax.Array], dict[str, Statistics]]:
     """A block's outputs for all batches, and the statistics of its sites."""
     graphdef, state = nnx.split(layer)
     here: dict[tuple, Any] = dict(nnx.iter_modules(layer))
-    first = {site.name: here[tuple(site.linears[0].split("."))] for site in model.sites}
+    first = {site.name: here[tuple(site.linears[0].split("."))] for site in sites}
     seen = {name: statistics.empty(linear.in_features, samples) for name, linear in first.items()}
     outputs = []
     for x, (_, mask) in zip(hidden, batches, strict=True):
@@ -95,11 +96,11 @@ def _block_statistics(block, graphdef, state, x, cache, mask, seen):
     return y, seen
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _head_statistics(graphdef, state, x, mask, stats):
-    return statistics.update(stats, nnx.merge(graphdef, state)(x), mask)
+@jax.jit
+def _head_statistics(model, x, mask, stats):
+    return statistics.update(stats, model.head_input(x), mask)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _embed(graphdef, state, tokens):
-    return nnx.merge(graphdef, state)(tokens)
+@jax.jit
+def _embed(model, tokens):
+    return model.embed(tokens, jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape))
