@@ -10,14 +10,14 @@ from typing import Any
 from tqdm import tqdm
 
 from any4_jax import checkpoint, models
-from any4_jax.calibration import calibrate
 from any4_jax.checkpoint.partial import PartialStore
 from any4_jax.cli.errors import WorkError
 from any4_jax.cli.options import add_fields, build, checked
 from any4_jax.cli.output import Progress, megabytes, progress
 from any4_jax.cli.sources import MODEL_HELP, calibration_text, check_output, is_checkpoint
 from any4_jax.methods import CATALOGUE
-from any4_jax.surgery import quantize_model, quantized_leaves
+from any4_jax.surgery import quantized_leaves
+from any4_jax.walk import quantize_model
 
 _DEFAULT = "any4"
 
@@ -54,7 +54,7 @@ def add(commands: Any, common: argparse.ArgumentParser, argv: Sequence[str]) -> 
         dest="resume",
         action="store_false",
         help="compute every layer anew; else the layers that an interrupted run of the same arguments left in "
-        "OUT.partial are taken from there (calibration always runs anew)",
+        "OUT.partial are taken from there",
     )
     method = _method_in(argv)
     add_fields(parser.add_argument_group(f"fields of the method {method}"), CATALOGUE[method])
@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
     check_output(args.out)
     if is_checkpoint(args.model):
         raise WorkError(f"{args.model} is quantized already; give the float model that it was made from")
-    text = calibration_text(args.calibrate) if calibrated else ""
+    text = calibration_text(args.calibrate) if calibrated else None
     rules = [
         (pattern, None if name is None else build(CATALOGUE[name], args, **bits)) for pattern, name, bits in args.rules
     ]
@@ -75,13 +75,10 @@ def run(args: argparse.Namespace) -> int:
     begin = time.perf_counter()
     # abspath takes off a trailing slash, which would put the folder inside OUT.
     with PartialStore(os.path.abspath(args.out) + ".partial", resume=args.resume) as finished:
-        model, stats = models.load(args.model), None
-        if calibrated:
-            with progress("calibrate", "layer") as bar:
-                stats = calibrate(model, text, method, rules=rules, progress=bar)
+        model = models.load(args.model)
         with progress("quantize", "layer") as bar:
             step = _telling(finished, bar)
-            model = quantize_model(model, method, stats=stats, rules=rules, progress=step, finished=finished)
+            model = quantize_model(model, method, data=text, rules=rules, progress=step, finished=finished)
         checkpoint.save(args.out, model)
         finished.clear()
     leaves = quantized_leaves(model)

@@ -4,6 +4,13 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from any4_jax.methods.any4 import Any4
+from any4_jax.methods.rtn import AF4, FP4, MX4, NF4, Int
+
+CATALOGUE: dict[str, type] = {cls.name: cls for cls in (Int, NF4, FP4, AF4, MX4, Any4)}
+"""Methods by name. A method of your own is added here, under its `name`, and then has a place in manifests and on the
+command line."""
+
 
 def method_to_json(method: Any) -> dict[str, Any] | None:
     """{"method": name, "fields": {...}}; a method in a field nests. None, which leaves a layer alone, stays None."""
@@ -22,8 +29,6 @@ def method_from_json(spec: Any) -> Any:
     Raises:
       ValueError: a method, or a field of it, that this version doesn't have.
     """
-    from any4_jax.methods import CATALOGUE
-
     if spec is None:
         return None
     cls = CATALOGUE.get(spec["method"])
