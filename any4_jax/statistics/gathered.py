@@ -8,6 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 @runtime_checkable
@@ -36,8 +37,7 @@ class Statistic(Protocol):
 class Gathered(Mapping[Statistic, Any]):
     """Statistics of one input: a pytree that maps each `Statistic` to its accumulator.
 
-    Linears that read the same input share one. A statistic of the linear's input may be asked for by
-    `gathered[Moments()]`.
+    Linears that read the same input share one. `gathered[Moments()].second_moment` is E[x^2].
 
     Attributes:
       k: K, the number of input features.
@@ -87,8 +87,11 @@ def empty(k: int, statistics: Iterable[Statistic], experts: int | None = None) -
     accumulators = {statistic: statistic.empty(k) for statistic in statistics}
     if experts is None:
         return Gathered(accumulators, k)
-    stacked = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (experts, *jnp.shape(leaf))), accumulators)
-    return Gathered(stacked, k, (experts,))
+    return Gathered({s: _stacked(a, experts) for s, a in accumulators.items()}, k, (experts,))
+
+
+def _stacked(accumulator: Any, experts: int) -> Any:
+    return jax.tree.map(lambda leaf: np.broadcast_to(leaf, (experts, *np.shape(leaf))), accumulator)
 
 
 def update(

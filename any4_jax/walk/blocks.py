@@ -136,14 +136,16 @@ class WalkedBlock:
         by_linear = {linear: gathered.get(site.name) for site in self.sites for linear in site.linears}
         stats = {path: by_linear.get(path) or self.given.get(f"{self.path}.{path}") for path in paths}
         single = [path for path in paths if scope_of(self.assigned[path]) == "matrix"]
-        result = self._quantize_matrices(contents, single, stats)
-        for site in self.sites:
+        result = BlockResult(contents, {})
+        # Sites from the last to the first: what a factor is folded into is then still float.
+        for site in reversed(self.sites):
             mine = [path for path in site.linears if path in paths and path not in single]
             for method in dict.fromkeys(self.assigned[path] for path in mine):
                 chosen = [path for path in mine if self.assigned[path] == method]
                 made = self._quantize_site(result.contents, site, chosen, method, stats[chosen[0]])
                 result = BlockResult(made.contents, {**result.notes, **made.notes})
-        return result
+        made = self._quantize_matrices(result.contents, single, stats)
+        return BlockResult(made.contents, {**result.notes, **made.notes})
 
     def _quantize_matrices(self, contents: Contents, paths: list[str], stats: Mapping[str, Any]) -> BlockResult:
         jobs, results = {}, {}

@@ -125,7 +125,8 @@ def _quantize_block(block: WalkedBlock, sequential: bool) -> BlockResult:
 def _quantize_whole(block: WalkedBlock, method: BlockMethod | Any) -> BlockResult:
     found = block.kept.results.get(block.path)
     if found is None:
-        made = method.apply(block)
+        # What the method tries on the way is neither kept nor counted.
+        made = method.apply(dataclasses.replace(block, kept=Kept(), count=lambda path: None))
         changed = {name: value for name, value in made.contents.items() if value is not block.contents.get(name)}
         found = Result(changed, {path: dict(notes) for path, notes in made.notes.items()})
         block.kept.put(block.path, found)
