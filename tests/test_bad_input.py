@@ -5,13 +5,12 @@ import numpy as np
 import pytest
 
 from any4_jax import statistics
-from any4_jax.walk import calibrate
 from any4_jax.checkpoint import load, save
 from any4_jax.matmul import matmul, prepare
 from any4_jax.methods import AF4, MX4, NF4, Any4, Int, quantize
 from any4_jax.models.tiny import random_llama, tiny
 from any4_jax.nn.nnx import Any4Linear
-from any4_jax.walk import quantize_model
+from any4_jax.walk import calibrate, quantize_model
 
 W = np.random.default_rng(0).normal(size=(4, 8)).astype(np.float32)
 X = jnp.ones((2, 8))

@@ -7,11 +7,11 @@ import pytest
 from flax import nnx
 
 from any4_jax import surgery
-from any4_jax.statistics import AbsMax, Gathered, Moments
-from any4_jax.walk import calibrate, quantize_model
 from any4_jax.methods import NF4, Any4
 from any4_jax.models.config import LlamaConfig
 from any4_jax.models.tiny import random_llama, tiny
+from any4_jax.statistics import AbsMax, Gathered, Moments
+from any4_jax.walk import calibrate, quantize_model
 
 NF, MOMENTS = NF4(group_size=16), Moments()
 

@@ -8,14 +8,16 @@ import shutil
 from typing import Literal
 
 import pytest
+from toy_methods import Nested
 
 import any4_jax as a4
 from any4_jax.cli import main
 from any4_jax.cli.errors import CommandLineError
+from any4_jax.cli.methods import add_method, method_from
 from any4_jax.cli.options import add_fields, build
 from any4_jax.cli.output import table
 from any4_jax.data import assets, stories
-from any4_jax.methods import CATALOGUE
+from any4_jax.methods import CATALOGUE, NF4, Any4, Int
 from cuda_ffi import registration
 
 
@@ -129,7 +131,7 @@ def nested(monkeypatch):
         (["--inner", "toy-nested", "--inner-inner", "nf4"], Nested(Nested(NF4()))),
         (["--inner", "toy-nested", "--inner-inner-group-size", "32"], Nested(Nested(Int(4, group_size=32)))),
     ],
-    ids=" ".join,
+    ids=str,
 )
 def test_methods_inside_methods_have_flags(flags, method, nested):
     argv = [*nested, *flags]

@@ -74,7 +74,9 @@ def test_calibrate_draws_the_sample_that_the_method_needs() -> None:
 
 
 def test_statistics_without_a_sample_are_refused() -> None:
-    with pytest.raises(ValueError, match="layer has statistics without Sample\\(tokens=200\\).* calibrate\\(model, data, method\\)"):
+    with pytest.raises(
+        ValueError, match="layer has statistics without Sample\\(tokens=200\\).* calibrate\\(model, data, method\\)"
+    ):
         quantize(jnp.asarray(layer()), TRAINED, statistics.from_activations(X), path="layer")
     with pytest.raises(ValueError, match="per_row=False"):
         quantize(jnp.asarray(layer()), dataclasses.replace(TRAINED, per_row=False), STATS)

@@ -51,9 +51,7 @@ def test_the_key_tells_dtype_and_shape_from_bytes(rng) -> None:
     w = jnp.asarray(rng.normal(size=(8, 4)), jnp.float32)
     alike = [w, w.reshape(4, 8), jax.lax.bitcast_convert_type(w, jnp.int32), w.astype(jnp.bfloat16)]
     assert len({job_key(Matrix(x, False), METHOD, None) for x in alike}) == 4
-    assert job_key(Matrix(w, False), METHOD, None) == job_key(
-        Matrix(np.asarray(w), False), Int(group_size=16), None
-    )
+    assert job_key(Matrix(w, False), METHOD, None) == job_key(Matrix(np.asarray(w), False), Int(group_size=16), None)
     assert job_key(Matrix(w, False), METHOD, None) != job_key(Matrix(w, True), METHOD, None)
 
 

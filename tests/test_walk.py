@@ -165,7 +165,9 @@ class Killed(BaseException):
 
 WALKS = [(SEQUENTIAL, limit) for limit in (0, 3, 8, 13)]
 # A site and a block are kept whole: one place in each of the two blocks will do.
-WALKS += [(method, limit) for method in (EvenInputs(Int(8, group_size=16)), FitNorms(Nested(NF), 2)) for limit in (0, 8)]
+WALKS += [
+    (method, limit) for method in (EvenInputs(Int(8, group_size=16)), FitNorms(Nested(NF), 2)) for limit in (0, 8)
+]
 
 
 @pytest.mark.parametrize(("method", "limit"), WALKS, ids=lambda of: getattr(of, "name", of))
@@ -200,7 +202,9 @@ def test_a_continued_run_captures_nothing_for_finished_sites(model, runs, tmp_pa
 
 def test_what_can_not_be_walked_is_refused(model) -> None:
     linear = nnx.Linear(8, 8, rngs=nnx.Rngs(0))
-    with pytest.raises(ValueError, match="toy-even quantizes the matrices of a site together, and an NNX module has no"):
+    with pytest.raises(
+        ValueError, match="toy-even quantizes the matrices of a site together, and an NNX module has no"
+    ):
         quantize_model(nnx.Sequential(linear), EvenInputs())
     with pytest.raises(ValueError, match="got data and stats"):
         quantize_model(model, NF, data=TOKENS, stats={})
@@ -221,7 +225,8 @@ def test_stacked_matrices_have_their_experts_statistics() -> None:
     np.testing.assert_allclose(result.notes["energy"], energies, rtol=1e-5)
     assert result.operator.shape == (2, 8, 16) and result.notes["searched"] is True
     np.testing.assert_array_equal(
-        dequantize(result.operator)[1], dequantize(matrices.quantize_matrix(matrices.Matrix(stack[1], True), NF, None, "").operator)
+        dequantize(result.operator)[1],
+        dequantize(matrices.quantize_matrix(matrices.Matrix(stack[1], True), NF, None, "").operator),
     )
 
 

@@ -78,8 +78,8 @@ class EvenInputs:
 
 @dataclasses.dataclass(frozen=True)
 class FitNorms:
-    """A method of a block: quantized by `inner`, then a few steps of gradient descent on the scales of its norms, towards
-    the float block's outputs.
+    """A method of a block: `inner` quantizes it, then gradient descent fits the scales of its norms to the float
+    block's outputs.
 
     Attributes:
       inner: what quantizes.

@@ -1,12 +1,12 @@
-"""Results of a model that is being quantized, kept on disk so that a run that was killed can be continued.
+"""What a run of `quantize_model` has finished, kept on disk so that a run that was killed can be continued.
 
     DIR/layer-<32 hex>.safetensors   one result; the digits are the start of the sha256 of its path
 
 A result is that of a linear, a site or a block. A file holds the bytes of its arrays as uint8 vectors. Its metadata has
 two entries:
 
-    description   JSON: path, key, library, operator (as in a checkpoint; of a site or a block, a dict of what it changed
-                  by name), notes, arrays {name: [dtype, shape]}
+    description   JSON: path, key, library, operators (as in a checkpoint: one under the name "", or what a site or a
+                  block changed by name), notes, arrays {name: [dtype, shape]}
     sha256        hex digest of the description and of the arrays' bytes, in the order of their names
 
 Files are trusted for nothing: one that is cut short, damaged, of another kind, of another key (the weights, the
@@ -26,7 +26,6 @@ import uuid
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp

@@ -26,7 +26,9 @@ def add(commands: Any, common: argparse.ArgumentParser, argv: Sequence[str]) -> 
     add_gemm(kinds.add_parser("gemm", parents=[common], help="one product, against dense ones", allow_abbrev=False))
     _add_decode(kinds.add_parser("decode", parents=[common], help="tokens per second", allow_abbrev=False))
     _add_quantize(
-        kinds.add_parser("quantize", parents=[common], help="seconds to quantize a model's linears", allow_abbrev=False),
+        kinds.add_parser(
+            "quantize", parents=[common], help="seconds to quantize a model's linears", allow_abbrev=False
+        ),
         argv,
     )
 

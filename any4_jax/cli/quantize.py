@@ -20,6 +20,7 @@ from any4_jax.methods import CATALOGUE
 from any4_jax.surgery import quantized_leaves
 from any4_jax.walk import quantize_model
 
+
 def add(commands: Any, common: argparse.ArgumentParser, argv: Sequence[str]) -> None:
     """`argv` is looked at beforehand for --method, whose fields become flags."""
     parser = commands.add_parser(
@@ -62,9 +63,7 @@ def run(args: argparse.Namespace) -> int:
     if is_checkpoint(args.model):
         raise WorkError(f"{args.model} is quantized already; give the float model that it was made from")
     text = calibration_text(args.calibrate) if calibrated else None
-    rules = [
-        (pattern, None if name is None else method_from(args, name, **bits)) for pattern, name, bits in args.rules
-    ]
+    rules = [(pattern, None if name is None else method_from(args, name, **bits)) for pattern, name, bits in args.rules]
 
     begin = time.perf_counter()
     # abspath takes off a trailing slash, which would put the folder inside OUT.

@@ -150,7 +150,9 @@ class Block(Protocol):
         """The block with every assigned linear assigned to `method`."""
         ...
 
-    def quantize(self, contents: Mapping[str, Any], paths: list[str], gathered: Mapping[str, Gathered]) -> "BlockResult":
+    def quantize(
+        self, contents: Mapping[str, Any], paths: list[str], gathered: Mapping[str, Gathered]
+    ) -> "BlockResult":
         """The contents with some of the `assigned` linears quantized, each by its own method, and the notes."""
         ...
 

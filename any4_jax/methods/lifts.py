@@ -1,10 +1,19 @@
 """Methods lifted to a wider scope: of one matrix to a site, of a matrix or a site to a block."""
 
 import dataclasses
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
-from any4_jax.methods.base import AnyMethod, Block, BlockMethod, BlockResult, Method, SiteMethod, SiteResult, SiteWeights
-from any4_jax.methods.base import scope_of
+from any4_jax.methods.base import (
+    AnyMethod,
+    Block,
+    BlockMethod,
+    BlockResult,
+    Method,
+    SiteMethod,
+    SiteResult,
+    SiteWeights,
+    scope_of,
+)
 from any4_jax.statistics import Gathered, Statistic
 
 Order = Literal["at_once", "by_site"]
@@ -60,7 +69,7 @@ class OnBlock:
     def apply(self, block: Block) -> BlockResult:
         """See `BlockMethod.apply`."""
         stages = [block.sites] if self.order == "at_once" else [(site,) for site in block.sites]
-        contents, notes = block.contents, {}
+        contents, notes = block.contents, dict[str, Any]()
         for stage in stages:
             paths = [path for site in stage for path in site.linears if path in block.assigned]
             if not paths:
@@ -68,7 +77,7 @@ class OnBlock:
             needs = {site.name: needs_of(block, site) for site in stage}
             gathered = block.gather(contents, {name: kinds for name, kinds in needs.items() if kinds})
             made = block.quantize(contents, paths, gathered)
-            contents, notes = made.contents, notes | made.notes
+            contents, notes = made.contents, {**notes, **made.notes}
         return BlockResult(contents, notes)
 
 
@@ -89,8 +98,8 @@ class _OnBlock(_Lifted):
 
 
 def on_block(method: Method | SiteMethod, order: Order | None = None) -> BlockMethod:
-    """The block method that quantizes all linears that it is assigned by `method`; see `OnBlock` for the order, of which
-    None is by site where the method is sequential.
+    """The block method that quantizes all linears that it is assigned by `method`; see `OnBlock` for the order. None is
+    "by_site" where the method is sequential.
 
     Raises:
       ValueError: a method of a block.

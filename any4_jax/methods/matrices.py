@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from any4_jax.methods.apply import apply_method
-from any4_jax.methods.base import Method, Result
+from any4_jax.methods.base import AnyMethod, Method, Result
 from any4_jax.statistics import Gathered
 
 Progress = Callable[[int, int, str], None]
@@ -137,7 +137,7 @@ def _one_of_each_first(jobs: Mapping[str, Job]) -> tuple[list[str], list[str]]:
     return first, [path for path in jobs if path not in first]
 
 
-def job_key(matrix: Matrix, method: Method, gathered: Gathered | None) -> str:
+def job_key(matrix: Matrix, method: AnyMethod, gathered: Gathered | None) -> str:
     """What a result follows from where statistics are given: the hex sha256 of the weight and the statistics (dtypes,
     shapes and bytes) and of the method's name and fields."""
     digest = hashlib.sha256(repr((method.name, method, matrix.transposed)).encode())

@@ -32,8 +32,8 @@ class HessianSum:
 class Hessian:
     """The mean of x x^T.
 
-    Products are of float32 at Precision.HIGHEST: in TF32, a GPU's default, the small eigenvalues that error compensation
-    divides by are noise.
+    Products are of float32 at Precision.HIGHEST. In TF32, a GPU's default, the small eigenvalues by which error
+    compensation divides are noise.
     """
 
     def empty(self, k: int) -> HessianSum:

@@ -6,9 +6,9 @@ from typing import Any
 
 from flax import nnx
 
+from any4_jax.methods.matrices import Matrix
 from any4_jax.models.hf_flax import is_hf_flax
 from any4_jax.surgery import linen_modules, nnx_modules, trees
-from any4_jax.methods.matrices import Matrix
 from any4_jax.surgery.rules import Recipe
 
 

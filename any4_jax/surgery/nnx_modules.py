@@ -9,10 +9,10 @@ from flax import nnx
 from flax.traverse_util import unflatten_dict
 
 from any4_jax.matmul import is_quantized, unprepare
+from any4_jax.methods.matrices import Matrix
 from any4_jax.nn.nnx import Any4Embed, Any4Linear
 from any4_jax.nn.operator_variables import Quantized
 from any4_jax.surgery import fitting, trees
-from any4_jax.methods.matrices import Matrix
 from any4_jax.surgery.rules import Recipe
 from any4_jax.surgery.trees import dotted
 

@@ -11,8 +11,8 @@ from flax.traverse_util import unflatten_dict
 
 from any4_jax import statistics
 from any4_jax.methods.apply import apply_site
-from any4_jax.methods.base import AnyMethod, BlockResult, Result, SiteMethod, SiteWeights, scope_of
-from any4_jax.methods.matrices import Finished, Job, Matrix, job_key, quantize_matrices
+from any4_jax.methods.base import AnyMethod, BlockResult, Result, SiteWeights, scope_of
+from any4_jax.methods.matrices import Finished, Job, Matrix, quantize_matrices
 from any4_jax.models.base import Decoder, Site
 from any4_jax.models.fold import is_foldable, scale_channels
 from any4_jax.statistics import Gathered, Statistic
@@ -122,7 +122,7 @@ class WalkedBlock:
         return seen
 
     def finish(self, contents: Contents) -> list[jax.Array]:
-        """What the next block gets, once this one is quantized; sites that are watched and were not gathered are now."""
+        """What the next block gets, once this one is quantized; gathers the watched sites that no run has shown yet."""
         captured = self.captured
         rest = [site for site in self.sites if self.watch and site.name not in captured.gathered]
         if captured.outputs is not None and not rest:

@@ -41,8 +41,8 @@ def calibrate(
     several methods, or that are looked at.
 
     Args:
-      model: a decoder of any4_jax.models, walked block by block; or a Hugging Face Flax model, any NNX module, or a pair
-        (Linen module, variables), run as a whole.
+      model: a decoder of any4_jax.models, which is walked block by block; or a Hugging Face Flax model, any NNX module,
+        or a pair (Linen module, variables), which is run as a whole.
       data: for models of text, a text, a list of texts, token ids [B, T], or an iterable of ragged token lists or of
         [B, T] arrays. Sequences longer than `seqlen` (or the model's context) are cut into pieces; shorter ones are
         padded, and padding is not counted. For other modules, an iterable of batches: each an array, a tuple of
@@ -75,11 +75,13 @@ def calibrate(
     if isinstance(model, Decoder):
         assigned = resolve(linears(model), method, rules) if sequential else {}
         plan = Plan(assigned, token_batches(model, data, batch_size, seqlen), watch=needs, sequential=sequential)
-        return walk(model, plan if progress is None else dataclasses.replace(plan, on_block=_counting(model, progress))).gathered
+        return walk(
+            model, plan if progress is None else dataclasses.replace(plan, on_block=_counting(model, progress))
+        ).gathered
     if sequential:
         raise ValueError(
-            f"got sequential calibration of a {type(model).__name__}, only decoders of any4_jax.models are walked block "
-            "by block; pass sequential=False"
+            f"got sequential calibration of a {type(model).__name__}, only decoders of any4_jax.models are walked "
+            "block by block; pass sequential=False"
         )
     if is_hf_flax(model):
         if isinstance(data, Sequence) and data and isinstance(data[0], Mapping):

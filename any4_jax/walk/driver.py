@@ -100,7 +100,9 @@ def walk(decoder: Decoder, plan: Plan) -> Walked:
         done.blocks.append(result.contents)
         done.notes.update({f"{path}.{linear}": notes for linear, notes in result.notes.items()})
         for site in block.sites if plan.watch else ():
-            done.gathered.update(dict.fromkeys((f"{path}.{x}" for x in site.linears), block.captured.gathered[site.name]))
+            done.gathered.update(
+                dict.fromkeys((f"{path}.{x}" for x in site.linears), block.captured.gathered[site.name])
+            )
         plan.on_block(path)
     _quantize_rest(decoder, plan, hidden, masks, kept, done)
     return done
@@ -177,7 +179,7 @@ def _kept(decoder: Decoder, plan: Plan) -> Kept:
         keys = unit_keys(decoder, plan.assigned, plan.batches, plan.sequential)
     else:
         matrices = nnx_modules.matrices(decoder)
-        keys = {path: job_key(matrices[path], m, plan.given.get(path)) for path, m in plan.assigned.items()}
+        keys = {path: job_key(matrices[path], method, plan.given.get(path)) for path, method in plan.assigned.items()}
     return Kept(keys, find_finished(keys, plan.finished), plan.finished)
 
 

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from any4_jax import statistics
+from any4_jax.methods.matrices import Progress
 from any4_jax.models import hf_flax
 from any4_jax.nn.swapping import intercepted, quantized_dense, tapping
 from any4_jax.statistics import Gathered, Statistic
-from any4_jax.methods.matrices import Progress
 from any4_jax.surgery import linears
 from any4_jax.surgery.linen_modules import layer_path, params_of
 from any4_jax.surgery.trees import dotted

@@ -54,8 +54,8 @@ def quantize_model(
     that are left alone.
 
     A decoder is walked block by block: what enters each linear is captured, the statistics that its method needs are
-    gathered, the block is quantized, and the walk goes on from the block's output: of the float block, or of the quantized
-    one where a method is sequential.
+    gathered, the block is quantized, and the walk goes on from the output of the float block, or of the quantized one
+    where a method is sequential.
 
     Args:
       model: one of
@@ -79,9 +79,9 @@ def quantize_model(
       A new model of the same kind.
 
     Raises:
-      ValueError: no linear to quantize, a rule that matches nothing, data and stats both, a method that needs statistics
-        where there are none for the path, a method of sites or blocks for a model without blocks, weights that are not
-        finite.
+      ValueError: no linear to quantize, a rule that matches nothing, data and stats both, a method that needs
+        statistics where there are none for the path, a method of sites or blocks for a model without blocks, weights
+        that are not finite.
     """
     if data is not None and stats is not None:
         raise ValueError("got data and stats, statistics come from one of them; leave one out")
@@ -163,8 +163,8 @@ def _refuse_wider_scopes(container: str, chosen: Mapping[str, AnyMethod]) -> Non
     for path, method in chosen.items():
         if scope_of(method) != "matrix":
             raise ValueError(
-                f"{path}: {method.name} quantizes the matrices of a {scope_of(method)} together, and {container} has no "
-                "blocks to walk; pass a decoder of any4_jax.models, or a method of one matrix"
+                f"{path}: {method.name} quantizes the matrices of a {scope_of(method)} together, and {container} has "
+                "no blocks to walk; pass a decoder of any4_jax.models, or a method of one matrix"
             )
 
 
