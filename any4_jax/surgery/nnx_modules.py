@@ -116,12 +116,18 @@ def _variables(model: nnx.Module) -> Iterator[tuple[tuple, nnx.Variable]]:
             yield path, variable
 
 
+def module_at(model: nnx.Module, path: str) -> Any:
+    """The submodule at a dotted path; the module itself for ""."""
+    node: Any = model
+    for name in filter(None, path.split(".")):
+        node = node[int(name)] if name.isdigit() else getattr(node, name)
+    return node
+
+
 def replace_module(model: nnx.Module, path: str, new: nnx.Module) -> None:
     """Puts `new` in the place of the submodule at a dotted path, in place."""
-    *parents, last = path.split(".")
-    node: Any = model
-    for name in parents:
-        node = node[int(name)] if name.isdigit() else getattr(node, name)
+    parent, _, last = path.rpartition(".")
+    node = module_at(model, parent)
     if last.isdigit():
         node[int(last)] = new
     else:
