@@ -14,8 +14,7 @@ import pytest
 from flax import nnx
 
 from any4_jax.kv_cache import Cache, DenseCache
-from any4_jax.models.hf import llama_from_tensors
-from any4_jax.models.hf_config import read_config
+from any4_jax.models.hf import from_tensors, read_config
 from any4_jax.models.llama import Block, Llama
 from any4_jax.models.rope import Rope
 from any4_jax.models.tiny import random_llama
@@ -35,7 +34,7 @@ def golden(variant: str) -> tuple[Llama, np.ndarray, np.ndarray]:
         arrays = dict(file)
     config = read_config(json.loads(str(arrays.pop("config"))))
     tokens, logits = arrays.pop("tokens"), arrays.pop("logits")
-    return llama_from_tensors(config, arrays, np.float32), tokens, logits
+    return from_tensors(config, arrays, np.float32), tokens, logits
 
 
 def error(got: jax.Array | np.ndarray, wanted: np.ndarray) -> float:

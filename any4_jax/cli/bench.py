@@ -13,7 +13,7 @@ from any4_jax.cli.methods import add_method, method_from
 from any4_jax.cli.options import checked
 from any4_jax.cli.output import progress, table
 from any4_jax.cli.sources import MODEL_HELP, open_model
-from any4_jax.models.llama import Llama
+from any4_jax.models.base import Decoder
 
 
 def add(commands: Any, common: argparse.ArgumentParser, argv: Sequence[str]) -> None:
@@ -98,7 +98,7 @@ def run_decode(args: argparse.Namespace) -> int:
     return finish(args, result)
 
 
-def _of_shape(shape: str) -> dict[str, Llama]:
+def _of_shape(shape: str) -> dict[str, Decoder]:
     dense = shapes.dense(shape)
     return {"bfloat16": dense, "4 bits": shapes.few_bits(dense, group_size=128)}
 

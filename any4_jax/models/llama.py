@@ -14,21 +14,9 @@ from jax.typing import DTypeLike
 from any4_jax.kv_cache import Cache
 from any4_jax.models.base import PRECISION, Decoder, Site, Tap, no_tap
 from any4_jax.models.config import LlamaConfig
+from any4_jax.models.norms import RMSNorm
 from any4_jax.models.rope import Rope
 from any4_jax.nn.nnx import call_each
-
-
-class RMSNorm(nnx.Module):
-    """x / rms(x) * scale (arXiv:1910.07467, eq. 4), the quotient in float32, rounded before the product."""
-
-    def __init__(self, size: int, *, eps: float, param_dtype: DTypeLike) -> None:
-        self.eps = eps
-        self.scale = nnx.Param(jnp.ones((size,), param_dtype))
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        wide = x.astype(jnp.float32)
-        wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
-        return wide.astype(x.dtype) * self.scale[...].astype(x.dtype)
 
 
 class Attention(nnx.Module):

@@ -10,6 +10,7 @@ from flax.traverse_util import unflatten_dict
 
 from any4_jax.matmul import is_quantized, unprepare
 from any4_jax.methods.matrices import Matrix
+from any4_jax.models.fold import module_at
 from any4_jax.nn.nnx import Any4Embed, Any4Linear
 from any4_jax.nn.operator_variables import Quantized
 from any4_jax.surgery import fitting, trees
@@ -114,14 +115,6 @@ def _variables(model: nnx.Module) -> Iterator[tuple[tuple, nnx.Variable]]:
         of_operator = path[-2:-1] == ("arrays",) and dotted(path[:-2]) in quantized
         if not of_operator and not isinstance(variable, nnx.RngState):
             yield path, variable
-
-
-def module_at(model: nnx.Module, path: str) -> Any:
-    """The submodule at a dotted path; the module itself for ""."""
-    node: Any = model
-    for name in filter(None, path.split(".")):
-        node = node[int(name)] if name.isdigit() else getattr(node, name)
-    return node
 
 
 def replace_module(model: nnx.Module, path: str, new: nnx.Module) -> None:

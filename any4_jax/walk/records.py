@@ -9,6 +9,7 @@ from flax import nnx
 
 from any4_jax.methods.base import Result
 from any4_jax.methods.matrices import Finished
+from any4_jax.models.fold import module_at
 from any4_jax.statistics import Gathered
 from any4_jax.surgery import nnx_modules, trees
 from any4_jax.weights import is_operator
@@ -30,9 +31,9 @@ def with_contents(block: nnx.Module, own: Contents, contents: Contents) -> nnx.M
     for name, leaf in changed.items():
         path, _, last = name.rpartition(".")
         if is_operator(leaf):
-            nnx_modules.replace_module(new, path, nnx_modules.around(nnx_modules.module_at(new, path), leaf))
+            nnx_modules.replace_module(new, path, nnx_modules.around(module_at(new, path), leaf))
         else:
-            getattr(nnx_modules.module_at(new, path), last).set_value(leaf)
+            getattr(module_at(new, path), last).set_value(leaf)
     return new
 
 
