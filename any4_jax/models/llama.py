@@ -237,7 +237,7 @@ class Llama(nnx.Module):
         start = jnp.zeros((batch,), jnp.int32) if start is None else start
         dtype = self.dtype if dtype is None else dtype
         heads, size = self.config.num_key_value_heads, self.config.head_dim
-        return [cache.create(batch, length, heads, size, start, dtype) for _ in self.layers]
+        return [cache.create(layer, batch, length, heads, size, start, dtype) for layer in range(len(self.layers))]
 
     def decode(self, tokens: jax.Array, caches: list[Cache], positions: jax.Array) -> tuple[jax.Array, list[Cache]]:
         """All blocks, for use inside jit: tokens and positions int32 [B, T] -> ([B, T, E], the new caches).
