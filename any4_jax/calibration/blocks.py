@@ -88,8 +88,9 @@ def _empty_cache(model, x: jax.Array):
 def _block_statistics(block, graphdef, state, x, cache, mask, seen):
     seen = dict(seen)
 
-    def tap(site: str, value: jax.Array) -> None:
-        seen[site] = statistics.update(seen[site], value, mask)
+    def tap(site: str, value: jax.Array, routed: jax.Array | None = None) -> None:
+        if site in seen:
+            seen[site] = statistics.update(seen[site], value, mask)
 
     positions = jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32), x.shape[:2])
     y, _ = block(graphdef, state, x, cache, positions, tap)
