@@ -23,6 +23,7 @@ from any4_jax.models.degrid import degrid
 from any4_jax.models.family import GGUF, matches, renamed
 from any4_jax.models.llama_family import LLAMA
 from any4_jax.models.tiny import random_llama, random_tensors
+from any4_jax.statistics import Moments
 
 TEXT = "Once upon a time, there was a little girl named Lily. She loved to play in the park."
 
@@ -88,8 +89,8 @@ def test_it_is_calibrated_and_quantized(toy) -> None:
     blocks = {f"h.{i}.{name}" for i in range(2) for name in ("query", "key", "value", "out", "up", "down")}
     assert set(stats) == {"wte", *blocks}
     _, first = toy_family.logits_of(tensors, tokens)
-    found = [leaf for leaf in jax.tree.leaves(stats["h.0.query"]) if np.shape(leaf) == first.shape[1:]]
-    assert any(np.allclose(leaf, np.square(first).sum(0), rtol=1e-3) for leaf in found)
+    moments = stats["h.0.query"][Moments()]
+    np.testing.assert_allclose(moments.second_moment, np.square(first).mean(0), rtol=1e-3, atol=1e-5)
     small = a4.quantize_model(model, NF4(group_size=8), stats=stats)
     assert set(a4.surgery.quantized_leaves(small)) == blocks
     assert len(a4.generate(small, [5, 9, 2], max_new_tokens=5, eos=())) == 5

@@ -26,7 +26,7 @@ LAYERS = (
     ("data",),
     ("models",),
     ("surgery", "generate"),
-    ("calibration", "training"),
+    ("walk", "training"),
     ("checkpoint", "evaluation", "benchmarks"),
     ("cli",),
     ("__main__",),
@@ -49,10 +49,7 @@ FORBIDDEN_AT_IMPORT = frozenset(
 
 # Code that may depend on one family of models. Everything else is written for a Decoder and a Family.
 OF_FAMILIES = ("any4_jax/models/", "any4_jax/data/", "any4_jax/benchmarks/")
-TOLD_OF_LLAMA = frozenset(
-    {"any4_jax/checkpoint/llama.py", "any4_jax/checkpoint/model.py", "any4_jax/checkpoint/trees.py"}
-    | {"any4_jax/calibration/calibrate.py"}
-)
+TOLD_OF_LLAMA = frozenset(f"any4_jax/checkpoint/{name}.py" for name in ("llama", "model", "trees"))
 
 SOURCES = {
     path.relative_to(REPOSITORY).as_posix(): ast.parse(path.read_text(encoding="utf-8"), str(path))

@@ -36,7 +36,8 @@ def inputs() -> np.ndarray:
 
 
 W, STATS = layer(), statistics.from_activations(inputs())
-H = np.asarray(STATS.second_moment, np.float64)
+SEEN = STATS[statistics.Moments()]
+H = np.asarray(SEEN.second_moment, np.float64)
 
 
 def stored_error(q: weights.QuantizedTensor) -> np.ndarray:
@@ -68,7 +69,7 @@ def start() -> weights.QuantizedTensor:
 
 def rounds(number: int, w: jax.Array, body: str) -> Fit:
     fit = Fit(start().lut, start().scales, start().offsets)
-    return refit(w, STATS.second_moment, fit, G, searches=1, max_rounds=number, body=body)
+    return refit(w, SEEN.second_moment, fit, G, searches=1, max_rounds=number, body=body)
 
 
 def test_no_round_raises_a_rows_error(body) -> None:
@@ -105,7 +106,7 @@ def test_a_refit_goes_nowhere_from_what_is_exact(body) -> None:
 def test_the_ends_of_a_table_may_be_held(body) -> None:
     fit = Fit(start().lut, start().scales, start().offsets)
     options = {"searches": 0, "max_rounds": 2, "entries": slice(1, -1)}
-    held = refit(jnp.asarray(W), STATS.second_moment, fit, G, **options, body=body)
+    held = refit(jnp.asarray(W), SEEN.second_moment, fit, G, **options, body=body)
     np.testing.assert_array_equal(held.lut[:, [0, -1]], start().lut[:, [0, -1]])
     assert (np.asarray(held.lut) != np.asarray(start().lut)).any()
 
@@ -119,7 +120,7 @@ def test_bodies_agree(fields, body) -> None:
     bits = fields.get("bits", 4)
     reached = []
     for name in ("jnp", body):
-        found = refit(jnp.asarray(W), STATS.second_moment, fit, G, searches=1, max_rounds=3, body=name)
+        found = refit(jnp.asarray(W), SEEN.second_moment, fit, G, searches=1, max_rounds=3, body=name)
         reached.append(stored_error(weights.encode(jnp.asarray(W), *found, bits=bits, group_size=G)))
     assert (np.abs(reached[1] / reached[0] - 1) < 1e-3).mean() > 0.9
     np.testing.assert_allclose(reached[1].sum(), reached[0].sum(), rtol=1e-3)
@@ -128,7 +129,7 @@ def test_bodies_agree(fields, body) -> None:
 @pytest.mark.parametrize("offsets", [True, False], ids=["with offsets", "without"])
 def test_least_squares_of_a_group_is_numpys(offsets: bool) -> None:
     w = jnp.asarray(W)
-    cells = cells_of(w, STATS.second_moment, G)
+    cells = cells_of(w, SEEN.second_moment, G)
     table = jnp.linspace(-7, 7, 16)[:, None].repeat(N, axis=1)
     start = Groups(jnp.full((3, N), 0.4), jnp.zeros((3, N)) if offsets else None)
     levels = levels_of(cells, table, start)

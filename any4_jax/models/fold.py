@@ -133,8 +133,8 @@ def inputs_of(block: nnx.Module, site: Site) -> int:
 
 
 def module_at(module: Any, path: str) -> Any:
-    """The submodule at a dotted path."""
-    for name in path.split("."):
+    """The submodule at a dotted path; the module itself at ""."""
+    for name in filter(None, path.split(".")):
         module = module[int(name)] if name.isdigit() else getattr(module, name)
     return module
 
