@@ -16,7 +16,7 @@ from any4_jax.models import Site
 from any4_jax.models.fold import fold, is_foldable, module_at, scale_channels, scale_outputs
 from any4_jax.models.llama import Block
 from any4_jax.models.tiny import random_llama
-from any4_jax.surgery import quantize_model
+from any4_jax.walk import quantize_model
 
 SITES = ("attn_in", "attn_out", "mlp_in", "mlp_out")
 
