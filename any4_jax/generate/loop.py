@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from any4_jax.generate.sampling import Sampler
-from any4_jax.kv_cache import Cache, CacheFactory, DenseCache
+from any4_jax.kv_cache import Cache, CacheFactory, DenseCache, traceable
 from any4_jax.models.base import Decoder
 
 # Prompts are padded to multiples of PROMPT_BUCKET and caches to multiples of CACHE_BUCKET, so that prompts of
@@ -97,7 +97,7 @@ def generate_tokens(
 
     program, leaves = Program.of(model)
     slots = _round_up(length + max_new_tokens, CACHE_BUCKET)
-    token, done, caches = _prefill(program, slots, cache, leaves, tokens, start, sampler, ends)
+    token, done, caches = _prefill(program, slots, traceable(cache), leaves, tokens, start, sampler, ends)
     ended = np.zeros(len(rows), bool)
     fresh, count = np.asarray(token)[:, None], 1
     while True:
@@ -121,7 +121,7 @@ def generate_tokens(
         fresh, count = np.asarray(out)[:, :steps], count + steps
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def _prefill(
     program: Program,
     slots: int,

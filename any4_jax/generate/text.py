@@ -42,14 +42,14 @@ def generate(
         seed: of the sampling; equal seeds give equal tokens.
         eos: ids that end a row; None takes the model's own, () never stops early.
         stream: called with each piece of text as it comes; one text prompt only.
-        cache: what makes the key/value caches.
+        cache: what makes the key/value caches (see `kv_cache.CacheFactory`).
 
     Returns:
         The continuation without the prompt, the end-of-text token and what follows it: str for a text,
         list[str] for texts, list[int] for token ids, list[list[int]] for a list of token ids.
 
     Raises:
-        TypeError: the prompt is neither text nor integer token ids.
+        TypeError: the prompt is neither text nor integer token ids, or `cache` neither a pytree nor hashable.
         ValueError: a prompt is empty, or longer than the context with what is to come, a token id is outside
             the vocabulary, the model has no tokenizer for a text, or a sampling setting is out of range.
     """

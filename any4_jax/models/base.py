@@ -172,7 +172,7 @@ class Decoder(nnx.Module):
         start = jnp.zeros((batch,), jnp.int32) if start is None else start
         dtype = self.dtype if dtype is None else dtype
         heads, size = self.config.num_key_value_heads, self.config.head_dim
-        return [cache.create(batch, length, heads, size, start, dtype) for _ in self.blocks]
+        return [cache.create(index, batch, length, heads, size, start, dtype) for index in range(len(self.blocks))]
 
     def decode(self, tokens: jax.Array, caches: list[Cache], positions: jax.Array) -> tuple[jax.Array, list[Cache]]:
         """All blocks, for use inside jit: tokens and positions int32 [B, T] -> ([B, T, E], the new caches).

@@ -10,6 +10,7 @@ from flax.traverse_util import unflatten_dict
 
 from any4_jax.matmul import is_quantized, unprepare
 from any4_jax.methods.matrices import Matrix
+from any4_jax.models.fold import module_at
 from any4_jax.nn.nnx import Any4Embed, Any4Linear
 from any4_jax.nn.operator_variables import Quantized
 from any4_jax.surgery import fitting, trees
@@ -123,10 +124,8 @@ def _variables(model: nnx.Module) -> Iterator[tuple[tuple, nnx.Variable]]:
 
 def replace_module(model: nnx.Module, path: str, new: nnx.Module) -> None:
     """Puts `new` in the place of the submodule at a dotted path, in place."""
-    *parents, last = path.split(".")
-    node: Any = model
-    for name in parents:
-        node = node[int(name)] if name.isdigit() else getattr(node, name)
+    parent, _, last = path.rpartition(".")
+    node = module_at(model, parent)
     if last.isdigit():
         node[int(last)] = new
     else:

@@ -7,58 +7,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from flax.traverse_util import unflatten_dict
 
 from any4_jax import statistics
 from any4_jax.methods.apply import apply_site
 from any4_jax.methods.base import AnyMethod, BlockResult, Result, SiteWeights, scope_of
-from any4_jax.methods.matrices import Finished, Job, Matrix, quantize_matrices
+from any4_jax.methods.matrices import Job, Matrix, quantize_matrices
 from any4_jax.models.base import Decoder, Site
 from any4_jax.models.fold import is_foldable, scale_channels
 from any4_jax.statistics import Gathered, Statistic
-from any4_jax.surgery import nnx_modules, trees
 from any4_jax.walk.capture import positions_of, run_block
+from any4_jax.walk.records import Captured, Contents, Kept, contents_of, with_contents
 from any4_jax.weights import ScaleInput, is_operator
-
-Contents = Mapping[str, Any]
-
-
-def contents_of(block: nnx.Module) -> dict[str, Any]:
-    """The arrays and operators of a block by dotted name; see `any4_jax.methods.Block`."""
-    return trees.leaves(nnx_modules.contents(block))
-
-
-def with_contents(block: nnx.Module, contents: Contents) -> nnx.Module:
-    """A block like this one with other contents; itself where they are its own."""
-    return nnx_modules.fill(block, unflatten_dict(dict(contents), sep="."), None)
-
-
-@dataclasses.dataclass
-class Kept:
-    """What a killed run left: results by the path of a linear, a site or a block, and the keys of all of these.
-
-    Attributes:
-      keys: of every unit of work; empty where nothing is kept.
-      results: those that were found under their keys.
-      store: where more are put; None where nothing is kept.
-    """
-
-    keys: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    results: Mapping[str, Result] = dataclasses.field(default_factory=dict)
-    store: Finished | None = None
-
-    def put(self, path: str, result: Result) -> None:
-        """Keeps the result of a unit of work."""
-        if self.store is not None:
-            self.store.put(path, self.keys[path], result)
-
-
-@dataclasses.dataclass
-class Captured:
-    """What runs of a block have shown: statistics by the names of sites, and the outputs that the next block gets."""
-
-    gathered: dict[str, Gathered] = dataclasses.field(default_factory=dict)
-    outputs: list[jax.Array] | None = None
 
 
 @dataclasses.dataclass
@@ -67,6 +26,7 @@ class WalkedBlock:
 
     Attributes:
       module: the block as it came.
+      own: the contents of `module`.
       path: of the block in the decoder.
       decoder: the model.
       caches: (B, T) -> an empty cache of this block.
@@ -80,6 +40,7 @@ class WalkedBlock:
     """
 
     module: nnx.Module
+    own: Contents
     path: str
     decoder: Decoder
     contents: Contents
@@ -101,13 +62,13 @@ class WalkedBlock:
 
     def run(self, contents: Contents, x: jax.Array) -> jax.Array:
         cache = self.caches(*x.shape[:2])
-        y, _ = type(self.decoder).block(*nnx.split(self._module(contents)), x, cache, positions_of(x), None)
+        y, _ = type(self.decoder).block(*nnx.split(self.module_of(contents)), x, cache, positions_of(x), None)
         return y
 
     def targets(self) -> list[jax.Array]:
         if self.float_inputs is None:
             raise ValueError(f"{self.path}: got no float activations; set `targets` in the method that asks for them")
-        return self._run(self.contents, self.float_inputs, {}, outputs=True)[0]
+        return self._run(self.own, self.float_inputs, {}, outputs=True)[0]
 
     def gather(self, contents: Contents, needs: Mapping[str, tuple[Statistic, ...]]) -> dict[str, Gathered]:
         wanted = {} if not self.inputs else {s.name: s for s in self.sites if s.name in needs and not self._is_kept(s)}
@@ -128,7 +89,7 @@ class WalkedBlock:
         if captured.outputs is not None and not rest:
             return captured.outputs
         seen = {site.name: self._empty(site, contents, ()) for site in rest}
-        ys, seen = self._run(self.contents if self.keep_outputs else contents, self.inputs, seen, outputs=True)
+        ys, seen = self._run(self.own if self.keep_outputs else contents, self.inputs, seen, outputs=True)
         captured.gathered |= seen
         return ys
 
@@ -146,6 +107,15 @@ class WalkedBlock:
                 result = BlockResult(made.contents, {**result.notes, **made.notes})
         made = self._quantize_matrices(result.contents, single, stats)
         return BlockResult(made.contents, {**result.notes, **made.notes})
+
+    def module_of(self, contents: Contents) -> nnx.Module:
+        """The block with these contents."""
+        built = self.captured.built
+        if built is None or built[0] is not contents:
+            built = contents, with_contents(self.module, self.own, contents)
+            if not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(contents)):
+                self.captured.built = built
+        return built[1]
 
     def _quantize_matrices(self, contents: Contents, paths: list[str], stats: Mapping[str, Any]) -> BlockResult:
         jobs, results = {}, {}
@@ -169,7 +139,7 @@ class WalkedBlock:
         found = self.kept.results.get(unit)
         if found is None:
             weights = {path: jnp.asarray(contents[f"{path}.kernel"], jnp.float32).T for path in paths}
-            foldable = is_foldable(self._module(contents), site)
+            foldable = is_foldable(self.module_of(contents), site)
             made = apply_site(SiteWeights(weights, site.repeat, site.width, foldable), method, stats, unit)
             changed = self._placed(contents, site, made.results, made.input_scale)
             found = Result(changed, {path: dict(result.notes) for path, result in made.results.items()})
@@ -185,7 +155,7 @@ class WalkedBlock:
         operators = {f"{path}.kernel": result.operator for path, result in results.items()}
         if scale is None:
             return operators
-        module, leftover = scale_channels(self._module(contents), site, scale)
+        module, leftover = scale_channels(self.module_of(contents), site, scale)
         folded = scale if leftover is None else scale / leftover
         new = contents_of(module)
         changed = {name: value for name, value in new.items() if value is not contents[name]}
@@ -220,13 +190,10 @@ class WalkedBlock:
     def _run(
         self, contents: Contents, inputs: list[jax.Array], seen: dict[str, Gathered], outputs: bool
     ) -> tuple[list[jax.Array], dict[str, Gathered]]:
-        graphdef, state = nnx.split(self._module(contents))
+        graphdef, state = nnx.split(self.module_of(contents))
         ys = []
         for x, mask in zip(inputs, self.masks, strict=True):
             cache = self.caches(*x.shape[:2])
             y, seen = run_block(type(self.decoder).block, graphdef, state, x, cache, mask, seen, outputs)
             ys.append(y)
         return ys, seen
-
-    def _module(self, contents: Contents) -> nnx.Module:
-        return self.module if contents is self.contents else with_contents(self.module, contents)

@@ -9,7 +9,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
 from any4_jax import statistics
 from any4_jax.models.base import Decoder
@@ -70,9 +69,3 @@ def run_block(
 def gather_head(decoder: Decoder, x: jax.Array, mask: jax.Array, seen: Gathered) -> Gathered:
     """The statistics of what enters the head, for outputs x [B, T, E] of the last block."""
     return statistics.update(seen, decoder.head_input(x), mask)
-
-
-def split(module: nnx.Module) -> tuple[Any, Any]:
-    """`nnx.split`, by which a module is passed to `run_block`."""
-    graphdef, state = nnx.split(module)
-    return graphdef, state

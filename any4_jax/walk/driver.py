@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax import nnx
 
 from any4_jax import statistics
 from any4_jax.methods.base import AnyMethod, BlockMethod, BlockResult, Note, Result, scope_of
@@ -18,9 +19,10 @@ from any4_jax.models.base import Decoder
 from any4_jax.statistics import Gathered, Statistic
 from any4_jax.surgery import nnx_modules
 from any4_jax.walk.batches import Batch
-from any4_jax.walk.blocks import Kept, WalkedBlock, contents_of
+from any4_jax.walk.blocks import WalkedBlock
 from any4_jax.walk.capture import embed, gather_head
 from any4_jax.walk.keys import unit_keys
+from any4_jax.walk.records import Kept, contents_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,13 +55,13 @@ class Walked:
     """What a walk has done.
 
     Attributes:
-      blocks: the contents of each block, see `any4_jax.methods.Block`.
+      blocks: each block as it is now; one that hasn't changed is the decoder's own.
       others: operators of what is quantized outside of the blocks, by path.
       notes: the methods' notes by the path of a linear.
       gathered: statistics by the path of a linear, where `Plan.watch` asks for any.
     """
 
-    blocks: list[Mapping[str, Any]]
+    blocks: list[nnx.Module]
     others: dict[str, Any]
     notes: dict[str, Mapping[str, Note]]
     gathered: dict[str, Gathered]
@@ -74,12 +76,13 @@ def walk(decoder: Decoder, plan: Plan) -> Walked:
     floats = hidden if any(getattr(method, "targets", False) for method in plan.assigned.values()) else None
     caches = _Caches(decoder)
     for index, module in enumerate(decoder.blocks):
-        path = decoder.block_path(index)
+        path, own = decoder.block_path(index), contents_of(module)
         block = WalkedBlock(
             module=module,
+            own=own,
             path=path,
             decoder=decoder,
-            contents=contents_of(module),
+            contents=own,
             assigned=_within(plan.assigned, path),
             sites=decoder.sites(index),
             inputs=hidden,
@@ -97,7 +100,7 @@ def walk(decoder: Decoder, plan: Plan) -> Walked:
             floats = block.targets()
         if hidden:
             hidden = block.finish(result.contents)
-        done.blocks.append(result.contents)
+        done.blocks.append(block.module_of(result.contents))
         done.notes.update({f"{path}.{linear}": notes for linear, notes in result.notes.items()})
         for site in block.sites if plan.watch else ():
             done.gathered.update(

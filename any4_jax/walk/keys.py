@@ -9,7 +9,7 @@ from any4_jax.methods.matrices import digest_arrays
 from any4_jax.models.base import Decoder
 from any4_jax.surgery import nnx_modules, trees
 from any4_jax.walk.batches import Batch
-from any4_jax.walk.blocks import contents_of
+from any4_jax.walk.records import contents_of
 
 
 def unit_keys(

@@ -32,7 +32,6 @@ from any4_jax.surgery import (
     resolve,
 )
 from any4_jax.walk.batches import token_batches
-from any4_jax.walk.blocks import with_contents
 from any4_jax.walk.calibrate import Data, calibrate
 from any4_jax.walk.driver import Plan, walk
 
@@ -122,8 +121,9 @@ def _walked(model: Decoder, plan: Plan) -> tuple[Decoder, dict[str, Mapping[str,
     """A decoder quantized by a walk, and the methods' notes by path."""
     walked = walk(model, plan)
     new: Any = copy_module(model)
-    for index, contents in enumerate(walked.blocks):
-        replace_module(new, model.block_path(index), with_contents(model.blocks[index], contents))
+    for index, block in enumerate(walked.blocks):
+        if block is not model.blocks[index]:
+            replace_module(new, model.block_path(index), block)
     held = holders(model)
     for path, operator in walked.others.items():
         replace_module(new, path, around(held[path], operator))

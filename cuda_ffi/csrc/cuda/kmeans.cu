@@ -1,4 +1,4 @@
-// A block solves one row after another, in a slot of its own.
+// A block of threads solves one row after another, in its own slot of device memory.
 #include <algorithm>
 
 #include <math_constants.h>
@@ -11,7 +11,7 @@ namespace any4 {
 namespace {
 
 constexpr int kMostClusters = 256;
-// Device memory for all slots, unless one row alone takes more.
+// Device memory for all slots, unless a single row takes more.
 constexpr int64_t kScratchBytes = int64_t{512} << 20;
 
 struct Shared {
@@ -33,7 +33,8 @@ __device__ double WarpSum(double value) {
   return value;
 }
 
-// In units of the row, ascending; where fewer than k clusters have weight, the first is repeated.
+// Finds the centroids, in units of the row and ascending. Where fewer than k clusters have weight, the first is
+// repeated.
 __device__ void Centroids(const Slot& slot, int k, float unit, Shared& shared) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   if (warp == 0) {
@@ -67,7 +68,7 @@ __device__ void Centroids(const Slot& slot, int k, float unit, Shared& shared) {
   __syncthreads();
 }
 
-// The nearest centroid of each value, ties to the lower, and the sum of weight * distance^2.
+// Finds the nearest centroid of each value, the lower of two as near, and the sum of weight * distance^2.
 __device__ void Assign(const float* values, const float* weights, int length, int k, uint8_t* codes, float* inertia,
                        Shared& shared) {
   double sum = 0;
@@ -99,7 +100,7 @@ __device__ void Assign(const float* values, const float* weights, int length, in
 __global__ void __launch_bounds__(kThreads) Solve(const KMeansRows rows, const KMeansResult result, char* scratch,
                                                   const int64_t slot_bytes) {
   __shared__ Shared shared;
-  // Shared, since its pointers would take half of a thread's registers.
+  // In shared memory, since its pointers would take half of a thread's registers.
   const Slot& slot = shared.slot;
   if (threadIdx.x == 0) shared.slot.Place(scratch + blockIdx.x * slot_bytes, rows.length, rows.clusters);
   __syncthreads();

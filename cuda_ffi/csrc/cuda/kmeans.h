@@ -1,4 +1,4 @@
-// Optimal weighted k-means of the rows of a matrix, in one dimension.
+// Optimal weighted k-means in one dimension, of each row of a matrix.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -22,7 +22,7 @@ struct KMeansResult {
   float* inertia;    // [count]
 };
 
-// Rows that are solved at a time, and the bytes of device memory that each of them takes.
+// How many rows are solved at a time, and the bytes of device memory that each of them takes.
 struct KMeansPlan {
   int slots;
   int64_t slot_bytes;
@@ -31,7 +31,7 @@ struct KMeansPlan {
 KMeansPlan PlanKMeans(const KMeansRows& rows);
 
 // `scratch` holds plan.slots * plan.slot_bytes bytes, aligned to 128. Rows with NaN or infinite values give NaN.
-// Neither allocates nor waits.
+// The function neither allocates nor waits.
 cudaError_t SolveKMeans(const KMeansRows& rows, const KMeansResult& result, const KMeansPlan& plan, void* scratch,
                         cudaStream_t stream);
 

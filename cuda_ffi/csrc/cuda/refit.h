@@ -1,4 +1,4 @@
-// The refit of table-coded rows to their stored dtypes.
+// The refit of table-coded rows, to their stored dtypes.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -21,11 +21,11 @@ struct RefitRows {
 };
 
 struct RefitOptions {
-  int searches, max_rounds;  // rounds that begin with a search, and all rounds at most
+  int searches, max_rounds;  // rounds that begin with a search, and the most rounds there are
   int first, stop;           // the table's entries that may change
-  float settled;             // a row whose error falls by less than this share is left alone
-  // A search's starts: the scale is multiplied by a factor, and a point of the table's range held, 0 its lower end, 1
-  // its upper. Each is followed by so many least-squares fits.
+  float settled;             // a row whose error falls by less than this share is finished
+  // The starts of a search: each multiplies the scale by a factor and holds a point of the table's range, where 0 is
+  // its lower end and 1 its upper. `fits` least-squares fits follow each.
   int starts, fits;
   float factors[kMostStarts], held[kMostStarts];
   int lut_mantissa, scale_mantissa, offset_mantissa;  // bits: 23 float32, 10 float16, 7 bfloat16
@@ -37,7 +37,7 @@ struct RefitResult {
   float* offsets;
 };
 
-// Rows that are refitted at a time, and the bytes of device memory that each of them takes.
+// How many rows are refitted at a time, and the bytes of device memory that each of them takes.
 struct RefitPlan {
   int slots;
   int64_t slot_bytes;
@@ -45,7 +45,7 @@ struct RefitPlan {
 
 RefitPlan PlanRefit(const RefitRows& rows);
 
-// `scratch` holds plan.slots * plan.slot_bytes bytes. Neither allocates nor waits.
+// `scratch` holds plan.slots * plan.slot_bytes bytes. The function neither allocates nor waits.
 cudaError_t Refit(const RefitRows& rows, const RefitOptions& options, const RefitResult& result, const RefitPlan& plan,
                   void* scratch, cudaStream_t stream);
 
