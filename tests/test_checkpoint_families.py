@@ -8,6 +8,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import toy_family
 from equality import assert_same
 from flax import nnx
 from float_models import FLOAT, NF
@@ -16,9 +17,9 @@ import any4_jax as a4
 from any4_jax.checkpoint import store
 from any4_jax.checkpoint.contents import current
 from any4_jax.cli import main
+from any4_jax.methods import Int
+from any4_jax.models import families
 from any4_jax.models.base import Decoder
-from any4_jax.models.config import LlamaConfig
-from any4_jax.models.families import FAMILIES, Family
 from any4_jax.models.llama import Llama
 from any4_jax.models.tiny import random_llama
 from any4_jax.surgery import quantized_leaves
@@ -28,34 +29,15 @@ KEYS = {"family", "config", "dtype", "tree", "recipe", "model"}
 TOKENS = np.arange(6, dtype=np.int32)[None]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class LoudConfig(LlamaConfig):
-    """A config of another class, with a field of its own."""
-
-    gains: tuple[float, ...] = (3.0,)
-
-
 class Loud(Llama):
-    """A decoder from outside of the library that embeds tokens in another way."""
+    """A subclass that computes something else, of no family."""
 
     def embed(self, tokens, positions):
-        return super().embed(tokens, positions) * self.config.gains[0]
+        return super().embed(tokens, positions) * 2
 
 
-LOUD = Family(
-    name="loud",
-    module=Loud,
-    config=LoudConfig,
-    architectures=("LoudForCausalLM",),
-    model_types=("loud",),
-    read_config=lambda config, generation: LoudConfig(**config),
-    names=(),
-)
-
-
-def loud() -> Loud:
-    config = LoudConfig(**dataclasses.asdict(random_llama().config), gains=(2.0, 0.5))
-    return Loud(config, rngs=nnx.Rngs(0))
+def toy() -> toy_family.Toy:
+    return toy_family.Toy(toy_family.read_config(toy_family.CONFIG_JSON, None), rngs=nnx.Rngs(0))
 
 
 def copied(path: Path, out: Path, edit) -> Path:
@@ -83,24 +65,34 @@ def test_every_content_has_the_same_keys(family: str) -> None:
 
 
 def test_a_family_from_outside_is_saved_and_rebuilt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(FAMILIES, "loud", LOUD)
-    model = a4.quantize_model(loud(), NF)
+    monkeypatch.setitem(families.FAMILIES, "toy", toy_family.TOY)
+    model = a4.quantize_model(toy(), NF, rules=[("wte", Int(8)), (r"h\.0\.out", None)])
     a4.save(tmp_path / "c", model)
     back = a4.load(tmp_path / "c")
-    assert type(back) is Loud and back.config == model.config and back.recipe == model.recipe
+    assert type(back) is toy_family.Toy and back.config == model.config and back.recipe == model.recipe
+    assert nnx.split(back)[0] == nnx.split(model)[0]
+    assert_same(nnx.state(back), nnx.state(model))
     np.testing.assert_array_equal(back(TOKENS), model(TOKENS))
-    assert type(a4.load(tmp_path / "c", into=loud())) is Loud
-    with pytest.raises(ValueError, match="it holds a Loud of this library and `into` is an NNX module .Llama.; leave"):
+    assert_same(nnx.state(a4.load(tmp_path / "c", into=toy())), nnx.state(model))
+    with pytest.raises(ValueError, match="it holds a Toy of this library and `into` is an NNX module .Llama.; leave"):
         a4.load(tmp_path / "c", into=random_llama())
-    monkeypatch.delitem(FAMILIES, "loud")
-    with pytest.raises(ValueError, match=r"c: got family 'loud', known are llama; register it, or upgrade any4_jax$"):
+    monkeypatch.delitem(families.FAMILIES, "toy")
+    with pytest.raises(ValueError, match=r"c: got family 'toy', known are llama; register it, or upgrade any4_jax$"):
         a4.load(tmp_path / "c")
 
 
+def test_no_family_has_the_name_of_another_kind_of_content() -> None:
+    for name in families.WITHOUT_FAMILY:
+        with pytest.raises(ValueError, match=f"got family name '{name}', which checkpoints use"):
+            families.register(dataclasses.replace(toy_family.TOY, name=name))
+    assert set(families.FAMILIES) & set(families.WITHOUT_FAMILY) == set()
+
+
 def test_a_decoder_that_no_family_has_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    model = Loud(random_llama().config, rngs=nnx.Rngs(0))
     for function in (lambda model: a4.save(tmp_path / "c", model), a4.to_arrays):
         with pytest.raises(TypeError, match="got a Loud, which is the class of no family") as error:
-            function(loud())
+            function(model)
         assert "\n" not in str(error.value)
     assert not (tmp_path / "c").exists()
 

@@ -28,8 +28,6 @@ from any4_jax.models import families, hf_flax, hf_identity
 from any4_jax.models.base import Decoder
 from any4_jax.surgery import Recipe, container_of, fitting, linen_modules, nnx_modules, recipe_of
 
-_WITHOUT_FAMILY = ("hf_flax", "nnx", "linen", "tree")
-
 Take = Callable[[str], Any]
 
 
@@ -88,7 +86,7 @@ def recipe_in(content: Mapping[str, Any]) -> Recipe | None:
 def is_decoder(content: Mapping[str, Any]) -> bool:
     """Whether the model is a decoder of this library."""
     with _parsing():
-        return content["family"] not in _WITHOUT_FAMILY
+        return content["family"] not in families.WITHOUT_FAMILY
 
 
 def _identity(model: Any) -> dict[str, Any]:
