@@ -9,13 +9,17 @@ Names of arrays stay: the operator of a decoder's layer had its arrays at "<path
 from collections.abc import Mapping
 from typing import Any
 
-# The one layer of schema 1's decoder whose matrix wasn't called "kernel".
+from any4_jax.models import families
+
+# Schema 1 knew one family of decoders.
+_FAMILY = "llama"
+# The one layer of it whose matrix wasn't called "kernel".
 _EMBEDDING = "embed_tokens"
 
 
 def upgraded(content: Mapping[str, Any]) -> Mapping[str, Any]:
     """What a content of schema 1 says in the form of schema 2; any other content as it is."""
-    if content.get("kind") == "llama":
+    if content.get("kind") == _FAMILY:
         return _decoder(content)
     if content.get("kind") == "tree":
         return _other(content)
@@ -29,12 +33,12 @@ def _decoder(content: Mapping[str, Any]) -> dict[str, Any]:
     for path, operator in content["layers"].items():
         _put(tree, [*path.split("."), "embedding" if path == _EMBEDDING else "kernel"], operator)
     return {
-        "family": "llama",
+        "family": _FAMILY,
         "config": content["config"],
         "dtype": content["dtype"],
         "tree": tree,
         "recipe": content["recipe"],
-        "model": {"class": "Llama"},
+        "model": {"class": families.named(_FAMILY).module.__name__},
     }
 
 
