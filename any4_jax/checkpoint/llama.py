@@ -10,7 +10,6 @@ from flax import nnx
 
 from any4_jax import surgery
 from any4_jax.checkpoint.operators import operator_from_spec, operator_spec, recipe_from_spec, recipe_spec
-from any4_jax.matmul import unprepare
 from any4_jax.models.config import LlamaConfig, RopeScaling
 from any4_jax.models.llama import Llama
 
@@ -18,7 +17,7 @@ from any4_jax.models.llama import Llama
 def describe_llama(model: Llama, arrays: dict[str, Any]) -> dict[str, Any]:
     """JSON that describes a Llama; its arrays are added to `arrays` by name."""
     quantized = surgery.quantized_leaves(model)
-    layers = {path: operator_spec(unprepare(op), path, arrays) for path, op in quantized.items()}
+    layers = {path: operator_spec(op, path, arrays) for path, op in quantized.items()}
     names = []
     for path, variable in nnx.to_flat_state(nnx.state(model)):
         if path[-2:-1] == ("arrays",) and ".".join(map(str, path[:-2])) in quantized:

@@ -10,7 +10,6 @@ from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from any4_jax.checkpoint.operators import operator_from_spec, operator_spec, recipe_from_spec, recipe_spec
-from any4_jax.matmul import unprepare
 from any4_jax.models import flax_llama, hf_flax
 from any4_jax.surgery import Recipe, kind_of, linen_modules, recipe_of
 from any4_jax.weights import is_operator
@@ -102,7 +101,6 @@ def describe_tree(node: Any, name: str, arrays: dict[str, Any]) -> Any:
         return {
             "list": [describe_tree(value, f"{name}.{i}" if name else str(i), arrays) for i, value in enumerate(node)]
         }
-    node = unprepare(node)
     if is_operator(node):
         return {"leaf": operator_spec(node, name, arrays)}
     arrays[name] = node
