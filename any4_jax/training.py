@@ -1,6 +1,5 @@
 """Training over quantized weights: which arrays an optimiser may see, and low-rank updates on top (LoRA)."""
 
-import dataclasses
 import math
 import zlib
 from typing import Any, Literal
@@ -10,7 +9,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from any4_jax.surgery import map_operators, quantized_leaves
-from any4_jax.weights import LowRank, QuantizedTensor, Sum
+from any4_jax.weights import LowRank, Sum, Trained, is_operator, places
 
 _NOTHING = {
     "floats": "no floating-point leaf; pass a tree of weights",
@@ -22,13 +21,15 @@ _NOTHING = {
 def trainable(tree: Any, what: Literal["floats", "tables", "lora"] = "floats") -> Any:
     """The tree of bools that marks what is to be trained: a mask for `any4_jax.partition` and for optax.
 
-    What is no parameter is never marked: codes, e8m0 exponents and permutations, the scale of a LowRank, and the
-    table of a uniform leaf (integer formats), which products may take for the ramp that it is.
+    What is no parameter is never marked: integers (codes, e8m0 exponents, permutations) and what an operator was
+    registered with as a constant, such as the scale of a LowRank, and the table of a uniform leaf (integer formats),
+    which products may take for the ramp that it is.
 
     Args:
       tree: arrays, in operators or not: the params of a Linen or Hugging Face model, or one operator.
-      what: "floats" marks all other floating-point leaves; "tables" the lut, scales and offsets of each
-        QuantizedTensor, wherever it is in its operator; "lora" the a and b of each LowRank.
+      what: "floats" marks all other floating-point leaves; "tables" and "lora" the arrays that
+        operators were registered with as such, wherever they are: the lut, scales and offsets of each
+        QuantizedTensor, and the a and b of each LowRank.
 
     Returns:
       True or False in the place of each leaf of `tree`.
@@ -41,33 +42,19 @@ def trainable(tree: Any, what: Literal["floats", "tables", "lora"] = "floats") -
         raise ValueError(f"got what={what!r}, which names no part of a tree; pass one of {known}")
 
     def mark(node: Any) -> Any:
-        if isinstance(node, QuantizedTensor):
-            return _every(node, False) if what == "lora" else _tables(node)
-        if isinstance(node, LowRank):
-            marked = what != "tables"
-            return LowRank(_every(node.a, marked), _every(node.b, marked), _every(node.scale, False))
-        return what == "floats" and _is_floating(node)
+        if not is_operator(node):
+            return what == "floats" and _is_floating(node)
+        marks = [_is_floating(leaf) and _is_meant(place.trained, what) for place, leaf in places(node)]
+        return jax.tree.unflatten(jax.tree.structure(node), marks)
 
-    marks = jax.tree.map(mark, tree, is_leaf=lambda node: isinstance(node, QuantizedTensor | LowRank))
+    marks = jax.tree.map(mark, tree, is_leaf=is_operator)
     if not any(jax.tree.leaves(marks)):
         raise ValueError(f"got a tree in which {what!r} marks nothing: it has {_NOTHING[what]}")
     return marks
 
 
-def _tables(node: Any) -> Any:
-    """Marks of a QuantizedTensor, or of the scales or offsets of one, which may be quantized themselves."""
-    if not isinstance(node, QuantizedTensor):
-        return jax.tree.map(_is_floating, node)
-    return dataclasses.replace(
-        _every(node, False),
-        lut=_every(node.lut, not node.uniform),
-        scales=_tables(node.scales),
-        offsets=_tables(node.offsets),
-    )
-
-
-def _every(node: Any, marked: bool) -> Any:
-    return jax.tree.map(lambda leaf: marked, node)
+def _is_meant(trained: Trained, what: str) -> bool:
+    return trained == what or (what == "floats" and trained is not None)
 
 
 def _is_floating(leaf: Any) -> bool:
@@ -113,8 +100,7 @@ def add_lora(
         raise ValueError("got a model without quantized layers, add_lora puts updates over these; quantize it first")
 
     def with_update(path: str, operator: Any) -> Sum:
-        nodes = jax.tree.leaves(operator, is_leaf=lambda node: isinstance(node, LowRank))
-        if any(isinstance(node, LowRank) for node in nodes):
+        if any(place.trained == "lora" for place, _ in places(operator)):
             raise ValueError(f"{path} has a low-rank update already, add_lora gives one; train it, or pass a pattern")
         *stack, n, k = operator.shape
         key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(path.encode()))

@@ -14,8 +14,8 @@ import numpy as np
 from float64 import Terms
 
 from any4_jax import weights
-from any4_jax.matmul import matmul
 from any4_jax.partition import combine, partition
+from any4_jax.product import matmul
 from any4_jax.weights import QuantizedTensor
 
 ULP = {"bfloat16": 2.0**-7, "float16": 2.0**-10}

@@ -6,10 +6,10 @@ import pytest
 
 from any4_jax import statistics
 from any4_jax.checkpoint import load, save
-from any4_jax.matmul import matmul, prepare
 from any4_jax.methods import AF4, MX4, NF4, Any4, Int, quantize
 from any4_jax.models.tiny import random_llama, tiny
 from any4_jax.nn.nnx import Any4Linear
+from any4_jax.product import matmul
 from any4_jax.walk import calibrate, quantize_model
 
 W = np.random.default_rng(0).normal(size=(4, 8)).astype(np.float32)
@@ -78,7 +78,6 @@ PRODUCTS = [
     (lambda: matmul(X.astype(int), quantize(W, NF4())), TypeError, "int32 floating convert"),
     (lambda: matmul(X, jnp.ones((2, 4, 8))), ValueError, "(2, 4, 8) [N, K] jax.vmap"),
     (lambda: matmul(X, quantize(W, NF4()), backend="magic"), ValueError, "backend='magic' 'xla' pass"),
-    (lambda: prepare(quantize(W, NF4()), "magic"), ValueError, "backend='magic' 'xla' pass"),
     (lambda: Any4Linear.of(jnp.ones(4)), ValueError, "(4,) [N, K] reshape"),
     (lambda: Any4Linear.of(jnp.ones((2, 4, 8)))(X), ValueError, "(2, 4, 8) [N, K] jax.vmap"),
 ]

@@ -14,7 +14,6 @@ from new_process import run_python
 from any4_jax import weights
 from any4_jax.checkpoint import load, save, store
 from any4_jax.generate import generate
-from any4_jax.matmul import prepare
 from any4_jax.methods import NF4, Int, quantize
 from any4_jax.models.llama import Llama
 from any4_jax.models.tiny import random_llama, tiny
@@ -121,12 +120,6 @@ def test_trees_of_operators_come_back_bit_by_bit(tmp_path: Path) -> None:
     assert set(back) == set(tree)
     for name in tree:
         assert_same(back[name], tree[name])
-
-
-def test_prepared_weights_are_saved_as_they_were(tmp_path: Path) -> None:
-    leaf = operators()["six bits"]
-    save(tmp_path / "tree", {"w": prepare(leaf, "xla")})
-    assert_same(load(tmp_path / "tree")["w"], leaf)
 
 
 def test_a_loaded_model_saves_the_same_checkpoint(saved: Path, tmp_path: Path) -> None:

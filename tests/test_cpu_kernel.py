@@ -13,8 +13,8 @@ import pytest
 from float64 import Terms
 
 from any4_jax import weights
-from any4_jax.matmul import explain, matmul, prepare, unprepare
 from any4_jax.partition import combine, partition
+from any4_jax.product import explain, matmul
 from any4_jax.weights import QuantizedTensor
 from cuda_ffi import registration
 from cuda_ffi.lut_product import TARGET, Matrix, lut_products
@@ -234,17 +234,6 @@ def test_gradients_equal_those_of_xla() -> None:
 
 
 @native
-def test_prepare_changes_nothing() -> None:
-    w = leaf(6, 50, bits=5, g=16)
-    back = unprepare(prepare(w, "cpu"))
-    assert jax.tree.structure(back) == jax.tree.structure(w)
-    for ours, theirs in zip(jax.tree.leaves(back), jax.tree.leaves(w), strict=True):
-        np.testing.assert_array_equal(ours, theirs)
-    x = rows(2, 50)
-    np.testing.assert_array_equal(matmul(x, prepare(w, "cpu")), matmul(x, w))
-
-
-@native
 def test_an_unknown_instruction_set_is_refused_in_words() -> None:
     with pytest.raises(Exception, match="got isa=mmx, which this processor doesn't have"):
         jax.block_until_ready(product(rows(1, 8), leaf(2, 8), "mmx"))
@@ -256,7 +245,7 @@ def test_without_the_library_products_take_xla(monkeypatch: pytest.MonkeyPatch) 
     assert "cpu: no cpu library is built\nxla: taken" in explain(x, w, "cpu")
     check(matmul(x, w), x, w)
     assert TARGET not in jax.jit(lambda x, w: matmul(x, w)).lower(x, w).as_text()
-    with pytest.raises(ValueError, match="backend 'cpu' can't do this product: no cpu library is built"):
+    with pytest.raises(ValueError, match="backend 'cpu' can't do this: no cpu library is built"):
         matmul(x, w, "cpu")
     with pytest.raises(RuntimeError, match="no cpu library is built"):
         product(x, w)

@@ -14,7 +14,8 @@ from kernel_contract import CASES, HALVES, ULP, leaf, rows, within
 
 import any4_jax as a4
 from any4_jax import methods
-from any4_jax.matmul import CUDA, explain, matmul, prepare, unprepare
+from any4_jax.product import explain, matmul
+from any4_jax.product.backends.cuda import CUDA
 from any4_jax.weights import QuantizedTensor
 from cuda_ffi import build, lut_product_cuda, registration
 from cuda_ffi.lut_product import Matrix
@@ -232,14 +233,6 @@ def test_what_it_declines_it_says(fields: dict[str, Any], words: str) -> None:
 def test_methods_run_on_it(method: Any) -> None:
     w = jax.eval_shape(lambda w: a4.quantize(w, method), jax.ShapeDtypeStruct((32, 256), jnp.float32))
     assert explain(jax.ShapeDtypeStruct((1, 256), jnp.bfloat16), w, "cuda").splitlines()[0] == "cuda: taken"
-
-
-@native
-def test_prepare_changes_nothing() -> None:
-    w = leaf(6, 50, bits=3, g=16)
-    back = unprepare(prepare(w, "cuda"))
-    for ours, theirs in zip(jax.tree.leaves(back), jax.tree.leaves(w), strict=True):
-        np.testing.assert_array_equal(ours, theirs)
 
 
 def test_operands_are_refused_before_anything_is_built() -> None:

@@ -14,10 +14,8 @@ from kernel_contract import leaf, rows
 from test_cuda_kernel import gpu, in_registers, lowered, native
 
 import any4_jax as a4
-from any4_jax.layer import Layer
-from any4_jax.matmul import explain, matmul, prepare
-from any4_jax.together import matmul_each
-from any4_jax.weights import QuantizedTensor, ScaleInput
+from any4_jax.product import explain, matmul, matmul_each
+from any4_jax.weights import QuantizedTensor, ScaleInput, Slice
 from cuda_ffi.lut_product_cuda import DEQUANTIZE, MOST_ROWS, PRODUCT
 
 
@@ -43,33 +41,32 @@ FORMS: list[dict[str, Any]] = [
 ]
 
 
-def test_a_layer_is_the_matrix_by_itself() -> None:
+def test_a_slice_is_the_matrix_by_itself() -> None:
     """On this process's device, where the CPU's kernel and XLA index first."""
     stacked, x = stack(16, 70, g=64), rows(2, 70)
     for i, expected in ((0, 0), (2, 2), (-1, 0), (7, 2)):
-        layer = a4.layer(stacked, i)
-        assert isinstance(layer, Layer) and layer.shape == (16, 70)
+        layer = a4.take(stacked, i)
+        assert isinstance(layer, Slice) and layer.shape == (16, 70)
         w = one(stacked, expected)
         same(matmul(x, layer), matmul(x, w))
         same(matmul(x, layer, "xla"), matmul(x, w, "xla"))
         same(a4.dequantize(layer), a4.dequantize(w))
-    assert explain(x, a4.layer(stacked, 1), "tpu") == explain(x, w, "tpu")
+    assert explain(x, a4.take(stacked, 1), "tpu") == explain(x, w, "tpu")
 
 
 def test_an_expert_of_a_layer() -> None:
     layers, x = jax.tree.map(lambda a: jnp.stack([a, a[::-1]]), stack(16, 64)), rows(2, 64)
     for i, j in ((0, 1), (1, 0), (5, -2)):
-        expert = a4.layer(a4.layer(layers, i), j)
+        expert = a4.take(a4.take(layers, i), j)
         same(matmul(x, expert, "xla"), matmul(x, one(one(layers, min(i, 1)), max(j, 0)), "xla"))
-    with pytest.raises(ValueError, match=r"got a weight of shape \(3, 16, 64\), matmul takes \[N, K\]; use `layer`"):
-        matmul(x, a4.layer(layers, 0))
+    with pytest.raises(ValueError, match=r"got a weight of shape \(3, 16, 64\), matmul takes \[N, K\]; use `take`"):
+        matmul(x, a4.take(layers, 0))
 
 
-def test_layers_of_operators_and_of_prepared_weights() -> None:
+def test_slices_of_operators() -> None:
     stacked, x = stack(32, 256), rows(2, 256)
     scaled = ScaleInput(stacked, jnp.arange(3 * 256.0).reshape(3, 256))
-    same(matmul(x, a4.layer(scaled, 1)), matmul(x, one(scaled, 1)))
-    same(matmul(x, a4.layer(prepare(stacked, "xla"), 2)), matmul(x, prepare(one(stacked, 2), "xla")))
+    same(matmul(x, a4.take(scaled, 1)), matmul(x, one(scaled, 1)))
 
 
 def test_gradients_flow_to_the_layer_alone() -> None:
@@ -80,7 +77,7 @@ def test_gradients_flow_to_the_layer_alone() -> None:
         y = matmul(x, take(a4.combine(tables, codes)), "xla")
         return (y.astype(jnp.float32) ** 2).sum()
 
-    ours = jax.grad(functools.partial(loss, take=lambda w: a4.layer(w, 1)))(tables)
+    ours = jax.grad(functools.partial(loss, take=lambda w: a4.take(w, 1)))(tables)
     theirs = jax.grad(functools.partial(loss, take=lambda w: one(w, 1)))(tables)
     same(ours, theirs)
     assert not np.asarray(ours.lut[0]).any() and np.asarray(ours.lut[1]).any()
@@ -97,7 +94,7 @@ def test_a_loop_over_layers_copies_no_codes(m: int) -> None:
     stacked, x = stack(256, 256), rows(m, 256)
 
     def indexed(x: jax.Array, stacked: Any) -> jax.Array:
-        return jax.lax.scan(lambda x, i: (matmul(x, a4.layer(stacked, i)), None), x, jnp.arange(3))[0]
+        return jax.lax.scan(lambda x, i: (matmul(x, a4.take(stacked, i)), None), x, jnp.arange(3))[0]
 
     def scanned(x: jax.Array, stacked: Any) -> jax.Array:
         return jax.lax.scan(lambda x, w: (matmul(x, w), None), x, stacked)[0]
@@ -115,7 +112,7 @@ def test_vmap_over_experts_copies_no_codes() -> None:
     assert copies_of_codes(text, 32, 128) == 0
     # Experts of layers: 2 x 4 matrices in a row.
     layers = jax.tree.map(lambda a: jnp.stack([a, a]), experts)
-    text = lowered(lambda x, w, i: jax.vmap(lambda x, w: matmul(x, a4.layer(w, i)), (0, 1))(x, w), x, layers, 1)
+    text = lowered(lambda x, w, i: jax.vmap(lambda x, w: matmul(x, a4.take(w, i)), (0, 1))(x, w), x, layers, 1)
     assert text.count(f"@{PRODUCT}(") == 1 and "tensor<8x32x128xui8>" in text
 
 
@@ -124,7 +121,7 @@ def test_weights_of_one_input_share_a_call() -> None:
     ws, x = [leaf(n, 256) for n in (64, 32, 32)], rows(1, 256)
     assert lowered(matmul_each, x, ws).count(f"@{PRODUCT}(") == 1
     experts = stack(32, 256)
-    text = lowered(lambda x, w, i, j: matmul_each(x, [a4.layer(w, i), a4.layer(w, j)]), x, experts, 0, 2)
+    text = lowered(lambda x, w, i, j: matmul_each(x, [a4.take(w, i), a4.take(w, j)]), x, experts, 0, 2)
     assert text.count(f"@{PRODUCT}(") == 1 and copies_of_codes(text, 32, 128) == 0
 
 
@@ -134,7 +131,7 @@ def test_weights_of_one_input_share_a_call() -> None:
 def test_a_layer_has_the_bits_of_the_matrix(m: int, form: dict[str, Any]) -> None:
     """Where XLA multiplies with the decoded matrix, two programs differ by roundings."""
     stacked, x = stack(**form), rows(m, form["k"])
-    run = jax.jit(lambda x, w, i: matmul(x, a4.layer(w, i), "cuda"))
+    run = jax.jit(lambda x, w, i: matmul(x, a4.take(w, i), "cuda"))
     close = functools.partial(np.testing.assert_allclose, rtol=0.02, atol=0.01)
     agree = (
         same if in_registers(x, one(stacked, 0)) else lambda a, b: close(*(np.asarray(y, np.float32) for y in (a, b)))
@@ -167,7 +164,7 @@ def test_a_scan_over_layers() -> None:
 
     @jax.jit
     def indexed(x: jax.Array) -> jax.Array:
-        return jax.lax.scan(lambda x, i: (matmul(x, a4.layer(stacked, i)) / 16, None), x, jnp.arange(5))[0]
+        return jax.lax.scan(lambda x, i: (matmul(x, a4.take(stacked, i)) / 16, None), x, jnp.arange(5))[0]
 
     y = x
     for i in range(5):

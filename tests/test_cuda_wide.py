@@ -14,8 +14,7 @@ from kernel_contract import HALVES, ULP, exact, leaf, rows
 from test_cuda_kernel import check, gpu, lowered, matrix, native, product
 
 import any4_jax as a4
-from any4_jax.matmul import matmul
-from any4_jax.together import matmul_each
+from any4_jax.product import matmul, matmul_each
 from cuda_ffi import build
 from cuda_ffi.lut_product_cuda import DEQUANTIZE, PRODUCT, is_wide, on_hopper
 
@@ -81,7 +80,7 @@ def test_no_bit_depends_on_what_else_is_computed(m: int) -> None:
     for again, y in zip(jax.jit(matmul_each)(x, ws), alone, strict=True):
         np.testing.assert_array_equal(again, y)
     stack = jax.tree.map(lambda *a: jnp.stack(a), ws[0], ws[2])
-    run = jax.jit(lambda x, w, i: matmul(x, a4.layer(w, i), "cuda"))
+    run = jax.jit(lambda x, w, i: matmul(x, a4.take(w, i), "cuda"))
     for i, expected in ((0, 0), (1, 2), (-3, 0), (9, 2)):
         np.testing.assert_array_equal(run(x, stack, i), alone[expected])
 

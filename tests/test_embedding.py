@@ -8,13 +8,12 @@ from flax import nnx
 
 import any4_jax as a4
 from any4_jax.cli import main
-from any4_jax.lookup import lookup
-from any4_jax.matmul import prepare
 from any4_jax.methods import MX4, NF4, Any4, Int, quantize
 from any4_jax.nn.nnx import Any4Embed
+from any4_jax.product import lookup
 from any4_jax.statistics import Moments
 from any4_jax.surgery import quantized_leaves
-from any4_jax.weights import LowRank, PermuteInput, ScaleInput, Sum, dequantize
+from any4_jax.weights import LowRank, PermuteInput, ScaleInput, Sparse, Sum, dequantize, take
 
 RULES = [("embed_tokens", Int(8, group_size=32))]
 
@@ -28,7 +27,10 @@ def operators(rng: np.random.Generator) -> dict:
         "one table": quantize(w, NF4(group_size=16)),
         "planes": quantize(w, Int(5, group_size=16)),
         "e8m0": quantize(w, MX4()),
-        "prepared": prepare(leaf, "xla"),
+        "slice": take(jax.tree.map(lambda a: jnp.stack([a[::-1], a]), leaf), 1),
+        "sparse": Sparse(
+            jnp.asarray([3, 0, 3, 11]), jnp.asarray([1, 39, 1, 7]), jnp.asarray([1.0, 2.0, 3.0, 4.0]), 12, 40
+        ),
         "array": w,
         "sum": Sum((leaf, low)),
         "scaled and permuted": ScaleInput(PermuteInput(leaf, jnp.arange(40)[::-1]), jnp.arange(40.0)),

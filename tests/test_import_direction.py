@@ -17,10 +17,8 @@ LAYERS = (
     ("formats", "choice"),
     ("scaling", "packing", "partition"),
     ("weights",),
-    ("layer",),
-    ("quantized_input", "backends"),
-    ("clustering", "refit", "matmul", "statistics"),
-    ("lookup", "methods", "together"),
+    ("clustering", "refit", "statistics", "product"),
+    ("methods",),
     ("kv_cache",),
     ("nn",),
     ("data",),
@@ -36,7 +34,7 @@ LEVEL = {name: level for level, row in enumerate(LAYERS) for name in row}
 TOP = LEVEL["cli"]
 
 KERNEL_PACKAGES = ("pallas_kernels", "cuda_ffi")
-KERNEL_USERS = ("backends", "matmul", "clustering", "refit", "kv_cache")
+KERNEL_USERS = ("product", "clustering", "refit", "kv_cache")
 KERNEL_IMPORTS = frozenset(sys.stdlib_module_names) | {"jax", "numpy"}
 
 FORBIDDEN_MODULES = frozenset({"pickle", "cPickle", "cloudpickle", "dill", "marshal", "shelve"})
@@ -206,17 +204,17 @@ def test_package_init_holds_public_names_only() -> None:
 @pytest.mark.parametrize(
     "source, code, faults",
     [
-        ("any4_jax/weights.py", "from any4_jax import packing\nfrom .formats import FORMATS", 0),
-        ("any4_jax/weights.py", "from any4_jax.methods import rtn", 1),
-        ("any4_jax/weights.py", "def f():\n    from . import matmul", 1),
-        ("any4_jax/matmul.py", "from any4_jax import statistics", 1),
+        ("any4_jax/weights/sum.py", "from any4_jax import packing\nfrom .formats import FORMATS", 0),
+        ("any4_jax/weights/sum.py", "from any4_jax.methods import rtn", 1),
+        ("any4_jax/weights/sum.py", "def f():\n    from ..product import matmul", 1),
+        ("any4_jax/product/plan.py", "from any4_jax import statistics", 1),
         ("any4_jax/methods/any4.py", "from any4_jax.methods.base import Method\nfrom . import rtn", 0),
         ("any4_jax/methods/any4.py", "from ..nn import linen", 1),
         ("any4_jax/methods/any4.py", "import any4_jax as a4", 1),
         ("any4_jax/cli/demo.py", "import any4_jax as a4", 0),
         ("any4_jax/helpers.py", "", 1),
-        ("any4_jax/matmul.py", "def f():\n    import pallas_kernels.gemv", 0),
-        ("any4_jax/matmul.py", "import pallas_kernels.gemv", 1),
+        ("any4_jax/product/plan.py", "def f():\n    import pallas_kernels.gemv", 0),
+        ("any4_jax/product/plan.py", "import pallas_kernels.gemv", 1),
         ("any4_jax/nn/linen.py", "def f():\n    import cuda_ffi", 1),
     ],
 )
@@ -242,7 +240,7 @@ def test_direction_rule_itself(source: str, code: str, faults: int) -> None:
     ],
 )
 def test_forbidden_rule_itself(code: str, faults: int) -> None:
-    assert len(forbidden_faults("any4_jax/weights.py", ast.parse(code))) == faults
+    assert len(forbidden_faults("any4_jax/formats.py", ast.parse(code))) == faults
 
 
 @pytest.mark.parametrize("code, faults", [("import jax, numpy, ctypes", 0), ("from any4_jax import packing", 1)])

@@ -1,7 +1,6 @@
 """The weight contract: the product equals x @ dequantize(w).T for every operator, under every transformation."""
 
 import dataclasses
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -9,9 +8,11 @@ import numpy as np
 import pytest
 
 from any4_jax import weights
-from any4_jax.matmul import BACKENDS, Prepared, explain, matmul, prepare, quantize_input, unprepare
+from any4_jax.choice import Choice
 from any4_jax.partition import combine, partition
-from any4_jax.weights import LowRank, PermuteInput, QuantizeInput, ScaleInput, Sum
+from any4_jax.product import BACKENDS, explain, matmul, plan
+from any4_jax.product.quantized_input import quantize_input
+from any4_jax.weights import LowRank, PermuteInput, QuantizeInput, ScaleInput, Sparse, Sum, take
 
 dequantize = jax.jit(weights.dequantize, static_argnums=1)
 
@@ -47,6 +48,14 @@ def low_rank(seed: int = 0, rank: int = 3) -> LowRank:
     return LowRank(jnp.asarray(a, jnp.float32), jnp.asarray(b, jnp.float32), jnp.float32(0.3))
 
 
+def sparse(seed: int = 0) -> Sparse:
+    """Six entries, two of them in one place, and one of padding."""
+    rng = np.random.default_rng(seed)
+    rows, columns = (jnp.asarray([*rng.integers(0, size, 4), 1, 1, 0], jnp.int32) for size in (N, K))
+    values = jnp.asarray(rng.normal(size=7) * [1, 1, 1, 1, 1, 1, 0], jnp.float32)
+    return Sparse(rows, columns, values, N, K)
+
+
 def operator(name: str, seed: int = 0):
     rng = np.random.default_rng(seed + 100)
     dense = jnp.asarray(rng.normal(size=(N, K)), jnp.float32)
@@ -63,12 +72,13 @@ def operator(name: str, seed: int = 0):
         "PermuteInput": lambda: PermuteInput(leaf(4, seed), jnp.asarray(rng.permutation(K), jnp.int32)),
         "LowRank": lambda: low_rank(seed),
         "Sum with LowRank": lambda: Sum((leaf(4, seed), low_rank(seed))),
-        "prepared": lambda: prepare(leaf(4, seed), "xla"),
+        "Sparse": lambda: sparse(seed),
+        "Sum with Sparse": lambda: Sum((leaf(4, seed), sparse(seed))),
     }[name]()
 
 
 NAMES = ("dense", "1 bit", "3 bits", "4 bits", "8 bits", "nested", "Sum", "ScaleInput", "PermuteInput")
-NAMES += ("LowRank", "Sum with LowRank", "prepared")
+NAMES += ("LowRank", "Sum with LowRank", "Sparse", "Sum with Sparse")
 
 
 def rows(*shape: int, dtype=jnp.float32):
@@ -181,6 +191,10 @@ def test_integer_products_equal_those_of_the_rounded_input(per, symmetric: bool,
     text = jax.jit(matmul).lower(x, w).as_text()
     assert "xi8>" in text
     np.testing.assert_allclose(jax.jit(matmul)(x, w), reference(rounded, inner), rtol=1e-4, atol=1e-4)
+    stack = jax.tree.map(lambda a: jnp.stack([a[::-1], a]), w)
+    one = jax.jit(lambda x, stack: matmul(x, take(stack, 1)))
+    assert "xi8>" in one.lower(x, stack).as_text()
+    np.testing.assert_allclose(one(x, stack), matmul(x, w), rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
@@ -205,33 +219,17 @@ def test_input_levels() -> None:
     np.testing.assert_allclose(matmul(x, w), reference(rounded, w.inner), rtol=1e-5, atol=1e-5)
 
 
-def test_prepare_and_its_inverse() -> None:
-    tree = {"a": leaf(3), "b": [Sum((leaf(4), rows(N)[:, :K]))], "c": jnp.ones(3)}
-    prepared = prepare(tree, "xla")
-    assert isinstance(prepared["a"], Prepared) and isinstance(prepared["b"][0].terms[0], Prepared)
-    assert prepared["a"].shape == (N, K)
-    back = unprepare(prepared)
-    assert jax.tree.structure(back) == jax.tree.structure(tree)
-    for ours, theirs in zip(jax.tree.leaves(back), jax.tree.leaves(tree), strict=True):
-        np.testing.assert_array_equal(ours, theirs)
-    np.testing.assert_array_equal(dequantize(prepared["a"]), dequantize(tree["a"]))
-
-
-def test_a_prepared_weight_runs_on_its_own_backend_only() -> None:
-    with pytest.raises(ValueError, match="got backend='cuda' for a weight prepared for 'xla'"):
-        matmul(rows(1), operator("prepared"), backend="cuda")
-
-
 def test_the_last_backend_takes_everything() -> None:
-    assert BACKENDS[-1].name == "xla"
-    assert BACKENDS[-1].supports(rows(1), leaf(3), "tpu") is None
+    assert BACKENDS.options[-1].name == "xla"
+    assert BACKENDS.options[-1].supports(rows(1), leaf(3), "tpu") is None
 
 
 def test_a_backend_that_cannot_gives_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    picky = dataclasses.replace(BACKENDS[-1], name="picky", supports=lambda x, w, platform: f"no {w.bits}-bit codes")
-    # The package re-exports a function under the module's name.
-    monkeypatch.setattr(sys.modules["any4_jax.matmul"], "BACKENDS", (picky, *BACKENDS))
-    with pytest.raises(ValueError, match="backend 'picky' can't do this product: no 4-bit codes"):
+    picky = dataclasses.replace(
+        BACKENDS.options[-1], name="picky", supports=lambda x, w, platform: f"no {w.bits}-bit codes"
+    )
+    monkeypatch.setattr(plan, "BACKENDS", Choice((picky, *BACKENDS.options)))
+    with pytest.raises(ValueError, match="backend 'picky' can't do this: no 4-bit codes"):
         matmul(rows(1), leaf(4), backend="picky")
     lines = explain(rows(1), leaf(4), platform="cuda").splitlines()
     assert lines[0] == "picky: no 4-bit codes" and "xla: taken" in lines
@@ -245,4 +243,43 @@ def test_explain(platform: str | None) -> None:
     assert sum(line.endswith(": taken") for line in text.splitlines()) == 2
     assert (platform != "tpu") or text.splitlines().count("xla: taken") == 2
     assert explain(rows(1), jnp.ones((N, K))) == "no quantized leaf: a dense product in XLA"
-    assert explain(rows(1), prepare(leaf(4), "xla")) == "xla: taken, the weight is prepared for it"
+
+
+INTEGERS = QuantizeInput(leaf(8, ramp=True), None, 8, True, "token")
+
+
+@pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu"])
+def test_integer_products_are_explained_as_they_run(platform: str) -> None:
+    lines = explain(rows(1), INTEGERS, platform).splitlines()
+    assert lines[-1] == "xla: taken (x is rounded to integers, which multiply the codes as int8)"
+    assert not any("taken" in line or "could" in line for line in lines[:-1])
+    named = "cuda" if platform == "cuda" else "cpu"
+    reason = next(line for line in lines if line.startswith(f"{named}: "))
+    if platform in ("cpu", "cuda"):
+        assert reason.endswith("by the codes of a QuantizedTensor, the weight is a QuantizeInput")
+
+
+@pytest.mark.parametrize(
+    "w, backend, reason",
+    [
+        (INTEGERS, "cuda", "it runs on cuda, not on cpu"),
+        (INTEGERS, "cpu", "the weight is a QuantizeInput"),
+        (rows(N), "cuda", "it runs on cuda, not on cpu"),
+        (rows(N), "cpu", "the weight is a plain array"),
+        (low_rank(), "cpu", "the weight is a LowRank"),
+        (Sum((rows(N), low_rank())), "cpu", "the weight is a Sum"),
+        (Sum((leaf(4), low_rank())), "cuda", "it runs on cuda, not on cpu"),
+        (low_rank(), "magic", "there are 'cuda', 'pallas', 'cpu', 'xla'"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else type(value).__name__,
+)
+def test_a_backend_by_name_never_gives_way_in_silence(w, backend: str, reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        matmul(rows(1), w, backend)
+    assert matmul(rows(1), w, "xla").shape == (1, N)
+
+
+def test_explain_sees_the_input_that_a_kernel_would_get() -> None:
+    """Each product of the parts, with the dtype and rows of x there, and no kernel run on the way."""
+    found = plan.problems(matmul, rows(2, 3, dtype=jnp.bfloat16), Sum((ScaleInput(leaf(4), jnp.ones(K)), leaf(1))))
+    assert [(x.shape, x.dtype, w.bits) for x, w in found] == [((6, K), jnp.bfloat16, 4), ((6, K), jnp.bfloat16, 1)]

@@ -16,7 +16,8 @@ from kernel_contract import leaf, rows
 from test_pallas_kernel import forced, problem, product
 
 from any4_jax import cli, packing
-from any4_jax.matmul import explain, matmul, prepare, unprepare
+from any4_jax.product import explain
+from any4_jax.product.plan import coded_product
 from any4_jax.weights import QuantizedTensor
 from pallas_kernels import choice, layout, triton_gemv, tuning
 from pallas_kernels.choice import CONFIGS, Problem, choose
@@ -48,7 +49,7 @@ def lowered(function: Any, *arguments: Any, on: str = "H100") -> str:
 
 def matmul_on_pallas(x: jax.Array, w: QuantizedTensor) -> jax.Array:
     """As `matmul` chooses it where CUDA's kernels aren't built; by name it asks for a GPU in this process."""
-    return matmul(x, prepare(w, "pallas"))
+    return coded_product(x, w, "pallas")
 
 
 @pytest.mark.filterwarnings("ignore:.*Pallas Triton:DeprecationWarning")
@@ -105,7 +106,7 @@ def test_vmap_over_x_is_one_kernel_and_over_weights_a_loop() -> None:
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        (dict(x=jnp.float64), "x is float64, but the kernels take bfloat16, float16 and float32"),
+        (dict(x=jnp.float8_e4m3fn), "x is float8_e4m3fn, but the kernels take bfloat16, float16 and float32"),
         (dict(bits=5), "codes have 5 bits, but the kernels take 2, 3, 4 and 8"),
         (dict(g=48), "groups have 48 inputs, but the kernels take powers of two from 16 on, or the whole row"),
         (dict(on=None), "no NVIDIA GPU is attached, and no abstract device names one"),
@@ -170,13 +171,6 @@ def test_tuning_without_a_gpu_is_refused(capsys: pytest.CaptureFixture[str]) -> 
     if gpu_name() is None:
         assert cli.main(["bench", "gemm", "--tune", "--shapes", "64x128", "--m", "1"]) == 1
         assert "nothing to tune for 64 x 128: it runs on cuda, not on" in capsys.readouterr().err
-
-
-def test_prepare_changes_nothing() -> None:
-    w = leaf(6, 50, bits=3, g=16)
-    back = unprepare(prepare(w, "pallas"))
-    for ours, theirs in zip(jax.tree.leaves(back), jax.tree.leaves(w), strict=True):
-        np.testing.assert_array_equal(ours, theirs)
 
 
 def test_operands_are_refused_in_words() -> None:

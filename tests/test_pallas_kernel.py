@@ -19,7 +19,7 @@ import pytest
 from kernel_contract import CASES, HALVES, ULP, Case, leaf, rows, within
 
 import any4_jax as a4
-from any4_jax.matmul import explain, matmul
+from any4_jax.product import explain, matmul
 from any4_jax.weights import QuantizedTensor
 from pallas_kernels import mosaic_narrow, mosaic_wide, triton_dequantize, triton_gemm, triton_gemv
 from pallas_kernels.choice import Choice, Problem, choose
@@ -181,7 +181,7 @@ def test_scan_over_layers() -> None:
 
     @jax.jit
     def loop(x, stack):
-        return jax.lax.scan(lambda x, i: (matmul(x, a4.layer(stack, i), "pallas") / 64, None), x, jnp.arange(3))[0]
+        return jax.lax.scan(lambda x, i: (matmul(x, a4.take(stack, i), "pallas") / 64, None), x, jnp.arange(3))[0]
 
     each = x
     for w in layers:

@@ -15,7 +15,6 @@ from linen_trees import KEY, NF4, floats, normal, swapped
 import any4_jax as a4
 from any4_jax.nn.linen import Any4Dense
 from any4_jax.nn.swapping import Intercepted, dense_layers, intercepted, quantized_dense, tapping
-from cuda_ffi import registration
 
 
 class Net(nn.Module):
@@ -48,8 +47,6 @@ def test_swapped_kernels_compute_what_their_floats_do(net, transform):
     x = normal((3, 32))
     y = transform(model.apply)(variables, x)
     np.testing.assert_allclose(y, Net().apply(floats(variables), x), rtol=1e-5, atol=1e-5)
-    taken = "xla" if registration.why_not("cpu") else "cpu"
-    np.testing.assert_array_equal(transform(model.apply)(a4.prepare(variables, taken), x), y)
 
 
 @pytest.mark.parametrize(

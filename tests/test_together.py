@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 
 import any4_jax as a4
-from any4_jax.matmul import matmul
-from any4_jax.together import matmul_each
+from any4_jax.product import matmul, matmul_each
 from cuda_ffi import registration
 from cuda_ffi.lut_product import TARGET
 

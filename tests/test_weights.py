@@ -9,14 +9,15 @@ import optax
 import pytest
 
 from any4_jax import packing, weights
-from any4_jax.matmul import matmul
 from any4_jax.partition import combine, partition
+from any4_jax.product import matmul
 from any4_jax.weights import (
     LowRank,
     PermuteInput,
     QuantizedTensor,
     QuantizeInput,
     ScaleInput,
+    Sparse,
     Sum,
 )
 
@@ -112,17 +113,24 @@ def operators(rng: np.random.Generator) -> dict:
     pair = LowRank(down, up, jnp.float32(0.25))
     scattered = np.empty((N, K))
     scattered[:, np.asarray(permutation)] = law(a)
+    few = np.zeros((N, K))
+    entries = [(1, 2, 0.5), (4, 12, -3.0), (1, 2, 0.25), (0, 0, 0.0)]
+    for row, column, value in entries:
+        few[row, column] += value
+    rows, columns, values = (jnp.asarray(column) for column in zip(*entries, strict=True))
+    sparse = Sparse(rows, columns, values, N, K)
     return {
         "Sum": (Sum((a, b)), law(a) + law(b)),
+        "Sparse": (sparse, few),
         "ScaleInput": (ScaleInput(a, scale), law(a) * np.asarray(scale)),
         "PermuteInput": (PermuteInput(a, permutation), scattered),
         "QuantizeInput": (QuantizeInput(a, None, 8, True, "token"), law(a)),
         "LowRank": (pair, update),
-        "nested": (ScaleInput(Sum((a, b, pair)), scale), (law(a) + law(b) + update) * np.asarray(scale)),
+        "nested": (ScaleInput(Sum((a, b, pair, sparse)), scale), (law(a) + law(b) + update + few) * np.asarray(scale)),
     }
 
 
-OPERATORS = ("Sum", "ScaleInput", "PermuteInput", "QuantizeInput", "LowRank", "nested")
+OPERATORS = ("Sum", "Sparse", "ScaleInput", "PermuteInput", "QuantizeInput", "LowRank", "nested")
 
 
 @pytest.mark.parametrize("name", OPERATORS)
@@ -130,6 +138,8 @@ def test_operators_stand_for_their_matrix(name: str, rng: np.random.Generator) -
     operator, dense = operators(rng)[name]
     assert operator.shape == (N, K)
     np.testing.assert_allclose(dequantize(operator), dense, rtol=1e-5, atol=1e-6)
+    assert operator.nbytes == sum(array.nbytes for array in jax.tree.leaves(operator))
+    assert operator.bits_per_weight == 8 * operator.nbytes / (N * K)
 
 
 @pytest.mark.parametrize("name", OPERATORS)
@@ -140,6 +150,31 @@ def test_a_stack_of_as_many_layers_as_rows(name: str) -> None:
     assert stacked.shape == (N, N, K)
     each = jnp.stack([dequantize(layer) for layer in layers])
     np.testing.assert_array_equal(dequantize(stacked), each)
+
+
+def test_places_name_axes_in_terms_of_the_whole_matrix(rng: np.random.Generator) -> None:
+    a = leaf(3, rng)
+    stack = jax.tree.map(lambda array: jnp.stack([array, array]), a)
+    w = Sum(
+        (a, ScaleInput(weights.take(stack, 1), jnp.ones(K)), LowRank(jnp.ones((2, K)), jnp.ones((N, 2)), jnp.ones(())))
+    )
+    found = [(place.name, place.axes, place.trained) for place, _ in weights.places(w)]
+    assert found[:3] == [
+        ("terms/0/codes/0", "*NK", "floats"),
+        ("terms/0/codes/1", "*NK", "floats"),
+        ("terms/0/lut", "*N.", "tables"),
+    ]
+    assert ("terms/1/inner/stack/lut", ".*N.", "tables") in found and ("terms/1/scale", "*K", "floats") in found
+    assert found[-3:] == [("terms/2/a", "*.K", "lora"), ("terms/2/b", "*N.", "lora"), ("terms/2/scale", "*", None)]
+    assert len(found) == len(jax.tree.leaves(w))
+    assert [type(part) for part in weights.parts(w)] == [
+        Sum,
+        QuantizedTensor,
+        ScaleInput,
+        weights.Slice,
+        QuantizedTensor,
+        LowRank,
+    ]
 
 
 def test_partition_splits_by_dtype_and_combine_restores(rng: np.random.Generator) -> None:

@@ -17,7 +17,7 @@ import numpy as np
 from any4_jax import packing
 from any4_jax.benchmarks.machine import available_bytes, platform
 from any4_jax.benchmarks.timing import Candidate, StreamingRead, interleaved, significant, tree_bytes
-from any4_jax.matmul import BACKENDS, matmul, prepare
+from any4_jax.product import BACKENDS, matmul
 from any4_jax.weights import QuantizedTensor, dequantize
 
 # [N, K] of the linears of a block; "-together" those of one input as one matrix (q, k, v; o; gate, up; down), and the
@@ -149,14 +149,14 @@ def _products(config: Gemm, n: int, k: int, m: int, where: str, note: Callable[[
     w = jnp.asarray(np.random.default_rng(0).standard_normal((n, k), np.float32) * k**-0.5)
     q = random_weight(n, k, config.bits, config.group_size)
     able: dict[str, list[str]] = {}
-    for backend, dtype in itertools.product(BACKENDS, DTYPES):
+    for backend, dtype in itertools.product(BACKENDS.options, DTYPES):
         reason = backend.supports(jax.ShapeDtypeStruct((m, k), dtype), q, where)
         if reason is None:
             able.setdefault(backend.name, []).append(dtype)
         else:
             note(f"no product on the backend {backend.name}: {reason}")
 
-    # Each of these keeps its own copies: two layouts in two dtypes, and the weight prepared for each backend.
+    # Each of these keeps its own copies: two layouts in two dtypes, and the weight for each backend.
     rotate = config.rotate_mb * 10**6
     room = available_bytes()
     if room is not None and rotate * (4 + len(able)) > room // 2:
@@ -177,9 +177,10 @@ def _products(config: Gemm, n: int, k: int, m: int, where: str, note: Callable[[
         products.append(_Product(DENSE[1], dtype, _dense, copies(exact.T), exact))
     dense = dequantize(q)
     for name, dtypes in able.items():
-        prepared = copies(prepare(q, name))
+        weights = copies(q)
+        run = jax.jit(functools.partial(matmul, backend=name))
         for dtype in dtypes:
-            products.append(_Product(f"{config.bits} bits on {name}", dtype, _quantized, prepared, dense))
+            products.append(_Product(f"{config.bits} bits on {name}", dtype, run, weights, dense))
     return products
 
 
@@ -209,11 +210,6 @@ def _dense_transposed(x: jax.Array, w: jax.Array) -> jax.Array:
 @jax.jit
 def _dense(x: jax.Array, w: jax.Array) -> jax.Array:
     return jnp.matmul(x, w, precision=jax.lax.Precision.HIGHEST)
-
-
-@jax.jit
-def _quantized(x: jax.Array, w: Any) -> jax.Array:
-    return matmul(x, w)
 
 
 def _copy(tree: Any) -> Any:

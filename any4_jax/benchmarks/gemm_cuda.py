@@ -17,12 +17,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from any4_jax.backends.cuda import is_one_launch, launcher
 from any4_jax.benchmarks.gemm import Gemm, Measured
 from any4_jax.benchmarks.peers import Torch
 from any4_jax.benchmarks.shapes import random_leaf
 from any4_jax.benchmarks.timing import Candidate, StreamingRead, interleaved, significant, tree_bytes
-from any4_jax.matmul import CUDA, PALLAS, matmul
+from any4_jax.product import matmul
+from any4_jax.product.backends.cuda import CUDA, is_one_launch, launcher
+from any4_jax.product.backends.pallas import PALLAS
 from any4_jax.weights import dequantize
 
 ROWS = (1, 2, 4, 8, 16, 32, 64, 512, 2048)

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 
 from any4_jax.benchmarks.schema import VERSIONED, Device, Result
-from any4_jax.matmul import default_platform as platform
+from any4_jax.choice import default_platform as platform
 
 __all__ = ["available_bytes", "command_line", "cores", "device", "platform", "result"]
 

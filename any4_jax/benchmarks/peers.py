@@ -62,7 +62,7 @@ class Torch:
         """The same of this library's product of 4 bits, with a table a row and offsets.
 
         Args:
-          launch: of `any4_jax.backends.cuda.launcher`.
+          launch: of `any4_jax.product.backends.cuda.launcher`.
         """
         torch = self._torch
 

@@ -9,10 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from any4_jax.backends import pallas
 from any4_jax.benchmarks.gemm import random_weight
 from any4_jax.benchmarks.timing import significant, tree_bytes
-from any4_jax.matmul import default_platform, matmul
+from any4_jax.choice import default_platform
+from any4_jax.product import matmul
+from any4_jax.product.backends import pallas
 from any4_jax.weights import QuantizedTensor
 
 # Between them copies of a weight leave no cache that a GPU has (an H100: 50 MB) anything to keep.

@@ -8,8 +8,8 @@ import jax
 from flax import linen
 from jax.sharding import NamedSharding, PartitionSpec
 
-from any4_jax.matmul import is_quantized
 from any4_jax.nn.linen import boxed
+from any4_jax.weights import is_operator
 
 Rule = Callable[[str, jax.ShapeDtypeStruct], NamedSharding | None]
 
@@ -43,7 +43,7 @@ def _shardings(wanted: Any, given: Any) -> list[NamedSharding | None]:
     sharding = next(filter(None, own), None)
     if sharding is None:
         return [None] * len(arrays)
-    if is_quantized(wanted) or not is_quantized(given):
+    if is_operator(wanted) or not is_operator(given):
         return [_split(sharding, (), array) for array in arrays]
     axes: Any = linen.Partitioned(None, (*sharding.spec, *[None] * (wanted.ndim - len(sharding.spec))))
     boxes = jax.tree.leaves(boxed(given, axes), is_leaf=lambda node: isinstance(node, linen.Partitioned))

@@ -8,14 +8,16 @@ import jax
 
 from any4_jax.methods.spec import method_from_json, method_to_json
 from any4_jax.surgery import Recipe
-from any4_jax.weights import OPERATORS
-
-_BY_NAME = {cls.__name__: cls for cls in OPERATORS}
+from any4_jax.weights import is_operator, operator_types
 
 
 def operator_spec(operator: Any, name: str, arrays: dict[str, jax.Array]) -> Any:
-    """JSON that describes an operator; its arrays are added to `arrays` under `name`/field."""
-    if isinstance(operator, OPERATORS):
+    """JSON that describes an operator; its arrays are added to `arrays` under `name`/field.
+
+    Raises:
+      TypeError: a field that holds something else than arrays, operators, tuples of these, or plain values.
+    """
+    if is_operator(operator):
         fields = {
             f.name: operator_spec(getattr(operator, f.name), f"{name}/{f.name}", arrays)
             for f in dataclasses.fields(operator)
@@ -23,8 +25,13 @@ def operator_spec(operator: Any, name: str, arrays: dict[str, jax.Array]) -> Any
         return {"operator": type(operator).__name__, **fields}
     if isinstance(operator, tuple):
         return [operator_spec(item, f"{name}/{i}", arrays) for i, item in enumerate(operator)]
-    if operator is None or isinstance(operator, (bool, int, str)):
+    if operator is None or isinstance(operator, bool | int | float | str):
         return operator
+    if not hasattr(operator, "dtype"):
+        raise TypeError(
+            f"{name}: got a {type(operator).__name__}, a checkpoint takes arrays, operators, tuples of these, numbers "
+            "and strings; register the operator with such fields"
+        )
     arrays[name] = operator
     return {"array": name}
 
@@ -33,18 +40,21 @@ def operator_from_spec(spec: Any, take: Callable[[str], jax.Array]) -> Any:
     """The inverse of `operator_spec`; `take` gives the array of a name.
 
     Raises:
-      ValueError: the spec names an operator that this version doesn't have.
+      ValueError: the spec names an operator that is not registered.
     """
     if isinstance(spec, list):
         return tuple(operator_from_spec(item, take) for item in spec)
     if not isinstance(spec, dict):
         return spec
-    if "array" in spec:
+    if "operator" not in spec:
         return take(spec["array"])
-    kind = spec.get("operator")
-    if kind not in _BY_NAME:
-        raise ValueError(f"got an operator {kind!r}, this version knows {', '.join(_BY_NAME)}; upgrade any4_jax")
-    return _BY_NAME[kind](**{key: operator_from_spec(value, take) for key, value in spec.items() if key != "operator"})
+    name, known = spec["operator"], operator_types()
+    if name not in known:
+        raise ValueError(
+            f"got an operator {name!r}, there are {', '.join(known)}; import the module that registers it, or "
+            "upgrade any4_jax"
+        )
+    return known[name](**{key: operator_from_spec(value, take) for key, value in spec.items() if key != "operator"})
 
 
 def recipe_spec(recipe: Recipe) -> dict[str, Any]:

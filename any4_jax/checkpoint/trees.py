@@ -4,7 +4,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from any4_jax.checkpoint.operators import operator_from_spec, operator_spec
-from any4_jax.matmul import unprepare
 from any4_jax.weights import is_operator
 
 
@@ -23,7 +22,6 @@ def describe_tree(node: Any, name: str, arrays: dict[str, Any]) -> Any:
         return {
             "list": [describe_tree(value, f"{name}.{i}" if name else str(i), arrays) for i, value in enumerate(node)]
         }
-    node = unprepare(node)
     if is_operator(node):
         return {"leaf": operator_spec(node, name, arrays)}
     arrays[name] = node

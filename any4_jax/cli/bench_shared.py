@@ -4,8 +4,8 @@ import argparse
 from pathlib import Path
 
 from any4_jax.benchmarks import machine, schema
+from any4_jax.choice import PLATFORMS
 from any4_jax.cli.errors import CommandLineError, WorkError
-from any4_jax.matmul import PLATFORMS
 
 
 def add_common(parser: argparse.ArgumentParser, rounds: int) -> None:

@@ -2,39 +2,42 @@
 
 from typing import Any
 
-from jax.tree_util import GetAttrKey
+from flax.core import meta
 
-_AXES = {
-    "codes": "NK",
-    "lut": "N",
-    "scales": "NK",
-    "offsets": "NK",
-    "a": ".K",
-    "b": "N",
-    "scale": "K",
-    "permutation": "K",
-    "levels": ".",
-}
-"""What the axes of an operator's field run along, after the stack's; a dot, and what isn't said, is neither N nor K."""
+from any4_jax.weights import places
 
 
-def field_of(path: tuple[Any, ...]) -> str:
-    """The field that holds the array at a path in an operator, "" for an operator that is an array."""
-    return next((key.name for key in reversed(path) if isinstance(key, GetAttrKey)), "")
-
-
-def array_axes(field: str, kernel: tuple, shape: tuple[int, ...]) -> tuple:
+def array_axes(axes: str, kernel: tuple, shape: tuple[int, ...]) -> tuple:
     """The names of an array's axes.
 
     An axis of length 1 (one table for all rows, one group) can't be split and gets None.
 
     Args:
-      field: see `field_of`; an array in a field of another name is a plain matrix [*L, N, K].
+      axes: what the array's axes run along: `Place.axes` of any4_jax.weights.
       kernel: the names of all axes of the float kernel [*L, K, N].
-      shape: of the array. It may have fewer axes than its field has letters: the scale of a LowRank is one number.
+      shape: of the array.
     """
     *stack, k, n = kernel
-    along = {"N": n, "K": k, ".": None}
-    own = shape[len(stack) :]
-    axes = _AXES.get(field, "NK").ljust(len(own), ".")
-    return (*stack, *(None if size == 1 else along[axis] for size, axis in zip(own, axes, strict=False)))
+    before, after = axes.split("*")
+    names = {"N": n, "K": k, ".": None}
+
+    def own(letters: str, sizes: tuple[int, ...]) -> list:
+        return [None if size == 1 else names[letter] for letter, size in zip(letters, sizes, strict=True)]
+
+    first = len(before)
+    return (*own(before, shape[:first]), *stack, *own(after, shape[first + len(stack) :]))
+
+
+def kernel_axes(operator: Any) -> tuple:
+    """The inverse of `array_axes`: the names of a float kernel's axes [*L, K, N], from an operator's arrays in boxes.
+
+    An axis that none of the arrays has, or all have with a length of 1, gets None.
+    """
+    found: dict[str | int, Any] = {}
+    stack = 0
+    for place, box in places(operator, is_leaf=lambda node: isinstance(node, meta.AxisMetadata)):
+        before, after = place.axes.split("*")
+        stack = len(box.names) - len(before) - len(after)
+        for axis, name in zip([*before, *range(stack), *after], box.names, strict=True):
+            found[axis] = found.get(axis) or name
+    return tuple(found.get(axis) for axis in (*range(stack), "K", "N"))

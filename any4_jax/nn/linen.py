@@ -11,9 +11,10 @@ from flax.core import meta
 from flax.linen.dtypes import promote_dtype
 from jax.typing import DTypeLike
 
-from any4_jax.matmul import is_quantized, matmul
 from any4_jax.methods import Any4, Method, quantize
-from any4_jax.nn.axes import array_axes, field_of
+from any4_jax.nn.axes import array_axes
+from any4_jax.product import matmul
+from any4_jax.weights import is_operator, places
 
 
 class Any4Dense(nn.Module):
@@ -24,7 +25,7 @@ class Any4Dense(nn.Module):
     loaded into. A kernel_init in `nn.with_partitioning` boxes every array of the operator, see `boxed`.
 
     There is no dot_general, dot_general_cls or promote_dtype: they replace a product of two arrays, and here the
-    second factor is decoded inside the product, by the kernel that any4_jax.matmul chooses.
+    second factor is decoded inside the product, by the kernel that any4_jax.product chooses.
 
     Attributes:
       features: N.
@@ -96,10 +97,10 @@ def boxed(operator: Any, box: meta.AxisMetadata) -> Any:
     if not isinstance(box, meta.Partitioned) or len(box.names) < 2:
         raise TypeError(f"got a kernel boxed as {box!r}, need nn.Partitioned with a name for each axis; box it so")
 
-    def box_leaf(path, leaf):
-        return box.replace(value=leaf, names=array_axes(field_of(path), box.names, leaf.shape))
-
-    return jax.tree_util.tree_map_with_path(box_leaf, operator)
+    boxes = [
+        box.replace(value=leaf, names=array_axes(place.axes, box.names, leaf.shape)) for place, leaf in places(operator)
+    ]
+    return jax.tree.unflatten(jax.tree.structure(operator), boxes)
 
 
 def layer_name(module: nn.Module) -> str:
@@ -120,10 +121,10 @@ def call_dense(module: Any, x: jax.Array, kernel: Any, bias_init: Callable[..., 
       ValueError: the kernel is not [N, K] for the module's N and the K of x.
       TypeError: the kernel is no operator.
     """
-    if not is_quantized(kernel):
+    if not is_operator(kernel):
         raise TypeError(
             f"{layer_name(module)}: got a kernel of type {type(kernel).__name__}, need an operator [N, K]; "
-            "quantize the parameters, or initialise anew"
+            "quantize the parameters, or initialise them again"
         )
     n = module.features if isinstance(module.features, int) else module.features[0]
     need = (n, jnp.shape(x)[-1])

@@ -10,11 +10,10 @@ from flax.linen.dtypes import promote_dtype
 from jax.nn import initializers
 from jax.typing import DTypeLike
 
-from any4_jax.lookup import lookup
 from any4_jax.methods import Any4, Method, quantize
 from any4_jax.nn.linen import dense, with_group_size
 from any4_jax.nn.operator_variables import Codes, Quantized, Tables, blank
-from any4_jax.together import matmul_each
+from any4_jax.product import lookup, matmul_each
 
 __all__ = ["Any4Embed", "Any4Linear", "Codes", "Tables", "call_each"]
 

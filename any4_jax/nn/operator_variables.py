@@ -1,19 +1,19 @@
 """The arrays of an operator as NNX variables, one each, and the modules that hold them."""
 
-from collections.abc import Iterator, Mapping
+import functools
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.tree_util import GetAttrKey, tree_flatten_with_path
 
 from any4_jax.nn.axes import array_axes
-from any4_jax.weights import LowRank, QuantizedTensor
+from any4_jax.weights import Place, places
 
 
 class Tables(nnx.Variable):
-    """A floating-point array of a quantized weight (lut, scales, offsets, input scales): what may be trained."""
+    """A floating-point array of a quantized weight (lut, scales, offsets, input scales) that may be trained."""
 
 
 class Codes(nnx.Variable):
@@ -49,8 +49,8 @@ class Quantized(nnx.Module):
     @property
     def weight(self) -> Any:
         """The operator [*L, N, K]."""
-        places = _places(jax.tree.unflatten(self._structure, range(self._structure.num_leaves)))
-        return jax.tree.unflatten(self._structure, [self.arrays[name].get_value() for name, *_ in places])
+        arrays = [self.arrays[name].get_value() for name in _names(self._structure)]
+        return jax.tree.unflatten(self._structure, arrays)
 
 
 def blank(cls: type) -> Any:
@@ -70,38 +70,33 @@ def _variables(weight: Any, metadata: Mapping[str, Any], place: bool) -> tuple[d
     `place` puts them on devices as their metadata says, if it does.
     """
     variables: dict[str, nnx.Variable] = {}
-    for name, owner, field, leaf in _places(weight):
+    for at, leaf in places(weight):
         mine = dict(metadata)
         names = mine.pop("out_sharding", None)
         # NNX takes the stack's name from a spec when it unstacks, and the empty one of a scalar has none.
         if names and leaf.shape:
-            mine["out_sharding"] = array_axes(field, _padded(tuple(names), len(weight.shape)), leaf.shape)
-        kind = _kind(owner, field, leaf.dtype)
-        variable = kind(leaf, **mine) if place else kind(leaf)
+            mine["out_sharding"] = array_axes(at.axes, _padded(tuple(names), len(weight.shape)), leaf.shape)
+        cls = _class_of(at, leaf.dtype)
+        variable = cls(leaf, **mine) if place else cls(leaf)
         variable.set_metadata(variable.get_metadata() | mine)
-        variables[name] = variable
+        variables[_name(at)] = variable
     return variables, jax.tree.structure(weight)
 
 
-def _places(node: Any, name: str = "", owner: Any = None, field: str = "dense") -> Iterator[tuple[str, Any, str, Any]]:
-    """(name, the operator it is in, the field there, leaf) of an operator's leaves, in their order. An array that is
-    in no operator is called dense."""
-    for path, child in tree_flatten_with_path(node, is_leaf=lambda inner: inner is not node)[0]:
-        if not path:
-            yield name or field, owner, field, node
-        elif isinstance(path[0], GetAttrKey):
-            yield from _places(child, f"{name}/{path[0].name}".lstrip("/"), node, path[0].name)
-        else:
-            yield from _places(child, f"{name}/{getattr(path[0], 'idx', path[0])}".lstrip("/"), owner, field)
+def _name(at: Place) -> str:
+    return at.name or "dense"
 
 
-def _kind(owner: Any, field: str, dtype: Any) -> type[nnx.Variable]:
+@functools.lru_cache(maxsize=1024)
+def _names(structure: Any) -> tuple[str, ...]:
+    """What the arrays of operators of a structure are called, in their order."""
+    return tuple(_name(at) for at, _ in places(jax.tree.unflatten(structure, range(structure.num_leaves))))
+
+
+def _class_of(at: Place, dtype: Any) -> type[nnx.Variable]:
     if not jnp.issubdtype(dtype, jnp.inexact):
         return Codes
-    if isinstance(owner, LowRank):
-        return nnx.Variable if field == "scale" else nnx.LoRAParam
-    # Products with integers may take a uniform table for the ramp that it is, so it must stay one.
-    return nnx.Variable if isinstance(owner, QuantizedTensor) and owner.uniform and field == "lut" else Tables
+    return {None: nnx.Variable, "lora": nnx.LoRAParam}.get(at.trained, Tables)
 
 
 def _padded(names: tuple, rank: int) -> tuple:

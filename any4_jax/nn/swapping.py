@@ -16,8 +16,8 @@ from flax.core import meta
 from flax.linen.dtypes import promote_dtype
 from flax.linen.module import InterceptorContext
 
-from any4_jax.matmul import is_quantized
 from any4_jax.nn.linen import Any4Dense, call_dense, layer_name
+from any4_jax.weights import is_operator
 
 Interceptor = Callable[[Callable[..., Any], Any, Any, InterceptorContext], Any]
 Path = tuple[str, ...]
@@ -37,7 +37,7 @@ def quantized_dense(next_fun: Callable[..., Any], args: Any, kwargs: Any, contex
     if context.method_name != "__call__" or module.scope is None or isinstance(module, Any4Dense):
         return next_fun(*args, **kwargs)
     kernel = module.get_variable("params", "kernel")
-    if not is_quantized(kernel):
+    if not is_operator(kernel):
         return next_fun(*args, **kwargs)
     if _kernel_is_kn(module) is None:
         path = layer_name(module)

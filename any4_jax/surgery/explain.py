@@ -6,25 +6,28 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from any4_jax import matmul
+from any4_jax import product
+from any4_jax.product.explain import DENSE
 from any4_jax.surgery.containers import container_of
 
 _NUMBER = re.compile(r"\b\d+\b")
-_DENSE = "no quantized leaf: a dense product in XLA"
 
 
 def explain(x: Any, w: Any = None, platform: str | None = None, *, rows: int = 1) -> str:
-    """In words: for each backend, whether it takes a product on `platform`, or why it can't.
+    """Which kernel each layer uses: for each backend, whether it takes the product on `platform`, or why it can't.
 
     Args:
       x: with `w`, an array or ShapeDtypeStruct [..., K]; without, a model of any kind that `quantize_model` takes.
-      w: an operator [N, K], or None to have every dense layer of the model `x` told. Layers that differ only in
-        the numbers of their path, and say the same, are told together.
+      w: an operator [N, K], or None for every dense layer of the model `x`. Layers with the same text, whose paths
+        differ only in their numbers, share a paragraph.
       platform: "cpu", "cuda", "rocm" or "tpu"; None for this process's default device.
       rows: M of the layers' inputs, where a model is given; 1 is decoding.
+
+    Raises:
+      ValueError, TypeError: as `matmul` does.
     """
     if w is not None:
-        return matmul.explain(x, w, platform)
+        return product.explain(x, w, platform)
     container, dtype = container_of(x), _dtype(x)
     groups: dict[str, dict[str, int]] = {}
 
@@ -37,11 +40,11 @@ def explain(x: Any, w: Any = None, platform: str | None = None, *, rows: int = 1
         shape = tuple(operator.shape)
         # A stack runs one matrix at a time.
         one = operator if len(shape) == 2 else jax.eval_shape(_first(len(shape) - 2), operator)
-        tell(path, shape, matmul.explain(jax.ShapeDtypeStruct((rows, shape[-1]), dtype), one, platform))
+        tell(path, shape, product.explain(jax.ShapeDtypeStruct((rows, shape[-1]), dtype), one, platform))
     for path, matrix in container.matrices(x, None).items():
         if matrix.by_name:
             continue
-        tell(path, matrix.shape, _DENSE)
+        tell(path, matrix.shape, DENSE)
 
     head = f"platform {platform or jax.default_backend()}, inputs {jnp.dtype(dtype).name} [{rows}, K]"
     paragraphs = []

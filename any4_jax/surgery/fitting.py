@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from flax.core import meta
 
-from any4_jax.matmul import is_quantized
+from any4_jax.weights import is_operator
 
 _NAMED = 3
 
@@ -63,7 +63,7 @@ def check(
 def _misfit(path: str, wanted: Any, given: Any, turned: bool | None, declared: bool) -> str | None:
     """What of `given` is not as `wanted` needs it."""
     wanted, given = meta.unbox(wanted), meta.unbox(given)
-    operators = is_quantized(wanted), is_quantized(given)
+    operators = is_operator(wanted), is_operator(given)
     need, got = tuple(np.shape(wanted)), tuple(np.shape(given))
     if any(operators) and turned is None:
         return f"{path} is quantized and no kernel of a dense layer"

@@ -13,13 +13,13 @@ import jax
 from flax import linen
 from flax.core import meta
 
-from any4_jax.matmul import is_quantized
 from any4_jax.methods.matrices import Matrix
 from any4_jax.models import hf_flax
 from any4_jax.nn.linen import boxed
 from any4_jax.nn.swapping import Intercepted, dense_layers, intercepted, quantized_dense
 from any4_jax.surgery import trees
 from any4_jax.surgery.rules import Recipe
+from any4_jax.weights import is_operator
 
 Pair = tuple[linen.Module | Intercepted, Mapping[str, Any]]
 
@@ -148,7 +148,7 @@ def _layer(key: str) -> str:
 def _kernels(params: Mapping[str, Any], layers: Mapping[str, bool]) -> dict[str, Matrix]:
     here = trees.leaves(params)
     found = {path: Matrix(here[_key(path)], turned) for path, turned in layers.items() if _key(path) in here}
-    return {path: _unboxed(m) for path, m in found.items() if not is_quantized(m.array)}
+    return {path: _unboxed(m) for path, m in found.items() if not is_operator(m.array)}
 
 
 def _unboxed(matrix: Matrix) -> Matrix:

@@ -8,7 +8,6 @@ import jax
 from flax import nnx
 from flax.traverse_util import unflatten_dict
 
-from any4_jax.matmul import is_quantized, unprepare
 from any4_jax.methods.matrices import Matrix
 from any4_jax.models.fold import module_at
 from any4_jax.nn.nnx import Any4Embed, Any4Linear
@@ -16,6 +15,7 @@ from any4_jax.nn.operator_variables import Quantized
 from any4_jax.surgery import fitting, trees
 from any4_jax.surgery.rules import Recipe
 from any4_jax.surgery.trees import dotted
+from any4_jax.weights import is_operator
 
 
 def linears(model: nnx.Module) -> dict[str, nnx.Linear]:
@@ -74,7 +74,7 @@ def contents(model: nnx.Module) -> dict[str, Any]:
     flat: dict[tuple, Any] = {tuple(map(str, path)): v.get_value() for path, v in _variables(model)}
     for path, layer in holders(model).items():
         if isinstance(layer, Quantized):
-            flat[*filter(None, path.split(".")), _name(layer)] = unprepare(layer.weight)
+            flat[*filter(None, path.split(".")), _name(layer)] = layer.weight
     return unflatten_dict(flat)
 
 
@@ -94,9 +94,9 @@ def fill(model: nnx.Module, given: Mapping[str, Any], recipe: Recipe | None, *, 
         return _name(held[layers[path]]) == "kernel" if path in layers else None
 
     fitting.check(wanted, new, turned, declared=declared)
-    done = {layers[path]: leaf for path, leaf in new.items() if is_quantized(leaf)}
+    done = {layers[path]: leaf for path, leaf in new.items() if is_operator(leaf)}
     for path, layer in layers.items():
-        if is_quantized(wanted[path]) and layer not in done:
+        if is_operator(wanted[path]) and layer not in done:
             raise ValueError(f"{layer} is quantized in the model, the contents have a float kernel; pass a float model")
     filled: Any = replace(model, done, recipe)
     if recipe is None and hasattr(filled, "recipe"):

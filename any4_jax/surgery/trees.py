@@ -7,11 +7,12 @@ from typing import Any
 import jax
 from flax.core import meta
 
-from any4_jax.matmul import is_quantized, unprepare
 from any4_jax.methods.matrices import Matrix
+from any4_jax.nn.axes import kernel_axes
 from any4_jax.nn.linen import boxed
 from any4_jax.surgery import fitting
 from any4_jax.surgery.rules import Recipe
+from any4_jax.weights import is_operator
 
 _TRANSPOSED = {"kernel": True, "weight": False}
 
@@ -23,7 +24,7 @@ def dotted(path: tuple) -> str:
 
 def is_leaf(node: Any) -> bool:
     """Whether surgery looks at a node as a whole: operators, and Flax's boxes around an array."""
-    return is_quantized(node) or isinstance(node, meta.AxisMetadata)
+    return is_operator(node) or isinstance(node, meta.AxisMetadata)
 
 
 def leaves(tree: Any) -> dict[str, Any]:
@@ -33,7 +34,7 @@ def leaves(tree: Any) -> dict[str, Any]:
 
 def operators(tree: Any) -> dict[str, Any]:
     """The operators of a tree by dotted path."""
-    return {path: leaf for path, leaf in leaves(tree).items() if is_quantized(leaf)}
+    return {path: leaf for path, leaf in leaves(tree).items() if is_operator(leaf)}
 
 
 def matrices(tree: Any) -> dict[str, Matrix]:
@@ -41,7 +42,7 @@ def matrices(tree: Any) -> dict[str, Matrix]:
     found = {}
     for path, leaf in leaves(tree).items():
         name, array = path.rsplit(".", 1)[-1], meta.unbox(leaf)
-        if name in _TRANSPOSED and not is_quantized(leaf) and getattr(array, "ndim", 0) == 2:
+        if name in _TRANSPOSED and not is_operator(leaf) and getattr(array, "ndim", 0) == 2:
             found[path] = Matrix(array, _TRANSPOSED[name])
     return found
 
@@ -52,8 +53,8 @@ def replace(tree: Any, done: Mapping[str, Any], recipe: Recipe | None = None) ->
 
 
 def contents(tree: Any) -> Any:
-    """The tree without boxes around its arrays, its operators as they are saved."""
-    return unprepare(meta.unbox(tree))
+    """The tree without boxes around its arrays."""
+    return meta.unbox(tree)
 
 
 def is_kernel(path: str) -> bool:
@@ -78,7 +79,7 @@ def fill(
         mine, box = new[dotted(path)], box_of(leaf)
         if box is None:
             return mine
-        return boxed(mine, box) if is_quantized(mine) else box.replace_boxed(mine)
+        return boxed(mine, box) if is_operator(mine) else box.replace_boxed(mine)
 
     return jax.tree_util.tree_map_with_path(put, tree, is_leaf=is_leaf)
 
@@ -90,5 +91,4 @@ def box_of(kernel: Any) -> meta.AxisMetadata | None:
     boxes = jax.tree.leaves(kernel, is_leaf=lambda node: isinstance(node, meta.Partitioned))
     if not boxes or not isinstance(boxes[0], meta.Partitioned):
         return None
-    *stack, n, k = boxes[0].names  # of the codes, which come first in every operator
-    return boxes[0].replace(names=(*stack, k, n))
+    return boxes[0].replace(names=kernel_axes(kernel))

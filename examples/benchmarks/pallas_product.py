@@ -22,7 +22,7 @@ from jax.experimental.mosaic.gpu import profiler
 
 from any4_jax.benchmarks import machine, schema
 from any4_jax.benchmarks.timing import StreamingRead, significant
-from any4_jax.matmul import explain, matmul, named
+from any4_jax.product import BACKENDS, explain, matmul
 from any4_jax.weights import QuantizedTensor, dequantize
 
 SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336), (8192, 8192), (28672, 8192))
@@ -112,7 +112,7 @@ def rows_of(n: int, k: int, counts: list[int], tables: list[str]) -> list[dict[s
             times["bfloat16 by cuBLAS"] = cublas, None
         for kind, weights in few.items():
             for backend in ("pallas", "cuda"):
-                if named(backend).supports(x, weights[0], "cuda") is not None:
+                if BACKENDS.named(backend).supports(x, weights[0], "cuda") is not None:
                     continue
                 product = lambda x, w, backend=backend: matmul(x, w, backend)  # noqa: E731
                 right = jnp.matmul(x.astype(jnp.float32), exact[kind].T, precision=jax.lax.Precision.HIGHEST)

@@ -5,13 +5,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from any4_jax import formats, scaling
-from any4_jax.weights import QuantizedTensor, QuantizeInput
+from any4_jax.weights import QuantizeInput, Slice, is_operator, leaf_of
 
 
-def is_integer_leaf(w) -> bool:
-    """Whether a weight's codes can be multiplied as int8: 8 bits, a ramp for a table, plain scales."""
-    plain = isinstance(w, QuantizedTensor) and not isinstance(w.scales, QuantizedTensor)
-    return plain and w.bits == 8 and w.uniform and not isinstance(w.offsets, QuantizedTensor)
+def is_integer_product(w: QuantizeInput) -> bool:
+    """Whether x and the weight's codes can be multiplied as int8: x rounded to integers, codes of 8 bits into a ramp,
+    scales and offsets that are plain arrays."""
+    leaf = leaf_of(w.inner)
+    if leaf is None or w.levels is not None:
+        return False
+    return leaf.bits == 8 and leaf.uniform and not is_operator(leaf.scales) and not is_operator(leaf.offsets)
 
 
 def quantize_input(x: jax.Array, w: QuantizeInput) -> jax.Array:
@@ -47,12 +50,13 @@ def _integer_input(x: jax.Array, w: QuantizeInput) -> tuple[jax.Array, jax.Array
     return jnp.clip(jnp.round(x / scale) + zero, -half, half - 1), scale, zero
 
 
-def integer_product(x: jax.Array, w: QuantizeInput, leaf: QuantizedTensor) -> jax.Array:
-    """Quantized x by a uniform 8-bit leaf in int8 arithmetic, group by group.
+def integer_product(x: jax.Array, w: QuantizeInput) -> jax.Array:
+    """Quantized x [M, K] by a weight that `is_integer_product` [N, K], in int8 arithmetic, group by group.
 
     With x = a (q - z), W = s (b + d c) + o per group, for signed codes c, table middle b and step d:
     y = a * sum over groups of [ s d (q.c - z sum c) + (s b + o) (sum q - z G) ].
     """
+    leaf = w.inner.matrix() if isinstance(w.inner, Slice) else w.inner
     q, a, z = _integer_input(x, w)
     k, group = leaf.shape[-1], min(leaf.group_size, leaf.shape[-1])
     short = -k % group

@@ -1,0 +1,76 @@
+"""What a kernel says of itself to stand in the table of `any4_jax.product.plan`, and what kernels read of a weight."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from any4_jax.weights import QuantizedTensor, dequantize, is_operator, leaf_of
+
+
+@dataclasses.dataclass(frozen=True)
+class Backend:
+    """A kernel family.
+
+    Attributes:
+      name: what `matmul(backend=...)` calls it.
+      supports: (x, w, platform) -> None, or the reason in words why it can't; x is an array or ShapeDtypeStruct
+        [..., K], w any operator or array. It looks at types, shapes, dtypes and the platform only, so it works while
+        tracing.
+      run: (x [M, K], w [N, K]) -> y [M, N] in x's dtype, for what it supports.
+      run_together: (x [M, K], several weights that agree in bits, group size and K) -> y [M, N] of each, in one call
+        that is faster than several; None where there is no such call.
+      takes_slices: `run` and `run_together` take a Slice too, and read the matrix where it lies in its stack. Others
+        get a copy of it.
+      detail: (x, w) -> which of its kernels such a product takes and why, in words, where `supports` has no objection;
+        None where there is nothing to tell.
+    """
+
+    name: str
+    supports: Callable[[Any, Any, str], str | None]
+    run: Callable[[jax.Array, Any], jax.Array]
+    run_together: Callable[[jax.Array, Sequence[Any]], tuple[jax.Array, ...]] | None = None
+    takes_slices: bool = False
+    detail: Callable[[Any, Any], str | None] | None = None
+
+
+class Arrays(NamedTuple):
+    """What kernels read of a QuantizedTensor: codes as a tuple of planes, and scales and offsets that are no operators
+    (those that are get decoded to float32 for each product)."""
+
+    codes: tuple[jax.Array, ...]
+    lut: jax.Array
+    scales: jax.Array
+    offsets: jax.Array | None
+
+
+class Dtypes(NamedTuple):
+    """Of the same arrays; None where there are no offsets."""
+
+    lut: Any
+    scales: Any
+    offsets: Any
+
+
+def arrays_of(w: QuantizedTensor) -> Arrays:
+    """The arrays of a leaf."""
+    scales, offsets = (dequantize(a) if is_operator(a) else a for a in (w.scales, w.offsets))
+    return Arrays(w.planes, w.lut, scales, offsets)
+
+
+def dtypes_of(w: QuantizedTensor) -> Dtypes:
+    """The dtypes that `arrays_of` would have."""
+    scales, offsets = (
+        jnp.dtype(jnp.float32) if is_operator(a) else getattr(a, "dtype", None) for a in (w.scales, w.offsets)
+    )
+    return Dtypes(w.lut.dtype, scales, offsets)
+
+
+def why_no_codes(w: Any) -> str | None:
+    """Why a kernel for codes into tables can't take a weight by its type; None for a QuantizedTensor or a Slice."""
+    if leaf_of(w) is not None:
+        return None
+    kind = f"a {type(w).__name__}" if is_operator(w) else "a plain array"
+    return f"it multiplies floating x by the codes of a QuantizedTensor, the weight is {kind}"

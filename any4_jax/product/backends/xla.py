@@ -1,0 +1,34 @@
+"""The products that XLA does: the truth that every kernel must match, on every platform."""
+
+from typing import Any
+
+import jax
+
+from any4_jax.product.backends.base import Backend
+from any4_jax.product.quantized_input import integer_product, is_integer_product
+from any4_jax.weights import QuantizeInput, dense_product, dequantize, is_operator, leaf_of
+
+
+def _is_integer(w: Any) -> bool:
+    return isinstance(w, QuantizeInput) and is_integer_product(w)
+
+
+def _supports(x: Any, w: Any, platform: str) -> str | None:
+    if leaf_of(w) is not None or _is_integer(w) or not is_operator(w):
+        return None
+    return f"it multiplies by the parts of a {type(w).__name__}, one by one"
+
+
+def _run(x: jax.Array, w: Any) -> jax.Array:
+    if _is_integer(w):
+        return integer_product(x, w)
+    # Ties the weight to x: else XLA dequantizes every layer before a decoding loop and keeps the lot through it.
+    x, w = jax.lax.optimization_barrier((x, w))
+    return dense_product(x, dequantize(w, x.dtype))
+
+
+def _detail(x: Any, w: Any) -> str | None:
+    return "x is rounded to integers, which multiply the codes as int8" if _is_integer(w) else None
+
+
+XLA = Backend(name="xla", supports=_supports, run=_run, detail=_detail)

@@ -1,0 +1,140 @@
+"""Which kernel does a product: what `matmul`, `matmul_each` and `explain` go by, so that what is told is what runs.
+
+Backends are tried in the order of `BACKENDS`. The last, "xla", takes every operator that a kernel reads as a whole, and
+is the truth that the others must match. Other operators are multiplied part by part (`any4_jax.weights.product`).
+"""
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from any4_jax.choice import Choice, default_platform
+from any4_jax.partition import combine, partition
+from any4_jax.product.backends.base import Backend
+from any4_jax.product.backends.cpu import CPU
+from any4_jax.product.backends.cuda import CUDA
+from any4_jax.product.backends.pallas import PALLAS
+from any4_jax.product.backends.xla import XLA
+from any4_jax.product.quantized_input import is_integer_product, quantize_input
+from any4_jax.weights import (
+    QuantizedTensor,
+    QuantizeInput,
+    Slice,
+    dense_product,
+    dequantize,
+    is_operator,
+    parts,
+    product,
+)
+
+BACKENDS: Choice[Backend] = Choice((CUDA, PALLAS, CPU, XLA))
+
+Problem = tuple[Any, Any]
+_RECORD: ContextVar[list[Problem] | None] = ContextVar("any4_jax_planned", default=None)
+
+
+def planned(
+    x: jax.Array, w: Any, backend: str | None, call: Callable[[Backend], Callable[..., jax.Array]] | None = None
+) -> jax.Array:
+    """The product [M, N] by one of the backends; what `product` is registered as for an operator that kernels read.
+
+    Args:
+      x: [M, K], a floating dtype.
+      w: [N, K], an operator that at least XLA's backend supports.
+      backend: a name, or None for the first that supports the operands on the platform of the program.
+      call: of a backend, the function of (x, w) that is to run. None makes one that is differentiated through the
+        dense matrix.
+
+    Raises:
+      ValueError: there is no such backend, or it can't, for its own reason.
+    """
+    call = call or _differentiable
+    record = _RECORD.get()
+    if record is not None:
+        record.append(jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), (x, w)))
+        return jnp.zeros((x.shape[0], w.shape[0]), x.dtype)
+    if backend is not None:
+        return call(BACKENDS.required(backend, x, w, platform=default_platform()))(x, w)
+    return BACKENDS.lowered(call, x, w)(x, w)
+
+
+def problems(run: Callable[..., jax.Array], x: Any, w: Any) -> list[Problem]:
+    """(x, w), as shapes, of each product that run(x, w) would leave to a backend: it is traced, and no backend runs."""
+    with _recording() as record:
+        # A function of its own: jax would answer a known one from its cache.
+        jax.eval_shape(lambda x, w: run(x, w), x, w)
+    return record
+
+
+@contextlib.contextmanager
+def _recording() -> Iterator[list[Problem]]:
+    record: list[Problem] = []
+    token = _RECORD.set(record)
+    try:
+        yield record
+    finally:
+        _RECORD.reset(token)
+
+
+def check_named(x: Any, w: Any, backend: str) -> None:
+    """Raises ValueError where a backend was asked for by name and no part of `w` would come to `planned`, which refuses
+    those that can't: there the name would have no effect."""
+    last, platform = BACKENDS.options[-1], default_platform()
+    if BACKENDS.named(backend) is last or any(last.supports(x, part, platform) is None for part in parts(w)):
+        return
+    if is_operator(w) or isinstance(w, jax.Array):
+        BACKENDS.required(backend, x, w, platform=platform)
+
+
+def _differentiable(kernel: Backend) -> Callable[..., jax.Array]:
+    return functools.partial(coded_product, backend=kernel.name)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def coded_product(x: jax.Array, w: QuantizedTensor | Slice, backend: str) -> jax.Array:
+    """The product on one backend. The custom derivative makes every kernel differentiable and recomputes the dense
+    matrix in the backward pass instead of keeping it."""
+    kernel = BACKENDS.named(backend)
+    return kernel.run(x, operand(kernel, w))
+
+
+def operand(kernel: Backend, w: QuantizedTensor | Slice) -> QuantizedTensor | Slice:
+    """What `kernel.run` reads of a weight: the slice itself where it can, else the matrix taken out of the stack."""
+    return w.matrix() if isinstance(w, Slice) and not kernel.takes_slices else w
+
+
+def _forward(x, w, backend):
+    return coded_product(x, w, backend), (x, w)
+
+
+def gradients(backend, saved, dy):
+    """The cotangents of x and of the weight."""
+    x, w = saved
+    tables, codes = partition(w)
+    dense, pull = jax.vjp(lambda t: dequantize(combine(t, codes)), tables)
+    dx = dense_product(dy, dense.T.astype(dy.dtype))
+    (d_tables,) = pull(dense_product(dy.T.astype(jnp.float32), x.T.astype(jnp.float32)))
+    d_codes = jax.tree.map(lambda c: np.zeros(c.shape, jax.dtypes.float0), codes)
+    return dx.astype(x.dtype), combine(d_tables, d_codes)
+
+
+coded_product.defvjp(_forward, gradients)
+
+
+@product.register(QuantizedTensor)
+@product.register(Slice)
+def _(w, x, backend=None):
+    return planned(x, w, backend)
+
+
+@product.register
+def _(w: QuantizeInput, x, backend=None):
+    if is_integer_product(w):
+        return planned(x, w, backend, lambda kernel: kernel.run)
+    return product(w.inner, quantize_input(x, w), backend)

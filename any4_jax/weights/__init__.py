@@ -1,0 +1,54 @@
+"""Weights as linear operators: the leaf of codes into tables, and the operators over it.
+
+A new operator is one file: see `any4_jax.weights.operator`.
+"""
+
+from any4_jax.weights.low_rank import LowRank
+from any4_jax.weights.operator import (
+    Operator,
+    Place,
+    Trained,
+    dense_product,
+    dequantize,
+    is_operator,
+    operator,
+    operator_types,
+    parts,
+    places,
+    product,
+    take_rows,
+)
+from any4_jax.weights.permute_input import PermuteInput
+from any4_jax.weights.quantize_input import QuantizeInput
+from any4_jax.weights.quantized_tensor import QuantizedTensor, encode, from_codes
+from any4_jax.weights.scale_input import ScaleInput
+from any4_jax.weights.slice import Slice, leaf_of, take
+from any4_jax.weights.sparse import Sparse
+from any4_jax.weights.sum import Sum
+
+__all__ = [
+    "LowRank",
+    "Operator",
+    "PermuteInput",
+    "Place",
+    "QuantizeInput",
+    "QuantizedTensor",
+    "ScaleInput",
+    "Slice",
+    "Sparse",
+    "Sum",
+    "Trained",
+    "dense_product",
+    "dequantize",
+    "encode",
+    "from_codes",
+    "is_operator",
+    "leaf_of",
+    "operator",
+    "operator_types",
+    "parts",
+    "places",
+    "product",
+    "take",
+    "take_rows",
+]

@@ -1,0 +1,247 @@
+"""What an operator is: a weight matrix [N, K] in whatever arrays it is stored, and the functions over it.
+
+`operator` registers a type once, and from then on it is multiplied, looked up, saved, loaded, sharded and trained as
+those of this package are. `dequantize`, `product` and `take_rows` are `functools.singledispatch` functions that a type
+adds itself to. A plain array [N, K] is an operator to them too.
+
+    @operator(axes={"diagonal": "K"}, trains={"diagonal": "tables"})
+    class Diagonal(Operator):
+        diagonal: jax.Array
+
+        @property
+        def shape(self):
+            return (*self.diagonal.shape, self.diagonal.shape[-1])
+"""
+
+import dataclasses
+import functools
+import math
+import typing
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax.tree_util import GetAttrKey, tree_flatten_with_path
+
+Trained = Literal["tables", "lora", "floats"] | None
+"""As what an array is trained: a table, scale or offset; a low-rank factor; anything else; None for a constant."""
+
+
+class Operator:
+    """The base class of operators; `operator` registers one."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(*L, N, K), where L are leading axes: layers stacked for a scan, experts."""
+        raise NotImplementedError
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the stored arrays."""
+        return sum(math.prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(self))
+
+    @property
+    def bits_per_weight(self) -> float:
+        """8 * bytes of the stored arrays / number of weights."""
+        return 8 * self.nbytes / math.prod(self.shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Registration:
+    axes: Mapping[str, str]
+    trains: Mapping[str, Trained | Callable[[Any], Trained]]
+
+
+_REGISTERED: dict[type, _Registration] = {}
+_BY_NAME: dict[str, type] = {}
+_NONE: Mapping[str, Any] = {}
+
+
+@typing.dataclass_transform(frozen_default=True)
+def operator(
+    *,
+    static: Collection[str] = (),
+    axes: Mapping[str, str] = _NONE,
+    trains: Mapping[str, Trained | Callable[[Any], Trained]] = _NONE,
+) -> Callable[[type], Any]:
+    """A decorator: makes a subclass of `Operator` a frozen dataclass and a pytree, and registers it.
+
+    Fields hold arrays, operators, tuples of these, or None. Checkpoints know the operator by the name of its class.
+
+    Args:
+      static: the fields that are plain values (bool, int, float, str or tuples of them) and part of the tree's
+        structure.
+      axes: by field, what the axes of its array run along: "N", "K", or "." for neither, after the leading axes L. For
+        a field with an operator, what that operator's N and K run along. "NK" where nothing is said. "*" stands for L
+        where these are not in front.
+      trains: by field, as what its floating-point array may be trained, or a function of the operator that says so.
+        "floats" where nothing is said. Operators in a field speak for themselves, and integers are never trained.
+
+    Raises:
+      TypeError: the class is no subclass of Operator, or has no `shape`.
+      ValueError: another class has its name; a field that it doesn't have, or one called "operator".
+    """
+
+    def register(cls: type) -> Any:
+        if not issubclass(cls, Operator) or cls.shape is Operator.shape:
+            raise TypeError(f"got the class {cls.__name__}, need a subclass of Operator with a shape; define one")
+        taken = _BY_NAME.get(cls.__name__)
+        # The cell of a notebook that defines an operator may run again.
+        if taken is not None and (taken.__module__, taken.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise ValueError(
+                f"got an operator {cls.__name__}, a name that {taken.__module__}.{taken.__qualname__} has in "
+                "checkpoints; choose another"
+            )
+        made: Any = dataclasses.dataclass(frozen=True)(cls)
+        names = [field.name for field in dataclasses.fields(made)]
+        unknown = [name for name in (*static, *axes, *trains) if name not in names]
+        if unknown:
+            raise ValueError(f"got the field {unknown[0]!r}, {cls.__name__} has {', '.join(names)}; name one of these")
+        if "operator" in names:
+            raise ValueError(
+                f"got {cls.__name__} with a field 'operator', where checkpoints have the name of the class; rename it"
+            )
+        jax.tree_util.register_dataclass(cls, [name for name in names if name not in static], list(static))
+        _REGISTERED[cls] = _Registration(dict(axes), dict(trains))
+        _BY_NAME[cls.__name__] = cls
+        return cls
+
+    return register
+
+
+def is_operator(node: Any) -> bool:
+    """Whether a node of a tree is a registered operator. Arrays are not."""
+    return type(node) in _REGISTERED
+
+
+def operator_types() -> Mapping[str, type]:
+    """The registered types by their names in checkpoints."""
+    return dict(_BY_NAME)
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where an array is in an operator, and what the registrations on the way to it say.
+
+    Attributes:
+      name: fields, and numbers in tuples, from the outside in: "terms/0/scales". "" for a plain array.
+      axes: what the array's axes run along, as in `operator`, in terms of the outermost N and K; "*" stands for L.
+      trained: as what the array may be trained, if it is of a floating dtype.
+    """
+
+    name: str
+    axes: str
+    trained: Trained
+
+
+def places(w: Any, is_leaf: Callable[[Any], bool] | None = None) -> list[tuple[Place, Any]]:
+    """The arrays of an operator with their places, in the order of `jax.tree.leaves`.
+
+    Args:
+      w: an operator, or an array.
+      is_leaf: as in `jax.tree.leaves`: nodes that are given as if they were arrays.
+    """
+    return list(_places(w, Place("", "*NK", "floats"), None, is_leaf))
+
+
+def _places(node: Any, at: Place, owner: Any, is_leaf: Callable[[Any], bool] | None) -> Iterator[tuple[Place, Any]]:
+    if is_leaf is not None and is_leaf(node):
+        yield at, node
+        return
+    within = _REGISTERED.get(type(node))
+    for path, child in tree_flatten_with_path(node, is_leaf=lambda inner: inner is not node)[0]:
+        if not path:
+            yield at, node
+            return
+        key = path[0]
+        if within is not None and isinstance(key, GetAttrKey):
+            trained = within.trains.get(key.name, "floats")
+            inner = Place(
+                f"{at.name}/{key.name}".lstrip("/"),
+                _composed(at.axes, within.axes.get(key.name, "NK")),
+                trained(node) if callable(trained) else trained,
+            )
+        else:
+            inner = dataclasses.replace(at, name=f"{at.name}/{getattr(key, 'idx', key)}".lstrip("/"))
+        yield from _places(child, inner, node, is_leaf)
+
+
+def _composed(outer: str, axes: str) -> str:
+    """The axes of a field of an operator whose own are `outer`, which ends in what its N and K run along."""
+    along = {"*": outer[:-2], "N": outer[-2], "K": outer[-1], ".": "."}
+    return "".join(along[axis] for axis in (axes if "*" in axes else f"*{axes}"))
+
+
+def parts(w: Any) -> list[Any]:
+    """An operator and all operators within it, from the outside in; none of an array."""
+    if not is_operator(w):
+        return []
+    inner = jax.tree.leaves(w, is_leaf=lambda node: node is not w and is_operator(node))
+    return [w, *(part for node in inner for part in parts(node))]
+
+
+@functools.singledispatch
+def dequantize(w, dtype=jnp.float32) -> jax.Array:
+    """The dense matrix [*L, N, K] that an operator stands for, computed in float32 and rounded once to `dtype`.
+
+    Raises:
+      TypeError: `w` is not an operator.
+    """
+    # Tracers are jax.Arrays to isinstance but not to singledispatch, so arrays have no registration of their own.
+    if isinstance(w, jax.Array):
+        return w.astype(dtype)
+    raise TypeError(f"{_unknown(w)}; register dequantize for it")
+
+
+@functools.singledispatch
+def product(w, x: jax.Array, backend: str | None = None) -> jax.Array:
+    """x W^T [M, N] in x's dtype, accumulated in float32; what `any4_jax.matmul` calls once x has two axes.
+
+    An operator over others registers its own in terms of theirs. Where kernels read an operator as a whole, what is
+    registered asks `any4_jax.product.plan` for one.
+
+    Args:
+      w: an operator or array [N, K].
+      x: [M, K], a floating dtype.
+      backend: what the kernel is called that is to be used wherever there is a choice; None leaves it to the plan.
+
+    Raises:
+      TypeError: `w` is not an operator.
+    """
+    if isinstance(w, jax.Array):
+        return dense_product(x, w.astype(x.dtype))
+    raise TypeError(f"{_unknown(w)}; register product for it")
+
+
+@functools.singledispatch
+def take_rows(w, rows: jax.Array) -> Any:
+    """The operator or array [R, K] of some rows of an operator or array [N, K], without decoding them.
+
+    Args:
+      w: an operator or array [N, K].
+      rows: int [R], from 0 to N - 1; others are clipped.
+
+    Raises:
+      TypeError: `w` is not an operator.
+    """
+    if isinstance(w, jax.Array):
+        return jnp.take(w, rows, axis=0, mode="clip")
+    raise TypeError(f"{_unknown(w)}; register take_rows for it")
+
+
+def _unknown(w: Any) -> str:
+    return f"got a {type(w).__name__}, need an array or an operator of any4_jax.weights"
+
+
+def dense_product(x: jax.Array, w: jax.Array) -> jax.Array:
+    """x [M, K] by an array [N, K], accumulated in float32; HIGHEST keeps a GPU or TPU from rounding float32 to fewer
+    bits."""
+    y = jax.lax.dot_general(
+        x,
+        w,
+        (((1,), (1,)), ((), ())),
+        precision=jax.lax.Precision.HIGHEST,
+        preferred_element_type=jnp.float32,
+    )
+    return y.astype(x.dtype)

@@ -1,0 +1,43 @@
+"""Inputs rounded on the fly. Its product is chosen in any4_jax.product.plan, which knows who multiplies integers."""
+
+import dataclasses
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from any4_jax.weights.operator import Operator, dequantize, operator, take_rows
+
+
+@operator(static=("bits", "symmetric", "per"), axes={"levels": "."})
+class QuantizeInput(Operator):
+    """The input is quantized on the fly to `bits` before the inner product; the weight is that of `inner`.
+
+    Attributes:
+      inner: operator [*L, N, K].
+      levels: None for integers, else floating [*L, 2**bits], ascending in [-1, 1], onto which x / absmax is rounded.
+      bits: 2..8 (static).
+      symmetric: one scale without zero point (static); tables are always symmetric.
+      per: a scale for each row of x ("token") or one for all of x ("tensor") (static).
+    """
+
+    inner: Any
+    levels: jax.Array | None
+    bits: int
+    symmetric: bool
+    per: Literal["token", "tensor"]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(*L, N, K)."""
+        return self.inner.shape
+
+
+@dequantize.register
+def _(w: QuantizeInput, dtype=jnp.float32) -> jax.Array:
+    return dequantize(w.inner, dtype)
+
+
+@take_rows.register
+def _(w: QuantizeInput, rows):
+    return dataclasses.replace(w, inner=take_rows(w.inner, rows))

@@ -1,0 +1,126 @@
+"""The leaf: a matrix of codes into tables."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from any4_jax import formats, packing, scaling
+from any4_jax.weights.operator import Operator, dequantize, is_operator, operator, take_rows
+
+
+def _lut_is_trained(w: "QuantizedTensor"):
+    # Products with integers may take a uniform table for the ramp that it is, so it must stay one.
+    return None if w.uniform else "tables"
+
+
+@operator(
+    static=("bits", "group_size", "padding", "uniform"),
+    axes={"codes": "NK", "lut": "N.", "scales": "NK", "offsets": "NK"},
+    trains={"lut": _lut_is_trained, "scales": "tables", "offsets": "tables"},
+)
+class QuantizedTensor(Operator):
+    """A weight matrix stored as codes into tables:
+
+        W[n, k] = lut[n or 0, codes[n, k]] * scales[n, k // G] + offsets[n, k // G]
+
+    computed in float32 and rounded once, to the dtype of x. G is group_size; the last group is short where G does
+    not divide K. `L` stands for any leading axes: layers stacked for scan, experts.
+
+    Attributes:
+      codes: packed uint8 (see packing.py): [*L, N, ceil(K * bits / 8)], or a tuple of planes for 3, 5 and 6 bits.
+      lut: [*L, N or 1, 2**bits], a table for each row or one for the matrix, stored as it is used.
+      scales: [*L, N, ceil(K/G)]: an array, or an operator of that shape. uint8 arrays are e8m0 exponents.
+      offsets: like scales, in units of the weight; None for symmetric formats.
+      bits: width of a code (static).
+      group_size: G >= 1 (static).
+      padding: number of zero codes at the end of a row of the first plane (static).
+      uniform: the table is an arithmetic ramp, so integer arithmetic on codes is exact (static).
+    """
+
+    codes: Any
+    lut: jax.Array
+    scales: Any
+    offsets: Any
+    bits: int
+    group_size: int
+    padding: int
+    uniform: bool
+
+    @property
+    def planes(self) -> tuple[jax.Array, ...]:
+        """The codes as a tuple of one or two arrays."""
+        return self.codes if isinstance(self.codes, tuple) else (self.codes,)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(*L, N, K)."""
+        plane = self.planes[0]
+        k = plane.shape[-1] * 8 // packing.PLANES[self.bits][0] - self.padding
+        return (*plane.shape[:-1], k)
+
+    def unpacked_codes(self) -> jax.Array:
+        """uint8 [*L, N, K]."""
+        return packing.unpack(self.codes, self.bits, self.shape[-1])
+
+
+@dequantize.register
+def _(w: QuantizedTensor, dtype=jnp.float32) -> jax.Array:
+    codes = w.unpacked_codes()
+    table = jnp.broadcast_to(w.lut.astype(jnp.float32), (*codes.shape[:-1], w.lut.shape[-1]))
+    values = jnp.take_along_axis(table, codes.astype(jnp.int32), axis=-1, mode="promise_in_bounds")
+    values = values * scaling.expand(_per_group(w.scales), w.group_size, codes.shape[-1])
+    if w.offsets is not None:
+        values = values + scaling.expand(_per_group(w.offsets), w.group_size, codes.shape[-1])
+    return values.astype(dtype)
+
+
+def _per_group(stored: Any) -> jax.Array:
+    """Scales or offsets as float32, be they an array or an operator."""
+    return dequantize(stored) if is_operator(stored) else scaling.scale_values(stored)
+
+
+@take_rows.register
+def _(w: QuantizedTensor, rows):
+    # A table of its own for each row has N of them; one for the matrix has 1.
+    own = w.lut.shape[0] == w.shape[0]
+    return dataclasses.replace(
+        w,
+        codes=jax.tree.map(lambda plane: take_rows(plane, rows), w.codes),
+        lut=take_rows(w.lut, rows) if own else w.lut,
+        scales=take_rows(w.scales, rows),
+        offsets=None if w.offsets is None else take_rows(w.offsets, rows),
+    )
+
+
+def encode(
+    w: jax.Array,
+    lut: jax.Array,
+    scales: jax.Array,
+    offsets: jax.Array | None,
+    *,
+    bits: int,
+    group_size: int,
+    uniform: bool = False,
+) -> QuantizedTensor:
+    """The QuantizedTensor of `w` [N, K] whose codes are nearest under the given (stored) table, scales and offsets."""
+    u = scaling.normalize(w, scales, offsets, group_size)
+    codes = formats.nearest(u, lut, uniform=uniform)
+    return from_codes(codes, lut, scales, offsets, bits=bits, group_size=group_size, uniform=uniform)
+
+
+def from_codes(
+    codes: jax.Array, lut: jax.Array, scales: Any, offsets: Any, *, bits: int, group_size: int, uniform: bool = False
+) -> QuantizedTensor:
+    """Packs codes uint8 [*L, N, K] and assembles the leaf; see QuantizedTensor for the other arrays."""
+    return QuantizedTensor(
+        codes=packing.pack(codes, bits),
+        lut=lut,
+        scales=scales,
+        offsets=offsets,
+        bits=bits,
+        group_size=group_size,
+        padding=packing.padding(codes.shape[-1], bits),
+        uniform=uniform,
+    )

@@ -1,0 +1,89 @@
+"""One matrix of a stack, layer or expert, as an operator that kernels read where it lies."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from any4_jax.weights.operator import Operator, dequantize, operator, take_rows
+from any4_jax.weights.quantized_tensor import QuantizedTensor
+
+
+@operator(axes={"stack": ".*NK", "index": ""})
+class Slice(Operator):
+    """W = stack[index]: one matrix of a leaf with a leading axis.
+
+    Attributes:
+      stack: [L, N, K], or with more axes between them, of which `take` takes one after the other.
+      index: int32 []; outside of 0 to L - 1 it stands for the nearest.
+    """
+
+    stack: QuantizedTensor
+    index: jax.Array
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(N, K), after the axes between."""
+        return self.stack.shape[1:]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the arrays of this one matrix."""
+        return self.stack.nbytes // self.stack.shape[0]
+
+    def matrix(self) -> QuantizedTensor:
+        """The matrix by itself, a copy where it is not fused into what reads it."""
+        return _indexed(self.stack, self.index)
+
+
+def leaf_of(w: Any) -> QuantizedTensor | None:
+    """The arrays that a kernel reads of a weight: a QuantizedTensor, or the stack that a Slice is one of; else None."""
+    stored = w.stack if isinstance(w, Slice) else w
+    return stored if isinstance(stored, QuantizedTensor) else None
+
+
+def take(stacked: Any, index: jax.Array | int) -> Any:
+    """One matrix of each of the weights that are stacked along their first axis, without copying the codes.
+
+    In a loop, `matmul(x, take(stacked, i))` gives what `lax.scan` over `stacked` gives; but scan cuts every layer's
+    codes out of the stack into memory of their own, and a backend with `Backend.takes_slices` (cuda) reads them in
+    place. The same goes for experts: `matmul_each(x, [take(experts, i), take(experts, j)])`.
+
+    Args:
+      stacked: an operator whose arrays all have a leading axis L, or any tree of such operators and arrays.
+      index: an integer, or int32 [] that may be traced; outside of 0 to L - 1 it stands for the nearest.
+
+    Returns:
+      The same tree with a `Slice` in place of each QuantizedTensor; other arrays are indexed. Slices can be taken
+      from again: `take(take(w, i), j)` is expert j of layer i where w has the axes L, E, N, K.
+    """
+    at = jnp.asarray(index, jnp.int32)
+    return jax.tree.map(
+        lambda node: _TAKEN.get(type(node), _indexed)(node, at), stacked, is_leaf=lambda node: type(node) in _TAKEN
+    )
+
+
+def _within(outer: Slice, index: jax.Array) -> Slice:
+    """One matrix of a slice that is a stack itself: the two axes become one, which moves nothing."""
+    layers, inner = outer.stack.shape[:2]
+    flat = jax.tree.map(lambda a: a.reshape(layers * inner, *a.shape[2:]), outer.stack)
+    return Slice(flat, jnp.clip(outer.index, 0, layers - 1) * inner + jnp.clip(index, 0, inner - 1))
+
+
+def _indexed(tree: Any, index: jax.Array) -> Any:
+    at = jnp.maximum(index, 0)
+    return jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, at, keepdims=False), tree)
+
+
+_TAKEN: dict[type, Callable[[Any, jax.Array], Any]] = {QuantizedTensor: Slice, Slice: _within}
+
+
+@dequantize.register
+def _(w: Slice, dtype=jnp.float32) -> jax.Array:
+    return dequantize(w.matrix(), dtype)
+
+
+@take_rows.register
+def _(w: Slice, rows):
+    return take_rows(w.matrix(), rows)
