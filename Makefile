@@ -4,7 +4,8 @@ SHELL := /bin/sh
 .DELETE_ON_ERROR:
 .PHONY: help demo test test-newest newest sanitize lint clean
 
-INSTALL_INPUTS := pyproject.toml CMakeLists.txt $(wildcard cuda_ffi/csrc/*/*.* cuda_ffi/csrc/xla/ffi/api/*.h)
+INSTALL_INPUTS := pyproject.toml CMakeLists.txt $(filter-out %.md,$(wildcard cuda_ffi/csrc/*/*.*)) \
+	$(wildcard cuda_ffi/csrc/xla/ffi/api/*.h)
 # Most of a test's time is XLA compiling, much of it the same programs in several files: a file stays on one worker, and
 # the workers share a cache that lives for the run (an older one might be of another processor). Bytecode goes there too,
 # since where Python may not write any each process compiles jax's modules anew, in seven seconds.
@@ -17,7 +18,7 @@ PYTEST = cache=$$(mktemp -d) && trap 'rm -rf "$$cache"' EXIT && JAX_PLATFORMS=cp
 	PYTHONDONTWRITEBYTECODE= PYTHONPYCACHEPREFIX="$$cache/python" $(1) -m pytest -n auto --dist loadfile
 # What depends on the versions of jax and flax.
 CORE := $(patsubst %,tests/test_%.py,formats scaling packing weights matmul statistics clustering methods any4 surgery \
-	llama generate checkpoint_model linen swapping nnx pallas_kernel)
+	attention cache_open llama generate checkpoint_model linen swapping nnx pallas_kernel)
 PIP := -m pip --disable-pip-version-check --quiet --quiet
 
 # Without a GPU the CUDA library is only loaded, for which machine code for one will do; for all it takes a minute more.

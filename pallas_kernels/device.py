@@ -1,13 +1,13 @@
-"""Which GPU a program is for; apart from the kernels, whose imports take a second."""
+"""Which GPU a program is for. Separate from the kernels, whose imports take a second."""
 
 import jax
 
 LEAST_CAPABILITY = 8.0
-"""Compute capability that bfloat16 in registers needs."""
+"""The compute capability that bfloat16 in registers needs."""
 
 
 def gpu_name() -> str | None:
-    """The NVIDIA GPU that programs are lowered for: the abstract mesh's device, or this process's. None without one."""
+    """The NVIDIA GPU that programs are lowered for: the abstract mesh's device, or this process's; None without one."""
     named = jax.sharding.get_abstract_mesh().abstract_device
     if named is not None:
         return named.device_kind if named.device_kind.startswith("NVIDIA") else None
@@ -18,15 +18,15 @@ def gpu_name() -> str | None:
 def why_not() -> str | None:
     """None where there is a GPU that the kernels run on, else the reason in words."""
     if gpu_name() is None:
-        return "no NVIDIA GPU is attached, nor named by an abstract device"
+        return "no NVIDIA GPU is attached, and no abstract device names one"
     device = _attached()
     if device is not None and float(device.compute_capability) < LEAST_CAPABILITY:
-        return f"{device.device_kind} has compute capability {device.compute_capability}, it needs {LEAST_CAPABILITY}"
+        return f"{device.device_kind} has compute capability {device.compute_capability}; {LEAST_CAPABILITY} is needed"
     return None
 
 
 def _attached() -> jax.Device | None:
-    """This process's first device if it is an NVIDIA GPU; jax calls one of AMD "gpu" too."""
+    """This process's first device if it is an NVIDIA GPU; jax calls AMD's GPUs "gpu" too."""
     if jax.default_backend() != "gpu":
         return None
     device = jax.devices()[0]

@@ -1,4 +1,4 @@
-"""The product with a LUT-coded weight on NVIDIA GPUs without a compiler on the user's machine, over plain arrays in the
+"""The product with a LUT-coded weight on NVIDIA GPUs, for machines without a CUDA compiler: over plain arrays in the
 layout of layout.py."""
 
 import functools
@@ -24,19 +24,22 @@ def why_not(x_dtype, bits: int, group_size: int, k: int, lut_dtype, scale_dtype,
     """None where `lut_product` takes operands of these dtypes and sizes, else the reason in words.
 
     Args:
-      k: inputs of the weight; group_size of at least k is one group a row.
+      k: inputs of the weight; a group_size of at least k makes each row one group.
       offset_dtype: None where there are no offsets.
     """
     if x_dtype not in _FLOATING:
-        return f"x is {x_dtype}, it takes bfloat16, float16 and float32"
+        return f"x is {x_dtype}, but the kernels take bfloat16, float16 and float32"
     if bits not in (2, 3, 4, 8):
-        return f"codes have {bits} bits, it takes 2, 3, 4 and 8"
+        return f"codes have {bits} bits, but the kernels take 2, 3, 4 and 8"
     if lut_dtype not in _FLOATING or scale_dtype not in (*_FLOATING, jnp.uint8):
-        return f"the table is {lut_dtype}, scales {scale_dtype}; it takes bfloat16, float16, float32, and e8m0 scales"
+        return (
+            f"the table is {lut_dtype} and scales are {scale_dtype}, "
+            "but the kernels take bfloat16, float16, float32, and e8m0 scales"
+        )
     if offset_dtype is not None and offset_dtype not in _FLOATING:
-        return f"offsets are {offset_dtype}, it takes bfloat16, float16 and float32"
+        return f"offsets are {offset_dtype}, but the kernels take bfloat16, float16 and float32"
     if group_size < k and (group_size < 16 or group_size & (group_size - 1)):
-        return f"groups have {group_size} inputs, it takes powers of two from 16 on, or the whole row"
+        return f"groups have {group_size} inputs, but the kernels take powers of two from 16 on, or the whole row"
     if k == 0:
         return "the weight has no inputs"
     return None
@@ -56,8 +59,9 @@ def lut_product(
 ) -> jax.Array:
     """y = x W^T in x's dtype, accumulated in float32.
 
-    W[n, k] = lut[n or 0, codes[n, k]] * scales[n, k // group_size] + offsets[n, k // group_size]. The kernels of Triton
-    for few rows of x keep W in float32; those on wgmma, and W decoded to memory, round each weight once to x's dtype.
+    W[n, k] = lut[n or 0, codes[n, k]] * scales[n, k // group_size] + offsets[n, k // group_size]. Triton's kernels for
+    few rows of x compute with W in float32; the kernels on wgmma, and those that decode W to memory, round each weight
+    once to x's dtype.
 
     Args:
       x: [M, K], bfloat16, float16 or float32.
@@ -67,11 +71,14 @@ def lut_product(
       offsets: like scales but floating, or None.
       bits: 2, 3, 4 or 8.
       group_size: a power of two, at least 16; or at least K.
-      choice: the kernel and its configuration; None for `choice.choose`, which needs to know the GPU.
-      interpret: run one of Triton's kernels in jax's interpreter, on any device; for tests.
+      choice: the kernel and its configuration; None for that of `choice.choose`, which needs to know the GPU.
+      interpret: whether to run a Triton kernel in jax's interpreter, on any device; for tests.
+
+    Returns:
+      [M, N].
 
     Raises:
-      ValueError: the operands are none of these, or no NVIDIA GPU is known to choose for, in words.
+      ValueError: the kernels don't take these operands, or there is no NVIDIA GPU to choose a kernel for.
     """
     (m, k), n = x.shape, codes[0].shape[0]
     offset_dtype = None if offsets is None else offsets.dtype
@@ -83,13 +90,13 @@ def lut_product(
     if choice is None:
         gpu = gpu_name()
         if gpu is None:
-            raise ValueError("got no NVIDIA GPU to choose a kernel for; name one by jax.sharding.AbstractDevice")
+            raise ValueError("got no NVIDIA GPU to choose a kernel for; name one with jax.sharding.AbstractDevice")
         problem = Problem(n, k, m, bits, group_size, x.dtype, lut.dtype, scales.dtype, offset_dtype, gpu)
         choice = choices.choose(problem)
     return _product(x, codes, lut, scales, offsets, bits, group_size, choice.kernel, choice.config, interpret)
 
 
-# Compiled as a function of its own, so that equal products of a program are traced and lowered once: a kernel on wgmma
+# Jitted by itself, so that equal products in a program are traced and lowered only once: lowering a kernel on wgmma
 # takes a third of a second.
 @functools.partial(jax.jit, static_argnums=(5, 6, 7, 8, 9))
 def _product(
@@ -117,7 +124,7 @@ def _product(
         return lut_gemv(x, w, config, lookup, interpret)
     if kernel == "triton_gemm":
         return lut_gemm(x, w, config, lookup, interpret)
-    # Ties W to x: else XLA may decode it before a loop over x, and keep the dense matrix through the loop.
+    # Ties W to x: otherwise XLA may decode W before a loop over x, and keep the dense matrix throughout the loop.
     x, arrays = jax.lax.optimization_barrier((x, tuple(w.arrays())))
     dense = lut_dequantize(w.replaced(arrays), x.dtype, config, lookup, interpret)
     y = jax.lax.dot_general(

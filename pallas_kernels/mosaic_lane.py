@@ -1,6 +1,6 @@
-"""What a lane of a Mosaic GPU kernel does that Pallas has no operation for: addresses, loads, stores and PTX, in MLIR.
+"""What a lane of a Mosaic GPU kernel does for which Pallas has no operation: addresses, loads, stores and PTX, in MLIR.
 
-These run while a kernel is lowered, inside `plgpu.inline_mgpu`.
+These functions run while a kernel is lowered, inside `plgpu.inline_mgpu`.
 """
 
 from collections.abc import Sequence
@@ -18,12 +18,12 @@ def i32() -> ir.Type:
 
 
 def constant(value: int) -> ir.Value:
-    """32 bits, given as unsigned."""
+    """A constant of 32 bits, given as an unsigned number."""
     return utils.c(value - (1 << 32) if value >> 31 else value, i32())
 
 
 def place() -> tuple[ir.Value, ir.Value, ir.Value]:
-    """(warp of the warpgroup, g, t): the lane is 4g + t."""
+    """(warp of the warpgroup, g, t), where the lane is 4g + t."""
     thread = arith.remui(mgpu.thread_idx(), constant(128))
     lane = arith.remui(thread, constant(32))
     four = constant(4)
@@ -31,13 +31,14 @@ def place() -> tuple[ir.Value, ir.Value, ir.Value]:
 
 
 def rows_of_lane() -> tuple[ir.Value, ir.Value]:
+    """The two of the warpgroup's 64 rows that a lane holds: 16 warp + g, and 8 rows on."""
     warp, g, _ = place()
     row = arith.addi(arith.muli(warp, constant(16)), g)
     return row, arith.addi(row, constant(8))
 
 
 def address(ref: ir.Value, row: ir.Value, column: ir.Value) -> ir.Value:
-    """Of an element of a memref with two axes and static strides."""
+    """The address of an element of a memref with two axes and static strides."""
     kind = ir.MemRefType(ref.type)
     strides, _ = kind.get_strides_and_offset()
     size = utils.bytewidth(kind.element_type)
@@ -72,7 +73,7 @@ def permute(low: ir.Value, high: ir.Value, selector: int) -> ir.Value:
 
 
 def inline(text: str, operands: Sequence[ir.Value], *, results: int) -> list[ir.Value]:
-    """The 32-bit results of a piece of PTX whose operands have 32 bits too."""
+    """The 32-bit results of a piece of PTX, whose operands have 32 bits too."""
     constraints = ",".join(["=&r"] * results + ["r"] * len(operands))
     kind = i32() if results == 1 else ir.Type.parse(f"!llvm.struct<({', '.join(['i32'] * results)})>")
     returned: Any = llvm.inline_asm(kind, list(operands), text, constraints)
@@ -82,11 +83,11 @@ def inline(text: str, operands: Sequence[ir.Value], *, results: int) -> list[ir.
 
 
 def store_transposed(ref: ir.Value, offset: ir.Value, pairs: Sequence[ir.Value]) -> None:
-    """Four 8 x 8 matrices of 16-bit values, of which a lane holds two of a row, to shared memory, transposed.
+    """Stores four 8 x 8 matrices of 16-bit values to shared memory, transposed.
 
     Args:
-      offset: bytes from the beginning of `ref`, where lane 8 i + j has column j of matrix i put.
-      pairs: 32 bits of each matrix.
+      offset: bytes from the beginning of `ref` to where column j of matrix i goes, in lane 8 i + j.
+      pairs: of each matrix, the lane's two values of a row, in 32 bits.
     """
     address = arith.addi(llvm.ptrtoint(i32(), utils.memref_ptr(ref)), offset)
     text = "stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [$0], {$1, $2, $3, $4};"

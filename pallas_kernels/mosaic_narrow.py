@@ -1,12 +1,24 @@
-"""y = x W^T on Hopper for few rows of x: the warpgroups of a block share out the inputs of 64 rows of W.
+"""y = x W^T on Hopper for few rows of x: the warpgroups of a block split the inputs of 64 rows of W.
 
-One more warpgroup copies codes and inputs to shared memory by TMA some steps ahead. The others decode codes to the left
-operand of `wgmma` and add up products in float32; their sums are added in a fixed order.
+In a turn, each of `warpgroups` warpgroups takes a step of 128 inputs: it decodes codes to the left operand of `wgmma`
+and adds up products in float32. One more warpgroup copies; up to `stages` turns are in shared memory or on their way
+there. Where warpgroups = 2:
+
+    global memory   codes, x                     tables, scales, offsets                     y
+                      |                            | loads, of scales a turn ahead           ^
+    copy              | warpgroup 2, TMA           |                                         |
+                      v                            v                                         |
+    shared memory   stage s, step 2 turn ----->  warpgroup 0: decode, wgmma --> sums [0] --+ |
+                             step 2 turn + 1 ->  warpgroup 1: decode, wgmma --> sums [1] --+-+ both add, in order
+
+A step is two parts of 64 inputs; a part is decoded while the products of the part before are under way. `arrived[s]`
+completes when the copies of a turn are there; `used[s]` when all warpgroups have ended the products of that turn, which
+each reports in the middle of the next; `done` when all sums are in shared memory.
 
 What limits it (H100, 8192 x 8192, 24 us of the device for M = 1 and 25 for M = 16; reading the codes alone takes 12.6):
-decoding. Of the 300 instructions for 64 weights of a lane 190 are for the pipe that starts one every other clock, which
-makes 14 us if it were never idle; it is busy for 62 % of the clocks (Nsight Compute), with four warps a scheduler. Six
-took longer, having too few registers. A matrix of 64 rows a multiprocessor or fewer leaves the others idle.
+decoding. Of the 300 instructions for 64 weights of a lane, 190 are for the pipe that starts one every other clock. They
+would take 14 us if it were never idle; it is busy for 62 % of the clocks (Nsight Compute), with four warps a scheduler.
+Six took longer, since they had too few registers. A matrix of fewer than 64 rows per multiprocessor leaves some idle.
 """
 
 import dataclasses
@@ -23,10 +35,12 @@ from pallas_kernels.mosaic_registers import INPUTS, PART, ROWS, SWIZZLED
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Attributes:
-    columns: rows of x, a multiple of 8 and at least M.
-    warpgroups: of a block that decode and multiply; in a turn each takes a step of 128 inputs.
-    stages: turns whose codes and inputs are in shared memory or under way to it, at least 2.
+    """How a block works.
+
+    Attributes:
+      columns: rows of x that it takes, a multiple of 8 and at least M.
+      warpgroups: the warpgroups that decode and multiply; in a turn, each takes a step of 128 inputs.
+      stages: turns whose codes and inputs are in shared memory or on their way there, at least 2.
     """
 
     columns: int = 16
@@ -43,8 +57,11 @@ def lut_product_narrow(
     group_size: int,
     config: Config,
 ) -> jax.Array:
-    """y [M, N] in x's dtype; see lut_product. N is a multiple of 64, K of 128; of 4 bits; all floating operands are
-    bfloat16, or all float16; a group is a multiple of 128 inputs, or 64, 32, or the row."""
+    """y [M, N] in x's dtype; see lut_product.
+
+    N is a multiple of 64 and K of 128. Codes have 4 bits. Floating operands are all bfloat16 or all float16. A group is
+    a multiple of 128 inputs, or 64, 32, or the row.
+    """
     (m, k), n = x.shape, codes.shape[0]
     columns, steps = config.columns, k // INPUTS
     warpgroups = min(config.warpgroups, steps)
@@ -59,7 +76,7 @@ def lut_product_narrow(
 
         @pl.when(own == warpgroups)
         def _copy():
-            # What lies behind the last input or row of x arrives as zeros, which jax would refuse if it saw the 0.
+            # What lies past the last input or row of x arrives as zeros. jax would refuse that slice if it saw the 0.
             first_of_x = jnp.minimum(own, 0)
 
             def fetch(turn, slot):
@@ -70,7 +87,7 @@ def lut_product_narrow(
                 plgpu.copy_gmem_to_smem(inputs, x_smem.at[slot], arrived.at[slot])
 
             pl.loop(0, stages)(lambda turn: fetch(turn, turn))
-            # In their first turn the others give back the last stage, which they have not had.
+            # In their first turn, the others give back the last stage, which they haven't had yet.
             plgpu.barrier_wait(used.at[stages - 1])
 
             @pl.loop(0, turns - stages)
@@ -84,7 +101,7 @@ def lut_product_narrow(
             words = registers.table_words(lut_ref.at[rows] if lut_ref.shape[0] > 1 else lut_ref)
 
             def affine(turn):
-                # A warpgroup without a step in the last turn still loads, where there is something to load.
+                # A warpgroup without a step in the last turn still loads: the scales of the last step.
                 step = jnp.minimum(turn * warpgroups + own, steps - 1)
                 return [registers.group_pairs(ref.at[rows], step, group_size) for ref in (scales_ref, *offsets_refs)]
 
@@ -95,18 +112,18 @@ def lut_product_narrow(
                     plgpu.barrier_wait(arrived.at[slot])
                     scales, *offset = pairs
                     for part in range(INPUTS // PART):
-                        # The products of the part before are under way.
+                        # Meanwhile, the products of the part before are under way.
                         tile = codes_smem.at[slot, own]
                         w = registers.dequantized(tile, part, words, scales, offset[0] if offset else None, x.dtype)
                         inputs = x_smem.at[slot, :, pl.ds(own * INPUTS + part * PART, PART)]
                         plgpu.wgmma(sums_ref, w, inputs.transpose((1, 0)))
                         plgpu.wgmma_wait(1)
                         if part == 0:
-                            # The products of the turn before are done.
+                            # Now the products of the turn before have ended.
                             plgpu.barrier_arrive(used.at[lax.rem(turn + stages - 1, stages)])
                     return ahead
 
-                # Of the last turn some may have no step.
+                # In the last turn, some warpgroups may have no step.
                 lax.fori_loop(0, (steps - own + warpgroups - 1) // warpgroups, one, affine(0))
                 return sums_ref[...]
 

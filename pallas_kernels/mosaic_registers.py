@@ -1,9 +1,9 @@
-"""A warpgroup's codes to the left operand of `wgmma`, in registers: what Mosaic GPU has no operation for.
+"""Decodes a warpgroup's codes to the left operand of `wgmma`, in registers: Mosaic GPU has no operation for that.
 
 A step is 64 rows of W by 128 inputs, and is decoded in two parts of 64 inputs. Lane 4g + t of warp w takes rows 16w + g
-and 16w + g + 8, and of each 16 inputs 2t, 2t + 1, 2t + 8 and 2t + 9, as `wgmma` wants: byte t of every four bytes of
-codes. So the four lanes of a row load the same words and each gathers its byte of four of them, which takes an eighth
-of the instructions of decoding; in exchange x is read in the order it has, by the copy engine.
+and 16w + g + 8, and of each 16 inputs numbers 2t, 2t + 1, 2t + 8 and 2t + 9, as `wgmma` requires: byte t of every four
+bytes of codes. So the four lanes of a row load the same words, and each gathers its byte from four of them. This takes
+an eighth of the instructions of decoding; in return, the copy engine reads x in the order in which it is stored.
 
 The functions with a `ctx` run while the kernel is lowered and emit MLIR for one lane.
 """
@@ -22,17 +22,17 @@ from jax.extend.mlir import ir
 from pallas_kernels import mosaic_lane as lane
 
 ROWS, INPUTS, PART = 64, 128, 64
-# An array [64] of which each lane has the entries of its two rows.
+# The layout of an array [64] of which each lane has the entries of its two rows.
 _OF_ROWS = plgpu.Layout.WGMMA.reduce(1)
-# As wgmma takes its right operand from shared memory: rows of x, 64 of 16 bits next to each other.
+# How wgmma takes its right operand from shared memory: rows of x, with 64 values of 16 bits next to each other.
 SWIZZLED = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
 
 
 def table_words(lut_ref: Any) -> list[jax.Array]:
-    """Eight int32 [64]: words of the low bytes of entries 4i to 4i + 3, then of their high bytes.
+    """Eight int32 [64]: words of the low bytes of entries 4i to 4i + 3, then words of their high bytes.
 
     Args:
-      lut_ref: in global memory, [64, 16] or, for one table, [1, 16], of a 16-bit dtype.
+      lut_ref: in global memory, [64, 16], or [1, 16] for a single table, of a 16-bit dtype.
     """
     one = lut_ref.shape[0] == 1
     returned = [plgpu.ShapeDtypeStruct((ROWS,), jnp.int32, _OF_ROWS)] * 8
@@ -51,11 +51,11 @@ def table_words(lut_ref: Any) -> list[jax.Array]:
 
 
 def group_pairs(ref: Any, step: jax.Array, group_size: int) -> list[jax.Array]:
-    """Of each group of a step int32 [64]: the scales or offsets, each twice in a word.
+    """For each group of a step, int32 [64]: the rows' scales or offsets, each twice in a word.
 
     Args:
-      ref: in global memory, [64, groups], a 16-bit dtype.
-      step: int32, which 128 inputs.
+      ref: in global memory, [64, groups], of a 16-bit dtype.
+      step: int32, the number of the step of 128 inputs.
       group_size: a multiple of 128, or 64 or 32.
     """
     count = max(1, INPUTS // group_size)
@@ -86,18 +86,18 @@ def dequantized(
     offsets: Sequence[jax.Array] | None,
     dtype: Any,
 ) -> jax.Array:
-    """The first or second 64 inputs of a step, `dtype` [64, 64] in the layout of wgmma's operand.
+    """The weights of a step's first or second 64 inputs, `dtype` [64, 64] in the layout of wgmma's operand.
 
-    Each is entry * scale + offset in one fused multiplication and addition: rounded once.
+    Each is entry * scale + offset, by one fused multiply-add: rounded once.
 
     Args:
-      codes_ref: of the whole step, in shared memory, uint8 [64, 64].
+      codes_ref: the codes of the whole step, in shared memory, uint8 [64, 64].
       part: 0 or 1.
       words: from `table_words`.
       scales, offsets: from `group_pairs`.
-      dtype: of table, scales and offsets: bfloat16 or float16.
+      dtype: that of table, scales and offsets: bfloat16 or float16.
     """
-    # Of each 32 inputs.
+    # One scale and offset for each 32 inputs.
     affine = [
         [of[(2 * part + i) * len(of) // 4] for of in (scales, offsets) if of is not None] for i in range(PART // 32)
     ]
@@ -114,7 +114,7 @@ def dequantized(
         bfloat16 = dtype == jnp.bfloat16
         pair_type = ir.VectorType.get((2,), ir.BF16Type.get() if bfloat16 else ir.F16Type.get())
         text = _decoding("bf16x2" if bfloat16 else "f16x2")
-        # Byte t of its first operand, byte t of its second.
+        # Selects byte t of the first operand and byte t of the second.
         byte = lane.arith.addi(lane.arith.muli(lane.place()[2], lane.constant(0x11)), lane.constant(0x40))
         for half, row in enumerate(lane.rows_of_lane()):
             own = [_entry(operand, half) for operand in operands]
@@ -131,11 +131,11 @@ def dequantized(
 
 
 def _decoding(kind: str) -> str:
-    """PTX from the place of a lane's byte and four words that each hold one, eight words of the table, scale and offset
-    to four pairs of values.
+    """PTX that computes four pairs of values from the selector of a lane's byte, four words that each hold such a byte,
+    eight words of the table, a scale and an offset.
 
-    PRMT picks four bytes of eight by four nibbles of a selector, of which it reads three bits; the codes are the
-    selector, and their fourth bits, moved to bit 2 of each nibble, select between two results.
+    PRMT picks four bytes of eight by the four nibbles of a selector, of which it reads three bits. The codes are the
+    selector; their fourth bits, moved to bit 2 of each nibble, select between two results.
     """
     lines = []
     for first in (0, 2):
@@ -154,7 +154,7 @@ def _decoding(kind: str) -> str:
 
 
 def keep_transposed(ref: Any, sums: jax.Array) -> None:
-    """Stores float32 [64, columns] in the layout of wgmma's sums to [columns, 64] in shared memory."""
+    """Stores float32 [64, columns], in the layout of wgmma's sums, to [columns, 64] in shared memory."""
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.Layout.WGMMA), return_type=())
     def store(ctx, ref, sums):
@@ -170,8 +170,8 @@ def keep_transposed(ref: Any, sums: jax.Array) -> None:
 
 
 def keep_rounded(ref: Any, sums: jax.Array, dtype: Any) -> None:
-    """Stores float32 [64, columns] in the layout of wgmma's sums, rounded to `dtype`, to [columns, 64 i to 64 i + 63]
-    in shared memory, where i is the number of the warpgroup.
+    """Rounds float32 [64, columns], in the layout of wgmma's sums, to `dtype`, and stores it to shared memory, at
+    [columns, 64 i to 64 i + 63], where i is the number of the warpgroup.
 
     Args:
       ref: [columns, 128], `SWIZZLED`.
@@ -185,7 +185,7 @@ def keep_rounded(ref: Any, sums: jax.Array, dtype: Any) -> None:
         matrix = lane.arith.divui(lane.arith.remui(thread, lane.constant(32)), lane.constant(8))
         column = lane.arith.remui(thread, lane.constant(8))
         half, second = (lane.arith.remui(matrix, lane.constant(2)), lane.arith.divui(matrix, lane.constant(2)))
-        # Of a lane: where it puts a row of the transposed 8 x 8, 16 bytes of the 128 that a swizzle permutes.
+        # Where a lane puts a row of the transposed 8 x 8 matrix: 16 bytes of the 128 that a swizzle permutes.
         piece = lane.arith.addi(lane.arith.muli(warp, lane.constant(2)), half)
         piece = lane.arith.xori(piece, column)
         tile = lane.arith.addi(lane.arith.muli(second, lane.constant(2)), own)
@@ -200,8 +200,8 @@ def keep_rounded(ref: Any, sums: jax.Array, dtype: Any) -> None:
 
 
 def store_total(sums_ref: Any, ref: Any, warpgroups: int, count: int, dtype: Any) -> None:
-    """Adds up what each warpgroup kept, float32 [warpgroups, columns, 64] in shared memory, in a fixed order, and
-    stores `count` columns, rounded to `dtype`, to [count, 64] in global memory: by all warpgroups together."""
+    """Adds up what the warpgroups kept, float32 [warpgroups, columns, 64] in shared memory, in a fixed order. Rounds
+    `count` columns to `dtype` and stores them to [count, 64] in global memory. All warpgroups work together."""
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType()), return_type=())
     def store(ctx, sums, out):

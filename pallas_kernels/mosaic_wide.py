@@ -1,11 +1,20 @@
 """y = x W^T on Hopper for many rows of x: a block computes 128 rows of W by up to 256 of x.
 
-One warpgroup copies codes and inputs to shared memory by TMA. Two others decode 64 rows of W each and multiply; while
-one half of a step is multiplied the next is decoded, so that there always are products under way.
+    global memory   codes, x                 tables, scales, offsets                       y
+                      |                        | loads, of scales a step ahead             ^
+    copy              | warpgroup 2, TMA       |                                           | warpgroup 0, TMA
+                      v                        v                                           |
+    shared memory   stage s, rows 0-63 --->  warpgroup 0: decode, wgmma --> sums -->  results, where x
+                             rows 64-127 ->  warpgroup 1: decode, wgmma --> sums -->  of stage 0 was
 
-What limits it (H100, 8192 x 8192, M = 512, 93 us of the device): tensor cores, which are busy for 89 % of the clocks; a
-nanosecond has 1.58 of them under that load, and not 1.98 (Nsight Compute). Sharing x between two blocks by multicast
-made no difference.
+A step is 128 inputs, in two parts of 64; a part is decoded while the products of the part before are under way, so that
+there always are some. `arrived[s]` completes when the copies of a step are there; `used[s]` when both warpgroups have
+ended the products of that step, which each reports in the middle of the next; `done` when both have ended their last
+step, and again when both have stored their results.
+
+What limits it (H100, 8192 x 8192, M = 512, 93 us of the device): tensor cores, which are busy for 89 % of the clocks;
+under that load there are 1.58 clocks in a nanosecond, not 1.98 (Nsight Compute). Sharing x between two blocks by
+multicast made no difference.
 """
 
 import dataclasses
@@ -19,15 +28,17 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels import mosaic_registers as registers
 from pallas_kernels.mosaic_registers import INPUTS, PART, ROWS, SWIZZLED
 
-# Of a lane, of the 65536 that a multiprocessor has: sums take 128 of a computing warpgroup, copying takes few.
+# Per lane, of the 65536 that a multiprocessor has: sums take 128 of a computing warpgroup's, copying takes few.
 _COMPUTING_REGISTERS, _COPYING_REGISTERS = 232, 40
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Attributes:
-    columns: rows of x a block takes, a multiple of 16, at most 256.
-    stages: steps of 128 inputs whose codes and inputs are in shared memory or under way to it.
+    """How a block works.
+
+    Attributes:
+      columns: rows of x that it takes, a multiple of 16, at most 256.
+      stages: steps of 128 inputs whose codes and inputs are in shared memory or on their way there.
     """
 
     columns: int = 256
@@ -43,8 +54,11 @@ def lut_product_wide(
     group_size: int,
     config: Config,
 ) -> jax.Array:
-    """y [M, N] in x's dtype; see lut_product. N is a multiple of 128, K of 128; of 4 bits; all floating operands are
-    bfloat16, or all float16; a group is a multiple of 128 inputs, or 64, 32, or the row."""
+    """y [M, N] in x's dtype; see lut_product.
+
+    N and K are multiples of 128. Codes have 4 bits. The floating operands are all bfloat16 or all float16. A group is a
+    multiple of 128 inputs, or 64, 32, or the row.
+    """
     (m, k), n = x.shape, codes.shape[0]
     columns, steps = config.columns, k // INPUTS
     stages = min(config.stages, steps)
@@ -70,7 +84,7 @@ def lut_product_wide(
 
             for step in range(stages):
                 fetch(step, step)
-            # At their first step the others give back the last stage, which they have not had.
+            # In their first step, the others give back the last stage, which they haven't had yet.
             plgpu.barrier_wait(used.at[stages - 1])
 
             @pl.loop(0, steps - stages)
@@ -96,13 +110,13 @@ def lut_product_wide(
                     scales, *offset = pairs
                     tile = codes_smem.at[slot, pl.ds(own * ROWS, ROWS)]
                     for part in range(INPUTS // PART):
-                        # The products of the part before are under way.
+                        # Meanwhile, the products of the part before are under way.
                         w = registers.dequantized(tile, part, words, scales, offset[0] if offset else None, x.dtype)
                         inputs = x_smem.at[slot, :, pl.ds(part * PART, PART)]
                         plgpu.wgmma(sums_ref, w, inputs.transpose((1, 0)))
                         plgpu.wgmma_wait(1)
                         if part == 0:
-                            # The products of the step before are done.
+                            # Now the products of the step before have ended.
                             plgpu.barrier_arrive(used.at[lax.rem(step + stages - 1, stages)])
                     return ahead
 
@@ -110,7 +124,7 @@ def lut_product_wide(
                 return sums_ref[...]
 
             sums = pl.run_scoped(add_products, plgpu.ACC((ROWS, columns), jnp.float32))
-            # Both are done with x, in whose memory y is put together.
+            # Both warpgroups have finished with x, so its memory can take y.
             plgpu.barrier_arrive(done)
             plgpu.barrier_wait(done)
             registers.keep_rounded(x_smem.at[0], sums, x.dtype)
@@ -127,7 +141,7 @@ def lut_product_wide(
     y = plgpu.kernel(
         kernel,
         out_type=jax.ShapeDtypeStruct((rows_of_x, n), x.dtype),
-        # Blocks of the same rows of W follow each other, so that codes come from memory once.
+        # Blocks for the same rows of W follow each other, so that codes come from memory once.
         grid=(n // (2 * ROWS), pl.cdiv(m, columns)),
         grid_names=("tile", "tile_of_x"),
         num_threads=3,

@@ -1,6 +1,6 @@
-"""W as a dense matrix in memory, for products of so many rows of x that XLA's own product is faster on it.
+"""Decodes W to a dense matrix in memory, for products of so many rows of x that XLA's product with that is faster.
 
-Limited by memory (H100, 8192 x 8192): 134 MB of bfloat16 are written and 37 MB read.
+Memory limits it (H100, 8192 x 8192): it writes 134 MB of bfloat16 and reads 37 MB.
 """
 
 import dataclasses
@@ -15,10 +15,12 @@ from pallas_kernels.triton_operands import Weight, decoder, group_values, load_c
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Attributes:
-    rows: of W a program takes, a power of two.
-    columns: bytes of the first plane of codes that it takes a turn, a power of two, 16 or more.
-    warps: of a program, a power of two.
+    """How a program works.
+
+    Attributes:
+      rows: rows of W that it takes, a power of two.
+      columns: bytes of the first plane of codes that it takes in a turn, a power of two, 16 or more.
+      warps: its warps, a power of two.
     """
 
     rows: int = 4
@@ -27,7 +29,12 @@ class Config:
 
 
 def lut_dequantize(w: Weight, dtype, config: Config, lookup: str, interpret: bool = False) -> jax.Array:
-    """W [N, K], computed in float32 and rounded once to `dtype`, bfloat16, float16 or float32; w as in lut_gemv."""
+    """W [N, K], computed in float32 and rounded once to `dtype`, which is bfloat16, float16 or float32.
+
+    Args:
+      w: its scales are floating.
+      lookup: one of triton_operands.LOOKUPS; "permute" can't be interpreted.
+    """
     n, k, per_byte, chunk = w.n, w.k, w.per_byte, w.chunk
     chunks = config.columns // chunk
     inputs = config.columns * per_byte
@@ -78,7 +85,7 @@ def lut_dequantize(w: Weight, dtype, config: Config, lookup: str, interpret: boo
 def _interleaved(parts: list[jax.Array]) -> jax.Array:
     """[rows, p * columns] from p arrays [rows, columns]: the first elements of all, then the second ones, ...
 
-    Triton joins two arrays at a time along a new last axis, so of four the pairs that are joined first are two apart.
+    Triton joins two arrays at a time along a new last axis. Of four arrays, it first joins those that are two apart.
     """
     if len(parts) == 1:
         return parts[0]

@@ -1,12 +1,12 @@
-"""y = x W^T for several rows of x on tensor cores: codes are decoded where a tensor core wants its left operand.
+"""y = x W^T for several rows of x on tensor cores: codes are decoded where a tensor core takes its left operand.
 
-A program takes a tile of rows of W and, group by group, multiplies table entries with inputs; scales and offsets are
-applied to the float32 sums of a group. The even and the odd inputs are two products, since a byte of codes holds one of
-each, so x is split that way first. Offsets need the sums of a group's inputs: a product with ones, for which tensor
-cores have the time.
+A program takes a tile of rows of W and multiplies table entries by inputs, group by group; it applies scales and
+offsets to the float32 sums of a group. The even and the odd inputs are two products, since a byte of codes holds one of
+each, so x is first split that way. Offsets need the sums of a group's inputs, which are a product with ones; tensor
+cores have the time for it.
 
 What limits it (H100, 8192 x 8192, M = 16, 39 us of the device): a program's steps follow each other, so the tensor
-cores wait for decoding and the reverse; mosaic_narrow keeps more in flight.
+cores wait for decoding, and decoding waits for them; mosaic_narrow keeps more in flight.
 """
 
 import dataclasses
@@ -23,11 +23,14 @@ from pallas_kernels.triton_operands import Weight, load_codes
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Attributes:
-    rows: of W a program takes, a power of two, 16 or more.
-    columns: rows of x a program takes, a power of two, 16 or more.
-    warps, stages: of a program; stages of codes and inputs that are loaded ahead.
-    split: programs that share out the groups of a row; their float32 sums are added up in XLA.
+    """How a program works.
+
+    Attributes:
+      rows: rows of W that it takes, a power of two, 16 or more.
+      columns: rows of x that it takes, a power of two, 16 or more.
+      warps: its warps.
+      stages: stages of codes and inputs that it loads ahead.
+      split: programs that split the groups of a row; XLA adds up their float32 sums.
     """
 
     rows: int = 64
@@ -38,7 +41,7 @@ class Config:
 
 
 def inputs_of_step(w: Weight) -> int:
-    """That one product of tensor cores takes; a step lies in one group."""
+    """How many inputs a step takes; a step lies in one group."""
     return min(128, w.group_size) if w.group_size < w.k else 128
 
 
@@ -47,7 +50,7 @@ def lut_gemm(x: jax.Array, w: Weight, config: Config, lookup: str, interpret: bo
 
     Args:
       x: [M, K], bfloat16 or float16, the dtype of the table.
-      w: of 4 bits; groups of a power of two from 32 on, or the whole row; scales are floating.
+      w: with 4-bit codes, groups of a power of two from 32 on or of the whole row, and floating scales.
       lookup: "permute", or "loads", which can be interpreted.
     """
     m, k, n = *x.shape, w.n
@@ -82,7 +85,7 @@ def lut_gemm(x: jax.Array, w: Weight, config: Config, lookup: str, interpret: bo
             if not whole or m % config.columns:
                 inside = (places < x_ref.shape[2])[:, None] & (columns < m)[None, :]
                 if steps % config.split:
-                    # What lies behind this program's share belongs to the next.
+                    # What lies past this program's share belongs to the next program.
                     inside &= jnp.broadcast_to(at < steps, inside.shape)
             zero = jnp.zeros((half, config.columns), jnp.int32)
             row, column = jnp.minimum(columns, m - 1)[None, :] + zero, places[:, None] + zero

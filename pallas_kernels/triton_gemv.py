@@ -1,10 +1,10 @@
-"""y = x W^T for few rows of x on CUDA cores: each code is decoded once and its value multiplied with every row's input.
+"""y = x W^T for few rows of x on CUDA cores: each code is decoded once, and its value multiplied by each row's input.
 
-A lane decodes runs of 16 bytes of a row of W and sums their products by itself; scales and offsets are applied to the
-sum of a run, which lies in one group. All arithmetic is float32. It takes every format, group size and shape.
+A lane decodes runs of 16 bytes of a row of W and sums their products by itself; it applies scales and offsets to the
+sum of a run, which lies in one group. All arithmetic is float32. The kernel takes every format, group size and shape.
 
 What limits it (H100, 8192 x 8192, M = 1, 27 us of the device; reading the codes alone takes 12.6): instructions. There
-are 8 a weight, and schedulers start one in 63 % of the clocks (Nsight Compute): 125 registers a lane leave them 3.5
+are 8 per weight, and schedulers start one in 63 % of the clocks (Nsight Compute): 125 registers per lane leave them 3.5
 warps to choose from.
 """
 
@@ -21,11 +21,13 @@ from pallas_kernels.triton_operands import Weight, decoder, group_values, load_c
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Attributes:
-    rows: of W a program takes, a power of two.
-    columns: bytes of the first plane of codes that it takes a turn, a power of two, 16 or more.
-    warps: of a program, a power of two.
-    rows_of_x: that it multiplies with at once.
+    """How a program works.
+
+    Attributes:
+      rows: rows of W that it takes, a power of two.
+      columns: bytes of the first plane of codes that it takes in a turn, a power of two, 16 or more.
+      warps: its warps, a power of two.
+      rows_of_x: rows of x that it takes.
     """
 
     rows: int = 8
@@ -57,7 +59,7 @@ def lut_gemv(x: jax.Array, w: Weight, config: Config, lookup: str, interpret: bo
         columns_of = lambda turn: turn * config.columns + jnp.arange(config.columns, dtype=jnp.int32)  # noqa: E731
 
         def inputs(row: jax.Array, columns: jax.Array) -> list[jax.Array]:
-            """Of a row of x the inputs of each byte's first codes, then of the second ones, ...: float32 [columns]."""
+            """The inputs of a row of x at each byte's first code, at its second code, ...: each float32 [columns]."""
             places = [per_byte * columns + i for i in range(per_byte)]
             at = [x_ref.at[jnp.full_like(columns, row), place] for place in places]
             if whole:
@@ -68,7 +70,7 @@ def lut_gemv(x: jax.Array, w: Weight, config: Config, lookup: str, interpret: bo
 
         def turn(i, carry):
             sums, codes = carry
-            # The next turn's codes are under way while these are decoded.
+            # The next turn's codes are loaded while these are decoded.
             ahead = load_codes(ref, own, columns_of(jnp.minimum(i + 1, turns - 1)), whole)
             columns = columns_of(i)
             values = decode(codes, columns[None, :])

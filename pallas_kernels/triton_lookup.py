@@ -1,11 +1,11 @@
-"""Codes to table entries inside a Triton kernel: by byte permutation, or by loads from the table.
+"""Looks up the table entries of codes inside a Triton kernel: by byte permutation, or by loads from the table.
 
-Triton has no table in registers: no gather, no indexing of values. Of the ways there are, on an H100, 8192 x 8192, one
-row of x: a binary tree of selects takes 92 us, loads from the table at the code's place, which L1 answers, 43, PRMT 26.
+Triton has no table in registers: no gather, no indexing of values. Of three ways (H100, 8192 x 8192, one row of x), a
+binary tree of selects takes 92 us; loads from the table at the code's place, which L1 answers, take 43; PRMT takes 26.
 
 PRMT picks four bytes of eight by four nibbles. A row's sixteen entries are kept as four words of their low bytes and
-four of their high bytes; a word of eight codes is its own selector. Of a code's four bits three select within a pair of
-words, and the fourth, moved to where PRMT looks, selects between the two results.
+four of their high bytes; a word of eight codes is its own selector. Three of a code's four bits select within a pair of
+words; the fourth, moved to where PRMT looks, selects between the two results.
 """
 
 import functools
@@ -16,18 +16,18 @@ import jax.numpy as jnp
 from jax.experimental.pallas import triton as plt
 
 ENTRIES = 16
-# Elements that one piece of assembly takes: eight bytes of codes, as two registers.
+# Elements that one piece of assembly takes: eight bytes of codes, in two registers.
 _PACK = 8
-# Of the eight elements that a lane holds next to each other, which belong to one row: all eight where codes were loaded
-# along a row, these two sets where they lie as a tensor core wants them.
+# Which of the eight neighbouring elements of a lane belong to one row: all eight where codes were loaded along a row;
+# each of these two sets where they lie as a tensor core takes them.
 _SAME_ROW = ((0, 1, 4, 5), (2, 3, 6, 7))
 
 
 def table_words(entry: Callable[[int], jax.Array]) -> list[jax.Array]:
-    """Eight int32 [rows, 1]: words of the entries' low bytes, then of their high bytes.
+    """Eight int32 [rows, 1]: words of the entries' low bytes, then words of their high bytes.
 
     Args:
-      entry: code -> that entry of each row, [rows], bfloat16 or float16.
+      entry: maps a code to that entry of each row, [rows], bfloat16 or float16.
     """
     bits = [jax.lax.bitcast_convert_type(entry(code), jnp.uint16).astype(jnp.int32) for code in range(ENTRIES)]
     low, high = [], []
@@ -39,14 +39,14 @@ def table_words(entry: Callable[[int], jax.Array]) -> list[jax.Array]:
 
 
 def permuted(codes: jax.Array, rows: jax.Array, words: Sequence[jax.Array], part: str, dtype) -> jax.Array:
-    """The entries of the codes in each byte.
+    """The table entries of the codes in each byte.
 
     Args:
       codes: uint8 [rows, bytes], two codes a byte.
       rows: int32 [rows], different for different rows.
       words: from `table_words`.
       part: "pairs" for both entries in an int32, the first in its lower half; "even" or "odd" for one of them.
-      dtype: of the table; for "pairs" ignored.
+      dtype: that of the table; "pairs" ignores it.
     """
     spread = [jnp.broadcast_to(word, codes.shape) for word in (rows[:, None], *words)]
     text, constraints = _assembly(part)
@@ -62,12 +62,12 @@ def permuted(codes: jax.Array, rows: jax.Array, words: Sequence[jax.Array], part
 
 @functools.cache
 def _assembly(part: str) -> tuple[str, str]:
-    """PTX and LLVM's constraints: results, two registers of codes, then eight registers each of rows and of words."""
+    """PTX and LLVM's constraints: results, two registers of codes, then eight registers for rows and for each word."""
     results = _PACK if part == "pairs" else _PACK // 2
     row = [f"${results + 2 + element}" for element in range(_PACK)]
     word = [[f"${results + 2 + _PACK * (1 + i) + element}" for element in range(_PACK)] for i in range(8)]
     lines = []
-    # A compiler that laid elements out differently would make a wrong product; this makes it an error instead. It costs
+    # If a compiler laid elements out differently, the product would be wrong; this turns that into an error. It costs
     # nothing: where rows are the same, they are the same register, and the comparison is folded away.
     for first, *others in _SAME_ROW:
         for other in others:
@@ -96,7 +96,7 @@ def _assembly(part: str) -> tuple[str, str]:
 
 
 def halves(pairs: jax.Array, dtype) -> tuple[jax.Array, jax.Array]:
-    """float32 values of the lower and upper halves of int32 `pairs`, which hold two of `dtype`, bfloat16 or float16."""
+    """float32 values of the lower and upper halves of int32 `pairs`, which are of `dtype`, bfloat16 or float16."""
     if dtype == jnp.bfloat16:
         return (
             jax.lax.bitcast_convert_type(pairs << 16, jnp.float32),
@@ -110,8 +110,8 @@ def codes_of(loaded: Sequence[jax.Array], columns: jax.Array, bits: int) -> list
     """The codes, int32, that start in each byte of the first plane, in order.
 
     Args:
-      loaded: of each plane the bytes that hold the codes of the first plane's bytes: uint8 [rows, bytes].
-      columns: int32 [1, bytes]: which bytes of the first plane these are.
+      loaded: for each plane, the bytes with the codes of these bytes of the first plane: uint8 [rows, bytes].
+      columns: int32 [1, bytes], the numbers of these bytes.
     """
     if bits == 3:
         low, high = (plane.astype(jnp.int32) for plane in loaded)

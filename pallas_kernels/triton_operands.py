@@ -1,4 +1,4 @@
-"""What the Triton kernels have in common: their operands, tiles of codes, and the scales of groups."""
+"""What the Triton kernels share: their operands, tiles of codes, and the scales of groups."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -16,7 +16,7 @@ LOOKUPS = ("permute", "loads")
 
 @dataclasses.dataclass(frozen=True)
 class Weight:
-    """A LUT-coded matrix [N, K] as layout.py has it: arrays, or inside a kernel the refs to them.
+    """A LUT-coded matrix [N, K] in the layout of layout.py: arrays or, inside a kernel, refs to them.
 
     Attributes:
       codes: the planes, uint8 [N, ceil(K * width / 8)].
@@ -24,7 +24,7 @@ class Weight:
       scales, offsets: [N, ceil(K / G)]; uint8 scales are exponents; offsets may be None.
       bits: 2, 3, 4 or 8.
       k: K.
-      group_size: G; at least K for one group a row.
+      group_size: G; at least K makes each row one group.
     """
 
     codes: tuple[Any, ...]
@@ -46,14 +46,14 @@ class Weight:
 
     @property
     def chunk(self) -> int:
-        """Bytes of the first plane that lie in one group, 16 at most: what a lane loads at a time."""
+        """Bytes of the first plane that a lane loads at a time: at most 16, all in one group."""
         return min(16, self.group_size // self.per_byte) if self.group_size < self.k else 16
 
     def arrays(self) -> list[Any]:
         return [*self.codes, self.lut, self.scales, *([] if self.offsets is None else [self.offsets])]
 
     def replaced(self, arrays: Sequence[Any]) -> "Weight":
-        """The same with others, or a kernel's refs, in place of `arrays()`."""
+        """The same weight with other arrays, or a kernel's refs, in place of `arrays()`."""
         planes = len(self.codes)
         return dataclasses.replace(
             self,
@@ -67,21 +67,24 @@ class Weight:
 def can_permute(w: Weight, columns: int, rows: int, warps: int) -> bool:
     """Whether the lookup "permute" can decode tiles of codes [rows, columns].
 
-    It needs codes of 4 bits, a table of 16-bit floats, and that Triton gives a lane eight bytes of codes of one row
-    next to each other: so it does where a row takes a multiple of 16 bytes and a lane eight bytes of the tile or more.
+    It needs 4-bit codes, a table of 16-bit floats, and a lane that holds eight neighbouring bytes of one row's codes.
+    Triton gives a lane such bytes where a row takes a multiple of 16 bytes and a lane takes at least eight bytes of the
+    tile.
     """
     wide_enough = rows * columns >= 8 * 32 * warps
     return w.bits == 4 and w.lut.dtype.itemsize == 2 and w.k % 32 == 0 and wide_enough
 
 
 def decoder(w: Weight, rows: jax.Array, lookup: str) -> Callable[[Sequence[jax.Array], jax.Array], list[jax.Array]]:
-    """(bytes of each plane [rows, bytes], places of those bytes [1, bytes]) -> float32 table entries, the first codes
-    of all bytes, then the second ones, ...; inside a kernel.
+    """The function that decodes a tile inside a kernel.
+
+    It maps the bytes of each plane [rows, bytes] and the places of those bytes [1, bytes] to float32 table entries:
+    those of the first codes of all bytes, then those of the second codes, ...
 
     Args:
-      w: with refs.
+      w: the weight, with refs.
       rows: int32 [rows], all below N.
-      lookup: "permute" for 4 bits and tables of 16-bit floats, "loads" for all.
+      lookup: "permute" for 4-bit codes and tables of 16-bit floats, "loads" for all.
     """
     table_rows = rows if w.lut.shape[0] > 1 else jnp.zeros_like(rows)
     if lookup == "permute":
@@ -97,10 +100,12 @@ def decoder(w: Weight, rows: jax.Array, lookup: str) -> Callable[[Sequence[jax.A
 
 
 def load_codes(w: Weight, rows: jax.Array, columns: jax.Array, whole: bool) -> tuple[jax.Array, ...]:
-    """Of each plane the bytes with the codes of bytes `columns` of the first, uint8 [rows, columns]; zeros behind K.
+    """For each plane, the bytes with the codes of bytes `columns` of the first plane, uint8 [rows, columns].
+
+    Bytes past K are zero.
 
     Args:
-      whole: all columns lie in the row.
+      whole: whether all columns lie in the row.
     """
     first = PLANES[w.bits][0]
     tiles = []
@@ -116,6 +121,6 @@ def load_codes(w: Weight, rows: jax.Array, columns: jax.Array, whole: bool) -> t
 
 
 def group_values(ref: Any, rows: jax.Array, groups: jax.Array) -> jax.Array:
-    """float32 [rows, groups] of scales or offsets; groups behind the last take the last."""
+    """Scales or offsets, float32 [rows, groups]; groups past the last take the last one's."""
     groups = jnp.minimum(groups, ref.shape[1] - 1)
     return plt.load(ref.at[rows[:, None], groups[None, :]]).astype(jnp.float32)

@@ -1,4 +1,4 @@
-"""The configurations of a kernel that are worth timing, and what tuned.json keeps of the fastest."""
+"""The configurations of a kernel that are worth timing, and the row of tuned.json for the fastest."""
 
 import dataclasses
 import itertools
@@ -8,12 +8,12 @@ from typing import Any
 from pallas_kernels import mosaic_narrow, mosaic_wide
 from pallas_kernels.choice import Choice, Problem, choose
 
-# Bytes of shared memory that a block may have on a Hopper GPU.
+# The most bytes of shared memory that a block may have on a Hopper GPU.
 _SHARED_BYTES = 232448
 
 
 def candidates(problem: Problem) -> list[Choice]:
-    """The choice of `choose` first, then the same kernel with other configurations that fit."""
+    """The choice of `choose`, then the same kernel with the other configurations that fit."""
     chosen = choose(problem)
     others = [c for c in _configs(chosen.kernel, chosen.config, problem) if c != chosen.config]
     return [chosen, *(Choice(chosen.kernel, config, "a candidate") for config in others)]

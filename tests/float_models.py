@@ -9,7 +9,7 @@ from flax import linen, nnx
 from any4_jax.methods import NF4
 from any4_jax.models import flax_llama
 from any4_jax.models.hf_flax import with_params
-from any4_jax.surgery import kind_of
+from any4_jax.surgery import container_of
 
 NF = NF4(group_size=16)
 X = np.random.default_rng(0).normal(size=(2, 24)).astype(np.float32)
@@ -87,7 +87,7 @@ def run(model) -> np.ndarray:
 
 def assert_same_contents(model, other) -> None:
     """The same structure, dtypes, shapes and bits."""
-    assert_same(*(kind_of(m).tree(m) for m in (model, other)))
+    assert_same(*(container_of(m).tree(m) for m in (model, other)))
 
 
 FLOAT = {"linen": linen_pair, "nnx": lambda: NNXNet(nnx.Rngs(0)), "hf": hf_model}

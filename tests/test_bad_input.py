@@ -5,13 +5,12 @@ import numpy as np
 import pytest
 
 from any4_jax import statistics
-from any4_jax.calibration import calibrate
 from any4_jax.checkpoint import load, save
 from any4_jax.matmul import matmul, prepare
 from any4_jax.methods import AF4, MX4, NF4, Any4, Int, quantize
 from any4_jax.models.tiny import random_llama, tiny
 from any4_jax.nn.nnx import Any4Linear
-from any4_jax.surgery import quantize_model
+from any4_jax.walk import calibrate, quantize_model
 
 W = np.random.default_rng(0).normal(size=(4, 8)).astype(np.float32)
 X = jnp.ones((2, 8))
@@ -36,10 +35,10 @@ WEIGHTS = [
     (
         lambda: quantize(with_value(np.nan), NF4(), path="layers.3.mlp.up_proj"),
         ValueError,
-        "layers.3.mlp.up_proj NaN mend",
+        "layers.3.mlp.up_proj NaN fix",
     ),
-    (lambda: quantize(with_value(np.inf), Int(), path="a.b"), ValueError, "a.b infinite mend"),
-    (lambda: quantize(with_value(-np.inf), Any4(solver="lloyd", bits=2), path="a.b"), ValueError, "a.b infinite mend"),
+    (lambda: quantize(with_value(np.inf), Int(), path="a.b"), ValueError, "a.b infinite fix"),
+    (lambda: quantize(with_value(-np.inf), Any4(solver="lloyd", bits=2), path="a.b"), ValueError, "a.b infinite fix"),
     (lambda: quantize_model(broken_model(), NF4()), ValueError, "layers.1.mlp.up_proj NaN"),
     (lambda: quantize_model({"d": {"kernel": with_value(np.nan)}}, NF4()), ValueError, "d.kernel NaN"),
     (lambda: quantize(W[:, :0], NF4()), ValueError, "(4, 0) [N, K] reshape"),

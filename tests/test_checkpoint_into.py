@@ -28,7 +28,7 @@ from any4_jax.cli import main
 from any4_jax.methods import Int
 from any4_jax.models import flax_llama
 from any4_jax.models.tiny import random_llama
-from any4_jax.surgery import kind_of, quantized_leaves, recipe_of
+from any4_jax.surgery import container_of, quantized_leaves, recipe_of
 
 
 @pytest.fixture(scope="module")
@@ -182,7 +182,7 @@ def test_orbax_alone_keeps_the_arrays_of_a_model(kind: str, saved, tmp_path) -> 
         back = checkpointer.restore(tmp_path / "c")
     assert back["step"] == 7
     spec = json.loads((tmp_path / "spec.json").read_text())
-    assert_same_contents(a4.from_arrays(back["params"], spec), kind_of(model).tree(model))
+    assert_same_contents(a4.from_arrays(back["params"], spec), container_of(model).tree(model))
     again = a4.from_arrays(back["params"], spec, into=ABSTRACT[kind]())
     assert_same_contents(again, model)
     assert recipe_of(again) == recipe_of(model)
@@ -193,7 +193,7 @@ def test_orbax_alone_reads_the_arrays_of_our_checkpoint(saved) -> None:
     arrays = path / store.read_manifest(path).data / "arrays"
     with ocp.PyTreeCheckpointer() as checkpointer:
         found = checkpointer.restore(arrays)
-    kernel = kind_of(model).tree(model)["params"]["first"]["kernel"]
+    kernel = container_of(model).tree(model)["params"]["first"]["kernel"]
     for field in ("codes", "lut", "scales"):
         np.testing.assert_array_equal(found[f"params.first.kernel/{field}"], getattr(kernel, field))
 

@@ -18,7 +18,8 @@ from any4_jax.matmul import prepare
 from any4_jax.methods import NF4, Int, quantize
 from any4_jax.models.llama import Llama
 from any4_jax.models.tiny import random_llama, tiny
-from any4_jax.surgery import linears, quantize_model, quantized_leaves
+from any4_jax.surgery import linears, quantized_leaves
+from any4_jax.walk import quantize_model
 from any4_jax.weights import PermuteInput, QuantizeInput, ScaleInput, Sum
 
 TOKENS = np.arange(6, dtype=np.int32)[None]

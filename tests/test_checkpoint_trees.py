@@ -17,7 +17,7 @@ import any4_jax as a4
 from any4_jax.checkpoint import store
 from any4_jax.checkpoint.into import placement
 from any4_jax.methods import Int, quantize
-from any4_jax.surgery import kind_of
+from any4_jax.surgery import container_of
 from any4_jax.weights import ScaleInput, Sum
 
 
@@ -63,7 +63,7 @@ def test_what_does_not_fit_is_named_before_anything_is_read(into, said: str, tre
 
 def test_an_operator_where_no_dense_layer_is_does_not_fit(tmp_path) -> None:
     embedding = NNXNet(nnx.Rngs(0))
-    contents = kind_of(embedding).tree(embedding)
+    contents = container_of(embedding).tree(embedding)
     contents["norm"]["scale"] = quantize(jnp.ones((24, 16)), NF)
     a4.save(tmp_path / "c", contents)
     with pytest.raises(ValueError, match=r"norm\.scale is quantized and no kernel of a dense layer"):

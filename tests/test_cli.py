@@ -8,14 +8,16 @@ import shutil
 from typing import Literal
 
 import pytest
+from toy_methods import Nested
 
 import any4_jax as a4
 from any4_jax.cli import main
 from any4_jax.cli.errors import CommandLineError
+from any4_jax.cli.methods import add_method, method_from
 from any4_jax.cli.options import add_fields, build
 from any4_jax.cli.output import table
 from any4_jax.data import assets, stories
-from any4_jax.methods import CATALOGUE
+from any4_jax.methods import CATALOGUE, NF4, Any4, Int
 from cuda_ffi import registration
 
 
@@ -111,6 +113,36 @@ def test_help_has_docstring_and_default():
     assert "width of a code. (default: 4)" in text
     assert "100% at most; told on two lines. (default: 0.5)" in text
     assert "--start zero|one|none where it begins. (default: none)" in text
+
+
+@pytest.fixture
+def nested(monkeypatch):
+    """A method that wraps another, in the catalogue for one test."""
+    monkeypatch.setitem(CATALOGUE, Nested.name, Nested)
+    return ["quantize", "tiny", "out", "--method", Nested.name]
+
+
+@pytest.mark.parametrize(
+    ("flags", "method"),
+    [
+        ([], Nested()),
+        (["--inner-bits", "3", "--no-by-site"], Nested(Int(3), by_site=False)),
+        (["--inner", "any4", "--inner-bits", "3"], Nested(Any4(bits=3))),
+        (["--inner", "toy-nested", "--inner-inner", "nf4"], Nested(Nested(NF4()))),
+        (["--inner", "toy-nested", "--inner-inner-group-size", "32"], Nested(Nested(Int(4, group_size=32)))),
+    ],
+    ids=str,
+)
+def test_methods_inside_methods_have_flags(flags, method, nested):
+    argv = [*nested, *flags]
+    parser = argparse.ArgumentParser()
+    add_method(parser, argv)
+    assert method_from(parser.parse_args(argv[3:])) == method
+
+
+def test_a_flag_of_another_inner_method_is_refused(nested, capsys):
+    assert main([*nested, "--inner", "nf4", "--inner-bits", "3"]) == 2
+    assert "unrecognized arguments: --inner-bits" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", sorted(CATALOGUE))

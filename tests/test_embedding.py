@@ -12,6 +12,7 @@ from any4_jax.lookup import lookup
 from any4_jax.matmul import prepare
 from any4_jax.methods import MX4, NF4, Any4, Int, quantize
 from any4_jax.nn.nnx import Any4Embed
+from any4_jax.statistics import Moments
 from any4_jax.surgery import quantized_leaves
 from any4_jax.weights import LowRank, PermuteInput, ScaleInput, Sum, dequantize
 
@@ -80,7 +81,7 @@ def test_a_tied_model_computes_with_its_dequantized_embedding(tmp_path) -> None:
 def test_a_tied_head_has_the_statistics_of_its_input() -> None:
     model = a4.models.load("tiny")
     tokens = np.arange(1, 9, dtype=np.int32)[None]
-    stats = a4.calibrate(model, tokens)["embed_tokens"]
+    stats = a4.calibrate(model, tokens)["embed_tokens"][Moments()]
     positions = jnp.arange(8)[None]
     x, _ = model.decode(tokens, model.init_cache(1, 8), positions)
     np.testing.assert_allclose(stats.second_moment, (np.asarray(model.norm(x))[0] ** 2).mean(axis=0), rtol=1e-4)

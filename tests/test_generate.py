@@ -14,7 +14,7 @@ from flax import nnx
 from any4_jax.generate import generate, generate_tokens
 from any4_jax.generate.sampling import Sampler
 from any4_jax.generate.streaming import TextStream
-from any4_jax.kv_cache import DenseCache, Rope
+from any4_jax.kv_cache import PLAIN, AttentionSettings, DenseCache, Rope, attention, rotated
 from any4_jax.models.llama import Llama
 from any4_jax.models.tiny import random_llama
 
@@ -193,15 +193,18 @@ def test_a_character_left_incomplete_is_handed_over_at_the_end() -> None:
 class UnrotatedCache(DenseCache):
     """Keys stored as they come and rotated when read: what the protocol is made for."""
 
-    def append(self, keys: jax.Array, values: jax.Array, positions: jax.Array, rope: Rope) -> Self:
-        return super().append(keys, values, jnp.zeros_like(positions), rope)
+    def append(self, keys: jax.Array, values: jax.Array, positions: jax.Array, rope: Rope | None) -> Self:
+        return super().append(keys, values, positions, None)
 
-    def attend(self, queries: jax.Array, positions: jax.Array, rope: Rope) -> jax.Array:
+    def attend(
+        self, queries: jax.Array, positions: jax.Array, rope: Rope | None, settings: AttentionSettings = PLAIN
+    ) -> jax.Array:
         rows, (heads, size, length) = len(self.start), self.keys.shape
         slots = jnp.arange(length) - self.start[:, None]
         keys = self.keys.reshape(rows, heads // rows, size, length).transpose(0, 3, 1, 2)
-        rotated = rope.rotate(keys, slots).transpose(0, 2, 3, 1).reshape(self.keys.shape)
-        return DenseCache(rotated, self.values, self.length, self.start).attend(queries, positions, rope)
+        keys = rotated(keys, slots, rope).transpose(0, 2, 3, 1).reshape(self.keys.shape)
+        queries = rotated(queries, positions, rope)
+        return attention(queries, keys, self.values, positions, self.start, settings)
 
 
 def test_another_cache_gives_the_same_tokens(model: Llama) -> None:

@@ -14,7 +14,9 @@ from any4_jax import models
 from any4_jax.data import bundled
 from any4_jax.models import hf
 from any4_jax.models.config import LlamaConfig, RopeScaling
-from any4_jax.models.gguf_reader import hf_name, read_gguf, scaling_of_factors
+from any4_jax.models.gguf_reader import read_gguf
+from any4_jax.models.llama_config import scaling_of_factors
+from any4_jax.models.llama_family import LLAMA
 from any4_jax.models.rope import Rope
 from any4_jax.models.tiny import random_tensors
 from any4_jax.models.tokenizer import VOCABULARY, Tokenizer
@@ -47,7 +49,9 @@ NAMES = [
         "ffn_norm",
     )
 ]
-STORED = {hf_name(name): name for name in [*NAMES, "token_embd.weight", "output_norm.weight", "output.weight"]}
+STORED = {
+    LLAMA.gguf.hf_name(name): name for name in [*NAMES, "token_embd.weight", "output_norm.weight", "output.weight"]
+}
 KINDS = gguf.GGMLQuantizationType
 
 

@@ -12,7 +12,7 @@ from any4_jax.methods import Any4, quantize
 
 N, K, G, TOKENS = 20, 96, 32, 200
 PLAIN = Any4(group_size=G, refit=False)
-TRAINED = dataclasses.replace(PLAIN, solver="gradient", max_iter=40)
+TRAINED = dataclasses.replace(PLAIN, solver="gradient", max_iter=40, sample_tokens=TOKENS)
 
 
 def layer() -> np.ndarray:
@@ -26,7 +26,7 @@ def inputs() -> np.ndarray:
 
 
 X = inputs()
-STATS = statistics.from_activations(X, samples=TOKENS)
+STATS = statistics.from_activations(X, statistics=TRAINED.needs)
 
 
 def output_errors(method: Any4) -> np.ndarray:
@@ -65,15 +65,18 @@ def test_calibrate_draws_the_sample_that_the_method_needs() -> None:
     model = a4.models.load("tiny")
     text = "Once upon a time there was a small fox who lived in a big wood."
     method = Any4(group_size=32, solver="gradient", sample_tokens=10, max_iter=1)
-    assert {s.sample.shape[0] for s in a4.calibrate(model, text).values()} == {0}
+    sample = statistics.Sample(10)
+    assert not any(sample in gathered for gathered in a4.calibrate(model, text).values())
     stats = a4.calibrate(model, text, rules=[(r".*q_proj", method)])
-    assert {s.sample.shape[0] for s in stats.values()} == {10}
-    first = np.asarray(stats["layers.0.self_attn.q_proj"].sample)
+    assert {gathered[sample].x.shape[0] for gathered in stats.values()} == {10}
+    first = np.asarray(stats["layers.0.self_attn.q_proj"][sample].x)
     assert (np.abs(first).max(axis=1) > 0).all()
 
 
 def test_statistics_without_a_sample_are_refused() -> None:
-    with pytest.raises(ValueError, match="layer has statistics without a sample .* calibrate\\(model, data, method\\)"):
+    with pytest.raises(
+        ValueError, match="layer has statistics without Sample\\(tokens=200\\).* calibrate\\(model, data, method\\)"
+    ):
         quantize(jnp.asarray(layer()), TRAINED, statistics.from_activations(X), path="layer")
     with pytest.raises(ValueError, match="per_row=False"):
         quantize(jnp.asarray(layer()), dataclasses.replace(TRAINED, per_row=False), STATS)

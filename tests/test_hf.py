@@ -14,8 +14,9 @@ from any4_jax import models
 from any4_jax.data import bundled
 from any4_jax.models import hf
 from any4_jax.models.config import RopeScaling
-from any4_jax.models.degrid import degrid, degrid_tensors
-from any4_jax.models.hf_config import read_config
+from any4_jax.models.degrid import degrid
+from any4_jax.models.hf import read_config
+from any4_jax.models.llama_family import LLAMA
 from any4_jax.models.tiny import random_llama, random_tensors, tiny
 
 SHARED = Path(__file__).parents[2] / "shared"
@@ -134,7 +135,7 @@ def test_config_refuses_by_name(change: dict, words: str) -> None:
 def test_names_and_tensors_round_trip() -> None:
     tensors = random_tensors(CONFIG)
     assert len(tensors) == 3 + 2 * (2 + 7 * 2)
-    model = hf.llama_from_tensors(CONFIG, tensors)
+    model = hf.from_tensors(CONFIG, tensors)
     kernel = model.layers[1].mlp.gate_proj.kernel.get_value()
     np.testing.assert_array_equal(kernel.T, tensors["model.layers.1.mlp.gate_proj.weight"])
     back = hf.tensors_of(model)
@@ -144,9 +145,9 @@ def test_names_and_tensors_round_trip() -> None:
 
 def test_the_model_does_not_share_memory_with_its_tensors() -> None:
     tensors = random_tensors(CONFIG)
-    model = hf.llama_from_tensors(CONFIG, tensors)
+    model = hf.from_tensors(CONFIG, tensors)
     before = np.array(model.embed_tokens.embedding.get_value())
-    tensors[hf.EMBEDDING][:] = 0
+    tensors[LLAMA.embedding][:] = 0
     np.testing.assert_array_equal(model.embed_tokens.embedding.get_value(), before)
 
 
@@ -163,23 +164,23 @@ Q = "model.layers.0.self_attn.q_proj.weight"
         ),
         ({Q: np.ones((24, 16), np.float32)}, r"q_proj.weight \(24, 16\) instead of \(16, 24\)"),
         ({Q: np.ones((16, 24), np.int8)}, "q_proj.weight is int8"),
-        ({hf.EMBEDDING: None}, "embed_tokens.weight is missing"),
+        ({LLAMA.embedding: None}, "embed_tokens.weight is missing"),
     ],
 )
 def test_wrong_tensors_are_named(change: dict, words: str) -> None:
     tensors = {**random_tensors(CONFIG), **change}
     with pytest.raises(ValueError, match=words):
-        hf.llama_from_tensors(CONFIG, {name: array for name, array in tensors.items() if array is not None})
+        hf.from_tensors(CONFIG, {name: array for name, array in tensors.items() if array is not None})
 
 
 def test_known_extras_are_ignored_and_a_second_head_is_not() -> None:
     config = read_config({**BASE, "tie_word_embeddings": True})
     tensors = random_tensors(config)
     extras = {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(2, np.float32)}
-    same = {**tensors, **extras, hf.HEAD: tensors[hf.EMBEDDING].copy()}
-    assert hf.tensors_of(hf.llama_from_tensors(config, same)).keys() == tensors.keys()
+    same = {**tensors, **extras, LLAMA.head: tensors[LLAMA.embedding].copy()}
+    assert hf.tensors_of(hf.from_tensors(config, same)).keys() == tensors.keys()
     with pytest.raises(ValueError, match="lm_head.weight differs .* tie_word_embeddings"):
-        hf.llama_from_tensors(config, {**same, hf.HEAD: tensors[hf.EMBEDDING] + 1})
+        hf.from_tensors(config, {**same, LLAMA.head: tensors[LLAMA.embedding] + 1})
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
@@ -279,14 +280,25 @@ def test_degrid_keeps_the_function_and_moves_the_weights() -> None:
 
 
 def test_degrid_factors_are_the_documented_draws() -> None:
-    tensors = random_tensors(CONFIG)
-    moved = degrid_tensors(tensors, CONFIG, scale_range=1.2, seed=0)
+    model = random_llama(CONFIG)
+    tensors, moved = hf.tensors_of(model), hf.tensors_of(degrid(model, scale_range=1.2, seed=0))
     rng = np.random.default_rng(0)
     draws = [np.exp(rng.uniform(-np.log(1.2), np.log(1.2), n)).astype(np.float32) for n in (24, 24, 8, 20)]
-    q, norm = (f"model.layers.0.{name}.weight" for name in ("self_attn.q_proj", "input_layernorm"))
-    down = "model.layers.0.mlp.down_proj.weight"
-    np.testing.assert_array_equal(moved[q], tensors[q] * draws[0])
-    np.testing.assert_array_equal(moved[norm], tensors[norm] / draws[0])
-    np.testing.assert_array_equal(moved[down], tensors[down] / draws[3])
+    layer = "model.layers.0"
+    after_v = np.repeat(draws[2].reshape(2, 4), 2, axis=0).reshape(-1)
+    expected = {
+        f"{layer}.input_layernorm.weight": lambda w: w / draws[0],
+        f"{layer}.self_attn.q_proj.weight": lambda w: w * draws[0],
+        f"{layer}.post_attention_layernorm.weight": lambda w: w / draws[1],
+        f"{layer}.mlp.gate_proj.weight": lambda w: w * draws[1],
+        f"{layer}.self_attn.v_proj.weight": lambda w: w * draws[0] * draws[2][:, None],
+        f"{layer}.self_attn.v_proj.bias": lambda b: b * draws[2],
+        f"{layer}.self_attn.o_proj.weight": lambda w: w / after_v,
+        f"{layer}.mlp.up_proj.weight": lambda w: w * draws[1] * draws[3][:, None],
+        f"{layer}.mlp.up_proj.bias": lambda b: b * draws[3],
+        f"{layer}.mlp.down_proj.weight": lambda w: w / draws[3],
+    }
+    for name, by_hand in expected.items():
+        np.testing.assert_array_equal(moved[name], by_hand(tensors[name]), name)
     with pytest.raises(ValueError, match="scale_range=1.0"):
-        degrid_tensors(tensors, CONFIG, scale_range=1.0)
+        degrid(model, scale_range=1.0)

@@ -19,7 +19,7 @@ from safetensors.numpy import save_file
 import any4_jax as a4
 from any4_jax.models.flax_llama import abstract_flax_llama, is_repaired, load_hf_flax
 from any4_jax.models.hf_flax import abstract_model, dense_paths, is_hf_flax, with_params
-from any4_jax.surgery import kind_of, quantized_leaves
+from any4_jax.surgery import container_of, quantized_leaves
 
 transformers = pytest.importorskip("transformers.models.llama.modeling_flax_llama", reason="needs transformers 4")
 
@@ -161,7 +161,7 @@ def test_greedy_tokens_equal_those_of_float_weights_and_of_our_own_model(tmp_pat
     assert np.argmax(logits_of(dense, got), axis=-1)[:, 4:-1].tolist() == got[:, 5:].tolist()
     operators = {path.removeprefix("model."): operator for path, operator in quantized_leaves(small).items()}
     own = a4.models.load(folder, dtype=jnp.float32)
-    own = kind_of(own).replace(own, operators, None)
+    own = container_of(own).replace(own, operators, None)
     assert set(quantized_leaves(own)) == set(operators)
     assert a4.generate(own, prompt[0].tolist(), max_new_tokens=12) == got[0, 5:].tolist()
 

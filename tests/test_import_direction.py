@@ -26,7 +26,7 @@ LAYERS = (
     ("data",),
     ("models",),
     ("surgery", "generate"),
-    ("calibration", "training"),
+    ("walk", "training"),
     ("checkpoint", "evaluation", "benchmarks"),
     ("cli",),
     ("__main__",),

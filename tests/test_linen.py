@@ -73,9 +73,9 @@ def test_abstract_parameters_have_the_shapes_of_a_checkpoint(layer):
 class Counting(a4.methods.NF4):
     calls: ClassVar[list] = []
 
-    def apply(self, w, stats):
+    def apply(self, w, gathered):
         self.calls.append(w.shape)
-        return super().apply(w, stats)
+        return super().apply(w, gathered)
 
 
 def test_apply_does_not_trace_the_method_again():

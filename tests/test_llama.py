@@ -14,9 +14,8 @@ import pytest
 from flax import nnx
 
 from any4_jax.kv_cache import Cache, DenseCache
-from any4_jax.models.hf import llama_from_tensors
-from any4_jax.models.hf_config import read_config
-from any4_jax.models.llama import SITES, Block, Llama, block
+from any4_jax.models.hf import from_tensors, read_config
+from any4_jax.models.llama import Block, Llama
 from any4_jax.models.rope import Rope
 from any4_jax.models.tiny import random_llama
 
@@ -35,7 +34,7 @@ def golden(variant: str) -> tuple[Llama, np.ndarray, np.ndarray]:
         arrays = dict(file)
     config = read_config(json.loads(str(arrays.pop("config"))))
     tokens, logits = arrays.pop("tokens"), arrays.pop("logits")
-    return llama_from_tensors(config, arrays, np.float32), tokens, logits
+    return from_tensors(config, arrays, np.float32), tokens, logits
 
 
 def error(got: jax.Array | np.ndarray, wanted: np.ndarray) -> float:
@@ -120,7 +119,7 @@ def test_layers_share_one_program(model: Llama, count_compiles: Any) -> None:
     assert len({graphdef for graphdef, _ in splits}) == 1
     x, positions = jnp.ones((1, 6, 48)), jnp.arange(6)[None]
     caches = model.init_cache(1, 6)
-    jitted = jax.jit(block, static_argnums=0)
+    jitted = jax.jit(Llama.block, static_argnums=0)
     with count_compiles() as compiles:
         for (graphdef, state), cache in zip(splits, caches, strict=True):
             x, _ = jitted(graphdef, state, x, cache, positions)
@@ -132,7 +131,7 @@ def test_sites_name_every_linear_once_and_taps_see_their_inputs(model: Llama) ->
     linears = {
         ".".join(map(str, path)): module for path, module in nnx.iter_modules(layer) if isinstance(module, nnx.Linear)
     }
-    named = [path for site in Llama.sites for path in site.linears]
+    named = [path for site in model.sites(0) for path in site.linears]
     assert sorted(named) == sorted(linears)
 
     @jax.jit
@@ -151,8 +150,8 @@ def test_sites_name_every_linear_once_and_taps_see_their_inputs(model: Llama) ->
 
     order: list[str] = []
     inputs, equal = run(layer)
-    assert order == [site.name for site in SITES]
-    for site in SITES:
+    assert order == [site.name for site in model.sites(0)]
+    for site in model.sites(0):
         assert {linears[path].in_features for path in site.linears} == {inputs[site.name].shape[-1]}
     for wanted, got in equal:
         np.testing.assert_allclose(got, wanted, atol=1e-5)
@@ -206,7 +205,7 @@ def test_bad_tokens_are_refused(model: Llama, tokens: np.ndarray, kind: type[Exc
 
 
 def test_more_tokens_than_slots_are_refused() -> None:
-    cache = DenseCache.create(1, 4, 2, 8, jnp.zeros(1, jnp.int32), jnp.float32)
+    cache = DenseCache.create(0, 1, 4, 2, 8, jnp.zeros(1, jnp.int32), jnp.float32)
     new = jnp.zeros((1, 5, 2, 8))
     with pytest.raises(ValueError, match="5 tokens do not fit a cache of 4 slots"):
         cache.append(new, new, jnp.arange(5)[None], Rope(8, 10000.0))

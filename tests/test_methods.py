@@ -24,7 +24,7 @@ FIXED += [Int(scale_dtype="float32", table_dtype="float32"), NF4(group_size=1), 
 LEARNED = [
     Any4(group_size=16),
     Any4(bits=2, group_size=16, symmetric=True, solver="lloyd", init="quantile", refit=True),
-    Any4(bits=3, group_size=24, solver="gradient", max_iter=30, keep_outliers=True, refit=False),
+    Any4(bits=3, group_size=24, solver="gradient", max_iter=30, keep_outliers=True, refit=False, sample_tokens=48),
     Any4(bits=3, group_size=16, per_row=False, bias_pow=0.8),
 ]
 METHODS = [pytest.param(m, id=f"{m.name}-{i}") for i, m in enumerate(FIXED + LEARNED)]
@@ -38,10 +38,11 @@ def layer(seed: int = 0) -> np.ndarray:
     return w
 
 
-def stats() -> statistics.Statistics:
+def stats() -> statistics.Gathered:
     rng = np.random.default_rng(9)
     x = rng.normal(0.2, 10.0 ** rng.uniform(-1, 1, K), (64, K)).astype(np.float32)
-    return statistics.from_activations(x, samples=48)
+    needs = [s for method in FIXED + LEARNED for s in method.needs]
+    return statistics.from_activations(x, statistics=dict.fromkeys(needs))
 
 
 STATS = stats()

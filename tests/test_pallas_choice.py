@@ -105,10 +105,10 @@ def test_vmap_over_x_is_one_kernel_and_over_weights_a_loop() -> None:
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        (dict(x=jnp.float64), "x is float64, it takes bfloat16, float16 and float32"),
-        (dict(bits=5), "codes have 5 bits, it takes 2, 3, 4 and 8"),
-        (dict(g=48), "groups have 48 inputs, it takes powers of two from 16 on, or the whole row"),
-        (dict(on=None), "no NVIDIA GPU is attached, nor named by an abstract device"),
+        (dict(x=jnp.float64), "x is float64, but the kernels take bfloat16, float16 and float32"),
+        (dict(bits=5), "codes have 5 bits, but the kernels take 2, 3, 4 and 8"),
+        (dict(g=48), "groups have 48 inputs, but the kernels take powers of two from 16 on, or the whole row"),
+        (dict(on=None), "no NVIDIA GPU is attached, and no abstract device names one"),
         (dict(platform="cpu"), "it runs on cuda, not on cpu"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
@@ -124,7 +124,7 @@ def test_explain_tells_the_kernel_and_why(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr("pallas_kernels.device.gpu_name", lambda: NAMES["H100"])
     w = leaf(128, 256)
     (line,) = (text for text in explain(rows(16, 256), w, "cuda").splitlines() if text.startswith("pallas"))
-    assert line.endswith("(mosaic_narrow, 16 rows of x on a Hopper GPU: wgmma, the warpgroups share out the inputs)")
+    assert line.endswith("(mosaic_narrow, 16 rows of x on a Hopper GPU: wgmma, with the inputs split among warpgroups)")
     # Ahead of XLA, and behind CUDA's kernels where they are built.
     assert line.startswith(("pallas: taken", "pallas: could, but 'cuda' comes first"))
 
@@ -180,5 +180,5 @@ def test_prepare_changes_nothing() -> None:
 
 
 def test_operands_are_refused_in_words() -> None:
-    with pytest.raises(ValueError, match="codes have 5 bits, it takes 2, 3, 4 and 8; use another backend"):
+    with pytest.raises(ValueError, match="codes have 5 bits, but the kernels take 2, 3, 4 and 8; use another backend"):
         product(rows(1, 64), leaf(6, 64, bits=5))

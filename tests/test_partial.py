@@ -1,6 +1,5 @@
 """Resumed quantization: nothing is done twice or left behind, and `any4 quantize` survives kill -9."""
 
-import dataclasses
 import functools
 import json
 import shutil
@@ -19,10 +18,11 @@ from flax import nnx
 from any4_jax import statistics
 from any4_jax.checkpoint.partial import PartialStore
 from any4_jax.cli import main
-from any4_jax.methods import NF4, Int
+from any4_jax.methods import NF4, Int, matrices
 from any4_jax.models.config import LlamaConfig
 from any4_jax.models.tiny import random_llama
-from any4_jax.surgery import layers, linears, quantize_model, quantized_leaves
+from any4_jax.surgery import linears, quantized_leaves
+from any4_jax.walk import quantize_model
 
 METHOD = Int(group_size=16)
 # All of its matrices are 32 x 32: one program a method, where compiling is most of a test's time.
@@ -63,7 +63,7 @@ def computed(monkeypatch):
     class Computed(list):
         limit: int | None = None
 
-    paths, lock, real = Computed(), threading.Lock(), layers.quantize_matrix
+    paths, lock, real = Computed(), threading.Lock(), matrices.quantize_matrix
 
     def counting(layer, method, stats, path):
         with lock:
@@ -72,7 +72,7 @@ def computed(monkeypatch):
             paths.append(path)
         return real(layer, method, stats, path)
 
-    monkeypatch.setattr(layers, "quantize_matrix", counting)
+    monkeypatch.setattr(matrices, "quantize_matrix", counting)
     return paths
 
 
@@ -85,7 +85,8 @@ def quantized(folder, model=None, method=METHOD, stats=None, **options):
 def made_up(k, seed=0):
     """Statistics for K = k inputs, of host arrays: nothing is compiled for them."""
     sums = np.random.default_rng(seed).uniform(1, 2, (3, k)).astype(np.float32)
-    return dataclasses.replace(statistics.empty(k), count=np.int32(4), sums=sums, absmax=sums[0])
+    moments = statistics.MomentSums(np.int32(4), sums, np.zeros_like(sums))
+    return statistics.Gathered({statistics.Moments(): moments, statistics.AbsMax(): sums[0]}, k)
 
 
 def gathered(model, seed=0):
@@ -229,7 +230,7 @@ def test_a_place_that_can_not_be_written_is_one_sentence(tmp_path) -> None:
         (tmp_path / "partial").rmdir()
         with pytest.raises(OSError) as error:
             quantize_model(small(), METHOD, finished=finished)
-        assert "can't keep finished layers" in one_sentence(error)
+        assert "can't keep results" in one_sentence(error)
     with PartialStore(tmp_path / "partial"):
         pass
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file"]
@@ -237,15 +238,15 @@ def test_a_place_that_can_not_be_written_is_one_sentence(tmp_path) -> None:
 
 KILL = """
 import os, signal, sys, threading
-from any4_jax.surgery import layers
 from any4_jax.cli import main
-real, lock, count = layers.quantize_matrix, threading.Lock(), iter(range(1000))
+from any4_jax.methods import matrices
+real, lock, count = matrices.quantize_matrix, threading.Lock(), iter(range(1000))
 def killing(*layer):
     with lock:
         if next(count) == 12:
             os.kill(os.getpid(), signal.SIGKILL)
     return real(*layer)
-layers.quantize_matrix = killing
+matrices.quantize_matrix = killing
 main(sys.argv[1:])
 """
 
@@ -284,5 +285,5 @@ def test_a_failed_command_leaves_nothing_and_names_the_place(tmp_path, capsys) -
     capsys.readouterr()
     assert main(command) == 1
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("any4: error: can't keep finished layers in") and "out.partial" in line
+    assert line.startswith("any4: error: can't keep results in") and "out.partial" in line
     assert (tmp_path / "out.partial").read_text() == "x"

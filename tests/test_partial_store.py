@@ -13,8 +13,9 @@ from test_partial import METHOD, made_up
 
 from any4_jax.checkpoint import partial
 from any4_jax.checkpoint.partial import PartialStore
-from any4_jax.methods import MX4, NF4, Any4, Int, quantize
-from any4_jax.surgery import Matrix, layer_key
+from any4_jax.methods import MX4, NF4, Any4, Int, Result, quantize
+from any4_jax.methods.matrices import Matrix, job_key
+from any4_jax.statistics import Gathered, Moments
 from any4_jax.weights import PermuteInput, QuantizeInput, ScaleInput, Sum
 
 
@@ -24,7 +25,7 @@ def kept(tmp_path_factory):
     folder = tmp_path_factory.mktemp("kept") / "partial"
     w = np.random.default_rng(0).normal(size=(6, 32)).astype(np.float32)
     with PartialStore(folder) as finished:
-        finished.put("a.b", "key", quantize(w, METHOD))
+        finished.put("a.b", "key", Result(quantize(w, METHOD)))
     (file,) = folder.iterdir()
     return folder, "a.b", "key", file.read_bytes()
 
@@ -49,19 +50,18 @@ def test_what_another_version_or_platform_made_is_not_reused(change, kept, monke
 def test_the_key_tells_dtype_and_shape_from_bytes(rng) -> None:
     w = jnp.asarray(rng.normal(size=(8, 4)), jnp.float32)
     alike = [w, w.reshape(4, 8), jax.lax.bitcast_convert_type(w, jnp.int32), w.astype(jnp.bfloat16)]
-    assert len({layer_key(Matrix(x, False), METHOD, None) for x in alike}) == 4
-    assert layer_key(Matrix(w, False), METHOD, None) == layer_key(
-        Matrix(np.asarray(w), False), Int(group_size=16), None
-    )
-    assert layer_key(Matrix(w, False), METHOD, None) != layer_key(Matrix(w, True), METHOD, None)
+    assert len({job_key(Matrix(x, False), METHOD, None) for x in alike}) == 4
+    assert job_key(Matrix(w, False), METHOD, None) == job_key(Matrix(np.asarray(w), False), Int(group_size=16), None)
+    assert job_key(Matrix(w, False), METHOD, None) != job_key(Matrix(w, True), METHOD, None)
 
 
 def test_the_key_tells_methods_and_statistics(rng) -> None:
     w = Matrix(rng.normal(size=(8, 4)), False)
     fields = [{}, {"bits": 3}, {"group_size": 16}, {"symmetric": True}, {"scale_dtype": "float16"}]
     methods = [cls(**given) for cls in (Int, Any4) for given in fields] + [NF4(), MX4()]
-    stats = [None, made_up(4), made_up(4, 1), dataclasses.replace(made_up(4), count=np.int32(5))]
-    assert len({layer_key(w, method, seen) for method in methods for seen in stats}) == len(methods) * len(stats)
+    longer = Gathered({Moments(): dataclasses.replace(made_up(4)[Moments()], count=np.int32(5))}, 4)
+    stats = [None, made_up(4), made_up(4, 1), longer]
+    assert len({job_key(w, method, seen) for method in methods for seen in stats}) == len(methods) * len(stats)
 
 
 def test_a_flipped_byte_is_never_believed(kept) -> None:
@@ -122,28 +122,40 @@ def operators():
 def test_every_operator_comes_back_as_it_was(name, tmp_path) -> None:
     operator = operators()[name]
     with PartialStore(tmp_path / "partial") as finished:
-        finished.put("x", "key", operator)
-        again = finished.get("x", "key")
+        finished.put("x", "key", Result(operator, {"ratio": 0.25, "from": "a search", "tried": (1, 2)}))
+        result = finished.get("x", "key")
         assert finished.get("x", "other") is finished.get("y", "key") is None
     assert finished.reused == 1
-    assert type(again) is type(operator)
-    assert_same(again, operator)
+    assert result.notes == {"ratio": 0.25, "from": "a search", "tried": (1, 2)}
+    assert type(result.operator) is type(operator)
+    assert_same(result.operator, operator)
+
+
+def test_what_a_site_changed_comes_back_by_name(tmp_path) -> None:
+    changed = {"a.kernel": operators()["sum"], "norm.scale": jnp.arange(6, dtype=jnp.bfloat16)}
+    notes = {"a": {"alpha": 0.5}, "b": {}}
+    with PartialStore(tmp_path / "partial") as finished:
+        finished.put("layers.0.mlp_in", "key", Result(changed, notes))
+        result = finished.get("layers.0.mlp_in", "key")
+    assert result.notes == notes
+    assert_same(result.operator, changed)
 
 
 def test_many_threads(tmp_path) -> None:
     """Layers of their own, and one that all write: a reader gets one of those put, whole, or none."""
     w = np.random.default_rng(4).normal(size=(8, 6, 32)).astype(np.float32)
-    made = [quantize(x, METHOD) for x in w]
+    made = [Result(quantize(x, METHOD)) for x in w]
     with PartialStore(tmp_path / "partial") as finished, ThreadPoolExecutor(8) as pool:
 
         def work(i):
             for _ in range(5):
                 finished.put(f"layer{i}", "key", made[i])
                 finished.put("shared", "key", made[i])
-                assert_same(finished.get(f"layer{i}", "key"), made[i])
-                seen = finished.get("shared", "key")
+                assert_same(finished.get(f"layer{i}", "key").operator, made[i].operator)
+                seen = finished.get("shared", "key").operator
                 assert any(
-                    np.array_equal(seen.codes, op.codes) and np.array_equal(seen.scales, op.scales) for op in made
+                    np.array_equal(seen.codes, one.operator.codes) and np.array_equal(seen.scales, one.operator.scales)
+                    for one in made
                 )
 
         list(pool.map(work, range(8)))

@@ -37,7 +37,8 @@ def inputs() -> np.ndarray:
 
 
 W, STATS = layer(), statistics.from_activations(inputs())
-H = np.asarray(STATS.second_moment, np.float64)
+SEEN = STATS[statistics.Moments()]
+H = np.asarray(SEEN.second_moment, np.float64)
 
 
 def stored_error(q: weights.QuantizedTensor) -> np.ndarray:
@@ -69,7 +70,7 @@ def start() -> weights.QuantizedTensor:
 
 def rounds(number: int, w: jax.Array, backend: str) -> Fit:
     fit = Fit(start().lut, start().scales, start().offsets)
-    return refit(w, STATS.second_moment, fit, G, searches=1, max_rounds=number, backend=backend)
+    return refit(w, SEEN.second_moment, fit, G, searches=1, max_rounds=number, backend=backend)
 
 
 def test_no_round_raises_a_rows_error(backend) -> None:
@@ -106,7 +107,7 @@ def test_a_refit_goes_nowhere_from_what_is_exact(backend) -> None:
 def test_the_ends_of_a_table_may_be_held(backend) -> None:
     fit = Fit(start().lut, start().scales, start().offsets)
     options = {"searches": 0, "max_rounds": 2, "entries": slice(1, -1)}
-    held = refit(jnp.asarray(W), STATS.second_moment, fit, G, **options, backend=backend)
+    held = refit(jnp.asarray(W), SEEN.second_moment, fit, G, **options, backend=backend)
     np.testing.assert_array_equal(held.lut[:, [0, -1]], start().lut[:, [0, -1]])
     assert (np.asarray(held.lut) != np.asarray(start().lut)).any()
 
@@ -120,7 +121,7 @@ def test_backends_agree(fields, backend) -> None:
     bits = fields.get("bits", 4)
     reached = []
     for name in ("xla", backend):
-        found = refit(jnp.asarray(W), STATS.second_moment, fit, G, searches=1, max_rounds=3, backend=name)
+        found = refit(jnp.asarray(W), SEEN.second_moment, fit, G, searches=1, max_rounds=3, backend=name)
         reached.append(stored_error(weights.encode(jnp.asarray(W), *found, bits=bits, group_size=G)))
     assert (np.abs(reached[1] / reached[0] - 1) < 1e-3).mean() > 0.9
     np.testing.assert_allclose(reached[1].sum(), reached[0].sum(), rtol=1e-3)
@@ -129,7 +130,7 @@ def test_backends_agree(fields, backend) -> None:
 @pytest.mark.parametrize("offsets", [True, False], ids=["with offsets", "without"])
 def test_least_squares_of_a_group_is_numpys(offsets: bool) -> None:
     w = jnp.asarray(W)
-    cells = cells_of(w, STATS.second_moment, G)
+    cells = cells_of(w, SEEN.second_moment, G)
     table = jnp.linspace(-7, 7, 16)[:, None].repeat(N, axis=1)
     start = Groups(jnp.full((3, N), 0.4), jnp.zeros((3, N)) if offsets else None)
     levels = levels_of(cells, table, start)

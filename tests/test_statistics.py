@@ -6,23 +6,25 @@ import numpy as np
 import pytest
 
 from any4_jax import statistics
+from any4_jax.statistics import AbsMax, Gathered, Hessian, Moments, Sample
 
 K = 6
 update = jax.jit(statistics.update)
-from_activations = jax.jit(statistics.from_activations, static_argnames="samples")
+from_activations = jax.jit(statistics.from_activations, static_argnames="statistics")
+BOTH = (Moments(), AbsMax())
 
 
 def tokens(*shape: int, seed: int = 0) -> np.ndarray:
     return (0.3 + np.random.default_rng(seed).standard_normal((*shape, K))).astype(np.float32)
 
 
-def check(stats: statistics.Statistics, x: np.ndarray, rtol: float = 1e-6) -> None:
-    """`stats` are those of the tokens x [T, K]."""
-    x = x.astype(np.float64)
+def check(gathered: Gathered, x: np.ndarray, rtol: float = 1e-6) -> None:
+    """`gathered` are those of the tokens x [T, K]."""
+    x, stats = x.astype(np.float64), gathered[Moments()]
     assert int(stats.count) == len(x)
     for name, expected in (("mean", x), ("mean_abs", np.abs(x)), ("second_moment", x**2)):
         np.testing.assert_allclose(getattr(stats, name), expected.mean(axis=0), rtol=rtol, atol=rtol)
-    np.testing.assert_array_equal(stats.absmax, np.abs(x).max(axis=0).astype(np.float32))
+    np.testing.assert_array_equal(gathered[AbsMax()], np.abs(x).max(axis=0).astype(np.float32))
 
 
 def test_equal_to_numpy() -> None:
@@ -45,7 +47,7 @@ def test_masked_tokens_leave_no_trace() -> None:
 
 def test_batches_and_merge_equal_one_pass() -> None:
     x = tokens(4, 40)
-    running = statistics.empty(K)
+    running = statistics.empty(K, BOTH)
     for part in x:
         running = update(running, part)
     check(running, x.reshape(-1, K))
@@ -56,14 +58,15 @@ def test_batches_and_merge_equal_one_pass() -> None:
 def test_sums_do_not_drift_over_a_million_tokens() -> None:
     """500 batches whose plain float32 running sum would be off by 1e-5 of the mean or more."""
     x = np.abs(tokens(2000)) + 1
-    running, plain = statistics.empty(K), np.zeros(K, np.float32)
+    running, plain = statistics.empty(K, BOTH), np.zeros(K, np.float32)
     batch = x.sum(axis=0, dtype=np.float64).astype(np.float32)
     for _ in range(500):
         running = update(running, x)
         plain += batch
     exact = x.astype(np.float64).mean(axis=0)
-    ours = np.abs(running.mean - exact) / exact
-    assert int(running.count) == 10**6
+    moments = running[Moments()]
+    ours = np.abs(moments.mean - exact) / exact
+    assert int(moments.count) == 10**6
     # What is left is the float32 sum within a batch.
     assert ours.max() < 1e-6
     assert ours.max() < np.abs(plain / 1e6 - exact).max()
@@ -72,38 +75,85 @@ def test_sums_do_not_drift_over_a_million_tokens() -> None:
 def test_cancelling_values_are_kept() -> None:
     """Adding 1 to 1e8 is lost in float32; the compensation holds it."""
     big, one = np.full((1, K), 1e8, np.float32), np.ones((1, K), np.float32)
-    running = statistics.empty(K)
+    running = statistics.empty(K, BOTH)
     for part in (big, one, one, -big):
         running = update(running, part)
-    np.testing.assert_allclose(running.mean, 0.5)
+    np.testing.assert_allclose(running[Moments()].mean, 0.5)
 
 
 def test_no_tokens_give_zeros() -> None:
-    stats = update(statistics.empty(K), tokens(4), np.zeros(4, bool))
-    assert int(stats.count) == 0
-    assert not np.asarray(stats.mean).any() and not np.asarray(stats.absmax).any()
+    stats = update(statistics.empty(K, BOTH), tokens(4), np.zeros(4, bool))
+    assert int(stats[Moments()].count) == 0
+    assert not np.asarray(stats[Moments()].mean).any() and not np.asarray(stats[AbsMax()]).any()
 
 
 def test_a_sample_is_of_the_tokens_however_they_are_batched() -> None:
     x, mask = tokens(4, 40), np.arange(40) < np.array([[40], [31], [1], [12]])
-    whole = from_activations(x, mask, samples=16)
-    running = statistics.empty(K, samples=16)
+    sample = Sample(16)
+    whole = from_activations(x, mask, statistics=(sample,))[sample].x
+    running = statistics.empty(K, (sample,))
     for part, kept in zip(x, mask, strict=True):
         running = update(running, part, kept)
-    np.testing.assert_array_equal(running.sample, whole.sample)
+    np.testing.assert_array_equal(running[sample].x, whole)
     rows = {row.tobytes() for row in x[mask]}
-    assert len({row.tobytes() for row in np.asarray(whole.sample)} & rows) == 16
+    assert len({row.tobytes() for row in np.asarray(whole)} & rows) == 16
 
 
 def test_a_sample_is_even_over_the_tokens() -> None:
     """Of 4000 tokens 1000 are kept: about a quarter of each tenth of them (standard deviation 4.3 in 100)."""
     x = np.arange(4000, dtype=np.float32)[:, None]
-    kept = np.asarray(from_activations(x, samples=1000).sample)[:, 0]
+    kept = np.asarray(from_activations(x, statistics=(Sample(1000),))[Sample(1000)].x)[:, 0]
     counts = np.histogram(kept, bins=10, range=(0, 4000))[0]
     assert len(set(kept)) == 1000
     assert (abs(counts - 100) < 40).all()
 
 
 def test_a_sample_of_few_tokens_ends_with_zeros() -> None:
-    stats = statistics.merge(*(from_activations(x, samples=8) for x in tokens(2, 3)))
-    assert (np.abs(np.asarray(stats.sample)).max(axis=1) > 0).tolist() == [True] * 6 + [False] * 2
+    stats = statistics.merge(*(from_activations(x, statistics=(Sample(8),)) for x in tokens(2, 3)))
+    assert (np.abs(np.asarray(stats[Sample(8)].x)).max(axis=1) > 0).tolist() == [True] * 6 + [False] * 2
+
+
+def hessian(x: np.ndarray) -> np.ndarray:
+    """The mean of x x^T in float64."""
+    x = x.astype(np.float64).reshape(-1, x.shape[-1])
+    return x.T @ x / len(x)
+
+
+def test_a_hessian_is_the_mean_product_in_full_precision_and_symmetric() -> None:
+    x = np.random.default_rng(0).standard_normal((8, 512, 40)).astype(np.float32) * np.logspace(-2, 2, 40, dtype="f")
+    running = statistics.empty(40, (Hessian(),))
+    for batch in x:
+        running = update(running, batch)
+    found = np.asarray(running[Hessian()].mean)
+    np.testing.assert_array_equal(found, found.T)
+    exact = hessian(x)
+    # Relative to the size of each pair of features: what products of fewer bits (TF32: 5e-4) miss by far.
+    size = np.sqrt(np.diag(exact))
+    assert (np.abs(found - exact) / np.outer(size, size)).max() < 2e-6
+    halves = [from_activations(half, statistics=(Hessian(),)) for half in (x[:3], x[3:])]
+    np.testing.assert_allclose(statistics.merge(*halves)[Hessian()].mean, found, rtol=1e-4, atol=1e-4)
+
+
+def test_experts_have_the_statistics_of_the_tokens_that_reached_them() -> None:
+    x, mask = tokens(2, 30), np.arange(30) < np.array([[30], [11]])
+    routed = np.random.default_rng(1).random((3, 2, 30)) < [[[0.6]], [[0.2]], [[0.0]]]
+    wanted = (*BOTH, Hessian(), Sample(4))
+    seen = update(statistics.empty(K, wanted, experts=3), x, mask, routed)
+    for expert, reached in enumerate(routed & mask):
+        own = seen.of_expert(expert)
+        if reached.any():
+            check(own, x[reached])
+            np.testing.assert_allclose(own[Hessian()].mean, hessian(x[reached]), rtol=1e-5, atol=1e-5)
+        else:
+            assert int(own[Moments()].count) == 0 and not np.asarray(own[Sample(4)].x).any()
+    twice = statistics.merge(seen, seen).of_expert(0)
+    check(twice, np.concatenate([x[routed[0] & mask]] * 2))
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    with pytest.raises(ValueError, match="inputs of shape \\(3, 7\\) for statistics of K=6"):
+        statistics.update(statistics.empty(K, BOTH), np.ones((3, 7), np.float32))
+    with pytest.raises(ValueError, match="routed to \\(2,\\) experts for statistics of \\(\\)"):
+        statistics.update(statistics.empty(K, BOTH), tokens(3), None, np.ones((2, 3), bool))
+    with pytest.raises(ValueError, match="merge those of one input"):
+        statistics.merge(statistics.empty(K, BOTH), statistics.empty(K + 1, BOTH))

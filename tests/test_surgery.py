@@ -10,12 +10,15 @@ from flax import nnx
 
 from any4_jax import statistics, weights
 from any4_jax.methods import NF4, Any4, Int, quantize
+from any4_jax.methods.apply import apply_method
 from any4_jax.models.tiny import random_llama
 from any4_jax.nn.nnx import Any4Linear, Codes, Tables
-from any4_jax.surgery import linears, quantize_model, quantized_leaves, resolve
+from any4_jax.surgery import linears, quantized_leaves, resolve
+from any4_jax.walk import quantize_model
 
 PATHS = ["layers.0.self_attn.q_proj", "layers.0.mlp.up_proj", "layers.1.mlp.up_proj", "lm_head"]
 NF, INT = NF4(group_size=16), Int(group_size=16)
+STATS = statistics.from_activations(np.ones((2, 8), np.float32))
 
 
 @pytest.fixture(scope="module")
@@ -97,11 +100,17 @@ def test_recipe_and_progress(model) -> None:
     assert hash(new.recipe) == hash(dataclasses.replace(new.recipe))
 
 
-@pytest.mark.parametrize("given,resolved", [(True, "second_moment"), (False, "None")])
-def test_auto_is_recorded_as_what_it_came_to(given: bool, resolved: str) -> None:
-    assert Any4().notes(given) == {"sample_weight": resolved}
-    assert Any4(sample_weight=None).notes(given) == {"sample_weight": "None"}
-    assert Any4(sample_weight="mean_abs").notes(True) == {"sample_weight": "mean_abs"}
+@pytest.mark.parametrize("given,resolved", [(STATS, "second_moment"), (None, "None")], ids=["statistics", "none"])
+def test_auto_is_recorded_as_what_it_came_to(given, resolved: str) -> None:
+    w = jnp.asarray(np.random.default_rng(0).normal(size=(4, 8)), jnp.float32)
+
+    def notes(**fields):
+        return apply_method(w, Any4(solver="lloyd", max_iter=1, refit=False, **fields), given).notes
+
+    assert notes() == {"sample_weight": resolved}
+    assert notes(sample_weight=None) == {"sample_weight": "None"}
+    if given is not None:
+        assert notes(sample_weight="mean_abs") == {"sample_weight": "mean_abs"}
 
 
 def test_a_named_sample_weight_without_statistics_names_the_path(model) -> None:

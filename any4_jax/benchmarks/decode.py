@@ -11,7 +11,8 @@ from flax import nnx
 
 from any4_jax.benchmarks.timing import StreamingRead, significant, tree_bytes
 from any4_jax.generate import generate_tokens
-from any4_jax.models.llama import Llama
+from any4_jax.models.base import Decoder
+from any4_jax.nn.nnx import Any4Embed
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Contestant:
     facts: Mapping[str, Any]
 
 
-def contestant(name: str, model: Llama) -> Contestant:
+def contestant(name: str, model: Decoder) -> Contestant:
     """A model of this library, on the loop that `generate` runs; its row shows the last part of a path."""
 
     def chunks(prompt: np.ndarray, tokens: int) -> Iterator[list[int]]:
@@ -45,10 +46,14 @@ def contestant(name: str, model: Llama) -> Contestant:
     return Contestant(chunks, read_bytes(model), model.config.vocab_size, facts)
 
 
-def read_bytes(model: Llama) -> int:
-    """Bytes of weights that a token needs: all but an embedding that isn't the head too, of which it reads a row."""
-    total = tree_bytes(nnx.state(model))
-    return total if model.config.tie_word_embeddings else total - tree_bytes(nnx.state(model.embed_tokens))
+def read_bytes(model: Decoder) -> int:
+    """Bytes of weights that a token needs: all but embeddings that aren't the head too, of which it reads a row."""
+    looked_up = [
+        node
+        for path, node in nnx.iter_modules(model)
+        if isinstance(node, nnx.Embed | Any4Embed) and ".".join(map(str, path)) not in model.head_site.linears
+    ]
+    return tree_bytes(nnx.state(model)) - sum(tree_bytes(nnx.state(embedding)) for embedding in looked_up)
 
 
 def run(

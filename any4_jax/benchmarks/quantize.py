@@ -61,7 +61,8 @@ def run(
     rows = []
     for (n, k), count, number in zip(shapes, counts, measured, strict=True):
         key = jax.random.key(n + k)
-        stats = statistics.from_activations(jax.random.normal(key, (64, k)))
+        wanted = (*statistics.DEFAULT, *config.method.needs)
+        stats = statistics.from_activations(jax.random.normal(key, (64, k)), statistics=dict.fromkeys(wanted))
         seconds = []
         for turn in range(number + 1):
             progress(done, total, f"{n} x {k}")

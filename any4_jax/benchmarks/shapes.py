@@ -9,7 +9,7 @@ from flax import nnx
 
 from any4_jax.methods import Any4
 from any4_jax.models.config import LlamaConfig, RopeScaling
-from any4_jax.models.llama import SITES, Llama
+from any4_jax.models.llama import Llama
 from any4_jax.nn.nnx import Any4Linear
 from any4_jax.surgery import Recipe
 from any4_jax.weights import QuantizedTensor
@@ -65,12 +65,12 @@ def few_bits(model: Llama, group_size: int) -> Llama:
     """The same model, whose blocks' linears are of random 4-bit codes in any4's form; it shares all other arrays."""
     coded = nnx.merge(*nnx.split(model))
     layers: list[tuple[str, Any4, tuple[tuple[str, str], ...]]] = []
-    for i, block in enumerate(coded.layers):
-        for path in (path for site in SITES for path in site.linears):
+    for i, block in enumerate(coded.blocks):
+        for path in (path for site in coded.sites(i) for path in site.linears):
             parent, name = path.split(".")
             linear = getattr(getattr(block, parent), name)
             leaf = random_leaf(len(layers), linear.out_features, linear.in_features, 4, group_size)
             setattr(getattr(block, parent), name, Any4Linear.of(leaf, dtype=model.dtype))
-            layers.append((f"layers.{i}.{path}", Any4(group_size=group_size), ()))
+            layers.append((f"{coded.block_path(i)}.{path}", Any4(group_size=group_size), ()))
     coded.recipe = Recipe((), tuple(layers))
     return coded

@@ -79,8 +79,8 @@ def check_llama(content: Mapping[str, Any], into: Any) -> None:
     """Raises ValueError unless `into` is a Llama of the config and dtype of a Llama's checkpoint."""
     if not isinstance(into, Llama):
         raise ValueError(
-            f"it holds a Llama of this library and `into` is {surgery.kind_of(into).name} ({type(into).__name__}); "
-            "leave `into` out, or pass a Llama"
+            f"it holds a Llama of this library and `into` is {surgery.container_of(into).name} "
+            f"({type(into).__name__}); leave `into` out, or pass a Llama"
         )
     config = _config(content)
     for field in dataclasses.fields(config):

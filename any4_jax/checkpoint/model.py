@@ -19,7 +19,7 @@ from any4_jax.checkpoint.trees import build_tree, describe, recipe_in
 from any4_jax.models import flax_llama, hf_flax
 from any4_jax.models.llama import Llama
 from any4_jax.models.tokenizer import Tokenizer
-from any4_jax.surgery import kind_of, linen_modules, trees
+from any4_jax.surgery import container_of, linen_modules, trees
 
 _TOKENIZER = "tokenizer/"
 
@@ -109,7 +109,7 @@ def _build(content: Mapping[str, Any], arrays: Mapping[str, Any], into: Any) -> 
             into = flax_llama.abstract_flax_llama(made_of["config"], made_of["dtype"])
             into.generation_config = type(into.generation_config).from_dict(made_of["generation"])
             into.tokenizer = None
-    return tree if into is None else kind_of(into).fill(into, tree, recipe)
+    return tree if into is None else container_of(into).fill(into, tree, recipe)
 
 
 def _rule(manifest: Manifest, into: Any) -> ShardingRule:
@@ -127,7 +127,7 @@ def _rule(manifest: Manifest, into: Any) -> ShardingRule:
                 "might compute something else; leave `into` out, or pass one of load_hf_flax"
             )
         _build(content, shapes, into)
-    return placement(trees.leaves(kind_of(into).tree(into)), given, names)
+    return placement(trees.leaves(container_of(into).tree(into)), given, names)
 
 
 def _leaves(content: Mapping[str, Any], arrays: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from any4_jax.methods import CATALOGUE, Method
+from any4_jax.methods.spec import method_from_json, method_to_json
 from any4_jax.surgery import Recipe
 from any4_jax.weights import OPERATORS
 
@@ -50,8 +50,10 @@ def operator_from_spec(spec: Any, take: Callable[[str], jax.Array]) -> Any:
 def recipe_spec(recipe: Recipe) -> dict[str, Any]:
     """How a model was quantized, as JSON: rules, and each layer's method, fields and notes."""
     return {
-        "rules": [[pattern, _method_spec(method)] for pattern, method in recipe.rules],
-        "layers": {path: _method_spec(method) | {"notes": dict(notes)} for path, method, notes in recipe.layers},
+        "rules": [[pattern, method_to_json(method)] for pattern, method in recipe.rules],
+        "layers": {
+            path: {**(method_to_json(method) or {}), "notes": dict(notes)} for path, method, notes in recipe.layers
+        },
     }
 
 
@@ -63,26 +65,7 @@ def recipe_from_spec(spec: Mapping[str, Any]) -> Recipe:
     """
     layers = []
     for path, entry in sorted(spec["layers"].items()):
-        method = _method_from_spec(entry)
+        method = method_from_json(entry)
         assert method is not None
         layers.append((path, method, tuple(sorted(entry["notes"].items()))))
-    return Recipe(tuple((pattern, _method_from_spec(entry)) for pattern, entry in spec["rules"]), tuple(layers))
-
-
-def _method_spec(method: Method | None) -> Any:
-    return None if method is None else {"method": method.name, "fields": dataclasses.asdict(method)}  # type: ignore[call-overload]
-
-
-def _method_from_spec(spec: Any) -> Method | None:
-    if spec is None:
-        return None
-    cls = CATALOGUE.get(spec["method"])
-    if cls is None:
-        raise ValueError(
-            f"got a method {spec['method']!r}, this version knows {', '.join(CATALOGUE)}; upgrade any4_jax"
-        )
-    known = {f.name for f in dataclasses.fields(cls)}
-    unknown = sorted(set(spec["fields"]) - known)
-    if unknown:
-        raise ValueError(f"method {spec['method']!r} has no field {unknown[0]!r} in this version; upgrade any4_jax")
-    return cls(**spec["fields"])
+    return Recipe(tuple((pattern, method_from_json(entry)) for pattern, entry in spec["rules"]), tuple(layers))

@@ -1,18 +1,18 @@
-"""Layers of a model that is being quantized, kept on disk so that a run that was killed can be continued.
+"""What a run of `quantize_model` has finished, kept on disk so that a run that was killed can be continued.
 
-    DIR/layer-<32 hex>.safetensors   one layer; the digits are the start of the sha256 of its path
+    DIR/layer-<32 hex>.safetensors   one result; the digits are the start of the sha256 of its path
 
-A file holds the bytes of the operator's arrays as uint8 vectors. Its metadata has two entries:
+A result is that of a linear, a site or a block. A file holds the bytes of its arrays as uint8 vectors. Its metadata has
+two entries:
 
-    description   JSON: path, key, library, operator (as in a checkpoint), arrays {name: [dtype, shape]}
+    description   JSON: path, key, library, operators (as in a checkpoint: one under the name "", or what a site or a
+                  block changed by name), notes, arrays {name: [dtype, shape]}
     sha256        hex digest of the description and of the arrays' bytes, in the order of their names
 
 Files are trusted for nothing: one that is cut short, damaged, of another kind, of another key (the weights, the
-statistics or the method's fields have changed) or of another version of the libraries counts as absent, and its layer
-is computed again.
-
-Only the quantization of layers is resumed. Calibration runs anew, which is seconds for a pass over one prompt; where
-it is sequential (`Any4.paper()`) it quantizes each block as it goes, and that work is done again in full.
+data or the method's fields have changed) or of another version of the libraries counts as absent, and is computed
+again. A run that continues runs the blocks again, as quantized so far, to have their outputs; nothing that was finished
+is quantized again.
 """
 
 import contextlib
@@ -26,7 +26,6 @@ import uuid
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -36,22 +35,24 @@ import safetensors.numpy
 
 from any4_jax.checkpoint.arrays import check_array, to_host
 from any4_jax.checkpoint.operators import operator_from_spec, operator_spec
+from any4_jax.methods import Result
+from any4_jax.methods.matrices import plain_note
 
 _OURS = re.compile(r"layer-[0-9a-f]{32}\.safetensors(\.[0-9a-f]{12}\.tmp)?")
 
 
 class PartialStore:
-    """Finished layers in a directory; the `finished` of `quantize_model`. Safe to call from several threads.
+    """Finished results in a directory; the `finished` of `quantize_model`. Safe to call from several threads.
 
     Used as a context manager: within it the directory is there and locked against other runs, and at its end the
     directory stays only if it holds something.
 
     Attributes:
-      reused: how many layers `get` has given so far.
+      reused: how many results `get` has given so far.
     """
 
     def __init__(self, directory: str | os.PathLike[str], *, resume: bool = True) -> None:
-        """`directory` is made on entry, in a folder that exists; without `resume`, layers kept there are removed."""
+        """`directory` is made on entry, in a folder that exists; without `resume`, what is kept there is removed."""
         self._root = Path(directory)
         self._resume = resume
         self._library = _library()
@@ -71,7 +72,7 @@ class PartialStore:
         except BlockingIOError:
             os.close(self._handle)
             raise OSError(
-                f"another run keeps its finished layers in {self._root}; wait until it is done, or pass another output"
+                f"another run keeps its results in {self._root}; wait until it is done, or pass another output"
             ) from None
         except OSError as error:
             os.close(self._handle)
@@ -84,28 +85,30 @@ class PartialStore:
             self._root.rmdir()
         os.close(self._handle)
 
-    def get(self, path: str, key: str) -> Any | None:
-        """The operator that was put for a layer under the same key, its arrays on the default device.
+    def get(self, path: str, key: str) -> Result | None:
+        """The result that was put for a path under the same key, its arrays on the default device.
 
         None where there is no whole, undamaged file of this path, this key and these versions of the libraries.
         """
         try:
-            operator = self._read(path, key)
+            result = self._read(path, key)
         except (OSError, ValueError, TypeError, KeyError, AttributeError, safetensors.SafetensorError):
             return None
         with self._counting:
             self.reused += 1
-        return operator
+        return result
 
-    def put(self, path: str, key: str, operator: Any) -> None:
-        """Keeps an operator, in the place of what was kept for this path.
+    def put(self, path: str, key: str, result: Result) -> None:
+        """Keeps a result, in the place of what was kept for this path.
 
         Raises:
           OSError: the directory is full or can't be written.
-          TypeError, ValueError: an array of the operator that a checkpoint couldn't hold either.
+          TypeError, ValueError: an array that a checkpoint couldn't hold either.
         """
         arrays: dict[str, jax.Array] = {}
-        spec = operator_spec(operator, path, arrays)
+        several = isinstance(result.operator, Mapping)
+        made = result.operator if several else {"": result.operator}
+        specs = {name: operator_spec(one, f"{path}:{name}", arrays) for name, one in made.items()}
         for name, array in arrays.items():
             check_array(name, array)
         description = json.dumps(
@@ -113,7 +116,9 @@ class PartialStore:
                 "path": path,
                 "key": key,
                 "library": self._library,
-                "operator": spec,
+                "several": several,
+                "operators": specs,
+                "notes": jax.tree.map(plain_note, dict(result.notes)),
                 "arrays": {name: [str(array.dtype), list(array.shape)] for name, array in arrays.items()},
             }
         )
@@ -131,18 +136,18 @@ class PartialStore:
             raise self._unwritable(error) from None
 
     def clear(self) -> None:
-        """Removes all kept layers, once the checkpoint that they were for is saved."""
+        """Removes all that is kept, once the checkpoint that they were for is saved."""
         with contextlib.suppress(OSError):  # what can't be removed is only in the way, the checkpoint is whole
             self._remove()
 
-    def _read(self, path: str, key: str) -> Any:
+    def _read(self, path: str, key: str) -> Result:
         with safetensors.safe_open(self._file(path), framework="numpy") as file:
             metadata = file.metadata()
             text = metadata["description"]
             described = json.loads(text)
             wanted = {"path": path, "key": key, "library": self._library}
             if {name: described[name] for name in wanted} != wanted:
-                raise ValueError("the layer was kept for another model, method or version")
+                raise ValueError("the result was kept for another model, method or version")
             parts = {name: np.asarray(file.get_tensor(name)) for name in described["arrays"]}
         if any(part.dtype != np.uint8 for part in parts.values()) or metadata["sha256"] != _digest(text, parts):
             raise ValueError("the file is damaged")
@@ -151,7 +156,13 @@ class PartialStore:
             dtype, shape = described["arrays"][name]
             return jnp.asarray(parts[name].view(jnp.dtype(dtype)).reshape(shape))
 
-        return operator_from_spec(described["operator"], take)
+        made = {name: operator_from_spec(spec, take) for name, spec in described["operators"].items()}
+        notes = jax.tree.map(
+            lambda note: tuple(note) if isinstance(note, list) else note,
+            described["notes"],
+            is_leaf=lambda note: isinstance(note, list),
+        )
+        return Result(made if described["several"] else made[""], notes)
 
     def _file(self, path: str) -> Path:
         # Paths of a user's tree may hold any character, and may be too long for a file's name.
@@ -165,7 +176,7 @@ class PartialStore:
 
     def _unwritable(self, error: OSError) -> OSError:
         return OSError(
-            f"can't keep finished layers in {self._root} ({error.strerror}); make room and a writable folder there, "
+            f"can't keep results in {self._root} ({error.strerror}); make room and a writable folder there, "
             "or pass another output"
         )
 

@@ -12,7 +12,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from any4_jax.checkpoint.operators import operator_from_spec, operator_spec, recipe_from_spec, recipe_spec
 from any4_jax.matmul import unprepare
 from any4_jax.models import flax_llama, hf_flax
-from any4_jax.surgery import Recipe, kind_of, linen_modules, recipe_of
+from any4_jax.surgery import Recipe, container_of, linen_modules, recipe_of
 from any4_jax.weights import is_operator
 
 
@@ -73,7 +73,7 @@ def from_arrays(arrays: Mapping[str, Any], spec: Mapping[str, Any], *, into: Any
     unknown = [".".join(keys) for keys in flat if keys not in named]
     if unknown:
         raise ValueError(f"the spec has no array {unknown[0]!r}; pass the two that to_arrays returned together")
-    return tree if into is None else kind_of(into).fill(into, tree, recipe_in(spec))
+    return tree if into is None else container_of(into).fill(into, tree, recipe_in(spec))
 
 
 def describe(model: Any, arrays: dict[str, Any]) -> dict[str, Any]:
@@ -81,7 +81,7 @@ def describe(model: Any, arrays: dict[str, Any]) -> dict[str, Any]:
     recipe = recipe_of(model)
     return {
         "kind": "tree",
-        "tree": describe_tree(kind_of(model).tree(model), "", arrays),
+        "tree": describe_tree(container_of(model).tree(model), "", arrays),
         "model": _describe_model(model),
         "recipe": None if recipe is None else recipe_spec(recipe),
     }

@@ -9,11 +9,11 @@ from any4_jax.benchmarks.timing import StreamingRead
 from any4_jax.cli.bench_gemm import add_gemm
 from any4_jax.cli.bench_shared import add_common, add_machine, check, count, finish, heading
 from any4_jax.cli.errors import CommandLineError
-from any4_jax.cli.options import add_fields, build, checked
+from any4_jax.cli.methods import add_method, method_from
+from any4_jax.cli.options import checked
 from any4_jax.cli.output import progress, table
 from any4_jax.cli.sources import MODEL_HELP, open_model
-from any4_jax.methods import Any4
-from any4_jax.models.llama import Llama
+from any4_jax.models.base import Decoder
 
 
 def add(commands: Any, common: argparse.ArgumentParser, argv: Sequence[str]) -> None:
@@ -26,7 +26,10 @@ def add(commands: Any, common: argparse.ArgumentParser, argv: Sequence[str]) -> 
     add_gemm(kinds.add_parser("gemm", parents=[common], help="one product, against dense ones", allow_abbrev=False))
     _add_decode(kinds.add_parser("decode", parents=[common], help="tokens per second", allow_abbrev=False))
     _add_quantize(
-        kinds.add_parser("quantize", parents=[common], help="seconds to learn a model's tables", allow_abbrev=False)
+        kinds.add_parser(
+            "quantize", parents=[common], help="seconds to quantize a model's linears", allow_abbrev=False
+        ),
+        argv,
     )
 
 
@@ -49,7 +52,7 @@ def _add_decode(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=run_decode)
 
 
-def _add_quantize(parser: argparse.ArgumentParser) -> None:
+def _add_quantize(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
     parser.add_argument(
         "--shape",
         choices=quantize.LAYERS,
@@ -60,7 +63,7 @@ def _add_quantize(parser: argparse.ArgumentParser) -> None:
         "--matrices", type=count, metavar="N", help="time at most N of each shape, reckon the rest (default: all)"
     )
     add_machine(parser)
-    add_fields(parser.add_argument_group("fields of the method any4"), Any4)
+    add_method(parser, argv)
     parser.set_defaults(run=run_quantize)
 
 
@@ -95,14 +98,14 @@ def run_decode(args: argparse.Namespace) -> int:
     return finish(args, result)
 
 
-def _of_shape(shape: str) -> dict[str, Llama]:
+def _of_shape(shape: str) -> dict[str, Decoder]:
     dense = shapes.dense(shape)
     return {"bfloat16": dense, "4 bits": shapes.few_bits(dense, group_size=128)}
 
 
 def run_quantize(args: argparse.Namespace) -> int:
     check(args)
-    method = checked(build(Any4, args), True)
+    method = checked(method_from(args), True)
     with progress("quantize", "row") as bar:
         rows = quantize.run(quantize.Quantize(args.shape, method, args.matrices), bar)
     total = sum(row["seconds_in_all"] for row in rows)

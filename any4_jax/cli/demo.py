@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 
 from any4_jax import checkpoint, models
-from any4_jax.calibration import calibrate
 from any4_jax.cli.errors import WorkError
 from any4_jax.cli.options import checked
 from any4_jax.cli.output import megabytes, progress
@@ -18,7 +17,8 @@ from any4_jax.evaluation import Perplexity, paired_difference, perplexity
 from any4_jax.generate import generate
 from any4_jax.methods import NF4, Any4, Int
 from any4_jax.models.degrid import degrid
-from any4_jax.surgery import linears, quantize_model, quantized_leaves, resolve
+from any4_jax.surgery import linears, quantized_leaves, resolve
+from any4_jax.walk import calibrate, quantize_model
 
 SEQLEN = 256
 # Three quarters of the bundled text: enough for an error well below the differences, in three minutes on two cores.

@@ -17,12 +17,13 @@ from any4_jax.cli.errors import CommandLineError
 _PREFIX = "field."
 
 
-def add_fields(parser: argparse._ActionsContainer, config: type) -> None:
+def add_fields(parser: argparse._ActionsContainer, config: type, prefix: str = "") -> None:
     """Adds a flag for each field of the dataclass `config`.
 
     int, float and str take a value; bool becomes --x / --no-x; Literal becomes choices; `X | None` also takes
     "none"; a str field named ..._dtype takes the name of a dtype. Help is the field's entry under "Attributes:"
-    in the docstring. A field whose default is a dataclass itself (a method inside a method) has no flag.
+    in the docstring. A field whose default is a dataclass itself (a method inside a method) is left to
+    any4_jax.cli.methods, which calls this for its fields with a `prefix` for their flags, "inner-".
 
     Raises:
       TypeError: a field of a type with no meaning on a command line.
@@ -33,11 +34,11 @@ def add_fields(parser: argparse._ActionsContainer, config: type) -> None:
         if dataclasses.is_dataclass(default):
             continue
         common: dict[str, Any] = {
-            "dest": _PREFIX + field.name,
+            "dest": _PREFIX + prefix + field.name,
             "default": argparse.SUPPRESS,  # what was not given is left to the dataclass
             "help": _help(described.get(field.name, ""), default),
         }
-        flag = "--" + field.name.replace("_", "-")
+        flag = f"--{prefix}{field.name}".replace("_", "-")
         hint, optional = _without_none(hints[field.name])
         if hint is bool and not optional:
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, **common)
@@ -48,17 +49,20 @@ def add_fields(parser: argparse._ActionsContainer, config: type) -> None:
         parser.add_argument(flag, type=convert, metavar=metavar, **common)
 
 
-def build(config: type, args: argparse.Namespace, **fixed: Any) -> Any:
-    """The dataclass `config` with the fields that were given on the command line, but for those `fixed` here; flags
-    of other dataclasses are left out.
+def build(config: Any, args: argparse.Namespace, prefix: str = "", **fixed: Any) -> Any:
+    """A dataclass with the fields that were given on the command line by flags with this prefix, but for those `fixed`
+    here; flags of other dataclasses are left out.
+
+    Args:
+      config: the dataclass, or an instance of it from which the fields that were not given are taken.
 
     Raises:
       CommandLineError: the dataclass refuses the values.
     """
-    names = {_PREFIX + field.name for field in dataclasses.fields(config)}
-    given = {name.removeprefix(_PREFIX): value for name, value in vars(args).items() if name in names}
+    names = {_PREFIX + prefix + field.name: field.name for field in dataclasses.fields(config)}
+    given = {names[name]: value for name, value in vars(args).items() if name in names}
     try:
-        return config(**given | fixed)
+        return config(**given | fixed) if isinstance(config, type) else dataclasses.replace(config, **given | fixed)
     except (ValueError, TypeError) as error:
         raise CommandLineError(str(error)) from error
 

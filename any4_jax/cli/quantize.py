@@ -10,16 +10,15 @@ from typing import Any
 from tqdm import tqdm
 
 from any4_jax import checkpoint, models
-from any4_jax.calibration import calibrate
 from any4_jax.checkpoint.partial import PartialStore
 from any4_jax.cli.errors import WorkError
-from any4_jax.cli.options import add_fields, build, checked
+from any4_jax.cli.methods import add_method, method_from
+from any4_jax.cli.options import checked
 from any4_jax.cli.output import Progress, megabytes, progress
 from any4_jax.cli.sources import MODEL_HELP, calibration_text, check_output, is_checkpoint
 from any4_jax.methods import CATALOGUE
-from any4_jax.surgery import quantize_model, quantized_leaves
-
-_DEFAULT = "any4"
+from any4_jax.surgery import quantized_leaves
+from any4_jax.walk import quantize_model
 
 
 def add(commands: Any, common: argparse.ArgumentParser, argv: Sequence[str]) -> None:
@@ -29,9 +28,6 @@ def add(commands: Any, common: argparse.ArgumentParser, argv: Sequence[str]) -> 
     )
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     parser.add_argument("out", metavar="OUT", help="folder of the checkpoint; one that is there is replaced at the end")
-    parser.add_argument(
-        "--method", default=_DEFAULT, choices=sorted(CATALOGUE), help=f"how to quantize (default: {_DEFAULT})"
-    )
     parser.add_argument(
         "--calibrate",
         metavar="prompt|FILE|none",
@@ -54,34 +50,28 @@ def add(commands: Any, common: argparse.ArgumentParser, argv: Sequence[str]) -> 
         dest="resume",
         action="store_false",
         help="compute every layer anew; else the layers that an interrupted run of the same arguments left in "
-        "OUT.partial are taken from there (calibration always runs anew)",
+        "OUT.partial are taken from there",
     )
-    method = _method_in(argv)
-    add_fields(parser.add_argument_group(f"fields of the method {method}"), CATALOGUE[method])
+    add_method(parser, argv)
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     calibrated = args.calibrate != "none"
-    method = checked(build(CATALOGUE[args.method], args), calibrated)
+    method = checked(method_from(args), calibrated)
     check_output(args.out)
     if is_checkpoint(args.model):
         raise WorkError(f"{args.model} is quantized already; give the float model that it was made from")
-    text = calibration_text(args.calibrate) if calibrated else ""
-    rules = [
-        (pattern, None if name is None else build(CATALOGUE[name], args, **bits)) for pattern, name, bits in args.rules
-    ]
+    text = calibration_text(args.calibrate) if calibrated else None
+    rules = [(pattern, None if name is None else method_from(args, name, **bits)) for pattern, name, bits in args.rules]
 
     begin = time.perf_counter()
     # abspath takes off a trailing slash, which would put the folder inside OUT.
     with PartialStore(os.path.abspath(args.out) + ".partial", resume=args.resume) as finished:
-        model, stats = models.load(args.model), None
-        if calibrated:
-            with progress("calibrate", "layer") as bar:
-                stats = calibrate(model, text, method, rules=rules, progress=bar)
+        model = models.load(args.model)
         with progress("quantize", "layer") as bar:
             step = _telling(finished, bar)
-            model = quantize_model(model, method, stats=stats, rules=rules, progress=step, finished=finished)
+            model = quantize_model(model, method, data=text, rules=rules, progress=step, finished=finished)
         checkpoint.save(args.out, model)
         finished.clear()
     leaves = quantized_leaves(model)
@@ -103,17 +93,6 @@ def _telling(finished: PartialStore, bar: Progress) -> Callable[[int, int, str],
         bar(done, total, path)
 
     return step
-
-
-def _method_in(argv: Sequence[str]) -> str:
-    """The method that the command line names, or the default where it names none that exists."""
-    scan = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    scan.add_argument("--method", default=_DEFAULT)
-    try:
-        name = scan.parse_known_args(argv)[0].method
-    except argparse.ArgumentError:  # --method without a value: the full parser says so
-        return _DEFAULT
-    return name if name in CATALOGUE else _DEFAULT
 
 
 def _rule(text: str) -> tuple[str, str | None, dict[str, int]]:

@@ -21,13 +21,13 @@ def open_any(name: str) -> Any:
     return checkpoint.load(name) if is_checkpoint(name) else models.load(name)
 
 
-def open_model(name: str) -> models.Llama:
-    """The same, for commands that run a Llama of this library."""
+def open_model(name: str) -> models.Decoder:
+    """The same, for commands that run a decoder of this library."""
     model = open_any(name)
-    if not isinstance(model, models.Llama):
+    if not isinstance(model, models.Decoder):
         raise WorkError(
-            f"{name} holds a {type(model).__name__}, and this command runs a Llama of this library; load it in Python, "
-            "with any4_jax.load"
+            f"{name} holds a {type(model).__name__}, and this command runs a decoder of this library; load it in "
+            "Python, with any4_jax.load"
         )
     return model
 

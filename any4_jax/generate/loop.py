@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from any4_jax.generate.sampling import Sampler
-from any4_jax.kv_cache import Cache, CacheFactory, DenseCache
-from any4_jax.models.llama import Llama
+from any4_jax.kv_cache import Cache, CacheFactory, DenseCache, traceable
+from any4_jax.models.base import Decoder
 
 # Prompts are padded to multiples of PROMPT_BUCKET and caches to multiples of CACHE_BUCKET, so that prompts of
 # similar length share their programs.
@@ -40,12 +40,12 @@ class Program:
     treedef: Any
 
     @classmethod
-    def of(cls, model: Llama) -> tuple["Program", list[jax.Array]]:
+    def of(cls, model: Decoder) -> tuple["Program", list[jax.Array]]:
         """The program of a model, and the model's arrays."""
         leaves, treedef = jax.tree.flatten(model)
         return _program(treedef), leaves
 
-    def model(self, leaves: list[jax.Array]) -> Llama:
+    def model(self, leaves: list[jax.Array]) -> Decoder:
         """The model again, with these arrays."""
         return jax.tree.unflatten(self.treedef, leaves)
 
@@ -54,7 +54,7 @@ _program = functools.lru_cache(maxsize=64)(Program)
 
 
 def generate_tokens(
-    model: Llama,
+    model: Decoder,
     prompts: Sequence[TokenIds],
     *,
     max_new_tokens: int,
@@ -97,7 +97,7 @@ def generate_tokens(
 
     program, leaves = Program.of(model)
     slots = _round_up(length + max_new_tokens, CACHE_BUCKET)
-    token, done, caches = _prefill(program, slots, cache, leaves, tokens, start, sampler, ends)
+    token, done, caches = _prefill(program, slots, traceable(cache), leaves, tokens, start, sampler, ends)
     ended = np.zeros(len(rows), bool)
     fresh, count = np.asarray(token)[:, None], 1
     while True:
@@ -121,7 +121,7 @@ def generate_tokens(
         fresh, count = np.asarray(out)[:, :steps], count + steps
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def _prefill(
     program: Program,
     slots: int,
@@ -180,7 +180,7 @@ def _decode(
     return token, done, caches, out
 
 
-def _checked_row(model: Llama, row: TokenIds) -> np.ndarray:
+def _checked_row(model: Decoder, row: TokenIds) -> np.ndarray:
     ids = np.asarray(row)
     if ids.ndim != 1 or ids.size == 0:
         raise ValueError(f"a prompt has shape {ids.shape}, and a non-empty list of token ids is needed; add a token")
@@ -194,7 +194,7 @@ def _checked_row(model: Llama, row: TokenIds) -> np.ndarray:
     return ids
 
 
-def _eos_ids(model: Llama, eos: int | Sequence[int] | None) -> np.ndarray:
+def _eos_ids(model: Decoder, eos: int | Sequence[int] | None) -> np.ndarray:
     """int32 [EOS_SLOTS or more], padded with -1."""
     if eos is None:
         own = set(model.config.eos_token_ids)

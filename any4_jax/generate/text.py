@@ -9,7 +9,7 @@ import numpy as np
 from any4_jax.generate.loop import CHUNK, TokenIds, generate_tokens
 from any4_jax.generate.streaming import TextStream
 from any4_jax.kv_cache import CacheFactory, DenseCache
-from any4_jax.models.llama import Llama
+from any4_jax.models.base import Decoder
 
 # Streamed text comes in smaller pieces: a reader notices 16 tokens at once, but not 4.
 STREAM_CHUNK = 4
@@ -18,7 +18,7 @@ Prompt = str | Sequence[str] | TokenIds | Sequence[TokenIds]
 
 
 def generate(
-    model: Llama,
+    model: Decoder,
     prompt: Prompt,
     *,
     max_new_tokens: int = 32,
@@ -42,14 +42,14 @@ def generate(
         seed: of the sampling; equal seeds give equal tokens.
         eos: ids that end a row; None takes the model's own, () never stops early.
         stream: called with each piece of text as it comes; one text prompt only.
-        cache: what makes the key/value caches.
+        cache: what makes the key/value caches (see `kv_cache.CacheFactory`).
 
     Returns:
         The continuation without the prompt, the end-of-text token and what follows it: str for a text,
         list[str] for texts, list[int] for token ids, list[list[int]] for a list of token ids.
 
     Raises:
-        TypeError: the prompt is neither text nor integer token ids.
+        TypeError: the prompt is neither text nor integer token ids, or `cache` neither a pytree nor hashable.
         ValueError: a prompt is empty, or longer than the context with what is to come, a token id is outside
             the vocabulary, the model has no tokenizer for a text, or a sampling setting is out of range.
     """
@@ -82,7 +82,7 @@ def generate(
     return texts if is_batch else texts[0]
 
 
-def _rows(model: Llama, prompt: Prompt) -> tuple[list[Any], bool, bool]:
+def _rows(model: Decoder, prompt: Prompt) -> tuple[list[Any], bool, bool]:
     """The prompt as rows of token ids; whether it was text; whether it was a batch."""
     if isinstance(prompt, str):
         return [_encode(model, prompt)], True, False
@@ -97,7 +97,7 @@ def _rows(model: Llama, prompt: Prompt) -> tuple[list[Any], bool, bool]:
     return list(prompt), False, True
 
 
-def _encode(model: Llama, text: str) -> list[int]:
+def _encode(model: Decoder, text: str) -> list[int]:
     if model.tokenizer is None:
         raise ValueError("the model has no tokenizer; set model.tokenizer or pass token ids")
     if not text:

@@ -1,6 +1,20 @@
 """Key/value caches: what attention remembers of the tokens before."""
 
-from any4_jax.kv_cache.base import Cache, CacheFactory, Rope
+from any4_jax.kv_cache.attention import ReadBlock, attention, attention_by_blocks
+from any4_jax.kv_cache.base import Cache, CacheFactory, Rope, rotated, traceable
 from any4_jax.kv_cache.dense import DenseCache
+from any4_jax.kv_cache.settings import PLAIN, AttentionSettings
 
-__all__ = ["Cache", "CacheFactory", "DenseCache", "Rope"]
+__all__ = [
+    "PLAIN",
+    "AttentionSettings",
+    "Cache",
+    "CacheFactory",
+    "DenseCache",
+    "ReadBlock",
+    "Rope",
+    "attention",
+    "attention_by_blocks",
+    "rotated",
+    "traceable",
+]

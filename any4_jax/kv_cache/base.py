@@ -11,13 +11,16 @@ padded on the left, so row b's first token lies in slot `start[b]` and
 is what the rotary embedding sees. A negative position marks padding.
 
 Attention hands over keys and queries *before* their rotation, because a cache may want to store keys
-unrotated (their channels then keep a steady scale, which quantizes better) and rotate them when read.
+unrotated (their channels then keep a steady scale, which quantizes better) and rotate them when it reads them.
 """
 
-from typing import Protocol, Self, runtime_checkable
+import dataclasses
+from typing import Any, Protocol, Self, runtime_checkable
 
 import jax
 from jax.typing import DTypeLike
+
+from any4_jax.kv_cache.settings import PLAIN, AttentionSettings
 
 
 class Rope(Protocol):
@@ -28,17 +31,22 @@ class Rope(Protocol):
         ...
 
 
+def rotated(x: jax.Array, positions: jax.Array, rope: Rope | None) -> jax.Array:
+    """x [B, T, heads, D] rotated by `rope`, or x itself where the model has none."""
+    return x if rope is None else rope.rotate(x, positions)
+
+
 @runtime_checkable
 class Cache(Protocol):
     """The keys and values of one layer: an immutable pytree whose shapes never change."""
 
-    def append(self, keys: jax.Array, values: jax.Array, positions: jax.Array, rope: Rope) -> Self:
+    def append(self, keys: jax.Array, values: jax.Array, positions: jax.Array, rope: Rope | None) -> Self:
         """A cache that also holds T new tokens.
 
         Args:
             keys, values: [B, T, Hkv, D], keys not rotated.
             positions: int32 [B, T].
-            rope: the rotation that belongs to these keys.
+            rope: the rotation that belongs to these keys; None in a model without one.
 
         Raises:
             ValueError: T is more than the slots of the cache. How many of them are used is only known when
@@ -46,18 +54,70 @@ class Cache(Protocol):
         """
         ...
 
-    def attend(self, queries: jax.Array, positions: jax.Array, rope: Rope) -> jax.Array:
+    def attend(
+        self, queries: jax.Array, positions: jax.Array, rope: Rope | None, settings: AttentionSettings = PLAIN
+    ) -> jax.Array:
         """Causal attention of queries [B, T, H, D] (not rotated) at `positions` over all that was appended.
 
-        A query sees the tokens of its row whose position is at most its own. Returns [B, T, H, D] in the
-        queries' dtype; rows of padding are finite and mean nothing. H is a multiple of Hkv.
+        A query sees the tokens of its row whose position is at most its own, or the last `settings.window` of them.
+        Returns [B, T, H, D] in the queries' dtype; rows of padding are finite and mean nothing. H is a multiple of Hkv.
+        `kv_cache.attention` has the mathematics.
         """
         ...
 
 
 class CacheFactory(Protocol):
-    """What makes caches: a cache class, or a frozen (hashable) object that carries its settings."""
+    """What makes the caches of a model, one for each layer: a cache class, or an object with settings and tables.
 
-    def create(self, batch: int, length: int, heads: int, head_dim: int, start: jax.Array, dtype: DTypeLike) -> Cache:
-        """An empty cache of `length` slots for `heads` key/value heads; start int32 [B]."""
+    A factory that holds arrays is a pytree, usually a frozen dataclass registered with
+    `jax.tree_util.register_dataclass`. Its arrays are traced, so new tables need no new program; its settings are
+    static fields. A factory without arrays may be any hashable object.
+    """
+
+    def create(
+        self, layer: int, batch: int, length: int, heads: int, head_dim: int, start: jax.Array, dtype: DTypeLike
+    ) -> Cache:
+        """The empty cache of one layer.
+
+        Layers share one compiled program where their caches have equal structure, shapes and dtypes.
+
+        Args:
+            layer: its index, from 0.
+            batch: B.
+            length: S, the slots.
+            heads: Hkv.
+            head_dim: D.
+            start: int32 [B], the first slot of each row that holds no padding.
+            dtype: of the model's activations.
+        """
         ...
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class StaticFactory:
+    """A pytree without arrays around a factory that is no pytree."""
+
+    factory: CacheFactory = dataclasses.field(metadata=dict(static=True))
+
+    def create(self, *args: Any, **kwargs: Any) -> Cache:
+        """What the factory creates."""
+        return self.factory.create(*args, **kwargs)
+
+
+def traceable(factory: CacheFactory) -> CacheFactory:
+    """The factory as an argument of a jitted function: its arrays are traced, all else is static.
+
+    Raises:
+        TypeError: the factory is neither a pytree nor hashable.
+    """
+    if not jax.tree_util.all_leaves([factory]):
+        return factory
+    try:
+        hash(factory)
+    except TypeError:
+        raise TypeError(
+            f"the cache factory is a {type(factory).__name__}, which is neither a pytree nor hashable; "
+            "register its class with jax.tree_util.register_dataclass"
+        ) from None
+    return StaticFactory(factory)

@@ -7,7 +7,9 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from any4_jax.kv_cache.base import Rope
+from any4_jax.kv_cache.attention import attention
+from any4_jax.kv_cache.base import Rope, rotated
+from any4_jax.kv_cache.settings import PLAIN, AttentionSettings
 
 
 @jax.tree_util.register_dataclass
@@ -29,13 +31,15 @@ class DenseCache:
     start: jax.Array
 
     @classmethod
-    def create(cls, batch: int, length: int, heads: int, head_dim: int, start: jax.Array, dtype: DTypeLike) -> Self:
-        """An empty cache: zeros, so that slots not yet written are finite behind their mask."""
+    def create(
+        cls, layer: int, batch: int, length: int, heads: int, head_dim: int, start: jax.Array, dtype: DTypeLike
+    ) -> Self:
+        """An empty cache, alike for every layer: zeros, so that slots not yet written are finite behind their mask."""
         keys = jnp.zeros((batch * heads, head_dim, length), dtype)
         values = jnp.zeros((batch * heads, length, head_dim), dtype)
         return cls(keys, values, jnp.zeros((), jnp.int32), start)
 
-    def append(self, keys: jax.Array, values: jax.Array, positions: jax.Array, rope: Rope) -> Self:
+    def append(self, keys: jax.Array, values: jax.Array, positions: jax.Array, rope: Rope | None) -> Self:
         """Write keys and values [B, T, Hkv, D] into the next T slots."""
         tokens, slots = keys.shape[1], self.keys.shape[-1]
         if tokens > slots:
@@ -47,28 +51,14 @@ class DenseCache:
 
         return dataclasses.replace(
             self,
-            keys=write(self.keys, rope.rotate(keys, positions).transpose(0, 2, 3, 1), 2),
+            keys=write(self.keys, rotated(keys, positions, rope).transpose(0, 2, 3, 1), 2),
             values=write(self.values, values.transpose(0, 2, 1, 3), 1),
             length=self.length + tokens,
         )
 
-    def attend(self, queries: jax.Array, positions: jax.Array, rope: Rope) -> jax.Array:
-        """Attention of queries [B, T, H, D] over the slots start..own of each row; softmax in float32."""
-        batch, tokens, heads, size = queries.shape
-        groups = self.keys.shape[0] // batch
-        slots = jnp.arange(self.keys.shape[-1], dtype=jnp.int32)
-        own = positions + self.start[:, None]
-        seen = (slots >= self.start[:, None, None]) & (slots <= own[:, :, None])
-        # Query heads that share keys are rows of one product, with the tokens.
-        rows = rope.rotate(queries, positions).reshape(batch, tokens, groups, heads // groups, size)
-        rows = rows.transpose(0, 2, 3, 1, 4).reshape(batch * groups, -1, size)
-        scores = jnp.einsum(
-            "brd,bds->brs", rows, self.keys.astype(queries.dtype), preferred_element_type=jnp.float32
-        ).reshape(batch, groups, -1, tokens, len(slots))
-        # The mask is a large negative number and no infinity: a padding query, which sees nothing, averages
-        # over everything instead of dividing zero by zero.
-        scores = jnp.where(seen[:, None, None], scores * size**-0.5, jnp.finfo(jnp.float32).min / 2)
-        mixing = jax.nn.softmax(scores).astype(queries.dtype).reshape(batch * groups, -1, len(slots))
-        mixed = jnp.einsum("brs,bsd->brd", mixing, self.values.astype(queries.dtype))
-        mixed = mixed.reshape(batch, groups, heads // groups, tokens, size).transpose(0, 3, 1, 2, 4)
-        return mixed.reshape(queries.shape)
+    def attend(
+        self, queries: jax.Array, positions: jax.Array, rope: Rope | None, settings: AttentionSettings = PLAIN
+    ) -> jax.Array:
+        """Attention of queries [B, T, H, D] over the slots start..own of each row."""
+        queries = rotated(queries, positions, rope)
+        return attention(queries, self.keys, self.values, positions, self.start, settings)

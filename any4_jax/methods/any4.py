@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 
 from any4_jax import clustering, formats, scaling, weights
+from any4_jax.methods.base import Result
 from any4_jax.methods.gradient import train_tables
 from any4_jax.refit import Fit, refit
-from any4_jax.statistics import Statistics
+from any4_jax.statistics import Gathered, Moments, Sample, Statistic
 
 Solver = Literal["exact", "lloyd", "gradient"]
 Init = Literal["kmeans++", "random", "int", "nf4", "quantile"]
@@ -48,7 +49,7 @@ class Any4:
         moment where statistics are given and None where not.
       scale_weighting: p, the power of the group scale in the weight of a sample.
       max_iter: steps of Lloyd and of the gradient, and rounds of the refit, at most.
-      sample_tokens: size of the gradient's sample of tokens (`calibrate` draws it when it is given the method).
+      sample_tokens: size of the gradient's sample of tokens (statistics.Sample).
       tol: when Lloyd stops, relative to the row's variance.
       seed: of the random starts; every row draws the same numbers.
       keep_outliers: the table's ends are put on the row's smallest and largest scaled weight, and refit leaves them.
@@ -56,7 +57,7 @@ class Any4:
       refit: alternate least-squares updates of table, scales and offsets with new codes, on the stored dtypes, until
         they stop paying. A shared table is left as it is; without scaling there is nothing to alternate.
       scale_search: so many rounds of the refit begin with a search for each group's scale; 0 for none.
-      sequential: gather statistics on the model as quantized so far (used by `calibrate`).
+      sequential: gather statistics on the model as quantized so far.
       scale_dtype, table_dtype: stored dtypes.
     """
 
@@ -96,7 +97,7 @@ class Any4:
         )
         return dataclasses.replace(published, **fields)
 
-    def check(self, stats_given: bool) -> None:
+    def check(self, gathered: bool) -> None:
         for field, choices in (
             ("bits", (2, 3, 4)),
             ("solver", get_args(Solver)),
@@ -127,21 +128,22 @@ class Any4:
             raise ValueError(f"got sample_tokens={self.sample_tokens}, need 1 or more; pass a number of tokens")
         if self.scale_search < 0:
             raise ValueError(f"got scale_search={self.scale_search}, need a number of rounds; pass 0 for none")
-        if self.sample_weight not in (None, "auto") and not stats_given:
+        if self.sample_weight not in (None, "auto") and not gathered:
             raise ValueError(
                 f"got sample_weight={self.sample_weight!r} without statistics of the layer's input; pass stats "
                 "(any4_jax.calibrate gathers them) or sample_weight='auto'"
             )
 
     @property
-    def samples(self) -> int:
-        return self.sample_tokens if self.solver == "gradient" else 0
+    def needs(self) -> tuple[Statistic, ...]:
+        moments: tuple[Statistic, ...] = (Moments(),) if self.sample_weight is not None else ()
+        return (*moments, Sample(self.sample_tokens)) if self.solver == "gradient" else moments
 
-    def resolved_weight(self, stats_given: bool) -> str | None:
-        """What "auto" means here."""
+    def resolved_weight(self, gathered: bool) -> str | None:
+        """What "auto" means where there are statistics, or none."""
         if self.sample_weight != "auto":
             return self.sample_weight
-        return "second_moment" if stats_given else None
+        return "second_moment" if gathered else None
 
     def format(self) -> formats.Format:
         """A learned table and the rule that scales groups onto it."""
@@ -149,16 +151,15 @@ class Any4:
             return formats.learned(self.bits, "none")
         return formats.learned(self.bits, "symmetric" if self.symmetric else "asymmetric")
 
-    def notes(self, stats_given: bool) -> dict[str, str]:
-        return {"sample_weight": str(self.resolved_weight(stats_given))}
-
-    def apply(self, w: jax.Array, stats: Statistics | None) -> weights.QuantizedTensor:
+    def apply(self, w: jax.Array, gathered: Gathered | None) -> Result:
         k = w.shape[1]
-        importance = self._importance(stats, k)
+        importance = self._importance(gathered, k)
         group_size = k if self.group_size is None else min(self.group_size, k)
         table = None if self.per_row else self._matrix_table(w, importance, group_size)
-        sample = None if stats is None else stats.sample
-        return self._map_rows(lambda rows: self._encode(rows, importance, sample, group_size, table), w)
+        drawn = Sample(self.sample_tokens)
+        sample = gathered[drawn].x if gathered is not None and drawn in self.needs else None
+        leaf = self._map_rows(lambda rows: self._encode(rows, importance, sample, group_size, table), w)
+        return Result(leaf, {"sample_weight": str(self.resolved_weight(gathered is not None))})
 
     def _map_rows(self, f, w: jax.Array) -> weights.QuantizedTensor:
         """f over chunks of rows; the last chunk is filled up with copies of the last row, which are cut off after."""
@@ -170,13 +171,14 @@ class Any4:
         rows = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:])[:n], stacked)
         return rows if self.per_row else dataclasses.replace(rows, lut=stacked.lut[0])
 
-    def _importance(self, stats: Statistics | None, k: int) -> jax.Array:
-        kind = self.resolved_weight(stats is not None)
-        if kind is None or stats is None:
+    def _importance(self, gathered: Gathered | None, k: int) -> jax.Array:
+        weighting = self.resolved_weight(gathered is not None)
+        if weighting is None or gathered is None:
             return jnp.ones(k, jnp.float32)
-        if kind == "second_moment":
-            return stats.second_moment
-        return stats.mean_abs if kind == "mean_abs" else jnp.abs(stats.mean)
+        moments = gathered[Moments()]
+        if weighting == "second_moment":
+            return moments.second_moment
+        return moments.mean_abs if weighting == "mean_abs" else jnp.abs(moments.mean)
 
     def _scaled(self, w, importance, group_size):
         """(u, sample weights, scales, offsets) of some rows."""

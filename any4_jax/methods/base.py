@@ -1,108 +1,186 @@
-"""What a quantization method is, and the function that applies one to a matrix."""
+"""What a quantization method is: three scopes, one record of results.
 
-import functools
-from typing import Any, ClassVar, Protocol, runtime_checkable
+A method is a frozen dataclass, which is at once its configuration, the command line's flags and the manifest's entry:
+its fields are numbers, strings, booleans, None, or methods (`GPTQ(inner=Any4())`). Its scope is what it has to see at
+once: one matrix, the matrices that read one input, or a whole block. `lifts.py` lifts the first two to a block.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
-from any4_jax.partition import partition
-from any4_jax.statistics import Statistics
-from any4_jax.weights import is_operator
+from any4_jax.statistics import Gathered, Statistic
+
+Scope = Literal["matrix", "site", "block"]
+Note = Any
+"""Of a result: a number, a string, a bool, or a tuple of these."""
 
 
-@runtime_checkable
-class Method(Protocol):
-    """A frozen dataclass that turns a matrix and its input's statistics into an operator.
+@jax.tree_util.register_pytree_node_class
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What a method makes of one matrix.
 
-    The dataclass is at once the configuration, the command line's flags and the manifest's entry: its fields are
-    plain numbers, strings, booleans or None. `apply` is pure and traced under jit with the method static.
+    Attributes:
+      operator: of shape [N, K].
+      notes: what it found, for the manifest: strings and bools are static, numbers may be traced scalars.
     """
+
+    operator: Any
+    notes: Mapping[str, Note] = dataclasses.field(default_factory=dict)
+
+    def tree_flatten(self) -> tuple[Any, Any]:
+        found = {name: note for name, note in self.notes.items() if not isinstance(note, str | bool)}
+        said = tuple((name, note) for name, note in self.notes.items() if isinstance(note, str | bool))
+        return (self.operator, found), said
+
+    @classmethod
+    def tree_unflatten(cls, said: Any, children: Any) -> "Result":
+        operator, found = children
+        return cls(operator, dict(said) | found)
+
+
+class AnyMethod(Protocol):
+    """What methods of all scopes have."""
 
     name: ClassVar[str]
 
     @property
     def sequential(self) -> bool:
-        """Whether `calibrate` takes statistics from the model as quantized so far, where it is not told."""
+        """Whether its statistics come from the model as quantized so far; else all come from the float model."""
         ...
 
     @property
-    def samples(self) -> int:
-        """Tokens that statistics must hold a sample of, where there are any statistics; 0 for methods of sums alone."""
+    def needs(self) -> tuple[Statistic, ...]:
+        """The statistics that it uses where there are activations."""
         ...
 
-    def apply(self, w: jax.Array, stats: Statistics | None) -> Any:
-        """The operator for w float32 [N, K]."""
-        ...
-
-    def check(self, stats_given: bool) -> None:
-        """Raises ValueError where the fields contradict each other or need statistics that are not given."""
-        ...
-
-    def notes(self, stats_given: bool) -> dict[str, str]:
-        """What the manifest must record besides the fields: choices that were made from what was given."""
+    def check(self, gathered: bool) -> None:
+        """Raises ValueError where its fields contradict each other, or need statistics and there are none."""
         ...
 
 
-_FAULTS = (
-    "the weights hold NaN or infinite values, need finite ones; mend the checkpoint or leave the layer out",
-    "the statistics hold NaN or infinite values, need finite ones; gather them from other text",
-    "its scales or tables overflow the dtype they are stored in; pass scale_dtype='float32' and table_dtype='float32'",
-)
+@runtime_checkable
+class Method(AnyMethod, Protocol):
+    """A method that looks at one matrix and its input's statistics."""
+
+    def apply(self, w: jax.Array, gathered: Gathered | None) -> Result:
+        """The operator for w float32 [N, K]. Pure, traced under jit with the method static."""
+        ...
 
 
-@functools.partial(jax.jit, static_argnames=("method", "transposed"))
-def _apply(w, stats, method: Method, transposed: bool):
-    w = (w.T if transposed else w).astype(jnp.float32)
-    operator = method.apply(w, stats)
-    return operator, [_all_finite(w), _all_finite(stats), _all_finite(partition(operator)[0])]
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class SiteWeights:
+    """The matrices that read one input.
 
-
-def _all_finite(tree) -> jax.Array:
-    return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)] or [jnp.array(True)]).all()
-
-
-def quantize(w, method: Method, stats: Statistics | None = None, *, transposed: bool = False, path: str = "the weight"):
-    """Quantizes one matrix.
-
-    Args:
-      w: [N, K] weights (or [K, N] with `transposed`, as Flax keeps kernels), any float dtype.
-      method: see any4_jax.methods.
-      stats: statistics of the layer's input, of K features.
-      path: what errors call this weight.
-
-    Returns:
-      An operator of shape [N, K]; a QuantizedTensor for methods that store one table-coded matrix.
-
-    Raises:
-      ValueError: a weight that is empty, not two-dimensional or not finite; statistics of another K or not finite;
-        scales that overflow their dtype; fields of the method that contradict each other, or that need statistics
-        where none are given.
-      TypeError: a weight that is not floating.
+    Attributes:
+      weights: float32 [N, K] by the path of its linear in the block; N differs, K is the same.
+      repeat, width: see `any4_jax.models.Site`: input channels that come from one channel of what precedes the site
+        come in runs of `width`, each `repeat` times (static).
+      foldable: whether a factor for each input channel can be folded into what precedes the site (static).
     """
-    if is_operator(w):
-        raise TypeError(f"{path} is a {type(w).__name__} already, need an array; dequantize it first")
-    dtype = getattr(w, "dtype", None)
-    if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
-        raise TypeError(f"{path} has dtype {dtype}, need a floating dtype; convert it first")
-    if w.ndim != 2 or 0 in w.shape:
-        raise ValueError(f"{path} has shape {tuple(w.shape)}, need [N, K] with N, K >= 1; reshape it or leave it out")
-    k = w.shape[0] if transposed else w.shape[1]
-    if stats is not None and stats.absmax.shape != (k,):
-        raise ValueError(
-            f"{path} has K={k} inputs but its statistics have {stats.absmax.shape[0]}; "
-            "gather them at this layer's input"
-        )
-    method.check(stats is not None)
-    if stats is not None and method.samples and not stats.draws.shape[0]:
-        raise ValueError(
-            f"{path} has statistics without a sample of its inputs, which {method.name} with these fields needs; "
-            "gather them with calibrate(model, data, method)"
-        )
-    operator, finite = _apply(w, stats, method, transposed)
-    if not isinstance(finite[0], jax.core.Tracer):
-        for ok, fault in zip(finite, _FAULTS, strict=True):
-            if not np.asarray(ok):
-                raise ValueError(f"{path}: {fault}")
-    return operator
+
+    weights: Mapping[str, jax.Array]
+    repeat: int = dataclasses.field(default=1, metadata={"static": True})
+    width: int = dataclasses.field(default=1, metadata={"static": True})
+    foldable: bool = dataclasses.field(default=True, metadata={"static": True})
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class SiteResult:
+    """What a site method makes of a site.
+
+    Attributes:
+      results: by the paths of the `SiteWeights`. The operators stand for the matrices that multiply the scaled input.
+      input_scale: float32 [K], by which each input channel is to be multiplied before the operators; None for none.
+        It is folded into the norm or linear before the site, or kept as a `ScaleInput` where that can't be.
+    """
+
+    results: Mapping[str, Result]
+    input_scale: jax.Array | None = None
+
+
+@runtime_checkable
+class SiteMethod(AnyMethod, Protocol):
+    """A method that looks at all matrices of a site, and may scale its input (AWQ, SmoothQuant)."""
+
+    scope: ClassVar[Literal["site"]]
+
+    def apply(self, site: SiteWeights, gathered: Gathered | None) -> SiteResult:
+        """Pure, traced under jit with the method static. `gathered` are the statistics of the site's input."""
+        ...
+
+
+class Block(Protocol):
+    """One block of a decoder as a method sees it: arrays by name, and functions of them.
+
+    Attributes:
+      contents: arrays and operators by dotted name in the block; the matrix of a linear at `path` is at
+        "path.kernel", float [K, N] until it is an operator [N, K].
+      assigned: the linears that the method is to quantize, by path, each with its method.
+      sites: the block's `any4_jax.models.Site`s, in the order in which they run.
+      inputs: what enters the block, [B, T, E] a batch: outputs of the blocks before, as quantized where the method is
+        sequential. Empty where there is no data.
+      masks: bool [B, T] a batch, False on padding.
+    """
+
+    contents: Mapping[str, Any]
+    assigned: Mapping[str, AnyMethod]
+    sites: tuple[Any, ...]
+    inputs: list[jax.Array]
+    masks: list[Any]
+
+    def run(self, contents: Mapping[str, Any], x: jax.Array) -> jax.Array:
+        """The block's output for one input under other contents. Pure: it may be traced and differentiated."""
+        ...
+
+    def targets(self) -> list[jax.Array]:
+        """The outputs of the float block on the float model's own activations, a batch each."""
+        ...
+
+    def gather(self, contents: Mapping[str, Any], needs: Mapping[str, tuple[Statistic, ...]]) -> dict[str, Gathered]:
+        """Statistics by site, of the sites and kinds that are named, with the block run under these contents."""
+        ...
+
+    def reassigned(self, method: AnyMethod) -> "Block":
+        """The block with every assigned linear assigned to `method`."""
+        ...
+
+    def quantize(
+        self, contents: Mapping[str, Any], paths: list[str], gathered: Mapping[str, Gathered]
+    ) -> "BlockResult":
+        """The contents with some of the `assigned` linears quantized, each by its own method, and the notes."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockResult:
+    """New contents of a block, and notes by the path of a linear in it."""
+
+    contents: Mapping[str, Any]
+    notes: Mapping[str, Mapping[str, Note]]
+
+
+@runtime_checkable
+class BlockMethod(AnyMethod, Protocol):
+    """A method that sees a block as a whole: it may run it, and train it against its float outputs.
+
+    Attributes:
+      targets: whether it asks for `Block.targets`, for which the float model is run beside the quantized one.
+    """
+
+    scope: ClassVar[Literal["block"]]
+    targets: ClassVar[bool]
+
+    def apply(self, block: Block) -> BlockResult:
+        """The block quantized. What it leaves float in `assigned` stays so."""
+        ...
+
+
+def scope_of(method: AnyMethod) -> Scope:
+    """What a method has to see at once."""
+    return getattr(method, "scope", "matrix")

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from any4_jax import formats, scaling, weights
-from any4_jax.statistics import Statistics
+from any4_jax.methods.base import Result
+from any4_jax.statistics import Gathered, Statistic
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -21,7 +22,7 @@ class RoundToNearest:
     """
 
     sequential: ClassVar[bool] = False
-    samples: ClassVar[int] = 0
+    needs: ClassVar[tuple[Statistic, ...]] = ()
     group_size: int = 128
     scale_dtype: str = "bfloat16"
     table_dtype: str = "bfloat16"
@@ -30,7 +31,7 @@ class RoundToNearest:
         """The format for rows of K = `k` weights."""
         raise NotImplementedError
 
-    def check(self, stats_given: bool) -> None:
+    def check(self, gathered: bool) -> None:
         scaling.check_group_size(self.group_size)
         scaling.check_stored_dtype("table_dtype", self.table_dtype)
         self._check_scale_dtype()
@@ -38,17 +39,16 @@ class RoundToNearest:
     def _check_scale_dtype(self) -> None:
         scaling.check_stored_dtype("scale_dtype", self.scale_dtype)
 
-    def notes(self, stats_given: bool) -> dict[str, str]:
-        return {}
-
-    def apply(self, w: jax.Array, stats: Statistics | None) -> weights.QuantizedTensor:
+    def apply(self, w: jax.Array, gathered: Gathered | None) -> Result:
+        del gathered
         group_size = min(self.group_size, w.shape[1])
         fmt = self.format(w.shape[1])
         scales, offsets = scaling.group_scales(
             w, group_size, rule=fmt.rule, bits=fmt.bits, dtype=jnp.dtype(self.scale_dtype)
         )
         table = jnp.asarray([fmt.levels], jnp.dtype(self.table_dtype))
-        return weights.encode(w, table, scales, offsets, bits=fmt.bits, group_size=group_size, uniform=fmt.uniform)
+        leaf = weights.encode(w, table, scales, offsets, bits=fmt.bits, group_size=group_size, uniform=fmt.uniform)
+        return Result(leaf)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,8 +67,8 @@ class Int(RoundToNearest):
     symmetric: bool = False
     zero_point: Literal["integer", "float"] = "integer"
 
-    def check(self, stats_given: bool) -> None:
-        super().check(stats_given)
+    def check(self, gathered: bool) -> None:
+        super().check(gathered)
         if self.bits not in (2, 3, 4, 5, 6, 8):
             raise ValueError(f"got bits={self.bits}, integers have 2, 3, 4, 5, 6 or 8 bits; choose one of these")
         if self.zero_point not in ("integer", "float"):
@@ -129,8 +129,8 @@ class MX4(RoundToNearest):
     group_size: int = dataclasses.field(default=32, kw_only=True)
     scale_dtype: str = dataclasses.field(default="uint8", kw_only=True)
 
-    def check(self, stats_given: bool) -> None:
-        super().check(stats_given)
+    def check(self, gathered: bool) -> None:
+        super().check(gathered)
         if self.scale not in ("round", "ocp"):
             raise ValueError(f"got scale={self.scale!r}, need 'round' or 'ocp'; choose one of these")
 

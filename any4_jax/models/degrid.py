@@ -1,86 +1,46 @@
-"""Move dequantized weights off their storage grid without changing what the model computes."""
-
-from collections.abc import Mapping
+"""Move dequantized weights off the grid that they were stored on, without changing what the model computes."""
 
 import numpy as np
+from flax import nnx
 
-from any4_jax.models.config import LlamaConfig
-from any4_jax.models.hf import llama_from_tensors, tensors_of
-from any4_jax.models.llama import Llama
-
-_FED_BY_NORM = {
-    "input_layernorm": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    "post_attention_layernorm": ("mlp.gate_proj", "mlp.up_proj"),
-}
+from any4_jax.models.base import Decoder
+from any4_jax.models.fold import fold, inputs_of, is_foldable, module_at, repeated
 
 
-def degrid(model: Llama, *, scale_range: float = 1.2, seed: int = 0) -> Llama:
-    """A new model of the same function; see `degrid_tensors`. The given one is unchanged."""
-    moved = degrid_tensors(tensors_of(model), model.config, scale_range=scale_range, seed=seed)
-    result = llama_from_tensors(model.config, moved, model.dtype)
-    result.tokenizer = model.tokenizer
-    return result
+def degrid(model: Decoder, *, scale_range: float = 1.2, seed: int = 0) -> Decoder:
+    """Random factors per channel, folded into neighbouring layers so that they cancel.
 
+    Why: weights that were dequantized from a 4-bit file already lie on a 4-bit grid. Any 4-bit method reproduces them
+    without error, so a comparison of methods on them would prove nothing.
 
-def degrid_tensors(
-    tensors: Mapping[str, np.ndarray], config: LlamaConfig, *, scale_range: float = 1.2, seed: int = 0
-) -> dict[str, np.ndarray]:
-    """Random factors per channel, folded into neighbouring maps so that they cancel.
-
-    Why: weights dequantized from a 4-bit file already lie on a 4-bit grid, which any 4-bit method reproduces
-    without error, so that comparing methods on them would prove nothing.
-
-    With factors s, t, u per channel, drawn log-uniformly from [1 / scale_range, scale_range], in every block:
-    norm gain / s and columns of the linears that it feeds * s; rows of v * t and columns of o / t, one factor
-    for all query heads that share a kv head; rows of up * u and columns of down / u. Biases go with their
-    rows.
+    Factors are drawn log-uniformly from [1 / scale_range, scale_range], in every block one for each output channel of
+    the layer before a site: first for the sites that follow a norm, whose scale is divided and whose linears are
+    multiplied by them, then for the sites that follow a linear, whose rows (and bias) are multiplied and whose linears
+    are divided. Recorded figures depend on this order.
 
     Args:
-        tensors: Hugging Face name -> array, linears [N, K]; not modified.
-        config: the shape.
+        model: a float model; stays as it is.
         scale_range: the largest factor, > 1.
         seed: of the factors; one seed gives the same factors on every machine.
 
     Returns:
-        All tensors, each in its own dtype (float32 keeps the function to rounding; 16-bit ones round it
-        again).
+        A new model of the same function: to rounding in float32, while 16-bit weights are rounded once more.
 
     Raises:
-        ValueError: scale_range is not above 1.
+        ValueError: scale_range is not above 1, or the model is quantized.
     """
     if not scale_range > 1:
         raise ValueError(f"scale_range={scale_range} would draw no factors; pass one above 1, such as 1.2")
     rng = np.random.default_rng(seed)
     limit = np.log(scale_range)
-    heads, kv_heads, size = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-    moved = dict(tensors)
-
-    def factors(count: int) -> np.ndarray:
-        return np.exp(rng.uniform(-limit, limit, count)).astype(np.float32)
-
-    def multiply(name: str, factor: np.ndarray) -> None:
-        moved[name] = (moved[name].astype(np.float32) * factor).astype(tensors[name].dtype)
-
-    def divide(name: str, factor: np.ndarray) -> None:
-        moved[name] = (moved[name].astype(np.float32) / factor).astype(tensors[name].dtype)
-
-    def multiply_rows(linear: str, factor: np.ndarray) -> None:
-        multiply(f"{linear}.weight", factor[:, None])
-        if f"{linear}.bias" in moved:
-            multiply(f"{linear}.bias", factor)
-
-    for index in range(config.num_hidden_layers):
-        layer = f"model.layers.{index}"
-        for norm, linears in _FED_BY_NORM.items():
-            s = factors(config.hidden_size)
-            divide(f"{layer}.{norm}.weight", s)
-            for linear in linears:
-                multiply(f"{layer}.{linear}.weight", s)
-        t = factors(kv_heads * size)
-        multiply_rows(f"{layer}.self_attn.v_proj", t)
-        per_query_head = np.repeat(t.reshape(kv_heads, size), heads // kv_heads, axis=0).reshape(-1)
-        divide(f"{layer}.self_attn.o_proj.weight", per_query_head)
-        u = factors(config.intermediate_size)
-        multiply_rows(f"{layer}.mlp.up_proj", u)
-        divide(f"{layer}.mlp.down_proj.weight", u)
-    return moved
+    new = nnx.clone(model)
+    for index, block in enumerate(new.blocks):
+        sites = [site for site in new.sites(index) if is_foldable(block, site)]
+        after_linear = [isinstance(module_at(block, site.after or ""), nnx.Linear) for site in sites]
+        scaled = block
+        for follows_linear, site in sorted(zip(after_linear, sites, strict=True), key=lambda pair: pair[0]):
+            drawn = rng.uniform(-limit, limit, inputs_of(block, site) // site.repeat)
+            factor = repeated(site, np.exp(drawn).astype(np.float32))
+            scaled, _ = fold(scaled, site, factor, inverse=not follows_linear)
+        nnx.update(block, nnx.state(scaled))
+    return new

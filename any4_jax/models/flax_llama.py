@@ -3,7 +3,7 @@
 FlaxLlama as transformers 4.57 has it turns positions by frequencies of base 10000 whatever `rope_theta` and
 `rope_scaling` say, and has a head of its own even where `tie_word_embeddings` says there is none. In every attention
 layer it builds a causal mask of max_position_embeddings^2 bytes, 17 GB for the 131072 positions of Llama 3.1, and in
-every `generate` it initialises all weights anew. `REPAIRS`, a head filled from the embedding and `with_params` mend
+every `generate` it initialises all weights again. `REPAIRS`, a head filled from the embedding and `with_params` fix
 the four without editing a class of transformers: only the module of a model made here is run differently.
 """
 
@@ -22,7 +22,7 @@ from flax.traverse_util import unflatten_dict
 from jax.typing import DTypeLike
 
 from any4_jax.models.config import LlamaConfig
-from any4_jax.models.hf_config import read_config
+from any4_jax.models.hf import read_config
 from any4_jax.models.hf_flax import abstract_model, flax_transformers, with_params
 from any4_jax.models.llama import Llama
 from any4_jax.models.loading import load
@@ -48,11 +48,16 @@ def load_hf_flax(source: str | Path, *, dtype: DTypeLike | None = None) -> Any:
 
     Raises:
         ImportError: transformers is absent, or of a version without Flax models.
-        FileNotFoundError, ConnectionError, ValueError: see `any4_jax.models.load`; also a ValueError for biases in
-            the MLPs and for heads of another width than hidden_size / num_attention_heads, which FlaxLlama lacks.
+        FileNotFoundError, ConnectionError, ValueError: see `any4_jax.models.load`; also a ValueError for another
+            family than Llama, for biases in the MLPs and for heads of another width than hidden_size /
+            num_attention_heads, which FlaxLlama lacks.
     """
     flax_transformers()
     llama = load(source, dtype=dtype)
+    if not isinstance(llama, Llama):
+        raise ValueError(
+            f"{source} holds a {type(llama).__name__}, and FlaxLlama runs a Llama; use any4_jax.models.load"
+        )
     config, generation = _configs(source, llama.config)
     abstract = abstract_flax_llama(config, llama.dtype)
     hf = with_params(abstract, _params(llama))

@@ -64,6 +64,29 @@ class GGUFFile(Mapping[str, np.ndarray]):
                 raise ValueError(f"{path} is damaged or truncated in its header; fetch it again") from error
         self._check_tensors()
 
+    @property
+    def architecture(self) -> Any:
+        """The kind of model, which is also the first word of its metadata's keys; None where the file names none."""
+        return self.metadata.get("general.architecture")
+
+    def number(self, key: str, default: Any = None) -> Any:
+        """The metadata of "<architecture>.<key>"; of a list with an entry a layer, the one that all have.
+
+        Raises:
+            ValueError: it is missing and there is no default, or layers differ in it.
+        """
+        full = f"{self.architecture}.{key}"
+        value = self.metadata.get(full, default)
+        if value is None:
+            raise ValueError(f"{self.path} lacks {full}; convert the model again")
+        if isinstance(value, list):
+            if len(set(value)) != 1:
+                raise ValueError(
+                    f"{full} of {self.path} differs from layer to layer, and one for all is needed; use another model"
+                )
+            value = value[0]
+        return value
+
     def _read_header(self, file: Any) -> None:
         version, count, pairs = _unpack(file, "IQQ")
         if version not in _VERSIONS:

@@ -6,67 +6,17 @@ Linears are `nnx.Linear` with kernels [in, out]; surgery may put any module with
 Letters: B rows, T tokens, E hidden size (the embedding), V vocabulary, H / Hkv heads, D head size.
 """
 
-import dataclasses
-from collections.abc import Callable
-from typing import Any, ClassVar
-
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
-from any4_jax.kv_cache import Cache, CacheFactory, DenseCache
+from any4_jax.kv_cache import Cache
+from any4_jax.models.base import PRECISION, Decoder, Site, Tap, no_tap
 from any4_jax.models.config import LlamaConfig
+from any4_jax.models.norms import RMSNorm
 from any4_jax.models.rope import Rope
 from any4_jax.nn.nnx import call_each
-
-Tap = Callable[[str, jax.Array], None]
-
-PRECISION = "highest"
-"""Of float32 products. A GPU's default, TF32, keeps 10 bits: logits are then off by 1e-3 of their scale. Products of
-bfloat16 and float16 are the same either way."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Site:
-    """Linears of a block that read the same input.
-
-    Attributes:
-        name: what `tap` calls the site.
-        linears: paths within the block.
-        after: path of the norm or linear whose output channels are this input's channels, so that a scale per
-            channel can be folded into it. After `v_proj` they coincide only where H equals Hkv.
-    """
-
-    name: str
-    linears: tuple[str, ...]
-    after: str
-
-
-SITES = (
-    Site("attn_in", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "input_layernorm"),
-    Site("attn_out", ("self_attn.o_proj",), "self_attn.v_proj"),
-    Site("mlp_in", ("mlp.gate_proj", "mlp.up_proj"), "post_attention_layernorm"),
-    Site("mlp_out", ("mlp.down_proj",), "mlp.up_proj"),
-)
-
-
-def _no_tap(site: str, x: jax.Array) -> None:
-    """The tap that looks at nothing."""
-
-
-class RMSNorm(nnx.Module):
-    """x / rms(x) * scale (arXiv:1910.07467, eq. 4), the quotient in float32, rounded before the product."""
-
-    def __init__(self, size: int, *, eps: float, param_dtype: DTypeLike) -> None:
-        self.eps = eps
-        self.scale = nnx.Param(jnp.ones((size,), param_dtype))
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        wide = x.astype(jnp.float32)
-        wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
-        return wide.astype(x.dtype) * self.scale[...].astype(x.dtype)
 
 
 class Attention(nnx.Module):
@@ -84,7 +34,7 @@ class Attention(nnx.Module):
         self.v_proj = linear(hidden, config.num_key_value_heads * size)
         self.o_proj = linear(config.num_attention_heads * size, hidden)
 
-    def __call__(self, x: jax.Array, cache: Cache, positions: jax.Array, tap: Tap = _no_tap) -> tuple[jax.Array, Cache]:
+    def __call__(self, x: jax.Array, cache: Cache, positions: jax.Array, tap: Tap = no_tap) -> tuple[jax.Array, Cache]:
         """x [B, T, E] and positions int32 [B, T] -> ([B, T, E], the cache with these tokens)."""
         rope = Rope.of(self.config)
 
@@ -112,7 +62,7 @@ class MLP(nnx.Module):
         self.up_proj = linear(config.hidden_size, config.intermediate_size)
         self.down_proj = linear(config.intermediate_size, config.hidden_size)
 
-    def __call__(self, x: jax.Array, tap: Tap = _no_tap) -> jax.Array:
+    def __call__(self, x: jax.Array, tap: Tap = no_tap) -> jax.Array:
         """x [B, T, E] -> [B, T, E]."""
         tap("mlp_in", x)
         gate, up = call_each((self.gate_proj, self.up_proj), x)
@@ -136,44 +86,24 @@ class Block(nnx.Module):
     ) -> tuple[jax.Array, Cache]:
         """x [B, T, E] and positions int32 [B, T] -> ([B, T, E], the cache with these tokens).
 
-        `tap(site, input)` is called with the input of each of `SITES`, traced values under jit.
+        `tap` is called with the input of each of `Llama.sites`.
         """
-        tap = tap or _no_tap
+        tap = tap or no_tap
         with jax.default_matmul_precision(PRECISION):
             mixed, cache = self.self_attn(self.input_layernorm(x), cache, positions, tap)
             x = x + mixed
             return x + self.mlp(self.post_attention_layernorm(x), tap), cache
 
 
-def block(
-    graphdef: Any,
-    state: Any,
-    x: jax.Array,
-    cache: Cache,
-    positions: jax.Array,
-    tap: Tap | None = None,
-) -> tuple[jax.Array, Cache]:
-    """`Block.__call__` as a pure function of `nnx.split(layer)`; under jit the graphdef is static."""
-    return nnx.merge(graphdef, state)(x, cache, positions, tap)
-
-
-# Inside a larger jit this is traced once for all layers of one shape, not once a layer.
-_block = jax.jit(block, static_argnums=0)
-
-
-class Llama(nnx.Module):
-    """A decoder-only language model: int32 tokens [B, T] -> float32 logits [B, T, V].
+class Llama(Decoder):
+    """The family's model; see `Decoder`.
 
     Attributes:
-        config: the shape, static.
-        tokenizer: a hashable tokenizer, or None; static.
-        recipe: how it was quantized (any4_jax.surgery.Recipe), or None; static.
-        layers: the blocks.
-        embed_tokens, norm, lm_head: embedding, final norm, and head (absent where the embedding is tied).
+        embed_tokens, layers, norm: the embedding, the blocks, the final norm.
+        lm_head: the head; absent where the embedding is tied.
     """
 
-    sites: ClassVar[tuple[Site, ...]] = SITES
-    block = staticmethod(block)
+    config: LlamaConfig
 
     def __init__(
         self,
@@ -191,11 +121,8 @@ class Llama(nnx.Module):
             param_dtype: of the weights; None means `dtype`.
             rngs: the source of the random weights.
         """
+        super().__init__(config, dtype=dtype)
         param_dtype = dtype if param_dtype is None else param_dtype
-        self.config = config
-        self.dtype = jnp.dtype(dtype)
-        self.tokenizer: Any = None
-        self.recipe: Any = None
         self.embed_tokens = nnx.Embed(
             config.vocab_size, config.hidden_size, dtype=dtype, param_dtype=param_dtype, rngs=rngs
         )
@@ -213,61 +140,33 @@ class Llama(nnx.Module):
                 rngs=rngs,
             )
 
-    def embed(self, tokens: jax.Array) -> jax.Array:
-        """int32 tokens [B, T] -> [B, T, E]."""
+    def sites(self, index: int) -> tuple[Site, ...]:
+        """Those of any block: all are alike."""
+        repeat = self.config.num_attention_heads // self.config.num_key_value_heads
+        return (
+            Site("attn_in", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "input_layernorm"),
+            Site("attn_out", ("self_attn.o_proj",), "self_attn.v_proj", repeat, self.config.head_dim),
+            Site("mlp_in", ("mlp.gate_proj", "mlp.up_proj"), "post_attention_layernorm"),
+            Site("mlp_out", ("mlp.down_proj",), "mlp.up_proj"),
+        )
+
+    @property
+    def head_site(self) -> Site:
+        """`lm_head` after the final norm. A tied embedding is after nothing: tokens read its columns too."""
+        tied = self.config.tie_word_embeddings
+        return Site("head_in", ("embed_tokens",), None) if tied else Site("head_in", ("lm_head",), "norm")
+
+    def embed(self, tokens: jax.Array, positions: jax.Array) -> jax.Array:
+        """int32 tokens [B, T] -> [B, T, E], whatever the positions are."""
         return self.embed_tokens(tokens)
+
+    def head_input(self, x: jax.Array) -> jax.Array:
+        """The final norm: [B, T, E] -> [B, T, E]."""
+        return self.norm(x)
 
     def head(self, x: jax.Array) -> jax.Array:
         """The final norm and the head: [B, T, E] -> float32 logits [B, T, V]."""
-        x = self.norm(x)
+        x = self.head_input(x)
         with jax.default_matmul_precision(PRECISION):
             logits = self.embed_tokens.attend(x) if self.config.tie_word_embeddings else self.lm_head(x)
         return logits.astype(jnp.float32)
-
-    def init_cache(
-        self,
-        batch: int,
-        length: int,
-        *,
-        start: jax.Array | None = None,
-        dtype: DTypeLike | None = None,
-        cache: CacheFactory = DenseCache,
-    ) -> list[Cache]:
-        """An empty cache of `length` slots for each layer; start int32 [B] (None: no padding)."""
-        start = jnp.zeros((batch,), jnp.int32) if start is None else start
-        dtype = self.dtype if dtype is None else dtype
-        heads, size = self.config.num_key_value_heads, self.config.head_dim
-        return [cache.create(batch, length, heads, size, start, dtype) for _ in self.layers]
-
-    def decode(self, tokens: jax.Array, caches: list[Cache], positions: jax.Array) -> tuple[jax.Array, list[Cache]]:
-        """All blocks, for use inside jit: tokens and positions int32 [B, T] -> ([B, T, E], the new caches).
-
-        What comes out has not gone through `head`, which a caller may want for the last token only.
-        """
-        x, grown = self.embed(tokens), []
-        for layer, cache in zip(self.layers, caches, strict=True):
-            x, cache = _block(*nnx.split(layer), x, cache, positions)
-            grown.append(cache)
-        return x, grown
-
-    def __call__(self, tokens: jax.Array | np.ndarray) -> jax.Array:
-        """int32 tokens [B, T], rows without padding -> float32 logits [B, T, V]; one jitted program a shape.
-
-        Raises:
-            TypeError: tokens are no integers.
-            ValueError: tokens are not [B, T] with T > 0.
-        """
-        tokens = tokens if isinstance(tokens, jax.Array) else np.asarray(tokens)
-        if not jnp.issubdtype(tokens.dtype, jnp.integer):
-            raise TypeError(f"tokens are {tokens.dtype}, and integer token ids are needed; encode the text first")
-        if tokens.ndim != 2 or tokens.shape[1] == 0:
-            raise ValueError(f"tokens have shape {tokens.shape}, and [batch, length > 0] is needed; add a batch axis")
-        return _logits(self, tokens)
-
-
-@jax.jit
-def _logits(model: Llama, tokens: jax.Array) -> jax.Array:
-    batch, length = tokens.shape
-    positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length))
-    x, _ = model.decode(tokens, model.init_cache(batch, length), positions)
-    return model.head(x)

@@ -5,16 +5,16 @@ from pathlib import Path
 
 from jax.typing import DTypeLike
 
+from any4_jax.models.base import Decoder
 from any4_jax.models.gguf_reader import read_gguf
-from any4_jax.models.hf import llama_from_tensors, load_folder
-from any4_jax.models.llama import Llama
+from any4_jax.models.hf import from_tensors, load_folder
 from any4_jax.models.tiny import tiny
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
-def load(source: str | Path, *, dtype: DTypeLike | None = None) -> Llama:
-    """A Llama with its tokenizer in `.tokenizer` (None where the source has none), on the default device.
+def load(source: str | Path, *, dtype: DTypeLike | None = None) -> Decoder:
+    """A decoder with its tokenizer in `.tokenizer` (None where the source has none), on the default device.
 
     Args:
         source: a Hugging Face folder (config.json, safetensors), a .gguf file, a hub id "org/name", or "tiny"
@@ -42,11 +42,11 @@ def load(source: str | Path, *, dtype: DTypeLike | None = None) -> Llama:
     )
 
 
-def _load_file(path: Path, dtype: DTypeLike | None) -> Llama:
+def _load_file(path: Path, dtype: DTypeLike | None) -> Decoder:
     if path.suffix.lower() != ".gguf":
         raise ValueError(f"{path} is no .gguf file; give the folder that holds config.json and the safetensors")
     config, tensors, tokenizer = read_gguf(path)
-    model = llama_from_tensors(config, tensors, dtype)
+    model = from_tensors(config, tensors, dtype)
     model.tokenizer = tokenizer
     return model
 

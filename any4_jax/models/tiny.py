@@ -1,12 +1,15 @@
 """Small models for tests and for machines without a network."""
 
+from typing import Any, cast
+
 import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
 from any4_jax.data import bundled
 from any4_jax.models.config import LlamaConfig
-from any4_jax.models.hf import llama_from_tensors, load_folder, name_of
+from any4_jax.models.families import family_of_config
+from any4_jax.models.hf import from_tensors, load_folder
 from any4_jax.models.llama import Llama
 
 
@@ -18,7 +21,7 @@ def tiny(dtype: DTypeLike | None = None) -> Llama:
     Its MLPs are 172 wide and its heads 8, so short last groups and unusual sizes come up by themselves.
     """
     with bundled("stories260k") as folder:
-        return load_folder(folder, dtype)
+        return cast(Llama, load_folder(folder, dtype))
 
 
 def random_llama(config: LlamaConfig | None = None, seed: int = 0) -> Llama:
@@ -34,20 +37,23 @@ def random_llama(config: LlamaConfig | None = None, seed: int = 0) -> Llama:
             head_dim=8,
             max_position_embeddings=128,
         )
-    return llama_from_tensors(config, random_tensors(config, seed))
+    return cast(Llama, from_tensors(config, random_tensors(config, seed)))
 
 
-def random_tensors(config: LlamaConfig, seed: int = 0) -> dict[str, np.ndarray]:
+def random_tensors(config: Any, seed: int = 0) -> dict[str, np.ndarray]:
     """Random float32 tensors under Hugging Face names, linears [N, K] of variance 1 / K, norms about 1.
 
     Drawn by numpy: nothing is compiled, and a seed means the same weights with every version of jax.
+
+    Args:
+        config: of any family.
+        seed: of the draws.
     """
-    rng = np.random.default_rng(seed)
+    rng, family = np.random.default_rng(seed), family_of_config(config)
     tensors = {}
-    abstract = nnx.state(nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0))))
-    for path, variable in nnx.to_flat_state(abstract):
+    for path, variable in nnx.to_flat_state(nnx.state(family.abstract(config, np.float32))):
         shape = variable.get_value().shape
         shape = shape[::-1] if path[-1] == "kernel" else shape
         centre, spread = (1.0, 0.1) if path[-1] == "scale" else (0.0, shape[-1] ** -0.5)
-        tensors[name_of(path)] = rng.normal(centre, spread, shape).astype(np.float32)
+        tensors[family.hf_name(path)] = rng.normal(centre, spread, shape).astype(np.float32)
     return tensors

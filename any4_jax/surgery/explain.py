@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from any4_jax import matmul
-from any4_jax.surgery.kinds import kind_of
+from any4_jax.surgery.containers import container_of
 
 _NUMBER = re.compile(r"\b\d+\b")
 _DENSE = "no quantized leaf: a dense product in XLA"
@@ -25,7 +25,7 @@ def explain(x: Any, w: Any = None, platform: str | None = None, *, rows: int = 1
     """
     if w is not None:
         return matmul.explain(x, w, platform)
-    kind, dtype = kind_of(x), _dtype(x)
+    container, dtype = container_of(x), _dtype(x)
     groups: dict[str, dict[str, int]] = {}
 
     def tell(path: str, shape: tuple[int, ...], text: str) -> None:
@@ -33,12 +33,12 @@ def explain(x: Any, w: Any = None, platform: str | None = None, *, rows: int = 1
         places = groups.setdefault(text, {})
         places[where] = places.get(where, 0) + 1
 
-    for path, operator in kind.operators(x).items():
+    for path, operator in container.operators(x).items():
         shape = tuple(operator.shape)
         # A stack runs one matrix at a time.
         one = operator if len(shape) == 2 else jax.eval_shape(_first(len(shape) - 2), operator)
         tell(path, shape, matmul.explain(jax.ShapeDtypeStruct((rows, shape[-1]), dtype), one, platform))
-    for path, matrix in kind.matrices(x, None).items():
+    for path, matrix in container.matrices(x, None).items():
         if matrix.by_name:
             continue
         tell(path, matrix.shape, _DENSE)

@@ -14,11 +14,11 @@ from flax import linen
 from flax.core import meta
 
 from any4_jax.matmul import is_quantized
+from any4_jax.methods.matrices import Matrix
 from any4_jax.models import hf_flax
 from any4_jax.nn.linen import boxed
 from any4_jax.nn.swapping import Intercepted, dense_layers, intercepted, quantized_dense
 from any4_jax.surgery import trees
-from any4_jax.surgery.layers import Matrix
 from any4_jax.surgery.rules import Recipe
 
 Pair = tuple[linen.Module | Intercepted, Mapping[str, Any]]

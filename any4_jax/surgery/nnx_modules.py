@@ -9,12 +9,11 @@ from flax import nnx
 from flax.traverse_util import unflatten_dict
 
 from any4_jax.matmul import is_quantized, unprepare
-from any4_jax.methods import Method
+from any4_jax.methods.matrices import Matrix
+from any4_jax.models.fold import module_at
 from any4_jax.nn.nnx import Any4Embed, Any4Linear
 from any4_jax.nn.operator_variables import Quantized
-from any4_jax.statistics import Statistics
 from any4_jax.surgery import fitting, trees
-from any4_jax.surgery.layers import Matrix, quantize_matrix
 from any4_jax.surgery.rules import Recipe
 from any4_jax.surgery.trees import dotted
 
@@ -45,11 +44,6 @@ def matrices(model: nnx.Module) -> dict[str, Matrix]:
 def operators(model: nnx.Module) -> dict[str, Any]:
     """The operators of the quantized layers by dotted path."""
     return {path: layer.weight for path, layer in holders(model).items() if isinstance(layer, Quantized)}
-
-
-def quantize_linear(layer: nnx.Linear, method: Method, stats: Statistics | None, path: str) -> Any4Linear:
-    """The quantized counterpart of one layer."""
-    return around(layer, jax.block_until_ready(quantize_matrix(matrix_of(layer), method, stats, path)))
 
 
 def around(layer: Any, weight: Any) -> Any:
@@ -125,10 +119,8 @@ def _variables(model: nnx.Module) -> Iterator[tuple[tuple, nnx.Variable]]:
 
 def replace_module(model: nnx.Module, path: str, new: nnx.Module) -> None:
     """Puts `new` in the place of the submodule at a dotted path, in place."""
-    *parents, last = path.split(".")
-    node: Any = model
-    for name in parents:
-        node = node[int(name)] if name.isdigit() else getattr(node, name)
+    parent, _, last = path.rpartition(".")
+    node = module_at(model, parent)
     if last.isdigit():
         node[int(last)] = new
     else:

@@ -4,9 +4,10 @@ import dataclasses
 import re
 from collections.abc import Collection, Iterable, Sequence
 
-from any4_jax.methods import Method
+from any4_jax.methods import AnyMethod
+from any4_jax.methods.base import Note
 
-Rules = Sequence[tuple[str, Method | None]]
+Rules = Sequence[tuple[str, AnyMethod | None]]
 
 DEFAULT_RULES: Rules = ((r"(.*[./])?(lm_head|embed_tokens)([./].*)?", None),)
 """Always tried after the caller's: the head and the embedding stay as they are unless a rule names them."""
@@ -21,8 +22,8 @@ class Recipe:
       layers: (path, method, notes) of every quantized layer, in the order of paths; notes are (key, value) pairs.
     """
 
-    rules: tuple[tuple[str, Method | None], ...]
-    layers: tuple[tuple[str, Method, tuple[tuple[str, str], ...]], ...]
+    rules: tuple[tuple[str, AnyMethod | None], ...]
+    layers: tuple[tuple[str, AnyMethod, tuple[tuple[str, Note], ...]], ...]
 
 
 def matching(paths: Iterable[str], pattern: str) -> list[str]:
@@ -35,7 +36,7 @@ def matching(paths: Iterable[str], pattern: str) -> list[str]:
     try:
         compiled = re.compile(pattern)
     except re.error as error:
-        raise ValueError(f"got rule {pattern!r}, which is no regular expression ({error}); mend it") from None
+        raise ValueError(f"got rule {pattern!r}, which is no regular expression ({error}); correct it") from None
     found = [path for path in paths if compiled.fullmatch(path)]
     if not found:
         raise ValueError(
@@ -46,8 +47,8 @@ def matching(paths: Iterable[str], pattern: str) -> list[str]:
 
 
 def resolve(
-    paths: Iterable[str], method: Method | None, rules: Rules | None, by_name: Collection[str] = ()
-) -> dict[str, Method]:
+    paths: Iterable[str], method: AnyMethod | None, rules: Rules | None, by_name: Collection[str] = ()
+) -> dict[str, AnyMethod]:
     """The method of each path that is to be quantized.
 
     Rules are tried in order: the caller's, DEFAULT_RULES, then `method` for the rest; the first whose regex matches
@@ -57,7 +58,7 @@ def resolve(
       ValueError: a caller's rule that matches no path, or a regex that doesn't compile.
     """
     paths = list(paths)
-    chosen: dict[str, Method | None] = {}
+    chosen: dict[str, AnyMethod | None] = {}
     for pattern, decided in rules or ():
         for path in matching(paths, pattern):
             chosen.setdefault(path, decided)

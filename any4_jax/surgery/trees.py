@@ -8,9 +8,9 @@ import jax
 from flax.core import meta
 
 from any4_jax.matmul import is_quantized, unprepare
+from any4_jax.methods.matrices import Matrix
 from any4_jax.nn.linen import boxed
 from any4_jax.surgery import fitting
-from any4_jax.surgery.layers import Matrix
 from any4_jax.surgery.rules import Recipe
 
 _TRANSPOSED = {"kernel": True, "weight": False}

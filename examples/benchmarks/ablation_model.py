@@ -9,36 +9,37 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from any4_jax.models.base import Decoder
 
-def inputs(model: Any, ids: np.ndarray) -> Iterator[tuple[str, jax.Array]]:
+
+def inputs(model: Decoder, ids: np.ndarray) -> Iterator[tuple[str, jax.Array]]:
     """The input [T, K] of every linear on one window."""
-    x = model.embed(jnp.asarray(ids)[None])
-    for index, layer in enumerate(model.layers):
+    x = _embed(model, jnp.asarray(ids)[None])
+    for index, layer in enumerate(model.blocks):
         x, seen = _tapped(type(model).block, *nnx.split(layer), x, model.init_cache(*x.shape[:2])[0])
-        for site in model.sites:
+        for site in model.sites(index):
             for linear in site.linears:
-                yield f"layers.{index}.{linear}", seen[site.name][0]
+                yield f"{model.block_path(index)}.{linear}", seen[site.name][0]
 
 
 class Runner:
     """tokens [B, T] -> logits, by a scan over the layers: one small program, which compiles in seconds where the whole
     takes a GPU minutes."""
 
-    def __init__(self, model: Any) -> None:
-        self.model, layers = model, [nnx.split(layer) for layer in model.layers]
+    def __init__(self, model: Decoder) -> None:
+        self.model, layers = model, [nnx.split(layer) for layer in model.blocks]
         self.layer = layers[0][0]
         self.states = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(state for _, state in layers))
-        self.embedding = nnx.split(model.embed_tokens)
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         cache = self.model.init_cache(*tokens.shape)[0]
-        x = _embed(*self.embedding, tokens)
+        x = _embed(self.model, tokens)
         return self.model.head(_layers(type(self.model).block, self.layer, self.states, x, cache))
 
 
-@functools.partial(jax.jit, static_argnames="graphdef")
-def _embed(graphdef: Any, state: Any, tokens: jax.Array) -> jax.Array:
-    return nnx.merge(graphdef, state)(tokens)
+@jax.jit
+def _embed(model: Decoder, tokens: jax.Array) -> jax.Array:
+    return model.embed(tokens, jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape))
 
 
 @functools.partial(jax.jit, static_argnames=("block", "graphdef"))

@@ -41,6 +41,7 @@ from any4_jax.data import assets, texts
 from any4_jax.evaluation import Perplexity, paired_difference, perplexity
 from any4_jax.methods import Any4
 from any4_jax.models import degrid
+from any4_jax.statistics import Moments
 
 KINDS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 ERROR_TOKENS = 2048
@@ -174,7 +175,7 @@ class Bench:
         """Statistics for a case, on the CPU."""
         if case.calibration == NONE:
             return {}
-        key = (case.samples, case.length, case.method.samples, case.method if case.method.sequential else None)
+        key = (case.samples, case.length, case.method.needs, case.method if case.method.sequential else None)
         if key not in self._stats:
             data: Any = texts.prompt()
             if case.samples:
@@ -221,7 +222,7 @@ class Bench:
                     values = np.asarray(stored, np.float64).repeat(q.group_size, axis=1)
                     combine(back, values[:, : q.shape[1]], out=back)
             back -= np.asarray(self.kernels[path], np.float64).T
-            found.append(np.square(back, out=back) @ np.asarray(stats[path].second_moment, np.float64))
+            found.append(np.square(back, out=back) @ np.asarray(stats[path][Moments()].second_moment, np.float64))
         return np.concatenate(found)
 
     def _output_error(self, kind: str, nodes: Mapping[str, Any]) -> float:

@@ -1,4 +1,4 @@
-// Codes to weights in registers: eight codes and a row's table in, eight values of the tensor core's type out.
+// Decodes weights in registers: eight codes and a row's table in, eight values of the tensor core's type out.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -12,14 +12,15 @@
 
 namespace any4 {
 
-// Two bfloat16 as two float16, rounded.
+// Converts two bfloat16 to two float16, with rounding.
 __device__ __forceinline__ uint32_t ToHalves(uint32_t pair) {
   const __half2 halves = __floats2half2_rn(__uint_as_float(pair << 16), __uint_as_float(pair & 0xFFFF0000u));
   return reinterpret_cast<const uint32_t&>(halves);
 }
 
-// The upper 16 bits of a word whose halves are finite as float16: adding -0 changes no bit, and it runs on the FMA
-// pipe, which is idle here, where a shift would take a slot of the one that permutes bytes.
+// Moves the upper 16 bits of a word to the lower half. Both halves must be finite as float16: then adding -0 changes no
+// bit. The addition runs on the FMA pipe, which is idle here; a shift would take a slot of the pipe that permutes
+// bytes.
 __device__ __forceinline__ uint32_t UpperHalf(uint32_t word) {
   uint32_t out;
   asm("{.reg .f16 low, high; .reg .b32 both; mov.b32 {low, high}, %1; mov.b32 both, {high, high};"
@@ -29,8 +30,8 @@ __device__ __forceinline__ uint32_t UpperHalf(uint32_t word) {
   return out;
 }
 
-// A table of up to 16 entries in registers, as a plane of low bytes and one of high bytes, so that a code selects a
-// byte of either by PRMT, four codes an instruction.
+// A table of up to 16 entries in registers, split into a plane of low bytes and a plane of high bytes: one PRMT looks
+// up the bytes of four codes in a plane.
 template <typename T, int kBits>
 struct Decoder {
   static constexpr int kWords = (1 << kBits) / 4;
@@ -51,11 +52,11 @@ struct Decoder {
     }
   }
 
-  // Selector nibbles of eight codes, the first in the lowest bits. `words` is what a lane holds of a row: 32 codes, the
-  // bits of 3-bit codes in two planes.
+  // The selector nibbles of eight codes, the first in the lowest bits. `words` holds a lane's 32 codes of a row; 3-bit
+  // codes lie in two planes.
   static __device__ __forceinline__ uint32_t Selectors(const uint32_t (&words)[kBits], int eighth) {
     if constexpr (kBits == 4) return words[eighth];
-    // Spreads 16 bits, two a code, to a nibble a code; the left shifts are multiplications on the FMA pipe.
+    // Spreads 16 bits, two per code, to a nibble per code. The left shifts are multiplications on the FMA pipe.
     uint32_t v = eighth % 2 ? words[eighth / 2] >> 16 : words[eighth / 2] & 0xFFFFu;
     v = (v | v << 8) & 0x00FF00FFu;
     v = (v | v << 4) & 0x0F0F0F0Fu;
@@ -69,11 +70,11 @@ struct Decoder {
     return v;
   }
 
-  // Eight values, two a register, in the order of their codes.
+  // Eight values in the order of their codes, two per register.
   __device__ __forceinline__ void Decode(const uint32_t (&words)[kBits], int eighth, uint32_t (&out)[4]) const {
     const uint32_t codes = Selectors(words, eighth);
     uint32_t select = codes & 0x77777777u;
-    // Of a code's four bits the highest chooses between the halves of the table: byte i of the first or of the second.
+    // The highest of a code's four bits chooses between the halves of the table: byte i of the first or of the second.
     uint32_t choose = kBits == 4 ? ((codes >> 1) & 0x44444444u) | 0x32103210u : 0;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -93,12 +94,12 @@ struct Decoder {
     }
   }
 
-  // W = value * scale + offset: what a table holds is the value.
+  // W = value * scale + offset, and the table holds the values themselves.
   __device__ __forceinline__ void Affine(float&, float&) const {}
 };
 
-// Codes of 8 bits, whose table is a ramp: the value is code - 128, exact in both types, and the ramp's step and middle
-// go into scale and offset.
+// 8-bit codes, whose table is a ramp. The decoded value is code - 128, which is exact in both types; the ramp's step
+// and middle are folded into scale and offset.
 template <typename T>
 struct Decoder<T, 8> {
   float step, middle;
@@ -120,12 +121,13 @@ struct Decoder<T, 8> {
     for (int i = 0; i < 4; ++i) {
       const uint32_t word = words[2 * eighth + i / 2], bytes = i % 2 ? 0x4342 : 0x4140;
       if constexpr (std::is_same_v<T, __half>) {
-        // 0x64cc is 1024 + code.
+        // As float16, 0x64cc is 1024 + code.
         const uint32_t biased = Permute(word, 0x64646464u, bytes);
         const __half2 value = __hadd2(reinterpret_cast<const __half2&>(biased), __float2half2_rn(-1152.0f));
         out[i] = reinterpret_cast<const uint32_t&>(value);
       } else {
-        // 0x43cc is 128 + c for the seven low bits c; then 256 is subtracted, or 128 where the eighth is set.
+        // As bfloat16, 0x43cc is 128 + c for the seven low bits c. Then 256 is subtracted, or 128 where the eighth bit
+        // is set.
         const uint32_t code = Permute(word, 0, bytes);
         const uint32_t biased = (code & 0x007F007Fu) | 0x43004300u, bias = (code & 0x00800080u) ^ 0xC380C380u;
         const __nv_bfloat162 value =
@@ -141,12 +143,13 @@ struct Decoder<T, 8> {
   }
 };
 
-// The tables of 8 rows in shared memory, an entry for each pair of 4-bit codes, which are a byte as stored: one look-up
-// gives the two values of a register. Word [entry][row][t] exists once for each lane of a row, so that lane 4 row + t
-// reads bank 4 row + t alone, whatever the codes are.
+// The tables of 8 rows in shared memory, with an entry for each pair of 4-bit codes. A pair is a byte as stored, so one
+// look-up gives the two values of a register. Each of a row's four lanes has its own copy, word [entry][row][t]: lane
+// 4 row + t reads only bank 4 row + t, whatever the codes are.
 constexpr int kPairTableBytes = 256 * 32 * 4;
 
-// Fills the table of rows `first_row` on, by all warps of the block; __syncthreads() has to follow.
+// Fills the table for the 8 rows from `first_row` on. All warps of the block take part, and __syncthreads() must
+// follow.
 template <typename T>
 __device__ __forceinline__ void FillPairTable(const LutWeight& w, int64_t first_row, unsigned char* table) {
   const int row = threadIdx.x % 8, part = threadIdx.x / 8;
@@ -170,7 +173,7 @@ __device__ __forceinline__ void FillPairTable(const LutWeight& w, int64_t first_
   }
 }
 
-// Eight values of the lane's row, two a register.
+// Decodes eight codes of the lane's row, two values per register.
 __device__ __forceinline__ void DecodePairs(const unsigned char* table, uint32_t word, uint32_t (&out)[4]) {
   const uint32_t lane = 4 * threadIdx.x;
   const auto look = [&](uint32_t entry) {

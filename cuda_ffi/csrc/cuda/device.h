@@ -1,11 +1,11 @@
-// What launches depend on of the device that they are for: the current one of this thread.
+// The properties of this thread's current device that launches depend on.
 #pragma once
 
 namespace any4 {
 
 int Multiprocessors();
 
-// Whether it has wgmma, which neither earlier GPUs have nor later ones.
+// Whether the device has wgmma, which neither earlier nor later GPUs have.
 bool IsHopper();
 
 }  // namespace any4

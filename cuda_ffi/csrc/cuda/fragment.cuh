@@ -1,4 +1,4 @@
-// The instructions that the kernels are built of: byte permutation, the tensor core's product, streaming loads.
+// The instructions that the kernels are built from: byte permutation, the tensor core's product, streaming loads.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -8,16 +8,17 @@
 
 namespace any4 {
 
-// Byte i of the result is the byte of (high:low) that nibble i of the selector names; nibbles must be below 8.
+// Byte i of the result is the byte of (high:low) that nibble i of the selector names. Nibbles must be below 8.
 __device__ __forceinline__ uint32_t Permute(uint32_t low, uint32_t high, uint32_t selector) {
   uint32_t out;
   asm("prmt.b32 %0, %1, %2, %3;" : "=r"(out) : "r"(low), "r"(high), "r"(selector));
   return out;
 }
 
-// c += a b for a 16 x 16 tile of the weight and 16 x 8 of x. Lane 4 g + t holds, of a: a[0] row g and a[1] row g + 8,
-// columns 2t, 2t + 1; a[2], a[3] the same rows, 8 columns on; of b: column g, rows 2t, 2t + 1 and 8 on; of c: rows g
-// (c[0], c[1]) and g + 8 (c[2], c[3]), columns 2t, 2t + 1.
+// c += a b, where a is a 16 x 16 tile of the weight and b is 16 x 8 of x. Lane 4 g + t holds:
+//   a0, a1      columns 2t and 2t + 1 of rows g and g + 8;  a2, a3 the same rows, 8 columns on
+//   b0, b1      rows 2t and 2t + 1 of column g, and the rows 8 on
+//   c[0], c[1]  columns 2t and 2t + 1 of row g;  c[2], c[3] those of row g + 8
 template <typename T>
 __device__ __forceinline__ void TensorProduct(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
                                               uint32_t b0, uint32_t b1);
@@ -38,7 +39,7 @@ __device__ __forceinline__ void TensorProduct<__half>(float (&c)[4], uint32_t a0
       : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
-// Codes are read once: they must not push x and the scales out of L1.
+// Codes are read once, so they must not push x and the scales out of L1.
 __device__ __forceinline__ uint4 LoadStreaming(const void* address) {
   uint4 v;
   asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0,%1,%2,%3}, [%4];"

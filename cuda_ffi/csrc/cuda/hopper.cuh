@@ -1,4 +1,4 @@
-// Hopper's instructions for copies that report to barriers in shared memory, and for warps that share out registers.
+// Hopper's instructions for copies that report to barriers in shared memory, and for moving registers between warps.
 #pragma once
 
 #include <cuda.h>
@@ -11,12 +11,12 @@ __device__ __forceinline__ uint32_t SharedAddress(const void* at) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(at));
 }
 
-// A barrier in shared memory whose phases are told apart by their parity. Addresses are of the shared window.
+// A barrier in shared memory, whose phases are told apart by their parity. Addresses are those of the shared window.
 __device__ __forceinline__ void InitBarrier(uint32_t barrier, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
 }
 
-// Arrives, and makes the phase wait for so many bytes of copies too.
+// Arrives, and makes the phase also wait for that many bytes of copies.
 __device__ __forceinline__ void ExpectBytes(uint32_t barrier, uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
@@ -25,7 +25,7 @@ __device__ __forceinline__ void Arrive(uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
-// Arrives at the barrier that another block of the cluster has at the same place.
+// Arrives at the barrier at the same place in another block of the cluster.
 __device__ __forceinline__ void ArriveAt(uint32_t barrier, uint32_t block) {
   asm volatile(
       "{.reg .b32 there; mapa.shared::cluster.u32 there, %0, %1;"
@@ -46,7 +46,7 @@ __device__ __forceinline__ void Wait(uint32_t barrier, uint32_t parity) {
   } while (done == 0);
 }
 
-// Barriers are seen by copies and by the other blocks of the cluster once all have passed.
+// Once all have passed, copies and the other blocks of the cluster see the barriers.
 template <int kCluster>
 __device__ __forceinline__ void SyncCluster() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
@@ -64,8 +64,8 @@ __device__ __forceinline__ uint32_t RankInCluster() {
   return rank;
 }
 
-// Copies the box at (column, row) of a matrix to shared memory; with a cluster to the same place of all its blocks,
-// whose barriers all count the bytes. What lies outside of the matrix is zero.
+// Copies the box at (column, row) of a matrix to shared memory; in a cluster, to the same place in all its blocks,
+// whose barriers each count the bytes. What lies outside the matrix arrives as zero.
 template <int kCluster = 1>
 __device__ __forceinline__ void CopyIn(const CUtensorMap& from, int column, int row, uint32_t to, uint32_t barrier) {
   if constexpr (kCluster == 1) {
@@ -83,7 +83,7 @@ __device__ __forceinline__ void CopyIn(const CUtensorMap& from, int column, int 
   }
 }
 
-// Copies a box from shared memory to (column, row) of a matrix; what lies outside of it is dropped.
+// Copies a box from shared memory to (column, row) of a matrix. What lies outside the matrix is dropped.
 __device__ __forceinline__ void CopyOut(const CUtensorMap& to, int column, int row, uint32_t from) {
   asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%1, %2}], [%3];" ::"l"(&to), "r"(column),
                "r"(row), "r"(from)
@@ -91,13 +91,13 @@ __device__ __forceinline__ void CopyOut(const CUtensorMap& to, int column, int r
   asm volatile("cp.async.bulk.commit_group;" ::: "memory");
 }
 
-// Until the copies out of this thread have read shared memory.
+// Waits until this thread's copies out have read shared memory.
 __device__ __forceinline__ void WaitCopiedOut() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
 
-// What was written to shared memory is seen by the copies out that follow a barrier.
+// Makes writes to shared memory visible to the copies out that follow a barrier.
 __device__ __forceinline__ void FenceForCopies() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
-// A barrier of some warps of the block; number 0 is that of __syncthreads().
+// A barrier for some warps of the block. Number 0 is the one of __syncthreads().
 __device__ __forceinline__ void SyncSome(int number, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(number), "r"(threads) : "memory");
 }
@@ -112,7 +112,7 @@ __device__ __forceinline__ void GiveRegisters() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 
-// Stores four 8 x 8 tiles of two-byte elements transposed: lane i has the address of row i % 8 of tile i / 8.
+// Stores four 8 x 8 tiles of two-byte elements, transposed. Lane i gives the address of row i % 8 of tile i / 8.
 __device__ __forceinline__ void StoreTransposed(uint32_t at, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
   asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(at), "r"(a), "r"(b),
                "r"(c), "r"(d)

@@ -1,4 +1,4 @@
-// A block solves one row after another, in a slot of its own.
+// A block of threads solves one row after another, in its own slot of device memory.
 #include <math_constants.h>
 
 #include "kmeans_exact.cuh"
@@ -28,7 +28,8 @@ __device__ double WarpSum(double value) {
   return value;
 }
 
-// In units of the row, ascending; where fewer than k clusters have weight, the first is repeated.
+// Finds the centroids, in units of the row and ascending. Where fewer than k clusters have weight, the first is
+// repeated.
 __device__ void Centroids(const Slot& slot, int k, float unit, Shared& shared) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   if (warp == 0) {
@@ -62,7 +63,7 @@ __device__ void Centroids(const Slot& slot, int k, float unit, Shared& shared) {
   __syncthreads();
 }
 
-// The nearest centroid of each value, ties to the lower, and the sum of weight * distance^2.
+// Finds the nearest centroid of each value, the lower of two as near, and the sum of weight * distance^2.
 __device__ void Assign(const float* values, const float* weights, int length, int k, uint8_t* codes, float* inertia,
                        Shared& shared) {
   double sum = 0;
@@ -94,7 +95,7 @@ __device__ void Assign(const float* values, const float* weights, int length, in
 __global__ void __launch_bounds__(kThreads) Solve(const KMeansRows rows, const KMeansResult result, char* scratch,
                                                   const int64_t slot_bytes) {
   __shared__ Shared shared;
-  // Shared, since its pointers would take half of a thread's registers.
+  // In shared memory, since its pointers would take half of a thread's registers.
   const Slot& slot = shared.slot;
   if (threadIdx.x == 0) shared.slot.Place(scratch + blockIdx.x * slot_bytes, rows.length, rows.clusters);
   __syncthreads();

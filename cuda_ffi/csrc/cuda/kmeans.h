@@ -1,4 +1,4 @@
-// Optimal weighted k-means of the rows of a matrix, in one dimension.
+// Optimal weighted k-means in one dimension, of each row of a matrix.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -26,8 +26,8 @@ struct KMeansResult {
 
 Slots KMeansSlots(const KMeansRows& rows);
 
-// `scratch` holds all slots, aligned to 128 bytes. Rows with NaN or infinite values give NaN. It neither allocates nor
-// waits.
+// `scratch` holds all slots, aligned to 128 bytes. Rows with NaN or infinite values give NaN. The function
+// neither allocates nor waits.
 cudaError_t SolveKMeans(const KMeansRows& rows, const KMeansResult& result, const Slots& slots, void* scratch,
                         cudaStream_t stream);
 

@@ -3,10 +3,11 @@
 // before[i] is the least error of the first i values in m - 1 clusters; layer m's is min over i <= j of before[i] plus
 // the error of [i, j]. That error satisfies the quadrangle inequality, so the best i never decreases with j (Wu,
 // "Optimal quantization by matrix searching", 1991; Gronlund et al., "Fast exact k-means, k-medians and Bregman
-// divergence clustering in 1D", 2017), nor with m. First the best i of the last value of every block of 32 is found:
-// each warp takes a run of blocks, of which it finds the last one's, and when all have theirs, the others by divide and
-// conquer between them. The best i of a block's values lie between its neighbours', and are all tried, for 32 values
-// at a time. Where rounding exchanges near-equal candidates, no more than the rounding is lost.
+// divergence clustering in 1D", 2017), nor with m. First comes the best i for the last value of every block of 32: each
+// warp takes a run of blocks and finds that of its last block; when all warps have theirs, they find the others by
+// divide and conquer. For any other value of a block, the best i lies between those of the last values of the block
+// before and of its own block: all of these are tried, for 32 values at a time. Where rounding exchanges near-equal
+// candidates, no more than the rounding is lost.
 #pragma once
 
 #include "kmeans_table.cuh"
@@ -14,8 +15,9 @@
 namespace any4 {
 namespace {
 
-// Of joining two intervals, besides their own errors. The reciprocal is good to one unit in the last place, and of a
-// number between 1e-9 and 1e31: no denormals, for which __fdividef takes three instructions more.
+// The error of joining two intervals, besides their own errors. The reciprocal is good to one unit in the last place,
+// and its operand lies between 1e-9 and 1e31: there are no denormals, for which __fdividef takes three more
+// instructions.
 __device__ float JoinError(float distance, float share, float other_distance, float other_share) {
   const float apart = distance + other_distance;
   float weight;
@@ -23,10 +25,10 @@ __device__ float JoinError(float distance, float share, float other_distance, fl
   return apart * apart * weight;
 }
 
-// A value added to others at or below it (Welford, 1962), all measured from one point.
+// Adds a value to others at or below it (Welford, 1962), all measured from one point.
 __device__ void Add(Part& part, double distance, float weight) { part = Join(part, {weight, distance, 0}); }
 
-// For a lane's value j of block `own`: offers(i, error of [i, j]) for the i of that block from `low` on, descending.
+// For a lane's value j of block `own`: calls offer(i, error of [i, j]) for the i of that block, descending to `low`.
 template <class Offer>
 __device__ void ForOwnBlock(const Slot& slot, int own, int low, const Offer& offer) {
   const int lane = threadIdx.x % 32;
@@ -41,19 +43,19 @@ __device__ void ForOwnBlock(const Slot& slot, int own, int low, const Offer& off
   }
 }
 
-// Of FindStart's blocks, and of FillLayer's candidates.
+// The blocks that FindStart takes at once, and the candidates that FillLayer does.
 constexpr int kAtOnce = 4, kTurn = 8;
 
 __device__ int Level(int block, int other) { return 31 - __clz(block ^ other); }
 
-// The i in [low, high] with the least before[i] + error of [i, j], the smallest of equals; for all lanes of a warp.
+// The i in [low, high] with the least before[i] + error of [i, j], the smallest of equals; all lanes of a warp get it.
 // within: the error of [i, j] for the lane's i of j's block, infinite after j.
 __device__ int FindStart(const Slot& slot, const float* before, int j, float within, int low, int high) {
   const int lane = threadIdx.x % 32, own = j / kLanes;
   float least = CUDART_INF_F;
   int found = high;
   const int stop = min(high / kLanes + 1, own);
-  // Past the end the last block is tried again: loads of all are under way at once, without branches.
+  // Past the end, the last block is tried again: so all loads are in flight at once, without branches.
   for (int begin = low / kLanes; begin < stop; begin += kAtOnce) {
 #pragma unroll
     for (int turn = 0; turn < kAtOnce; ++turn) {
@@ -74,10 +76,11 @@ __device__ int FindStart(const Slot& slot, const float* before, int j, float wit
       found = own * kLanes + lane;
     }
   }
-  // Bits of floats that are not negative are in the floats' order.
+  // The bits of floats that are not negative have the order of the floats.
   const unsigned best = __reduce_min_sync(kAll, __float_as_uint(least));
   const int index = __reduce_min_sync(kAll, __float_as_uint(least) == best ? found : high);
-  // Other candidates of its bounds' blocks are as good, but rounding must not exchange two blocks' starts.
+  // Candidates outside the bounds, in the blocks of the bounds, may be as good, but rounding must not exchange the
+  // starts of two blocks.
   return min(max(index, low), high);
 }
 
@@ -87,7 +90,7 @@ __device__ int FindBlockStart(const Slot& slot, const float* before, int block, 
   return FindStart(slot, before, j, within, min(low, high), high);
 }
 
-// Best starts of the intervals that end with each block. earlier: those of the layer before.
+// Finds the best starts of the intervals that end with each block. earlier: those of the layer before.
 __device__ void BlockStarts(const Slot& slot, const float* before, const int* earlier, int* starts) {
   const int warp = threadIdx.x / 32;
   const auto put = [&](int block, int start) {
@@ -115,14 +118,15 @@ struct Candidate {
   float error, distance, share, unused;
 };
 
-// The layer that follows `before`, in its place one further: after[j + 1] for every j. next: a counter at zero.
+// Fills the layer that follows `before`, one place further: after[j + 1] for every j. next: a counter at zero.
 __device__ void FillLayer(const Slot& slot, const float* before, const int* starts, float* after, Candidate* tile,
                           int* next) {
   const int lane = threadIdx.x % 32;
   if (threadIdx.x == 0) after[0] = 0;
   const auto take = [&] { return __shfl_sync(kAll, lane == 0 ? atomicAdd(next, 1) : 0, 0); };
   for (int b = take(); b < slot.blocks; b = take()) {
-    // The ends of two warps' runs are found apart, and may be exchanged where candidates are equal but for rounding.
+    // The ends of two warps' runs are found independently, and may be exchanged where candidates are equal but for
+    // rounding.
     const int start = starts[b], previous = b > 0 ? starts[b - 1] : 0, own = b * kLanes;
     const int low = min(previous, start), high = max(previous, start);
     float least = CUDART_INF_F, run_least = CUDART_INF_F, error = 0, distance = 0, share = 0;
@@ -142,7 +146,7 @@ __device__ void FillLayer(const Slot& slot, const float* before, const int* star
       __syncwarp();
       tile[lane] = {before[i] + cut.error[i], cut.distance[i], cut.share[i], 0};
       __syncwarp();
-      // Whole turns, which overlap each other's latency: that one or other candidate is beyond the bounds does no harm.
+      // Whole turns, which hide each other's latency: a candidate or two beyond the bounds do no harm.
       const int end = min(high - block * kLanes + 1, kLanes);
       for (int begin = max(low - block * kLanes, 0) / kTurn * kTurn; begin < end; begin += kTurn) {
 #pragma unroll
@@ -163,21 +167,21 @@ __device__ void FillLayer(const Slot& slot, const float* before, const int* star
   __syncthreads();
 }
 
-// Clusters of the slot's row, at most layers + 1: their first values' indices, the last cluster's first, to the number
-// that is returned; by one warp.
+// Finds the clusters of the slot's row, at most layers + 1, by one warp. Returns their number, and fills `firsts` with
+// the index of each cluster's first value, beginning with the last cluster.
 __device__ int Backtrack(const Slot& slot, int* firsts) {
   const int lane = threadIdx.x % 32;
   int count = 0, last = slot.length - 1;
   for (int m = slot.layers - 1; m >= 0 && last >= 0; --m) {
     const float* const before = slot.before + int64_t{m} * slot.stride;
     const int b = last / kLanes, own = b * kLanes;
-    // The topmost layer's own starts aren't known.
+    // The topmost layer has no starts of its own.
     const bool solved = m + 1 < slot.layers;
     const int* const starts = slot.starts + (solved ? m + 1 : m) * slot.blocks;
     const int low = b > 0 ? starts[b - 1] : 0, high = solved ? min(starts[b], last) : last;
     float within = CUDART_INF_F;
     if (high >= own) {
-      // Every lane adds the values from `last` down to its own.
+      // Each lane adds the values from `last` down to its own.
       Part part{0, 0, 0};
       for (int j = last; j >= own; --j) {
         if (own + lane <= j) Add(part, static_cast<double>(slot.x[last]) - slot.x[j], slot.w[j]);
@@ -197,7 +201,7 @@ __device__ int Backtrack(const Slot& slot, int* firsts) {
   return count;
 }
 
-// Fills `before` of all layers, and `starts`.
+// Fills `before` for all layers, and `starts`.
 __device__ void SolveLayers(const Slot& slot, Candidate* tile, int* next) {
   for (int b = threadIdx.x; b < slot.blocks; b += kThreads) slot.starts[b] = 0;
   if (slot.layers > 0) {

@@ -1,4 +1,4 @@
-// XLA's way in to the k-means solver: checks what Python passed before anything is launched.
+// XLA's entry point to the k-means solver: it checks what Python passed before it launches anything.
 #include <climits>
 #include <string_view>
 
@@ -14,7 +14,7 @@ constexpr std::string_view kTarget = "any4_cuda_kmeans";
 
 ffi::Error Invalid(std::string_view what) { return any4::Invalid(kTarget, what); }
 
-// `weights` of no elements stand for absent ones; [K] are every row's.
+// `weights` are absent where they have no elements; weights [K] serve every row.
 ffi::Error KMeans(cudaStream_t stream, ffi::ScratchAllocator scratch, ffi::Buffer<ffi::F32> rows,
                   ffi::Buffer<ffi::F32> weights, ffi::Result<ffi::Buffer<ffi::F32>> centroids,
                   ffi::Result<ffi::Buffer<ffi::U8>> codes, ffi::Result<ffi::Buffer<ffi::F32>> inertia) {

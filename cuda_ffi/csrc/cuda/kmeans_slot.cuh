@@ -1,7 +1,7 @@
-// The memory that a row is solved in.
+// The memory in which a row is solved.
 //
-// It lies in device memory, for any length of row: of what a layer of the dynamic program reads, some hundred kilobytes,
-// the caches keep the most. Shared memory would hold rows of 4096 values on Hopper, and on no other.
+// It is device memory, for rows of any length: a layer of the dynamic program reads some hundred kilobytes, most of
+// which stay in the caches. Shared memory would hold rows of 4096 values on Hopper, and on no other GPU.
 #pragma once
 
 #include <cstdint>
@@ -11,14 +11,14 @@
 namespace any4 {
 
 constexpr int kThreads = 1024, kWarps = kThreads / 32;
-// Values whose intervals are cut at the same points: one a lane.
+// The values of a block, whose intervals are cut at the same points: one per lane.
 constexpr int kLanes = 32;
 constexpr unsigned kAll = 0xffffffffu;
 // Stands in for an empty weight in denominators; the heaviest weight lies in [1, 2).
 constexpr float kEmpty = 1e-30f;
 
-// Of the intervals from each position to one reference point: the squared error, the distance of the mean from that
-// point, and 1 / weight, which is what joining two intervals takes.
+// For the interval from each position to a reference point: its squared error, the distance of its mean from that
+// point, and 1 / weight, which are what joining two intervals takes.
 struct Moments {
   float* error;
   float* distance;
@@ -35,20 +35,21 @@ struct Slot {
   int length, blocks, size, layers;
   float* x;  // [size + 1], ascending, the last value repeated
   float* w;  // [size], 0 past the row's end
-  // [levels, size]: at level q, from each position to the middle of its segment of 2^(q + 1) blocks, measured from
-  // there.
+  // [levels, size]: at level q, the intervals from each position to the middle of its segment of 2^(q + 1) blocks, with
+  // distances from there.
   Moments cut;
-  // From a segment's first value to each position, and from each position to the first value after the segment.
+  // The intervals from a segment's first value to each position, and from each position to the first value after the
+  // segment.
   Growing head, tail;
-  uint64_t* entries;    // where `head` and `tail` will be: the row while it is sorted
+  uint64_t* entries;    // the row while it is sorted, where `head` and `tail` will be
   float* to_block_end;  // [size], errors of [j, end of j's block]
   // before[m * stride + i]: the least error of the first i values in at most m + 1 clusters.
   float* before;
   int stride;
-  // [layers + 1, blocks]: starts of the last cluster of the values up to each block's end; those of layer 0 are 0.
+  // [layers + 1, blocks]: the start of the last cluster of the values up to each block's end; in layer 0 it is 0.
   int* starts;
 
-  // Lays everything out in memory aligned to 128 bytes, and returns how many bytes it takes.
+  // Lays everything out in `memory`, which is aligned to 128 bytes, and returns how many bytes it takes.
   __host__ __device__ int64_t Place(char* memory, int row_length, int clusters) {
     length = row_length;
     blocks = (length + kLanes - 1) / kLanes;
@@ -68,7 +69,7 @@ struct Slot {
     cut = {take(cuts), take(cuts), take(cuts)};
     head = {{take(size), take(size), take(size)}, take(size)};
     tail = {{take(size), take(size), take(size)}, take(size)};
-    // As many as the power of two at or above the length: at most half of head and tail.
+    // There are as many entries as the power of two at or above the length: they take at most half of head and tail.
     entries = reinterpret_cast<uint64_t*>(head.error);
     to_block_end = take(size);
     stride = size + kLanes;

@@ -1,4 +1,4 @@
-// A row scaled and sorted on the way in.
+// Scales a row and sorts it into its slot.
 #pragma once
 
 #include "kmeans_slot.cuh"
@@ -14,10 +14,10 @@ struct Scaling {
   float unit;     // of the values; dividing by it is exact
   float weights;  // unit of the weights
   bool finite;
-  bool weighted;  // false where the weights, if any, are to be ignored: all zero, or NaN among them
+  bool weighted;  // false where there are no weights or they are ignored, as they are all zero or include NaN
 };
 
-// Largest power of two not above a magnitude, 1 for zero.
+// The largest power of two that is not above a magnitude; 1 for zero.
 __device__ float PowerOfTwo(int bits) { return bits & kInfinityBits ? __int_as_float(bits & kInfinityBits) : 1.0f; }
 
 __device__ int BlockMaximum(int value, int* shared) {
@@ -41,7 +41,7 @@ __device__ Scaling ScalingOf(const float* values, const float* weights, int leng
           largest < kInfinityBits && !(weighted && heaviest == kInfinityBits), weighted};
 }
 
-// Order of the keys as unsigned numbers is the order of the values; 0 and -0 are made equal.
+// Keys, as unsigned numbers, have the order of their values; 0 and -0 have equal keys.
 __device__ uint32_t KeyOf(float value) {
   const uint32_t bits = __float_as_uint(value + 0.0f);
   return bits ^ (bits >> 31 ? 0xffffffffu : 0x80000000u);
@@ -52,7 +52,7 @@ __device__ float ValueOf(uint64_t entry) {
   return __uint_as_float(key ^ (key >> 31 ? 0x80000000u : 0xffffffffu));
 }
 
-// One stage of a bitonic sort (Batcher, 1968) of `count` entries, which are numbers `base` and on of the whole.
+// One stage of a bitonic sort (Batcher, 1968) of `count` entries, the first of which is number `base` of the whole.
 __device__ void Exchange(uint64_t* entries, int count, int base, int span, int stride) {
   for (int pair = threadIdx.x; pair < count / 2; pair += kThreads) {
     const int i = 2 * pair - (pair & (stride - 1)), j = i + stride;
@@ -65,7 +65,7 @@ __device__ void Exchange(uint64_t* entries, int count, int base, int span, int s
   __syncthreads();
 }
 
-// The stages within chunks of the sorts of segments from `first` to `last` entries.
+// Runs the stages that stay within chunks, of the sorts of segments of `first` to `last` entries.
 __device__ void SortChunks(uint64_t* entries, int count, int first, int last, uint64_t* chunk) {
   const int size = min(count, kChunk);
   for (int base = 0; base < count; base += size) {
@@ -79,8 +79,8 @@ __device__ void SortChunks(uint64_t* entries, int count, int first, int last, ui
   }
 }
 
-// x and w of the slot. Entries are values and weights together, so that equal values' order doesn't depend on the
-// row's.
+// Fills x and w of the slot. An entry is a value together with its weight, so that the order of equal values doesn't
+// depend on their order in the row.
 __device__ void SortRow(const float* values, const float* weights, const Scaling& scaling, const Slot& slot,
                         uint64_t* chunk) {
   int count = 2;

@@ -1,6 +1,7 @@
-// Squared errors of all intervals of a sorted row, in float32 without cancellation (any4_jax/clustering/intervals.py
-// has the idea): an interval is cut at a point that depends on its ends only, and its parts' moments are kept as
-// distances from that point, sums of terms of one sign. The smallest segments are blocks of a warp's 32 values.
+// The squared errors of all intervals of a sorted row, in float32 without cancellation.
+// any4_jax/clustering/intervals.py explains the idea: an interval is cut at a point that depends only on its ends, and
+// the moments of its parts are kept as distances from that point, which are sums of terms of one sign. The smallest
+// segments are blocks of a warp's 32 values.
 #pragma once
 
 #include "kmeans_slot.cuh"
@@ -8,8 +9,8 @@
 namespace any4 {
 namespace {
 
-// Of some neighbouring values, the mean measured from a point near them. Double, since differences of such means are
-// taken: in float32 they would lose clusters much tighter than a block is wide.
+// The moments of some neighbouring values; the mean is measured from a point near them. In double, since such means are
+// subtracted from each other: float32 would lose clusters that are much tighter than a block is wide.
 struct Part {
   double weight, mean, error;
 };
@@ -28,7 +29,7 @@ __device__ void StorePart(const Growing& all, int j, const Part& part, double di
   all.weight[j] = static_cast<float>(part.weight);
 }
 
-// Heads, tails and errors to the end of a block, a warp a block.
+// Fills heads, tails and the errors to the end of a block; each warp takes a block at a time.
 __device__ void BlockMoments(const Slot& slot) {
   const int lane = threadIdx.x % 32;
   for (int b = threadIdx.x / 32; b < slot.blocks; b += kWarps) {
@@ -49,8 +50,8 @@ __device__ void BlockMoments(const Slot& slot) {
   }
 }
 
-// Joins to the interval of position j another one, `near`, on the side of the new reference point. near's mean lies
-// near_distance from that point and near_from_old from the old one; the two lie `gap` apart.
+// Joins another interval, `near`, to the interval of position j, on the side of the new reference point. The mean of
+// `near` lies near_distance from that point and near_from_old from the old one; the two points lie `gap` apart.
 __device__ void Grow(const Growing& all, int j, float near_weight, float near_error, float near_distance,
                      float near_from_old, float gap) {
   const float weight = all.weight[j], distance = all.distance[j];
@@ -64,7 +65,7 @@ __device__ void Grow(const Growing& all, int j, float near_weight, float near_er
   all.weight[j] = total;
 }
 
-// Fills everything of the slot that x and w determine.
+// Fills all that x and w determine in the slot.
 __device__ void BuildTable(const Slot& slot) {
   BlockMoments(slot);
   Moments cut = slot.cut;
@@ -76,14 +77,14 @@ __device__ void BuildTable(const Slot& slot) {
       cut.share[j] = from.share[j];
     }
     __syncthreads();
-    // What others read here of head, tail and cut, none writes before the next level's barrier.
+    // No thread writes what others read here of head, tail and cut before the next level's barrier.
     for (int j = threadIdx.x; j < slot.size; j += kThreads) {
       const int start = j & ~(2 * half - 1), middle = start + half, end = min(middle + half, slot.size);
       if (j & half) {
         Grow(slot.head, j, slot.head.weight[middle - 1], slot.head.error[middle - 1], slot.head.distance[middle - 1],
              cut.distance[start], slot.x[middle] - slot.x[start]);
       } else if (middle + half <= slot.size) {
-        // A segment that the row's end cuts short is never the first half of a larger one, so needs no tail.
+        // A segment that the row's end cuts short is never the first half of a larger one, so it needs no tail.
         Grow(slot.tail, j, slot.tail.weight[middle], slot.tail.error[middle], slot.tail.distance[middle],
              cut.distance[end - 1], slot.x[end] - slot.x[middle]);
       }

@@ -1,4 +1,4 @@
-// W as a dense matrix, for products of so many rows that a dense one is faster.
+// Decodes W to a dense matrix, for products of so many rows of x that the dense product is faster.
 #include "lut_general.cuh"
 #include "lut_product.h"
 
@@ -15,7 +15,7 @@ __device__ __forceinline__ float2 ToFloats(uint32_t pair, const __half*) {
   return __half22float2(reinterpret_cast<const __half2&>(pair));
 }
 
-// The codes of eight inputs, in the place of a lane's first.
+// Loads the codes of eight inputs to where Decoder looks for a lane's first eight.
 template <int kBits>
 __device__ __forceinline__ void LoadEight(const LutWeight& w, int64_t at, uint32_t (&words)[kBits]) {
   if constexpr (kBits == 8) {
@@ -29,8 +29,8 @@ __device__ __forceinline__ void LoadEight(const LutWeight& w, int64_t at, uint32
   }
 }
 
-// A warp takes kSteps * kInputsOfStep inputs of a row, eight a lane and step: so its stores are 512 contiguous bytes,
-// and the loads of all steps are under way at once. Group number: input >> group_shift.
+// A warp takes kSteps * kInputsOfStep inputs of a row, eight per lane and step, so that it stores 512 contiguous bytes
+// and the loads of all steps are in flight at once. The group of an input is input >> group_shift.
 template <typename T, int kBits>
 __global__ void __launch_bounds__(32 * kRowsOfBlock)
     Dequantize(const __grid_constant__ LutWeight stack, T* out, const int group_shift) {
@@ -44,7 +44,7 @@ __global__ void __launch_bounds__(32 * kRowsOfBlock)
     const int64_t input = first + i * kInputsOfStep;
     if (input >= w.k) break;
     LoadEight<kBits>(w, row * w.k + input, words[i]);
-    // Inputs that fill up the last row have no group of their own.
+    // Inputs that pad the row have no group of their own.
     const int64_t group = row * w.groups + min(input >> group_shift, w.groups - 1);
     scales[i] = LoadRaw(w.scales, w.scale_type, group);
     if (w.offsets != nullptr) offsets[i] = LoadRaw(w.offsets, w.offset_type, group);

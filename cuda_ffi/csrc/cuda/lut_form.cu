@@ -20,7 +20,7 @@ bool IsForTurns(const LutForm& form) {
 }
 
 bool IsForWide(const LutForm& form) {
-  // Rows of y begin at multiples of 16 bytes, as those of x and of codes do, whose k % 32 == 0.
+  // n % 8 == 0 lets rows of y begin at multiples of 16 bytes; those of x and of codes do so, since k % 32 == 0.
   if (form.bits != 4 || form.group_size < 32 || form.n % 8 != 0) return false;
   const bool exponents = form.scale_type == Type::kE8m0 && form.type == Type::kBfloat16;
   const bool halves = form.scale_type == Type::kFloat16 && form.type == Type::kFloat16;

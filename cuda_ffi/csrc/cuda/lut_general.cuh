@@ -1,5 +1,5 @@
-// The product for any weight: 2-, 3-, 4- and 8-bit codes, groups of 16, 32, 64, 128 inputs and so on, scales of every
-// stored type, any n; k % 32 == 0.
+// LutGeneral: the product for any weight: codes of 2, 3, 4 and 8 bits, groups of 16, 32, 64, 128, ... inputs, scales of
+// every stored type, any n; k % 32 == 0.
 #pragma once
 
 #include "lut_stack.cuh"
@@ -7,8 +7,8 @@
 
 namespace any4 {
 
-// Number `at` of an array of scales or offsets, as it is stored; the load is apart from the conversion, which would
-// wait for it.
+// Element `at` of an array of scales or offsets, as it is stored. Loading is separate from converting, which would wait
+// for the load.
 __device__ __forceinline__ uint32_t LoadRaw(const void* stored, Type type, int64_t at) {
   switch (type) {
     case Type::kFloat32: return __ldg(static_cast<const uint32_t*>(stored) + at);
@@ -28,7 +28,7 @@ __device__ __forceinline__ float FromRaw(uint32_t raw, Type type) {
 
 constexpr int kGeneralColumns = 8;
 
-// A block takes 16 rows of W and eight columns of work.
+// A block takes 16 rows of W and eight columns of work; a warp's turn is one tile.
 template <typename T, int kBits>
 __global__ void __launch_bounds__(256, 2)
     LutGeneral(const __grid_constant__ LutBatch batch, const Shares shares, const T* x, const Columns columns) {
@@ -39,12 +39,12 @@ __global__ void __launch_bounds__(256, 2)
   const int64_t first_row = static_cast<int64_t>(mine.block) * kTileRows;
   const int split = columns.split, last_group = (1 << split) - 1;
   const int first_m = (blockIdx.y * kGeneralColumns) >> split;
-  // Rows past the end repeat the last and are not stored.
+  // Rows past the end repeat the last row and are not stored.
   const int64_t rows[2] = {min(first_row + g, w.n - 1), min(first_row + g + 8, w.n - 1)};
   const Turns turns(shares);
   const bool with_offsets = w.offsets != nullptr, summed = with_offsets || kBits == 8;
 
-  uint32_t words[2][2][kBits] = {};  // of this turn and of the next
+  uint32_t words[2][2][kBits] = {};  // codes of this turn and of the next
   const auto load = [&](int tile, uint32_t(&codes)[2][kBits]) {
     const int64_t input = static_cast<int64_t>(tile) * kTileInputs + 32 * t;
     if (tile < turns.end && input < w.k) {
@@ -57,7 +57,7 @@ __global__ void __launch_bounds__(256, 2)
   table[0].Load(w, rows[0]);
   table[1].Load(w, rows[1]);
 
-  // Whether column g is a group that holds the first, and the second, 16 of this lane's inputs.
+  // Whether the group of column g holds the first 16, and the last 16, of this lane's inputs.
   const int of_x = first_m + (g >> split);
   const bool seen[2] = {of_x < columns.m && (32 * t) >> (7 - split) == (g & last_group),
                         of_x < columns.m && (32 * t + 16) >> (7 - split) == (g & last_group)};

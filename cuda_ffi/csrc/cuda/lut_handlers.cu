@@ -1,4 +1,4 @@
-// XLA's way in: checks what Python passed before anything is launched.
+// XLA's entry points: they check what Python passed before they launch anything.
 #include <optional>
 #include <string_view>
 #include <vector>
@@ -31,11 +31,11 @@ constexpr std::string_view kTarget = "any4_cuda_lut";
 
 ffi::Error Invalid(std::string_view what) { return any4::Invalid(kTarget, what); }
 
-// Of each matrix: codes, high, lut, scales, offsets, index. `high`, `offsets` and `index` of no elements stand for
-// absent ones; the others have a leading axis, the stack.
+// The operands of each matrix: codes, high, lut, scales, offsets, index. `high`, `offsets` and `index` are absent where
+// they have no elements; all but `index` have a leading axis, the stack.
 constexpr size_t kOperands = 6;
 
-// A weight of k inputs whose operands begin at `first`, of tables that values of `type` come from.
+// The weight of k inputs whose operands begin at `first`, to be decoded to `type`.
 ffi::ErrorOr<any4::LutWeight> WeightOf(const ffi::RemainingArgs& operands, size_t first, int64_t k, int64_t bits,
                                        int64_t group_size, any4::Type type) {
   const auto invalid = [](std::string_view what) { return ffi::Unexpected(Invalid(what)); };
@@ -43,7 +43,8 @@ ffi::ErrorOr<any4::LutWeight> WeightOf(const ffi::RemainingArgs& operands, size_
   const ffi::AnyBuffer codes = operand(0), high = operand(1), lut = operand(2), scales = operand(3),
                        offsets = operand(4), index = operand(5);
   if (bits != 2 && bits != 3 && bits != 4 && bits != 8) return invalid("need codes of 2, 3, 4 or 8 bits");
-  // A group below k starts and ends with 16 inputs of a lane, and the groups of a tile are a power of two.
+  // A group smaller than the row starts and ends at multiples of 16 inputs, half of a lane's, and a tile holds a power
+  // of two of such groups.
   const bool whole = group_size >= k, power = group_size >= 16 && (group_size & (group_size - 1)) == 0;
   if (k % 32 != 0 || !(whole || power)) return invalid("need k % 32 == 0, and groups of a power of two from 16 on");
   if (codes.dimensions().size() != 3 || lut.dimensions().size() != 3 || scales.dimensions().size() != 3) {
@@ -54,7 +55,7 @@ ffi::ErrorOr<any4::LutWeight> WeightOf(const ffi::RemainingArgs& operands, size_
   w.n = codes.dimensions()[1];
   w.k = k;
   w.groups = scales.dimensions()[2];
-  // Up to 31 inputs may be there to fill up the row; they need no group.
+  // Up to 31 inputs may pad the row; they need no group.
   const auto groups = [&](int64_t inputs) { return whole ? 1 : (inputs + group_size - 1) / group_size; };
   const bool one = lut.dimensions()[1] == 1;
   const bool with_high = bits == 3, with_offsets = offsets.element_count() > 0;
@@ -86,7 +87,7 @@ ffi::ErrorOr<any4::LutWeight> WeightOf(const ffi::RemainingArgs& operands, size_
   return w;
 }
 
-// (x, matrix...) -> y of each.
+// (x, matrix...) -> y for each matrix.
 ffi::Error Products(cudaStream_t stream, ffi::RemainingArgs operands, ffi::RemainingRets results, int64_t bits,
                     int64_t group_size) {
   if (results.size() == 0 || operands.size() != 1 + kOperands * results.size()) {

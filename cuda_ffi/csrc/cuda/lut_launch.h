@@ -1,4 +1,4 @@
-// The two kinds of kernel behind LutProducts.
+// What LutProducts launches where LutWide isn't taken: LutTurns, or LutGeneral for weights that LutTurns doesn't take.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -9,7 +9,7 @@
 
 namespace any4 {
 
-// A launch: up to kMostTogether weights that are alike in what an instance of the kernel is made for.
+// A launch: up to kMostTogether weights that one instance of the kernel serves.
 struct LutLaunch {
   const LutWeight* ws;
   void* const* ys;
@@ -21,17 +21,17 @@ struct LutLaunch {
   Type type;
 
   int64_t k() const { return ws[0].k; }
-  // Blocks of `rows` rows that the weights' rows fill.
+  // The number of blocks of `rows` rows that hold the weights' rows.
   int64_t Blocks(int64_t rows) const;
-  // The kernel's argument for blocks of so many rows.
+  // The kernel's argument for blocks of `rows` rows.
   LutBatch Batch(int64_t rows) const;
 };
 
-// Warps that share a block's inputs: few blocks need more warps each to fill the multiprocessors, of which each has
-// room for `resident` warps of the kernel. A divisor of kShares, and no more than there are turns.
+// The number of warps that split a block's inputs: a divisor of kShares, and no more than there are turns. The fewer
+// the blocks, the more warps each needs to fill the multiprocessors; one has room for `resident` warps of the kernel.
 int WarpsOfBlock(int64_t blocks, int64_t turns, int resident);
 
-// LutTurns, by the type of x, and of bfloat16 by the width of codes.
+// LutTurns, by the type of x, and for bfloat16 by the width of the codes: 4 bits, and the other widths.
 cudaError_t LaunchTurnsBfloat16(const LutLaunch& launch, cudaStream_t stream);
 cudaError_t LaunchTurnsFloat16(const LutLaunch& launch, cudaStream_t stream);
 cudaError_t LaunchTurnsWidths(const LutLaunch& launch, cudaStream_t stream);

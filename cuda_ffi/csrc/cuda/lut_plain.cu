@@ -1,9 +1,9 @@
 // The product as a C function, for callers that have device pointers and a stream but no XLA: a benchmark that captures
-// launches in a graph of its own, as it does those of other libraries.
+// launches in its own graph, as it does for other libraries.
 #include "lut_product.h"
 
-// y [m, n] = x [m, k] W^T, all floating arrays in bfloat16, codes of 4 bits; lut has a table for each row of W, or one
-// if `one_table`; offsets may be null. Returns the error that the launch gave, 0 for none.
+// y [m, n] = x [m, k] W^T, with all floating arrays in bfloat16 and 4-bit codes. `lut` holds a table for each row of W,
+// or a single one if `one_table` is set; `offsets` may be null. Returns the launch's error, 0 for none.
 extern "C" int any4_cuda_lut_product_plain(const void* x, int64_t m, const void* codes, const void* lut,
                                            const void* scales, const void* offsets, void* y, int64_t n, int64_t k,
                                            int64_t group_size, int one_table, cudaStream_t stream) {

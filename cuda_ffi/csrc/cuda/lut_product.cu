@@ -1,5 +1,5 @@
-// LutProducts: the kernel for many rows of x where there is one, the kernel for turns where the operands allow it, else
-// the general one, whose grid is chosen here.
+// LutProducts: chooses LutWide for many rows of x where it runs, else LutTurns where it takes the operands, else
+// LutGeneral, whose grid is set here.
 #include "lut_product.h"
 
 #include <algorithm>
@@ -79,7 +79,7 @@ cudaError_t LutProducts(const LutWeight* ws, void* const* ys, int count, int bit
   const auto form = [&](int i) { return FormOf(ws[i], bits, group_size, type); };
   const auto for_turns = [&](int i) { return IsForTurns(form(i)); };
   const auto wide = [&](int i) { return WideLaunch{ws[i], ys[i], group_size, x, m, type}; };
-  // Up to so many rows the other kernels, which decode a weight once for 32 or for eight, are faster.
+  // Up to so many rows the other kernels are faster: they decode a weight once for 32 rows (LutTurns) or for 8.
   const auto for_wide = [&](int i) {
     return m > (for_turns(i) ? 32 : 8) && IsForWide(form(i)) && CanLaunchWide(wide(i));
   };
@@ -91,7 +91,7 @@ cudaError_t LutProducts(const LutWeight* ws, void* const* ys, int count, int bit
   for (int first = 0, last; first < count; first = last) {
     last = first + 1;
     if (for_wide(first)) {
-      // Each by itself: it fills the GPU, and its bits don't depend on the others.
+      // Each weight has its own launch: it fills the GPU, and its bits don't depend on the others.
       const cudaError_t error = LaunchWide(wide(first), stream);
       if (error != cudaSuccess) return error;
       continue;

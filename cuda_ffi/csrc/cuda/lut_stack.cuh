@@ -1,4 +1,4 @@
-// Which matrix of a launch a block works on, and which of a stack that is.
+// Which matrix of a launch a block works on, and where in its stack that matrix lies.
 #pragma once
 
 #include <cstdint>
@@ -11,14 +11,14 @@ __host__ __device__ __forceinline__ int64_t BytesOf(Type type) {
   return type == Type::kE8m0 ? 1 : type == Type::kFloat32 ? 4 : 2;
 }
 
-// Which matrix of the stack `index` names. It is read here, by the kernel: so a loop over layers takes each where it
-// lies.
+// The number of the matrix in the stack. The kernel reads it from the device, so that a loop over layers multiplies
+// each matrix where it lies.
 __device__ __forceinline__ int64_t IndexOf(const LutWeight& w) {
   if (w.index == nullptr) return 0;
   return min(max(static_cast<int64_t>(__ldg(w.index)), int64_t{0}), w.stack - 1);
 }
 
-// The weight with its pointers at that matrix.
+// The weight with its pointers moved to that matrix.
 template <int kBits>
 __device__ __forceinline__ LutWeight TakeOfStack(LutWeight w) {
   if (w.index == nullptr) return w;
@@ -33,7 +33,7 @@ __device__ __forceinline__ LutWeight TakeOfStack(LutWeight w) {
   return w;
 }
 
-// A block's part of the batch: its weight, where its result goes, and its number among the weight's blocks.
+// A block's part of the batch: its weight, where the result goes, and the block's number among the weight's blocks.
 struct Part {
   LutWeight w;
   void* y;

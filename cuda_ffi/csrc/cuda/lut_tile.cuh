@@ -1,10 +1,10 @@
-// What the kernels of y = x W^T have in common.
+// What LutTurns and LutGeneral share.
 //
-// A tile is 16 rows of W by 128 inputs, the work of a warp's turn. Lane 4 g + t decodes the 32 inputs from 32 t on of
-// rows g and g + 8: of 4-bit codes 16 bytes a row, as they are stored. The order of inputs within a tensor core's
-// product is free as long as W and x agree: step i of a tile takes inputs 32 t + 4 i to 32 t + 4 i + 3 of each t, so
-// that the fragments of x are 16-byte loads too and need no shared memory. The warps of a block share out the inputs
-// of its rows and add up their sums in a fixed order.
+// A tile is 16 rows of W by 128 inputs. A warp takes one or more at a turn. Lane 4 g + t decodes inputs 32 t to
+// 32 t + 31 of rows g and g + 8; with 4-bit codes these are 16 bytes per row, as stored. The order of inputs within a
+// tensor core's product is free as long as W and x agree: step i of a tile takes inputs 32 t + 4 i to 32 t + 4 i + 3 of
+// each t, so that the fragments of x are 16-byte loads too and need no shared memory. The warps of a block split the
+// inputs of its rows and add their sums in a fixed order.
 #pragma once
 
 #include <cstdint>
@@ -18,15 +18,15 @@ namespace any4 {
 
 constexpr int kTileRows = 16, kTileInputs = 128;
 
-// How columns of work come from rows of x. Where a tile holds 2^split groups, each row of x takes 2^split columns, one
-// for each group, which see zeros in place of the other groups' inputs: so every column keeps to one scale.
+// How rows of x become columns of work. Where a tile holds 2^split groups, each row of x takes 2^split columns, one for
+// each group, with zeros in place of the other groups' inputs: every column then has one scale per row of W.
 struct Columns {
   int m;            // rows of x
   int split;        // log2 of the groups in a tile; 0 where a group holds whole tiles
   int group_shift;  // log2 of the tiles in a group where split is 0
 };
 
-// The codes that a lane holds of a row and tile: 32 from `input` on.
+// Loads a lane's codes of a row and tile: the 32 from `input` on.
 template <int kBits>
 __device__ __forceinline__ void LoadCodes(const LutWeight& w, int64_t row, int64_t input, uint32_t (&words)[kBits]) {
   if constexpr (kBits == 4 || kBits == 8) {
@@ -43,7 +43,7 @@ __device__ __forceinline__ void LoadCodes(const LutWeight& w, int64_t row, int64
   }
 }
 
-// part += tile x for eight inputs a lane, of eight columns.
+// part += tile x, for eight inputs per lane and eight columns.
 template <typename T>
 __device__ __forceinline__ void AddProducts(float (&part)[4], const uint32_t (&top)[4], const uint32_t (&bottom)[4],
                                             const uint4& x) {
@@ -51,17 +51,17 @@ __device__ __forceinline__ void AddProducts(float (&part)[4], const uint32_t (&t
   TensorProduct<T>(part, top[2], bottom[2], top[3], bottom[3], x.z, x.w);
 }
 
-// sum += ones x: what offsets are multiplied with. Tensor cores have time to spare, other pipes have not.
+// sum += ones x, which the offsets are multiplied by. Tensor cores have time to spare; the other pipes do not.
 template <typename T>
 __device__ __forceinline__ void AddInputs(float (&sum)[4], uint32_t x0, uint32_t x1) {
   constexpr uint32_t ones = std::is_same_v<T, __half> ? 0x3C003C00u : 0x3F803F80u;
   TensorProduct<T>(sum, ones, ones, ones, ones, x0, x1);
 }
 
-// From a column of kept sums to the next: 20, not 16, so that the eight rows of four lanes fall on different banks.
+// From one column of kept sums to the next: 20, not 16, so that the eight rows of four lanes fall on different banks.
 constexpr int kColumn = kTileRows + 4;
 
-// A lane's corner of the sums, in the layout of TensorProduct, to shared memory [column, row].
+// Stores a lane's part of the sums, which have the layout of TensorProduct, to shared memory [column, row].
 template <int kCount>
 __device__ __forceinline__ void KeepSums(const float (&sums)[kCount / 8][4], float* partial) {
   const int g = threadIdx.x / 4, t = threadIdx.x % 4;
@@ -75,7 +75,7 @@ __device__ __forceinline__ void KeepSums(const float (&sums)[kCount / 8][4], flo
   }
 }
 
-// The same of a single row of x, whose columns are its groups: their sum.
+// The same for a single row of x, whose columns are its groups: stores the sum of the columns.
 __device__ __forceinline__ void KeepSum(const float (&sums)[4], float* partial) {
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
@@ -86,8 +86,8 @@ __device__ __forceinline__ void KeepSum(const float (&sums)[4], float* partial) 
   }
 }
 
-// Adds up what was kept of each share, [shares, tiles, count, kColumn], and stores it; each row of x has `per_row`
-// columns.
+// Adds up the sums that were kept for each share, [shares, tiles, count, kColumn], and stores the result. Each row of x
+// has `per_row` columns.
 template <typename T>
 __device__ __forceinline__ void StoreSums(const float* partial, int shares, int count, int tiles, int per_row,
                                           int first_m, int m, int64_t first_row, int64_t n, T* y) {
@@ -105,10 +105,10 @@ __device__ __forceinline__ void StoreSums(const float* partial, int shares, int 
   }
 }
 
-// The turns of a warp.
+// The turns that a warp takes.
 struct Turns {
   int begin, end;
-  int share;  // the first of its shares
+  int share;  // the warp's first
 
   __device__ __forceinline__ explicit Turns(const Shares& shares) {
     share = threadIdx.y * shares.of_warp;

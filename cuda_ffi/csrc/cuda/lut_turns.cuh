@@ -1,6 +1,50 @@
-// The product for the weights of most models, at full speed: bfloat16 x; groups of 128, 256, ... or a row, and of 4-bit
-// codes also of 32 and 64; scales in bfloat16 (of 4-bit codes in groups of 32 without offsets also e8m0) and offsets in
-// bfloat16; k a multiple of 256 and n of 32. For float16 x there are 4-bit codes in groups of 128.
+// LutTurns: the product for few rows of x, fast for the weights of most models; lut_turns.md has what was measured.
+//
+// It takes k that is a multiple of 256, n that is a multiple of 32, scales and offsets in bfloat16, and
+//   x in bfloat16 with codes of 2, 3, 4 and 8 bits in groups of 128, 256, ... or a row; with 4-bit codes also groups of
+//     64 and 32, and in groups of 32 without offsets also e8m0 scales;
+//   x in float16 with 4-bit codes in groups of 128.
+//
+// A block computes 16 kTiles rows of W by kCount rows of x. Its warps split the inputs; here 4 warps split k = 2048:
+//
+//   inputs   0       256     512     768     1024    1280    1536    1792    2048
+//   turns    |   0   |   1   |   2   |   3   |   4   |   5   |   6   |   7   |    of two tiles, 128 inputs each
+//   shares   |   0   |   1   |   2   |   3   |   4   |   5   |   6   |   7   |    at most kShares, here of one turn
+//   warps    |       0       |       1       |       2       |       3       |
+//
+// Each warp loads, decodes and multiplies on its own, tile after tile:
+//
+//   global memory   codes                  x                     scales, offsets
+//                     |                    |                       |
+//   load              | when the tile two  | when needed           | at the end of the
+//                     | before is done     |                       | turn before
+//                     v                    v                       v
+//   registers       words[2]             v[kAhead]               scale, offset
+//                     |                    |                       |
+//   decode            | PRMT; rows 0-7 by  |                       |
+//                     | the table of pairs |                       |
+//                     | where there is one |                       |
+//                     v                    |                       |
+//                   top, bottom            |                       |
+//                     |                    |                       |
+//   multiply          +------> mma <-------+                       |
+//                               |                                  |
+//                             part, sum: of a tile's inputs        |
+//                               |        that are in one group     |
+//                               |                                  |
+//   scale                       +-------------> fma <--------------+
+//                                                |
+//                                              sums: of a share
+//                                                |
+//   keep                                         | at the end of each share
+//                                                v
+//   shared memory   table of pairs             kept [share][tile][column][row]
+//                                                |
+//   add                                          | all warps, in the order of shares
+//                                                v
+//   global memory                              y
+//
+// The warps meet at two __syncthreads(): when the table of pairs is filled, if there is one, and before they add.
 #pragma once
 
 #include "lut_stack.cuh"
@@ -8,17 +52,17 @@
 
 namespace any4 {
 
-// What an instance of the kernel is made for.
+// What an instance of the kernel is compiled for.
 //
-// kBits: of a code.
-// kCount: rows of x a block takes, 1 or a multiple of 8.
-// kTiles: tiles of 16 rows of W a warp decodes; two share the loads and the sums of x.
-// kGroups: groups in a tile of 128 inputs, or 0 for groups of that or larger: each tile then loads its own scale. Of a
-//   single row of x, each group has a column of its own, and so its own sums, which cost nothing, since the tensor core
-//   computes eight columns anyway. Of more rows, a group's inputs come one after the other: a lane then holds 16 or 8
-//   inputs in a row, not 32.
-// kOffsets: whether there are any.
-// kExponents: scales are e8m0, and not bfloat16.
+// kBits: bits of a code.
+// kCount: rows of x that a block takes, 1 or a multiple of 8.
+// kTiles: tiles of 16 rows of W that a warp decodes. Two tiles share the loads and the sums of x.
+// kGroups: groups in a tile of 128 inputs; 0 for groups of a tile or more, where each tile loads its own scale. With a
+//   single row of x, each group has a column of its own, and so its own sums, at no cost: the tensor core computes
+//   eight columns anyway. With more rows, the groups of a tile follow each other: a lane then holds 16 or 8 inputs in a
+//   row, not 32.
+// kOffsets: whether there are offsets.
+// kExponents: whether scales are e8m0, not bfloat16.
 template <int kBits_, int kCount_, int kTiles_, int kGroups_, bool kOffsets_, bool kExponents_ = false>
 struct TurnsOf {
   static constexpr int kBits = kBits_;
@@ -26,7 +70,7 @@ struct TurnsOf {
   static constexpr bool kOffsets = kOffsets_, kExponents = kExponents_;
 };
 
-// The lower or the upper of two scales or offsets.
+// The lower or the upper of the two scales or offsets in a word.
 template <bool kExponents>
 __device__ __forceinline__ float OneOf(uint32_t two, bool upper) {
   if constexpr (kExponents) {
@@ -36,7 +80,7 @@ __device__ __forceinline__ float OneOf(uint32_t two, bool upper) {
   return __uint_as_float(upper ? two & 0xFFFF0000u : two << 16);
 }
 
-// The codes of a lane in a tile: `kParts` pieces that lie 64 / kParts bytes apart.
+// Loads a lane's codes of a tile: `kParts` pieces, 64 / kParts bytes apart.
 template <int kParts>
 __device__ __forceinline__ void LoadPieces(const uint8_t* from, uint32_t (&to)[4]) {
   if constexpr (kParts == 1) {
@@ -51,12 +95,12 @@ __device__ __forceinline__ void LoadPieces(const uint8_t* from, uint32_t (&to)[4
   }
 }
 
-// With a single row of x and 4-bit codes, a table of pairs in shared memory decodes the upper half of a tile's rows and
-// PRMT the lower: either pipe alone is slower than memory. With more rows, loading x takes the former's time.
+// With a single row of x and 4-bit codes, a table of pairs in shared memory decodes the upper half of a tile's rows,
+// and PRMT the lower half: either pipe alone is slower than memory. With more rows, loading x takes the former's time.
 //
-// A turn is two tiles: a load of 32 bits brings two groups' scales. The launch bounds leave 128 registers or more, as a
-// warp needs them to overlap its steps; more warps of fewer registers were slower. Where kGroups is 0, a tile's group
-// is its number >> group_shift.
+// A turn is two tiles, so that one 32-bit load brings the scales of two groups. The launch bounds leave each thread 128
+// registers or more, without which a warp can't overlap its steps. Where kGroups is 0, the group of a tile is the
+// tile's number >> group_shift.
 template <typename T, typename Of>
 __global__ void __launch_bounds__(256, Of::kTiles == 1 ? 2 : 1)
     LutTurns(const __grid_constant__ LutBatch batch, const Shares shares, const T* x, const int m,
@@ -66,10 +110,10 @@ __global__ void __launch_bounds__(256, Of::kTiles == 1 ? 2 : 1)
   constexpr bool kSingle = kCount == 1, kPairs = kSingle && kBits == 4;
   static_assert(!kSingle || kTiles == 1, "the table of pairs is for one tile");
   static_assert(kBits == 4 || kGroups < 2, "codes of other widths are not loaded in pieces");
-  // Pieces of a tile that have a scale each, and of how many words with eight codes a lane.
+  // Pieces of a tile, each with its own scale; and words of a piece, each with eight codes of a lane.
   constexpr bool kLarge = kGroups == 0, kColumns = kSingle && kGroups > 1;
   constexpr int kParts = kSingle || kLarge ? 1 : kGroups, kWords = 4 / kParts;
-  // Words of scales a row and turn, two in each but where groups are large; and the scales from one word to the next.
+  // Words of scales per row and turn, of two scales or, where groups are large, of one; and scales from word to word.
   constexpr int kScales = kLarge || kColumns ? 2 : kGroups, kStep = kSingle && kGroups == 4 ? 4 : 2;
   constexpr int kScaleBytes = Of::kExponents ? 1 : 2;
   constexpr int kBlocks = (kCount + 7) / 8;  // of eight columns
@@ -78,14 +122,14 @@ __global__ void __launch_bounds__(256, Of::kTiles == 1 ? 2 : 1)
   const int lane = threadIdx.x, g = lane / 4, t = lane % 4;
   const Part mine = PartOf<kBits>(batch);
   const LutWeight& w = mine.w;
-  // The same of all: read where their place is fixed, they take no registers.
+  // Equal for all weights of the batch: read from the first, whose place is fixed, they take no registers.
   const int64_t k = batch.weights[0].k, groups = batch.weights[0].groups;
   const int64_t first_row = static_cast<int64_t>(mine.block) * (kTiles * kTileRows);
   const int first_m = blockIdx.y * kCount;
   const Turns turns(shares);
   int turn = turns.begin, left = 2 * (turns.end - turns.begin);  // tiles
 
-  // Rows are addressed by their distance from the lane's first.
+  // Other rows are addressed by their distance from the lane's first.
   const int64_t first_code = (first_row + g) * (k / 2) + static_cast<int64_t>(turn) * kTileInputs;
   const uint8_t* codes = w.codes + first_code + 16 / kParts * t;
   const uint32_t code_stride = static_cast<uint32_t>(4 * k), scale_stride = static_cast<uint32_t>(8 * groups);
@@ -93,8 +137,8 @@ __global__ void __launch_bounds__(256, Of::kTiles == 1 ? 2 : 1)
   const auto* scales = static_cast<const uint8_t*>(w.scales) + at * kScaleBytes;
   const auto* offsets = static_cast<const uint8_t*>(w.offsets) + at * 2;
 
-  // Of several groups and a single row, this lane's columns 2t and 2t + 1 are groups 2t and 2t + 1 where there are
-  // such, and its sums of inputs are of group t * kGroups / 4.
+  // With a single row and several groups, this lane's columns 2t and 2t + 1 are groups 2t and 2t + 1, where there are
+  // that many, and its sums of inputs belong to group t * kGroups / 4.
   const int scale_pair = kStep == 4 ? 2 * (t % 2) : 0, offset_pair = kStep == 4 ? 2 * (t / 2) : 0;
   const bool offset_upper = kGroups == 4 ? t % 2 : t / 2;
   uint32_t words[2][2 * kTiles][kBits], scale[kScales][2 * kTiles], offset[kScales][2 * kTiles];
@@ -107,7 +151,7 @@ __global__ void __launch_bounds__(256, Of::kTiles == 1 ? 2 : 1)
       LoadCodes<kBits>(w, first_row + g + 8 * r, input, words[tile % 2][r]);
     }
   };
-  // Word i of a turn's scales or offsets, as they are stored; `next` is 1 for those of the next turn.
+  // Word i of a turn's scales or offsets, as they are stored; `next` is 1 for the next turn's.
   const auto load_word = [&](const uint8_t* stored, int bytes, int r, int i, int pair, int next) -> uint32_t {
     if constexpr (kLarge) {
       const int group = (2 * (turn + next) + i) >> group_shift;
@@ -144,8 +188,8 @@ __global__ void __launch_bounds__(256, Of::kTiles == 1 ? 2 : 1)
   }
 
   const T* inputs = x + 32 / kParts * t + static_cast<int64_t>(turn) * (2 * kTileInputs);
-  // Columns past the last row of x repeat it and are not stored. A single row is loaded by the lanes of its group's
-  // column alone, with zeros in the others, which saves the cache's time.
+  // Columns past the last row of x repeat that row and are not stored. A single row is loaded only by the lanes of its
+  // group's column; the others hold zeros, which saves the cache's time.
   const bool seen = !kSingle || g == t * kGroups / 4;
   int64_t from[kBlocks];
 #pragma unroll
@@ -206,11 +250,11 @@ __global__ void __launch_bounds__(256, Of::kTiles == 1 ? 2 : 1)
           }
           if (word % kWords < kWords - 1) continue;
           if constexpr (kSummed && kSingle) {
-            // All eight columns take part, 16 inputs each, so one product is enough; they are added up at the end.
+            // One product is enough for a tile: each of the eight columns sums 16 inputs. They are added at the end.
             const uint2 four = __ldg(reinterpret_cast<const uint2*>(inputs - 32 * t + tile * kTileInputs) + lane);
             AddInputs<T>(sum[0], four.x, four.y);
           }
-          // A word is of one tile where groups are large, of two columns where they have their own, else of two parts.
+          // A word serves one tile where groups are large, two columns where groups have their own, else two pieces.
           const int number = tile * kParts + word / kWords, in = kLarge || kColumns ? tile : number / 2;
 #pragma unroll
           for (int r = 0; r < 2 * kTiles; ++r) {

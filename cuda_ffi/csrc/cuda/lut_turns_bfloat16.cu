@@ -1,4 +1,4 @@
-// LutTurns for x of bfloat16 and 4-bit codes.
+// LutTurns for x in bfloat16 and 4-bit codes.
 #include "lut_turns_launch.cuh"
 
 namespace any4 {

@@ -1,4 +1,4 @@
-// LutTurns for x of float16: 4-bit codes in groups of 128.
+// LutTurns for x in float16: 4-bit codes in groups of 128.
 #include "lut_turns_launch.cuh"
 
 namespace any4 {

@@ -1,4 +1,4 @@
-// Chooses the instance of LutTurns and its grid. Included by several files, so that they compile at once.
+// Chooses the instance of LutTurns and its grid. Several files include this one, so that they compile in parallel.
 #pragma once
 
 #include "device.h"
@@ -23,16 +23,16 @@ cudaError_t LaunchInstance(const LutLaunch& launch, int warps, cudaStream_t stre
   return cudaGetLastError();
 }
 
-// 4-bit codes.
+// For 4-bit codes.
 template <typename T, int kGroups, bool kOffsets, bool kExponents = false>
 cudaError_t LaunchRows(const LutLaunch& launch, cudaStream_t stream) {
   const int64_t tiles = launch.Blocks(kTileRows), turns = launch.k() / (2 * kTileInputs), m = launch.m;
   const int warps = WarpsOfBlock(tiles, turns, 16), warps_of_two = WarpsOfBlock(tiles / 2, turns, 8);
-  // 64 rows of x a block, which decode once what 32 decode twice, take a third longer: too few registers are left.
+  // Blocks of 64 rows of x would decode once what blocks of 32 decode twice, but too few registers would be left.
   if (m > 16) return LaunchInstance<T, TurnsOf<4, 32, 2, kGroups, kOffsets, kExponents>>(launch, warps_of_two, stream);
   if (m > 8) return LaunchInstance<T, TurnsOf<4, 16, 2, kGroups, kOffsets, kExponents>>(launch, warps_of_two, stream);
   if constexpr (kGroups == 1) {
-    // Two tiles are a little faster where their blocks are all at work at once, and slower where some come later.
+    // Two tiles are a little faster where all their blocks are resident at once, and slower where some must wait.
     const int64_t multiprocessors = Multiprocessors();
     const bool two = tiles > 3 * multiprocessors && tiles <= 4 * multiprocessors;
     if (m > 1 && two) return LaunchInstance<T, TurnsOf<4, 8, 2, kGroups, kOffsets>>(launch, warps_of_two, stream);

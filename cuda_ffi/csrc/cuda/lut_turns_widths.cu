@@ -1,4 +1,4 @@
-// LutTurns for x of bfloat16 and codes of 2, 3 and 8 bits.
+// LutTurns for x in bfloat16 and codes of 2, 3 and 8 bits.
 #include "lut_turns_launch.cuh"
 
 namespace any4 {

@@ -1,4 +1,4 @@
-// What LutWide takes, and the description of its matrices for the copy engine.
+// Which products LutWide takes, and how its matrices are described to the copy engine.
 #include "lut_wide.h"
 
 #include <cudaTypedefs.h>
@@ -10,7 +10,7 @@
 namespace any4 {
 namespace {
 
-// Of the driver, whose library isn't linked: a machine without a GPU has none.
+// Finds the driver's function. The driver's library isn't linked, since a machine without a GPU has none.
 PFN_cuTensorMapEncodeTiled_v12000 FindEncoder() {
   void* found = nullptr;
   cudaDriverEntryPointQueryResult result;
@@ -24,7 +24,7 @@ PFN_cuTensorMapEncodeTiled_v12000 FindEncoder() {
   return there ? reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(found) : nullptr;
 }
 
-// The copy engine's.
+// Whether an address has the alignment that the copy engine needs.
 bool IsAligned(const void* address) { return reinterpret_cast<uintptr_t>(address) % 16 == 0; }
 
 }  // namespace

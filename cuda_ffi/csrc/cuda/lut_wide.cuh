@@ -1,4 +1,41 @@
-// The product for many rows of x, on Hopper: 4-bit codes, decoded to the registers that wgmma takes W from.
+// LutWide: the product for many rows of x with 4-bit codes, on Hopper; lut_wide.md has what was measured.
+//
+// A block stays on its multiprocessor and computes one tile of y after another: kRows rows of W by kColumns rows of x.
+// Its last warpgroup copies; the others decode and multiply. Here kTiles = 2, kSplit = 1 and kCluster = 1:
+//
+//                     warpgroup 2, one thread          warpgroups 0 and 1, for 64 rows of W each
+//
+//   global memory   x              codes             tables, scales,          y
+//                     |              |               offsets                  ^
+//   copy              | TMA          | TMA             | loads, of scales     | TMA, by one thread
+//                     v              v                 | two steps ahead      | of each warpgroup
+//   shared memory   x[s]           codes[s]            |                    results
+//                     |              |                 |                      ^
+//   decode            |              +---> PRMT, FMA <-+                      | rounding, stmatrix
+//                     |                     |                                 |
+//                     |                     v                                 |
+//   registers         |                    a[2]                             sums
+//                     |                     |                                 ^
+//   multiply          +------> wgmma <------+                                 |
+//                                |                                            |
+//                                +--------------------------------------------+
+//
+// Stage s of kStages holds a step, 64 inputs: x[s] [kColumns, 128 bytes] and codes[s] [kRows, 32 bytes]. A step is four
+// wgmma of 16 inputs. Of a warpgroup, a[2] are the weights of two steps, sums [64, kColumns], results [kColumns, 64].
+// Each stage has two barriers in shared memory:
+//
+//   arrived[s]   completes when its copies have brought all their bytes: the stage may be read
+//   used[s]      completes when all warps that read the stage have arrived: it may be overwritten
+//
+// A warpgroup decodes a step while the tensor cores work on the one before; it waits for arrived[s] in "decode s" and
+// arrives at used[s] in "free s":
+//
+//   warpgroup      decode 0 | issue 0 | decode 1 | issue 1, wait for 0, free 0 | decode 2 | issue 2, wait for 1, ...
+//   tensor cores              [--------- products of step 0 ---------][---------- products of step 1 ---------]
+//
+// Where kSplit > 1, the warpgroups of 64 rows take every kSplit-th step, and the first adds up the sums of all through
+// shared memory. Where kCluster > 1, the blocks of a cluster take the same rows of x and different rows of W; each
+// copies its part of x[s] to all of them, so used[s] waits for the warps of all.
 #pragma once
 
 #include "hopper.cuh"
@@ -7,15 +44,15 @@
 
 namespace any4 {
 
-// What an instance of the kernel is made for.
+// What an instance of the kernel is compiled for.
 //
-// kColumns: rows of x a block takes: 64, 128 or 256.
-// kTiles: tiles of 64 rows of W a block takes, each of a warpgroup or more of its own.
+// kColumns: rows of x that a block takes: 64, 128 or 256.
+// kTiles: tiles of 64 rows of W that a block takes, each with warpgroups of its own.
 // kSplit: warpgroups of a tile, which take its steps in turns and add up their sums at the end.
 // kCluster: blocks that take the same rows of x, of which each copies a part to all.
-// kStages: steps whose codes and inputs are in shared memory, or under way to it.
-// kGroups: 1 for groups of two steps or more, 2 for smaller ones, of which a step may have two.
-// kScale: the type of scales, and of offsets, which are bfloat16 where scales are exponents.
+// kStages: steps whose codes and inputs are in shared memory or on their way there.
+// kGroups: 1 for groups of two steps or more; 2 for smaller groups, of which a step may hold two.
+// kScale: the type of scales and of offsets; where scales are e8m0, offsets are bfloat16.
 template <int kColumns_, int kTiles_, int kSplit_, int kCluster_, int kStages_, int kGroups_, Type kScale_>
 struct WideOf {
   static constexpr int kColumns = kColumns_, kTiles = kTiles_, kSplit = kSplit_, kCluster = kCluster_;
@@ -23,23 +60,23 @@ struct WideOf {
   static constexpr Type kScale = kScale_;
 
   static constexpr int kConsumers = kTiles * kSplit, kThreads = 128 * (kConsumers + 1), kRows = 64 * kTiles;
-  // A step is 64 inputs, the 128 bytes within which rows of x can be swizzled; the codes of a row are 32 bytes.
+  // A step is 64 inputs: 128 bytes of a row of x, within which it can be swizzled, and 32 bytes of a row's codes.
   static constexpr int kInputBytes = kColumns * 128, kCodeBytes = kRows * 32;
-  // Of a tile, results and the sums of each warpgroup but the first.
+  // Of a tile: its results, and the sums of each of its warpgroups but the first.
   static constexpr int kResultBytes = kColumns * 128, kSumBytes = (kSplit - 1) * kColumns * 256;
   static constexpr int kCodesAt = kStages * kInputBytes, kResultsAt = kCodesAt + kStages * kCodeBytes;
   static constexpr int kSumsAt = kResultsAt + kTiles * kResultBytes;
   static constexpr int kBarriersAt = kSumsAt + kTiles * kSumBytes;
-  // Dynamic shared memory begins at a multiple of 16 bytes; swizzled rows need one of 1024.
+  // Dynamic shared memory is aligned to 16 bytes; swizzled rows need an alignment of 1024.
   static constexpr int kSharedBytes = 1024 + kBarriersAt + 2 * kStages * 8;
-  // Registers of a thread. What a block begins with, of the 65536 that a multiprocessor has, is all that it ever has:
-  // the copying warpgroup gives up its own for the others.
+  // Registers per thread. Of the multiprocessor's 65536, a block never has more than it begins with: the copying
+  // warpgroup gives up its own to the others.
   static constexpr int kBeginning = 65536 / kThreads / 8 * 8, kCopying = 24;
   static constexpr int kEqual = (kBeginning * (kConsumers + 1) - kCopying) / kConsumers / 8 * 8;
   static constexpr int kComputing = kEqual > 240 ? 240 : kEqual;
 };
 
-// Tensor maps of one product: x [m, k], the codes of the whole stack as bytes [stack * n, k / 2], y [m, n].
+// The tensor maps of one product: x [m, k], the codes of the whole stack as bytes [stack * n, k / 2], y [m, n].
 struct WideMaps {
   CUtensorMap x, codes, y;
 };
@@ -55,7 +92,8 @@ __device__ __forceinline__ uint32_t Round(float low, float high) {
   }
 }
 
-// Adds up the sums of a tile's warpgroups in their order, and has the result copied out.
+// Adds up the sums of a tile's warpgroups in their order, and starts the copy of the results to y. Of the block's named
+// barriers, number 1 + in_block is for all warpgroups of the tile, 8 + in_block for the one that stores the results.
 template <typename T, typename Of>
 __device__ __forceinline__ void Finish(const WideMaps& maps, const WideGrid& grid, float (&sums)[Of::kColumns / 2],
                                        unsigned char* shared, int tile, int64_t first_row, int in_block, int turn) {
@@ -95,14 +133,7 @@ __device__ __forceinline__ void Finish(const WideMaps& maps, const WideGrid& gri
   if (thread == 0) CopyOut(maps.y, static_cast<int>(first_row), tile % grid.columns * kColumns, results);
 }
 
-// A warpgroup copies, the others multiply. Of these, each decodes a step while the tensor cores work on the one before.
-//
-// What limits it (H100, 8192 x 8192, 2048 rows of x; counted when each step loaded its scales, and cuBLAS was 1.3 times
-// as fast, where it is 1.12 times now): tensor cores were busy 80% of the time, in cuBLAS's product 97%. A warp took
-// some 170 instructions a step, two thirds of them on the pipe that permutes bytes, which was 37% busy; it waited 2.3
-// clocks an instruction for those before, and two warps a scheduler are too few to fill that. Without decoding 87% were
-// reached. No faster were: warpgroups that take turns by barriers, decoding between the products of a step, a ring of
-// stages for the codes alone, and blocks that don't share x.
+// y = x W^T. A cluster computes the tiles of y from number blockIdx.x / kCluster on, gridDim.x / kCluster apart.
 template <typename T, typename Of>
 __global__ void __launch_bounds__(Of::kThreads, 1)
     LutWide(const __grid_constant__ WideMaps maps, const __grid_constant__ LutWeight stack, const WideGrid grid) {
@@ -116,7 +147,7 @@ __global__ void __launch_bounds__(Of::kThreads, 1)
   if (threadIdx.x == 0) {
     for (int i = 0; i < kStages; ++i) {
       InitBarrier(arrived + 8 * i, 1);
-      // A stage is of one step, and so of one warpgroup of each tile, whose four warps arrive.
+      // A stage holds one step, so one warpgroup of each tile reads it, whose four warps arrive.
       InitBarrier(used + 8 * i, 4 * kTiles * kCluster);
     }
   }
@@ -131,11 +162,11 @@ __global__ void __launch_bounds__(Of::kThreads, 1)
     if (threadIdx.x == 128 * Of::kConsumers) {
       constexpr int kPart = kColumns / kCluster;
       const int64_t above = IndexOf(stack) * stack.n;
-      uint32_t phases = 0;  // a bit of each stage
+      uint32_t phases = 0;  // one bit per stage
       for (int tile = first_tile; tile < grid.tiles; tile += tiles_apart) {
         const int row = static_cast<int>(above + row_of(tile)), column = tile % grid.columns * kColumns + rank * kPart;
         for (int step = 0, stage = 0; step < grid.steps; ++step, stage = stage + 1 == kStages ? 0 : stage + 1) {
-          // The first time around the phase before the first counts as ended.
+          // The first time around, there is nothing to wait for: the phase before the first counts as completed.
           Wait(used + 8 * stage, (phases >> stage & 1) ^ 1);
           phases ^= 1u << stage;
           const uint32_t barrier = arrived + 8 * stage;
@@ -151,7 +182,7 @@ __global__ void __launch_bounds__(Of::kThreads, 1)
     const LutWeight w = TakeOfStack<4>(stack);
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
     const int in_block = warpgroup / kSplit, turn = warpgroup % kSplit;
-    // Of each tile, this warpgroup's steps are number `turn` and every kSplit on, in as many stages.
+    // In each tile of y, this warpgroup takes step `turn` and every kSplit-th step after it, and the same stages.
     constexpr int kTurns = kStages / kSplit;
     static_assert(kStages % kSplit == 0 && kTurns % 2 == 0, "a step has the same stage and registers in every round");
     const uint32_t inputs = base + turn * Of::kInputBytes;
@@ -176,7 +207,7 @@ __global__ void __launch_bounds__(Of::kThreads, 1)
           rows.template Decode<1>(from, grid, later, a[1]);
         }
       };
-      // A stage that no warp of this warpgroup reads any more is free to all that copy to it.
+      // This warp no longer reads the stage, and says so to all blocks that copy to it.
       const auto release = [&](int i) {
         __syncwarp();
         if constexpr (kCluster == 1) {
@@ -208,14 +239,14 @@ __global__ void __launch_bounds__(Of::kThreads, 1)
           decode(step, (i + 1) % kTurns);
         }
       }
-      // All have ended; but nvcc 13.0 doesn't see it, and without this makes the loop wait for every single product.
+      // All products have ended, but nvcc 13.0 doesn't see that: without this line it makes the loop wait for each one.
       WaitProducts<0>();
       Pin(sums);
       Finish<T, Of>(maps, grid, sums, shared, tile, first_row, in_block, turn);
     }
     if (turn == 0 && threadIdx.x % 128 == 0) WaitCopiedOut();
   }
-  // A block's shared memory must last as long as another may arrive there.
+  // A block's shared memory must last as long as another block may arrive at its barriers.
   if constexpr (kCluster > 1) SyncCluster<kCluster>();
 }
 

@@ -25,11 +25,12 @@ bool CanLaunchWide(const WideLaunch& launch);
 
 cudaError_t LaunchWide(const WideLaunch& launch, cudaStream_t stream);
 
-// By the type of x.
+// LaunchWide by the type of x.
 cudaError_t LaunchWideBfloat16(const WideLaunch& launch, cudaStream_t stream);
 cudaError_t LaunchWideFloat16(const WideLaunch& launch, cudaStream_t stream);
 
-// Describes a row-major matrix [rows, columns] of which boxes are copied; false where the driver can't.
+// Describes a row-major matrix [rows, columns] for the copy engine, which copies boxes of it. Returns false where the
+// driver can't.
 bool Encode(CUtensorMap* map, CUtensorMapDataType type, const void* matrix, int64_t rows, int64_t columns, int box_rows,
             int box_columns, CUtensorMapSwizzle swizzle);
 

@@ -1,4 +1,4 @@
-// LutWide for x of float16.
+// LutWide for x in float16.
 #include "lut_wide_launch.cuh"
 
 namespace any4 {

@@ -1,4 +1,4 @@
-// Chooses the instance of LutWide and its grid. Included by several files, so that they compile at once.
+// Chooses the instance of LutWide and its grid. Several files include this one, so that they compile in parallel.
 #pragma once
 
 #include <algorithm>
@@ -12,7 +12,7 @@
 namespace any4 {
 namespace {
 
-// Clusters of an instance that the device has room for at a time; asked once of each device.
+// How many clusters of an instance the device has room for at a time. Each device is asked once.
 template <typename T, typename Of>
 cudaError_t Resident(cudaLaunchConfig_t config, int* clusters) {
   constexpr int kMostDevices = 64;
@@ -72,8 +72,8 @@ cudaError_t LaunchWideInstance(const WideLaunch& launch, cudaStream_t stream) {
   return cudaLaunchKernelEx(&config, LutWide<T, Of>, maps, w, grid);
 }
 
-// The instance that finishes first, by the tiles that a multiprocessor gets one after the other, and the time that a
-// step of one was measured to take on an H100.
+// Launches the instance that should finish first: by the number of tiles that each multiprocessor computes one after
+// the other, and the nanoseconds that a step of one was measured to take on an H100 (lut_wide.md).
 template <typename T, int kGroups, Type kScale>
 cudaError_t LaunchWideScales(const WideLaunch& launch, cudaStream_t stream) {
   const int64_t multiprocessors = Multiprocessors();

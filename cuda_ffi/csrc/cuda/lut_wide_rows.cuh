@@ -1,4 +1,4 @@
-// Codes in shared memory to the first operand of wgmma, in registers.
+// Decodes codes in shared memory to the first operand of wgmma, in registers.
 #pragma once
 
 #include "decode.cuh"
@@ -8,15 +8,15 @@ namespace any4 {
 
 constexpr int kStepInputs = 64;
 
-// Blocks of a product: tiles of columns follow each other, so that codes come from memory once.
+// The tiles of y. Those with the same rows of W follow each other, so that codes come from memory once.
 struct WideGrid {
-  int columns, tiles;  // tiles of columns, and all tiles of a cluster
+  int columns, tiles;  // tiles with the same rows of W, and all tiles; a tile is what a cluster computes at a time
   int steps;           // of a row
-  int group_shift;     // log2 of the inputs of a group, or 30
+  int group_shift;     // log2 of the inputs of a group, at most 30
   int last_group;
 };
 
-// A scale or offset twice in a word, as T; conversion apart from the load, which it would wait for.
+// A scale or offset as T, twice in a word. Converting is separate from loading, for which it would wait.
 template <typename T, Type kStored>
 __device__ __forceinline__ uint32_t PairOf(uint32_t raw) {
   if constexpr (kStored == Type::kE8m0) raw = raw == 255 ? 0x7FC0u : raw == 0 ? 0x0040u : raw << 7;
@@ -24,7 +24,7 @@ __device__ __forceinline__ uint32_t PairOf(uint32_t raw) {
   return std::is_same_v<T, __half> && kStored == Type::kBfloat16 ? ToHalves(pair) : pair;
 }
 
-// Volatile, since the compiler would put it off to the step that needs it.
+// Loads a scale or offset as it is stored. Volatile, since the compiler would move the load to the step that needs it.
 template <Type kStored>
 __device__ __forceinline__ uint32_t LoadStored(const void* row, int group) {
   uint32_t raw;
@@ -49,8 +49,9 @@ __device__ __forceinline__ uint32_t Affine(uint32_t values, uint32_t scale, uint
   return out;
 }
 
-// What a lane decodes: rows g and g + 8 of its warp's 16 rows. kGroups are the groups in a step; or 1 for those of two
-// steps or more, and where kPaired is set the steps of an even number and the next are decoded one after the other.
+// What a lane decodes: rows g and g + 8 of its warp's 16 rows. kGroups is the number of groups in a step; or 1 for
+// groups of two steps or more. Where kPaired is set, a step of an even number and the next are decoded one after the
+// other, and share their scales.
 template <typename T, int kGroups, Type kScale, bool kPaired>
 struct WideRows {
   static constexpr Type kOffset = kScale == Type::kE8m0 ? Type::kBfloat16 : kScale;
@@ -58,23 +59,23 @@ struct WideRows {
   Decoder<T, 4> table[2];
   const void *scales[2], *offsets[2];
   bool with_offsets;
-  // As they are stored, of the step to be decoded next and of the one after it.
+  // As they are stored, for the step to be decoded next and the one after it.
   uint32_t raw_scale[2][kGroups][2], raw_offset[2][kGroups][2];
-  uint32_t scale[kGroups][2], offset[kGroups][2];  // of the step that is decoded
+  uint32_t scale[kGroups][2], offset[kGroups][2];  // for the step that is being decoded
 
   __device__ __forceinline__ WideRows(const LutWeight& w, int64_t first_row) : with_offsets(w.offsets != nullptr) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      // Rows past the end repeat the last and are not stored.
+      // Rows past the end repeat the last row and are not stored.
       const int64_t row = min(first_row + 8 * r, w.n - 1), at = row * w.groups;
       table[r].Load(w, row);
       scales[r] = static_cast<const uint8_t*>(w.scales) + at * BytesOf(kScale);
-      // Where there are none, something else is loaded in their place: a branch would keep instructions apart.
+      // Where there are no offsets, something else is loaded in their place: a branch would keep instructions apart.
       offsets[r] = with_offsets ? static_cast<const uint8_t*>(w.offsets) + at * BytesOf(kOffset) : w.lut;
     }
   }
 
-  // Loads those of a step to place 0 or 1.
+  // Loads the scales and offsets of a step to place 0 or 1.
   template <int kPlace>
   __device__ __forceinline__ void Load(const WideGrid& grid, int step) {
 #pragma unroll
@@ -88,9 +89,10 @@ struct WideRows {
     }
   }
 
-  // The operands of a step's four products, from codes [64, 32 bytes] in shared memory: as they are stored, but for the
-  // two 16-byte pieces of rows 4 to 7 of each 8, which are exchanged (swizzle of 32 bytes). wgmma wants of lane 4 g + t
-  // the inputs 2t and 2t + 1 of each eight, which are byte t of a word: its four lanes read the same words.
+  // Decodes the operands of a step's four products from codes [64, 32 bytes] in shared memory. The codes are as stored,
+  // except that the two 16-byte pieces of rows 4 to 7 of each 8 are exchanged (the swizzle of 32 bytes). From lane 4 g
+  // + t, wgmma takes inputs 2t and 2t + 1 of each eight, which are byte t of a word: the four lanes of a row read the
+  // same words.
   template <int kPlace>
   __device__ __forceinline__ void Decode(const unsigned char* codes, const WideGrid& grid, int later_step,
                                          uint32_t (&a)[4][4]) {
@@ -106,14 +108,14 @@ struct WideRows {
         words[r][half] = Permute(Permute(v.x, v.y, byte_of_two), Permute(v.z, v.w, byte_of_two), 0x5410);
       }
     }
-    // The second of two steps has the scales of the first.
+    // The second of two paired steps has the scales of the first.
     if constexpr (!kPaired || kPlace == 0) {
 #pragma unroll
       for (int i = 0; i < kGroups; ++i) {
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
           scale[i][r] = PairOf<T, kScale>(raw_scale[kPlace][i][r]);
-          // -0 changes no product. Chosen here, not where it is loaded, which would wait for the load.
+          // Adding -0 changes no product. It is chosen here, since choosing at the load would wait for the load.
           offset[i][r] = with_offsets ? PairOf<T, kOffset>(raw_offset[kPlace][i][r]) : 0x80008000u;
         }
       }

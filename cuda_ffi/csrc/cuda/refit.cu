@@ -1,4 +1,4 @@
-// A block refits one row after another: a warp takes a group, all of them the table.
+// A block of threads refits one row after another: each warp fits groups, and all warps fit the table.
 #include "refit_group.cuh"
 
 namespace any4 {
@@ -20,14 +20,14 @@ struct Row {
   const RefitOptions& options;
   int64_t row;
   Shared<kLevels>& shared;
-  float* scales;  // [groups], those that this round tries
+  float* scales;  // [groups], the ones that this round tries
   float* offsets;
 
   __device__ bool HasOffsets() const { return rows.offsets != nullptr; }
 
   __device__ Affine At(int g) const { return {scales[g], HasOffsets() ? offsets[g] : 0}; }
 
-  // Calls body(g, group) for the groups of the warp: the same ones every time.
+  // Calls body(g, group) for the warp's groups, which are the same every time.
   template <class Body>
   __device__ void ForGroups(const Body& body) const {
     for (int g = threadIdx.x / 32; g < rows.groups; g += kWarps) {
@@ -37,7 +37,7 @@ struct Row {
   }
 
   __device__ void Put(int g, Affine at) const {
-    // All lanes have read what was there.
+    // Until all lanes have read what was there.
     __syncwarp();
     if (threadIdx.x % 32 == 0) {
       scales[g] = at.scale;
@@ -46,7 +46,7 @@ struct Row {
     __syncwarp();
   }
 
-  // Of all threads.
+  // The sum over all warps, for all threads.
   __device__ double Sum(double warps) const {
     __syncthreads();
     if (threadIdx.x % 32 == 0) shared.errors[threadIdx.x / 32] = warps;
@@ -62,14 +62,14 @@ struct Row {
     return Sum(sum);
   }
 
-  // The middles of a table whose values are there.
+  // Fills in the middles of a table that has its values.
   __device__ void Complete(Table<kLevels>& table) const {
     const int i = threadIdx.x;
     if (i < kLevels) table.middles[i] = i + 1 < kLevels ? (table.values[i] + table.values[i + 1]) / 2 : CUDART_INF_F;
     __syncthreads();
   }
 
-  // shared.changed: each free entry's weighted least-squares value over the weights that use it, ascending.
+  // Fills shared.changed: for each free entry, the least-squares value over the weights that use it; ascending.
   __device__ void FitTable() const {
     float mass[kLevels] = {}, pull[kLevels] = {};
     const Table<kLevels>& table = shared.table;
@@ -102,7 +102,7 @@ struct Row {
       const float old = table.values[i];
       float value = old;
       if (options.first <= i && i < options.stop) {
-        // Entries that are equal are one level: all its weights move with each of them.
+        // Equal entries are one level: each of them moves with all the weights of that level.
         float total = 0, pulled = 0;
         for (int other = 0; other < kLevels; ++other) {
           if (table.values[other] != old) continue;
@@ -129,7 +129,7 @@ struct Row {
     Complete(shared.changed);
   }
 
-  // From the start that is in `shared.table` and `found`, which it betters.
+  // Improves the start that `shared.table`, `found_scales` and `found_offsets` hold.
   __device__ void Solve(float* found_scales, float* found_offsets) const {
     const auto copy = [&](const float* from_scales, const float* from_offsets, float* to_scales, float* to_offsets) {
       for (int g = threadIdx.x; g < rows.groups; g += kThreads) {
@@ -141,7 +141,7 @@ struct Row {
     copy(found_scales, found_offsets, scales, offsets);
     double before = Error(shared.table), squares = 0;
     ForGroups([&](int, const Group& group) { squares += group.spread + group.mass * group.mean * group.mean; });
-    // What is left of a row that the start holds exactly: float32 knows weights to 2^-24 of themselves.
+    // The error that a row has left when the start holds it exactly: float32 knows weights to 2^-24 of themselves.
     if (before <= Sum(squares) * 0x1p-44) return;
     for (int round = 0; round < options.max_rounds; ++round) {
       if (round < options.searches) {

@@ -1,4 +1,4 @@
-// The refit of table-coded rows to their stored dtypes.
+// The refit of table-coded rows, to their stored dtypes.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -23,11 +23,11 @@ struct RefitRows {
 };
 
 struct RefitOptions {
-  int searches, max_rounds;  // rounds that begin with a search, and all rounds at most
+  int searches, max_rounds;  // rounds that begin with a search, and the most rounds there are
   int first, stop;           // the table's entries that may change
-  float settled;             // a row whose error falls by less than this share is left alone
-  // A search's starts: the scale is multiplied by a factor, and a point of the table's range held, 0 its lower end, 1
-  // its upper. Each is followed by so many least-squares fits.
+  float settled;             // a row whose error falls by less than this share is finished
+  // The starts of a search: each multiplies the scale by a factor and holds a point of the table's range, where 0 is
+  // its lower end and 1 its upper. `fits` least-squares fits follow each.
   int starts, fits;
   float factors[kMostStarts], held[kMostStarts];
   int lut_mantissa, scale_mantissa, offset_mantissa;  // bits: 23 float32, 10 float16, 7 bfloat16
@@ -41,7 +41,7 @@ struct RefitResult {
 
 Slots RefitSlots(const RefitRows& rows);
 
-// `scratch` holds all slots. It neither allocates nor waits.
+// `scratch` holds all slots. The function neither allocates nor waits.
 cudaError_t Refit(const RefitRows& rows, const RefitOptions& options, const RefitResult& result, const Slots& slots,
                   void* scratch, cudaStream_t stream);
 

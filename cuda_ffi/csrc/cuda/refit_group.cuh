@@ -1,7 +1,8 @@
-// A group's sums, its least-squares scale and offset, and the search for a better start; each by one warp.
+// A group's sums, its least-squares scale and offset, and the search for a better start. One warp computes each of
+// them.
 //
-// any4_jax/refit has the formulas. Sums over a group are taken lane by lane, then across the lanes, whatever else the
-// device does: a row's bits depend on nothing but the row.
+// any4_jax/refit has the formulas. A sum over a group is taken lane by lane, then across the lanes, whatever else the
+// device does: the bits of a row's result depend only on the row.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -21,8 +22,8 @@ __device__ T WarpSum(T value) {
   return value;
 }
 
-// To the nearest value of the dtype with so many bits of mantissa. Those of float16 that are not normal become zero, as
-// XLA's reduce_precision has it.
+// Rounds to the nearest value of the dtype with that many bits of mantissa. Values that are subnormal in float16 become
+// zero, as in XLA's reduce_precision.
 __device__ float Rounded(float value, int mantissa) {
   if (mantissa == 7) return __bfloat162float(__float2bfloat16_rn(value));
   if (mantissa == 10) {
@@ -37,7 +38,7 @@ struct Table {
   float values[kLevels];   // ascending
   float middles[kLevels];  // between each value and the next
 
-  // The nearest entry, of two as near the lower.
+  // The number of the nearest entry; of two as near, the lower.
   __device__ int Code(float value) const {
     int code = 0;
 #pragma unroll
@@ -52,14 +53,15 @@ struct Affine {
   float scale, offset;
 };
 
-// The weights of a group, and the sums that no fit changes: sum h, the mean under h, sum h (w - mean)^2.
+// The weights w of a group with their importance h, and the sums that no fit changes: mass = sum h, the mean of w under
+// h, spread = sum h (w - mean)^2.
 struct Group {
   const float* w;
   const float* h;
   int length;
   float mass, mean, spread;
 
-  // Calls body(weight, its importance) for the lane's weights.
+  // Calls body(weight, importance) for each of the lane's weights.
   template <class Body>
   __device__ __forceinline__ void ForEach(const Body& body) const {
 #pragma unroll 4
@@ -80,14 +82,14 @@ struct Group {
   }
 };
 
-// Sums over a group of its levels t: sum h t, sum h t^2, sum h t (w - mean).
+// Sums over a group, of the level t of each weight: sum h t, sum h t^2, sum h t (w - mean).
 struct Moments {
   float t, tt, tw;
 };
 
 template <int kLevels>
 __device__ Moments MomentsOf(const Group& group, const Table<kLevels>& table, Affine at) {
-  // The same for all lanes; of a scale of zero the levels are the table's ends.
+  // The same for all lanes. With a scale of zero, the levels are the table's ends.
   const float inverse = 1.0f / at.scale;
   Moments sums{0, 0, 0};
   group.ForEach([&](float weight, float share) {
@@ -113,19 +115,19 @@ __device__ double ErrorOf(const Group& group, const Table<kLevels>& table, Affin
   return WarpSum(sum);
 }
 
-// The same by moments: quicker, and off by some 1e-5 of itself.
+// The same from the moments: faster, with a relative error of some 1e-5.
 __device__ float ErrorFrom(const Group& group, const Moments& sums, Affine at) {
   const float offset = at.offset - group.mean;
   return group.spread + at.scale * (at.scale * sums.tt - 2 * sums.tw) +
          offset * (2 * at.scale * sums.t + offset * group.mass);
 }
 
-// Scale and offset of least error for the levels, rounded; a group of one level keeps its scale, one without importance
-// its offset.
+// The rounded scale and offset of least error for the levels. A group of one level keeps its scale; a group without
+// importance keeps its offset.
 __device__ Affine LeastSquares(const Group& group, const Moments& sums, Affine old, bool offsets,
                                const RefitOptions& options) {
   const float mean_level = sums.t / (group.mass == 0 ? 1.0f : group.mass);
-  // Without offsets about zero, not about the mean: sum h t w.
+  // Without offsets, moments about zero, not about the mean: sum h t w.
   const float spread = offsets ? sums.tt - sums.t * mean_level : sums.tt;
   const float product = offsets ? sums.tw : sums.tw + group.mean * sums.t;
   const float scale = product / (spread > 0 ? spread : 1.0f);
@@ -134,8 +136,8 @@ __device__ Affine LeastSquares(const Group& group, const Moments& sums, Affine o
   return {rounded, Rounded(group.mean - rounded * mean_level, options.offset_mantissa)};
 }
 
-// The best of several fits, each from another scale: the range that the table covers is shrunk or stretched, with one of
-// its points held.
+// The best of several fits, each from another scale, which shrinks or stretches the range that the table covers while
+// one point of it is held.
 template <int kLevels>
 __device__ Affine Search(const Group& group, const Table<kLevels>& table, Affine start, bool offsets,
                          const RefitOptions& options) {

@@ -1,4 +1,4 @@
-// XLA's way in to the refit: checks what Python passed before anything is launched.
+// XLA's entry point to the refit: it checks what Python passed before it launches anything.
 #include <algorithm>
 #include <climits>
 #include <string_view>
@@ -19,7 +19,7 @@ ffi::Error Invalid(std::string_view what) { return any4::Invalid(kTarget, what);
 
 bool IsMantissa(int64_t bits) { return bits == 7 || bits == 10 || bits == 23; }
 
-// `offsets` of no elements stand for absent ones, in the result as well.
+// `offsets` are absent where they have no elements, in the result as well.
 ffi::Error Refit(cudaStream_t stream, ffi::ScratchAllocator scratch, ffi::Buffer<ffi::F32> w,
                  ffi::Buffer<ffi::F32> importance, ffi::Buffer<ffi::F32> lut, ffi::Buffer<ffi::F32> scales,
                  ffi::Buffer<ffi::F32> offsets, ffi::Result<ffi::Buffer<ffi::F32>> new_lut,

@@ -1,7 +1,7 @@
-// The product of a warpgroup: 64 rows of W from registers, 64 to 256 rows of x from shared memory.
+// A warpgroup's product: 64 rows of W from registers by 64 to 256 rows of x from shared memory.
 //
 // Only the first operand of wgmma may come from registers, and decoded weights are nowhere else: so W is the first
-// operand, and results are [rows of W, rows of x], whatever the number of either.
+// operand, and results are [rows of W, rows of x], however many there are of either.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -12,26 +12,26 @@
 
 namespace any4 {
 
-// Describes rows of 64 elements of two bytes, in shared memory with its 16-byte pieces swizzled within 128 bytes: eight
-// rows are 1024 bytes, to which they have to be aligned. Adding 2 moves on by 16 elements.
+// Describes rows of 64 two-byte elements in shared memory, whose 16-byte pieces are swizzled within 128 bytes. Eight
+// rows are 1024 bytes, and must be aligned to that. Adding 2 to the description moves it on by 16 elements.
 __device__ __forceinline__ uint64_t DescribeRows(uint32_t shared_address) {
   constexpr uint64_t kSwizzle128 = uint64_t{1} << 62, kEightRows = uint64_t{1024 >> 4} << 32;
   return kSwizzle128 | kEightRows | uint64_t{1} << 16 | (shared_address & 0x3FFFF) >> 4;
 }
 
-// Operands of a product are complete, and registers of earlier ones may be used again.
+// Orders accesses to registers before the products that follow: call it before the first product of a set.
 __device__ __forceinline__ void FenceProducts() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 
 // Closes a set of products.
 __device__ __forceinline__ void CommitProducts() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 
-// Waits until no more than so many sets are under way.
+// Waits until at most kSets sets are in flight.
 template <int kSets>
 __device__ __forceinline__ void WaitProducts() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kSets) : "memory");
 }
 
-// Keeps the compiler from moving what uses these registers over this place.
+// Keeps the compiler from moving uses of these registers across this place.
 template <int kCount>
 __device__ __forceinline__ void Pin(float (&registers)[kCount]) {
 #pragma unroll
@@ -44,8 +44,9 @@ __device__ __forceinline__ void Pin(uint32_t (&registers)[kCount]) {
   for (int i = 0; i < kCount; ++i) asm volatile("" : "+r"(registers[i])::"memory");
 }
 
-// sums += a b for 16 inputs. Of lane 4 g + t of warp w: a[0], a[1] are rows 16 w + g and g + 8 of W, inputs 2t and
-// 2t + 1; a[2], a[3] the same rows, 8 inputs on; sums[4 j + 2 h + i] is row 16 w + g + 8 h of W and 8 j + 2 t + i of x.
+// sums += a b for 16 inputs. In lane 4 g + t of warp w, a[0] and a[1] are inputs 2t and 2t + 1 of rows 16 w + g and 16
+// w + g + 8 of W; a[2] and a[3] are the same rows, 8 inputs on; sums[4 j + 2 h + i] is row 16 w + g + 8 h of W and row
+// 8 j + 2 t + i of x.
 template <typename T, int kColumns>
 __device__ __forceinline__ void WideProduct(float (&sums)[kColumns / 2], const uint32_t (&a)[4], uint64_t b);
 

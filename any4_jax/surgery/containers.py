@@ -1,4 +1,4 @@
-"""What models can be made of, and for each kind how layers are found, replaced, and taken apart into plain trees."""
+"""What models can be made of, and for each how linears are found, replaced, and taken apart into plain trees."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -6,21 +6,21 @@ from typing import Any
 
 from flax import nnx
 
+from any4_jax.methods.matrices import Matrix
 from any4_jax.models.hf_flax import is_hf_flax
 from any4_jax.surgery import linen_modules, nnx_modules, trees
-from any4_jax.surgery.layers import Matrix
 from any4_jax.surgery.rules import Recipe
 
 
 @dataclasses.dataclass(frozen=True)
-class Kind:
-    """A kind of model. Layers are named by dotted paths, operators are those of any4_jax.weights.
+class Container:
+    """What a model is made of. Linears are named by dotted paths, operators are those of any4_jax.weights.
 
     Attributes:
       name: what messages call it.
-      owns: whether a model is of this kind.
-      matrices: (model, inputs) -> the float matrices of its dense layers; see `quantize_model` for inputs.
-      operators: model -> the operators of its quantized layers.
+      owns: whether a model is made of this.
+      matrices: (model, inputs) -> the float matrices of its linears; see `quantize_model` for inputs.
+      operators: model -> the operators of its quantized linears.
       replace: (model, operators by path, recipe or None) -> a new model.
       tree: model -> its contents: a nested dict, by names, of arrays and operators (those at the key "kernel" of their
         layer); ShapeDtypeStructs where the model is abstract. The state of an NNX module's random numbers is no part
@@ -38,8 +38,8 @@ class Kind:
     fill: Callable[[Any, Any, Any], Any]
 
 
-KINDS: tuple[Kind, ...] = (
-    Kind(
+CONTAINERS: tuple[Container, ...] = (
+    Container(
         "an NNX module",
         lambda model: isinstance(model, nnx.Module),
         lambda model, inputs: nnx_modules.matrices(model),
@@ -48,7 +48,7 @@ KINDS: tuple[Kind, ...] = (
         nnx_modules.contents,
         nnx_modules.fill,
     ),
-    Kind(
+    Container(
         "a Hugging Face Flax model",
         is_hf_flax,
         linen_modules.hf_matrices,
@@ -57,7 +57,7 @@ KINDS: tuple[Kind, ...] = (
         linen_modules.hf_contents,
         linen_modules.hf_fill,
     ),
-    Kind(
+    Container(
         "a Linen module with its variables",
         linen_modules.is_pair,
         linen_modules.pair_matrices,
@@ -66,7 +66,7 @@ KINDS: tuple[Kind, ...] = (
         linen_modules.pair_contents,
         linen_modules.pair_fill,
     ),
-    Kind(
+    Container(
         "a tree of arrays",
         lambda model: True,
         lambda model, inputs: trees.matrices(model),
@@ -78,9 +78,9 @@ KINDS: tuple[Kind, ...] = (
 )
 
 
-def kind_of(model: Any) -> Kind:
-    """The kind of a model: the first of KINDS that owns it."""
-    return next(kind for kind in KINDS if kind.owns(model))
+def container_of(model: Any) -> Container:
+    """What a model is made of: the first of CONTAINERS that owns it."""
+    return next(container for container in CONTAINERS if container.owns(model))
 
 
 def recipe_of(model: Any) -> Recipe | None:

@@ -137,8 +137,9 @@ def test_statistics_of_any_model_are_those_of_its_layers_inputs(kind: str) -> No
         expected = {"first": np.concatenate([rows, np.maximum(one, 0)]), "rest.1": np.maximum(two, 0)}
     assert set(stats) == set(expected)
     for path, x in expected.items():
-        assert int(stats[path].count) == len(x)
-        np.testing.assert_allclose(stats[path].second_moment, (np.asarray(x) ** 2).mean(axis=0), rtol=1e-4, atol=1e-6)
+        moments = stats[path][a4.statistics.Moments()]
+        assert int(moments.count) == len(x)
+        np.testing.assert_allclose(moments.second_moment, (np.asarray(x) ** 2).mean(axis=0), rtol=1e-4, atol=1e-6)
 
 
 def test_statistics_inside_a_scan_are_refused() -> None:

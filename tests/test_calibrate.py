@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from any4_jax import statistics, surgery
-from any4_jax.calibration import calibrate
+from any4_jax import surgery
 from any4_jax.methods import NF4, Any4
 from any4_jax.models.config import LlamaConfig
 from any4_jax.models.tiny import random_llama, tiny
+from any4_jax.statistics import AbsMax, Gathered, Moments
+from any4_jax.walk import calibrate, quantize_model
 
-NF = NF4(group_size=16)
+NF, MOMENTS = NF4(group_size=16), Moments()
 
 
 @pytest.fixture(scope="module")
@@ -29,13 +30,13 @@ def tapped(model, tokens: jax.Array) -> dict[str, jax.Array]:
     """{path of a linear: what enters it}, by running the model's blocks one after the other."""
     found: dict[str, jax.Array] = {}
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
-    x = model.embed(tokens)
-    for index, (layer, cache) in enumerate(zip(model.layers, model.init_cache(*tokens.shape), strict=True)):
+    x = model.embed(tokens, positions)
+    for index, (layer, cache) in enumerate(zip(model.blocks, model.init_cache(*tokens.shape), strict=True)):
         taps: dict[str, jax.Array] = {}
         x, _ = layer(x, cache, positions, taps.__setitem__)
-        for site in model.sites:
+        for site in model.sites(index):
             found |= {f"layers.{index}.{linear}": taps[site.name] for linear in site.linears}
-    return found | {"lm_head": model.norm(x)}
+    return found | {"lm_head": model.head_input(x)}
 
 
 def captured(model, tokens: np.ndarray) -> dict[str, np.ndarray]:
@@ -43,13 +44,13 @@ def captured(model, tokens: np.ndarray) -> dict[str, np.ndarray]:
     return {path: np.asarray(x).reshape(-1, x.shape[-1]) for path, x in tapped(model, tokens).items()}
 
 
-def assert_statistics(stats: statistics.Statistics, x: np.ndarray, rtol: float = 1e-4) -> None:
-    x = x.astype(np.float64)
+def assert_statistics(gathered: Gathered, x: np.ndarray, rtol: float = 1e-4) -> None:
+    x, stats = x.astype(np.float64), gathered[Moments()]
     assert int(stats.count) == len(x)
     for name, of in (("mean", x), ("mean_abs", np.abs(x)), ("second_moment", x**2)):
         expected = of.mean(axis=0)
         np.testing.assert_allclose(getattr(stats, name), expected, rtol=rtol, atol=rtol * np.abs(expected).max())
-    np.testing.assert_allclose(stats.absmax, np.abs(x).max(axis=0), rtol=rtol)
+    np.testing.assert_allclose(gathered[AbsMax()], np.abs(x).max(axis=0), rtol=rtol)
 
 
 def test_statistics_equal_those_of_captured_inputs(model) -> None:
@@ -69,7 +70,7 @@ def test_padding_is_masked_and_batches_add_up(model) -> None:
         assert_statistics(stats, np.concatenate([inputs[path] for inputs in alone]))
     apart = calibrate(model, rows, batch_size=1)
     for path, stats in apart.items():
-        np.testing.assert_allclose(stats.second_moment, together[path].second_moment, rtol=1e-4)
+        np.testing.assert_allclose(stats[MOMENTS].second_moment, together[path][MOMENTS].second_moment, rtol=1e-4)
 
 
 def test_long_sequences_are_cut(model) -> None:
@@ -77,13 +78,13 @@ def test_long_sequences_are_cut(model) -> None:
     pieces = calibrate(model, tokens, seqlen=12)
     whole = calibrate(model, tokens.reshape(2, 12))
     for path, stats in pieces.items():
-        np.testing.assert_array_equal(stats.second_moment, whole[path].second_moment)
+        np.testing.assert_array_equal(stats[MOMENTS].second_moment, whole[path][MOMENTS].second_moment)
 
 
 def by_hand(model, tokens: np.ndarray, paths: list[str]):
     """`model` with the layers at `paths` quantized, and what enters its linears then."""
     rules = [("|".join(path.replace(".", r"\.") for path in paths), NF)]
-    return captured(surgery.quantize_model(model, None, rules=rules), tokens)
+    return captured(quantize_model(model, None, rules=rules), tokens)
 
 
 @pytest.mark.slow
@@ -93,10 +94,10 @@ def test_sequential_is_the_walk_by_hand(model) -> None:
     stats, offline = calibrate(model, tokens, NF, sequential=True), calibrate(model, tokens)
     qkv = [f"layers.0.self_attn.{name}_proj" for name in "qkv"]
     first = [path for path in surgery.linears(model) if path.startswith("layers.0.")]
-    np.testing.assert_array_equal(stats[qkv[0]].second_moment, offline[qkv[0]].second_moment)
+    np.testing.assert_array_equal(stats[qkv[0]][MOMENTS].second_moment, offline[qkv[0]][MOMENTS].second_moment)
     for path, quantized in (("layers.0.self_attn.o_proj", qkv), ("layers.1.self_attn.q_proj", first)):
         assert_statistics(stats[path], by_hand(model, tokens, quantized)[path])
-        assert not np.allclose(stats[path].second_moment, offline[path].second_moment, rtol=1e-4)
+        assert not np.allclose(stats[path][MOMENTS].second_moment, offline[path][MOMENTS].second_moment, rtol=1e-4)
 
 
 def test_sequential_respects_rules(model) -> None:
@@ -104,7 +105,7 @@ def test_sequential_respects_rules(model) -> None:
     stats = calibrate(model, tokens, NF, sequential=True, rules=[(r"layers\.0\..*", None)])
     offline = calibrate(model, tokens)
     path = "layers.1.self_attn.q_proj"
-    np.testing.assert_array_equal(stats[path].second_moment, offline[path].second_moment)
+    np.testing.assert_array_equal(stats[path][MOMENTS].second_moment, offline[path][MOMENTS].second_moment)
 
 
 def test_sequential_is_the_methods_choice(model) -> None:
@@ -112,7 +113,7 @@ def test_sequential_is_the_methods_choice(model) -> None:
     tokens = random_tokens(1, 12)
     offline = calibrate(model, tokens)
     path = "layers.1.mlp.down_proj"
-    np.testing.assert_array_equal(calibrate(model, tokens, NF)[path].absmax, offline[path].absmax)
+    np.testing.assert_array_equal(calibrate(model, tokens, NF)[path][AbsMax()], offline[path][AbsMax()])
 
 
 def test_text_goes_through_the_tokenizer() -> None:
@@ -120,7 +121,7 @@ def test_text_goes_through_the_tokenizer() -> None:
     text = "Once upon a time there was a small cat."
     stats = calibrate(stories, text)
     tokens = np.asarray(stories.tokenizer.encode(text))
-    assert int(stats["layers.0.self_attn.q_proj"].count) == len(tokens)
+    assert int(stats["layers.0.self_attn.q_proj"][MOMENTS].count) == len(tokens)
     assert "lm_head" not in stats or not stories.config.tie_word_embeddings
 
 
@@ -146,7 +147,7 @@ def test_a_deep_model_compiles_a_program_for_each_shape(method, count_compiles) 
     tokens = random_tokens(2, 7) % 64
     with count_compiles() as compiles:
         stats = calibrate(model, tokens, method)
-        new = surgery.quantize_model(model, method, stats=stats)
+        new = quantize_model(model, method, stats=stats)
         jax.block_until_ready(jax.tree.leaves(nnx.state(new)))
     assert len(surgery.quantized_leaves(new)) == DEEP.num_hidden_layers * 7
     assert compiles.count <= len(shapes) + 5, compiles.names

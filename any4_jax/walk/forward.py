@@ -8,17 +8,19 @@ import jax.numpy as jnp
 from flax import nnx
 
 from any4_jax import statistics
+from any4_jax.methods.matrices import Progress
 from any4_jax.models import hf_flax
 from any4_jax.nn.swapping import intercepted, quantized_dense, tapping
-from any4_jax.statistics import Statistics
-from any4_jax.surgery import Progress, linears
+from any4_jax.statistics import Gathered, Statistic
+from any4_jax.surgery import linears
 from any4_jax.surgery.linen_modules import layer_path, params_of
 from any4_jax.surgery.trees import dotted
 
-Gathered = dict[str, Statistics]
+Needs = tuple[Statistic, ...]
+Found = dict[str, Gathered]
 
 
-def run_hf(model: Any, batches: Sequence[Any], samples: int, progress: Progress | None) -> Gathered:
+def run_hf(model: Any, batches: Sequence[Any], needs: Needs, progress: Progress | None) -> Found:
     """Of a Hugging Face Flax model, over batches of keyword arguments; tokens that "attention_mask" hides are not
     counted."""
 
@@ -27,10 +29,10 @@ def run_hf(model: Any, batches: Sequence[Any], samples: int, progress: Progress 
         run._module = intercepted(run._module, tapping(tap))
         run(**batch)
 
-    return _gather(forward, model.params, batches, samples, progress)
+    return _gather(forward, model.params, batches, needs, progress)
 
 
-def run_linen(model: Any, batches: Sequence[Any], samples: int, progress: Progress | None) -> Gathered:
+def run_linen(model: Any, batches: Sequence[Any], needs: Needs, progress: Progress | None) -> Found:
     """Of a pair (Linen module, variables), over batches of arguments of `apply`."""
     module, variables = model
 
@@ -40,12 +42,12 @@ def run_linen(model: Any, batches: Sequence[Any], samples: int, progress: Progre
         tapped.apply(variables, *arguments, **named, mutable=True)
 
     whole = variables if "params" in variables else {"params": params_of(variables)}
-    return _gather(forward, whole, batches, samples, progress)
+    return _gather(forward, whole, batches, needs, progress)
 
 
 def _gather(
-    forward: Callable, variables: Any, batches: Sequence[Any], samples: int, progress: Progress | None
-) -> Gathered:
+    forward: Callable, variables: Any, batches: Sequence[Any], needs: Needs, progress: Progress | None
+) -> Found:
     @jax.jit
     def step(variables, batch, seen):
         seen = dict(seen)
@@ -54,13 +56,13 @@ def _gather(
         def tap(path: tuple[str, ...], x: jax.Array) -> None:
             name = layer_path(path)
             hidden = mask if mask is not None and mask.shape == x.shape[:-1] else None
-            before = seen.get(name, statistics.empty(x.shape[-1], samples))
+            before = seen.get(name, statistics.empty(x.shape[-1], needs))
             seen[name] = statistics.update(before, x, None if hidden is None else hidden.astype(bool))
 
         forward(variables, batch, tap)
         return seen
 
-    seen: Gathered = {}
+    seen: Found = {}
     for index, batch in enumerate(batches):
         try:
             seen = step(variables, batch, seen)
@@ -77,21 +79,21 @@ def _gather(
 class _Tapped(nnx.Module):
     """A dense layer that reduces what it is given to statistics, in a variable of its own."""
 
-    def __init__(self, inner: nnx.Linear, samples: int) -> None:
+    def __init__(self, inner: nnx.Linear, needs: Needs) -> None:
         self.inner = inner
-        self.seen = nnx.Intermediate(jax.tree.map(jnp.asarray, statistics.empty(inner.in_features, samples)))
+        self.seen = nnx.Intermediate(jax.tree.map(jnp.asarray, statistics.empty(inner.in_features, needs)))
 
     def __call__(self, x: jax.Array) -> jax.Array:
         self.seen.set_value(statistics.update(self.seen.get_value(), x))
         return self.inner(x)
 
 
-def run_nnx(model: nnx.Module, batches: Sequence[Any], samples: int, progress: Progress | None) -> Gathered:
+def run_nnx(model: nnx.Module, batches: Sequence[Any], needs: Needs, progress: Progress | None) -> Found:
     """Of any NNX module, over batches of its call's arguments."""
     paths = set(linears(model))
 
     def tap(path: tuple, node: Any) -> Any:
-        return _Tapped(node, samples) if dotted(path) in paths else node
+        return _Tapped(node, needs) if dotted(path) in paths else node
 
     tapped = nnx.recursive_map(tap, nnx.clone(model))
 

@@ -1,0 +1,115 @@
+"""Methods applied to one matrix and to one site, with what they are given and give checked."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from any4_jax.methods.base import AnyMethod, Method, Result, SiteMethod, SiteResult, SiteWeights, scope_of
+from any4_jax.partition import partition
+from any4_jax.statistics import Gathered
+from any4_jax.weights import is_operator
+
+_FAULTS = (
+    "the weights hold NaN or infinite values, need finite ones; fix the checkpoint or leave the layer out",
+    "the statistics hold NaN or infinite values, need finite ones; gather them from other text",
+    "its scales or tables overflow the dtype they are stored in; pass scale_dtype='float32' and table_dtype='float32'",
+)
+
+
+@functools.partial(jax.jit, static_argnames=("method", "transposed"))
+def _apply(w, gathered, method: Method, transposed: bool):
+    w = (w.T if transposed else w).astype(jnp.float32)
+    result = method.apply(w, gathered)
+    return result, [_all_finite(w), _all_finite(gathered), _all_finite(partition(result.operator)[0])]
+
+
+@functools.partial(jax.jit, static_argnames="method")
+def _apply_site(site, gathered, method: SiteMethod):
+    result = method.apply(site, gathered)
+    made = [one.operator for one in result.results.values()], result.input_scale
+    return result, [_all_finite(site.weights), _all_finite(gathered), _all_finite(partition(made)[0])]
+
+
+def _all_finite(tree) -> jax.Array:
+    floats = (leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.inexact))
+    return jnp.stack([jnp.isfinite(leaf).all() for leaf in floats] or [jnp.array(True)]).all()
+
+
+def apply_method(
+    w: Any, method: Method, gathered: Gathered | None = None, *, transposed: bool = False, path: str = "the weight"
+) -> Result:
+    """`quantize`, with the method's notes."""
+    if is_operator(w):
+        raise TypeError(f"{path} is a {type(w).__name__} already, need an array; dequantize it first")
+    if scope_of(method) != "matrix":
+        raise ValueError(
+            f"{path}: {method.name} quantizes the matrices of a {scope_of(method)} together, not one; pass it to "
+            "quantize_model"
+        )
+    dtype = getattr(w, "dtype", None)
+    if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(f"{path} has dtype {dtype}, need a floating dtype; convert it first")
+    if w.ndim != 2 or 0 in w.shape:
+        raise ValueError(f"{path} has shape {tuple(w.shape)}, need [N, K] with N, K >= 1; reshape it or leave it out")
+    _check_gathered(w.shape[0] if transposed else w.shape[1], method, gathered, path)
+    result, finite = _apply(w, gathered, method, transposed)
+    _refuse_faults(finite, path)
+    return result
+
+
+def quantize(w: Any, method: Method, stats: Gathered | None = None, *, transposed: bool = False, path="the weight"):
+    """Quantizes one matrix.
+
+    Args:
+      w: [N, K] weights (or [K, N] with `transposed`, as Flax keeps kernels), any float dtype.
+      method: see any4_jax.methods.
+      stats: statistics of the linear's input, of K features.
+      path: what errors call this weight.
+
+    Returns:
+      An operator of shape [N, K]; a QuantizedTensor for methods that store one table-coded matrix.
+
+    Raises:
+      ValueError: a weight that is empty, not two-dimensional or not finite; statistics of another K, not finite, or
+        without one that the method needs; scales that overflow their dtype; fields of the method that contradict each
+        other, or that need statistics where none are given; a method that quantizes several matrices together.
+      TypeError: a weight that is not floating, or quantized already.
+    """
+    return apply_method(w, method, stats, transposed=transposed, path=path).operator
+
+
+def apply_site(site: SiteWeights, method: SiteMethod, gathered: Gathered | None, path: str) -> SiteResult:
+    """Quantizes the matrices of a site; `path` is what errors call it.
+
+    Raises:
+      ValueError: as `quantize` does.
+    """
+    _check_gathered(next(iter(site.weights.values())).shape[1], method, gathered, path)
+    result, finite = _apply_site(site, gathered, method)
+    _refuse_faults(finite, path)
+    return result
+
+
+def _check_gathered(k: int, method: AnyMethod, gathered: Gathered | None, path: str) -> None:
+    if gathered is not None and gathered.k != k:
+        raise ValueError(
+            f"{path} has K={k} inputs but its statistics have {gathered.k}; gather them at this linear's input"
+        )
+    method.check(gathered is not None)
+    missing = [] if gathered is None else [statistic for statistic in method.needs if statistic not in gathered]
+    if missing:
+        raise ValueError(
+            f"{path} has statistics without {missing[0]!r}, which {method.name} with these fields needs; gather them "
+            "with calibrate(model, data, method)"
+        )
+
+
+def _refuse_faults(finite: list[Any], path: str) -> None:
+    if isinstance(finite[0], jax.core.Tracer):
+        return
+    for ok, fault in zip(finite, _FAULTS, strict=True):
+        if not np.asarray(ok):
+            raise ValueError(f"{path}: {fault}")

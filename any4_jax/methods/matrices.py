@@ -1,0 +1,161 @@
+"""Many matrices, each with its own method: work shared among threads, and kept for a run that starts again."""
+
+import dataclasses
+import hashlib
+import os
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from any4_jax.methods.apply import apply_method
+from any4_jax.methods.base import AnyMethod, Method, Result
+from any4_jax.statistics import Gathered
+
+Progress = Callable[[int, int, str], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Matrix:
+    """The weight of a linear.
+
+    Attributes:
+      array: [*L, K, N] where `transposed`, as Flax keeps kernels, else [*L, N, K]; L are blocks stacked for a scan, or
+        experts.
+      transposed: see `array`.
+      by_name: whether it is quantized only where a rule of the caller's names it: it is no linear's.
+    """
+
+    array: jax.Array
+    transposed: bool
+    by_name: bool = False
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(*L, N, K)."""
+        shape = tuple(self.array.shape)
+        return (*shape[:-2], *shape[:-3:-1]) if self.transposed else shape
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A matrix to be quantized.
+
+    Attributes:
+      matrix, method: what, and how.
+      gathered: statistics of its input, or None.
+      key: what the result follows from; see `job_key`.
+    """
+
+    matrix: Matrix
+    method: Method
+    gathered: Gathered | None = None
+    key: str = ""
+
+
+class Finished(Protocol):
+    """Where results are kept, for a run that starts again; called by several threads at once."""
+
+    def get(self, path: str, key: str) -> Result | None:
+        """The result at `path`, where it was put under the same key."""
+        ...
+
+    def put(self, path: str, key: str, result: Result) -> None:
+        """Keeps a result."""
+        ...
+
+
+def quantize_matrix(matrix: Matrix, method: Method, gathered: Gathered | None, path: str) -> Result:
+    """The operator [*L, N, K] of one linear, and the method's notes.
+
+    The matrices of a stack are quantized one by one: experts with the statistics of their own tokens, blocks all with
+    the same. A note that differs among them is the tuple of all.
+    """
+    array = matrix.array
+    if array.ndim <= 2:
+        return apply_method(array, method, gathered, transposed=matrix.transposed, path=path)
+    stack = array.shape[:-2]
+    each = []
+    for i, one in enumerate(array.reshape(-1, *array.shape[-2:])):
+        own = gathered.of_expert(i) if gathered is not None and gathered.stack else gathered
+        each.append(apply_method(one, method, own, transposed=matrix.transposed, path=f"{path}[{i}]"))
+    operator = jax.tree.map(
+        lambda *arrays: jnp.stack(arrays).reshape(*stack, *arrays[0].shape), *(one.operator for one in each)
+    )
+    notes = {}
+    for name in each[0].notes:
+        values = tuple(plain_note(one.notes[name]) for one in each)
+        notes[name] = values[0] if len(set(values)) == 1 else values
+    return Result(operator, notes)
+
+
+def plain_note(note: Any) -> Any:
+    """A note as Python's own number, string, bool or tuple of these."""
+    return note.item() if isinstance(note, jax.Array | np.ndarray | np.generic) else note
+
+
+def quantize_matrices(
+    jobs: Mapping[str, Job], count: Callable[[str], None] | None = None, finished: Finished | None = None
+) -> dict[str, Result]:
+    """The results of all jobs, by path.
+
+    Two matrices at a time on a CPU, where a solver's serial parts leave a core idle; one at a time elsewhere.
+
+    Args:
+      count: called with a path as soon as its result is there.
+      finished: where results are kept, under the jobs' keys.
+    """
+    done: dict[str, Result] = {}
+
+    def work(path: str) -> tuple[str, Result]:
+        job = jobs[path]
+        result = jax.block_until_ready(quantize_matrix(job.matrix, job.method, job.gathered, path))
+        if finished is not None:
+            finished.put(path, job.key, result)
+        return path, result
+
+    with ThreadPoolExecutor(min(2, os.cpu_count() or 1) if jax.default_backend() == "cpu" else 1) as pool:
+        for paths in _one_of_each_first(jobs):
+            for path, result in pool.map(work, paths):
+                done[path] = result
+                if count is not None:
+                    count(path)
+    return {path: done[path] for path in jobs}
+
+
+def _one_of_each_first(jobs: Mapping[str, Job]) -> tuple[list[str], list[str]]:
+    """A matrix for each program that will be compiled, then the others: two threads that meet the same program before
+    it is compiled would both compile it."""
+    programs: dict[tuple, str] = {}
+    for path, job in jobs.items():
+        array = job.matrix.array
+        programs.setdefault((array.shape, str(array.dtype), job.method, jax.tree.structure(job.gathered)), path)
+    first = list(programs.values())
+    return first, [path for path in jobs if path not in first]
+
+
+def job_key(matrix: Matrix, method: AnyMethod, gathered: Gathered | None) -> str:
+    """What a result follows from where statistics are given: the hex sha256 of the weight and the statistics (dtypes,
+    shapes and bytes) and of the method's name and fields."""
+    digest = hashlib.sha256(repr((method.name, method, matrix.transposed)).encode())
+    digest.update(repr(None if gathered is None else tuple(gathered)).encode())
+    digest_arrays(digest, (matrix.array, gathered))
+    return digest.hexdigest()
+
+
+def find_finished(keys: Mapping[str, str], finished: Finished) -> dict[str, Result]:
+    """What is kept under these keys, by path."""
+    with ThreadPoolExecutor(2) as pool:
+        found = zip(keys, pool.map(finished.get, keys, keys.values()), strict=True)
+        return {path: result for path, result in found if result is not None}
+
+
+def digest_arrays(digest: Any, tree: Any) -> None:
+    """Adds dtypes, shapes and bytes of a tree's arrays to a hashlib digest."""
+    for leaf in jax.tree.leaves(tree):
+        host = np.asarray(leaf, order="C")
+        digest.update(repr((str(host.dtype), host.shape)).encode())
+        digest.update(host.reshape(-1).view(np.uint8).data)

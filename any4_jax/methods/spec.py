@@ -1,0 +1,47 @@
+"""Methods as plain JSON and back: what a manifest holds of them."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from any4_jax.methods.any4 import Any4
+from any4_jax.methods.rtn import AF4, FP4, MX4, NF4, Int
+
+CATALOGUE: dict[str, type] = {cls.name: cls for cls in (Int, NF4, FP4, AF4, MX4, Any4)}
+"""Methods by name. A method of your own is added here, under its `name`, and then has a place in manifests and on the
+command line."""
+
+
+def method_to_json(method: Any) -> dict[str, Any] | None:
+    """{"method": name, "fields": {...}}; a method in a field nests. None, which leaves a layer alone, stays None."""
+    if method is None:
+        return None
+    fields = {field.name: getattr(method, field.name) for field in dataclasses.fields(method)}
+    return {
+        "method": method.name,
+        "fields": {name: method_to_json(v) if dataclasses.is_dataclass(v) else v for name, v in fields.items()},
+    }
+
+
+def method_from_json(spec: Any) -> Any:
+    """The inverse of `method_to_json`.
+
+    Raises:
+      ValueError: a method, or a field of it, that this version doesn't have.
+    """
+    if spec is None:
+        return None
+    cls = CATALOGUE.get(spec["method"])
+    if cls is None:
+        known = ", ".join(CATALOGUE)
+        raise ValueError(f"got a method {spec['method']!r}, this version knows {known}; upgrade any4_jax")
+    unknown = sorted(set(spec["fields"]) - {field.name for field in dataclasses.fields(cls)})
+    if unknown:
+        raise ValueError(f"method {spec['method']!r} has no field {unknown[0]!r} in this version; upgrade any4_jax")
+    return cls(**{name: _field(value) for name, value in spec["fields"].items()})
+
+
+def _field(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return method_from_json(value)
+    return tuple(value) if isinstance(value, list) else value

@@ -1,0 +1,215 @@
+"""What every decoder-only language model of this library is: blocks between an embedding and a head.
+
+Letters: B rows, T tokens, E hidden size (the embedding), V vocabulary, K inputs of a linear, X experts.
+"""
+
+import abc
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.typing import DTypeLike
+
+from any4_jax.kv_cache import Cache, CacheFactory, DenseCache
+
+PRECISION = "highest"
+"""Of float32 products. A GPU's default, TF32, keeps 10 bits: logits are then off by 1e-3 of their scale. Products of
+bfloat16 and float16 are the same either way."""
+
+
+class Tap(Protocol):
+    """What a block calls with the input of each of its sites, traced values under jit.
+
+    A block may tap under names that no `Site` has; who listens passes over those it doesn't know.
+    """
+
+    def __call__(self, name: str, x: jax.Array, routed: jax.Array | None = None, /) -> None:
+        """See the class.
+
+        Args:
+            name: of the site.
+            x: the input [B, T, K].
+            routed: bool [X, B, T], the tokens that reach each expert, where the site's linears are stacks of experts.
+        """
+        ...
+
+
+def no_tap(name: str, x: jax.Array, routed: jax.Array | None = None, /) -> None:
+    """The tap that looks at nothing."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Site:
+    """Linears that read the same input.
+
+    Channels of `after`'s output are the site's input channels, so that a factor per channel may move from one to the
+    other (see `any4_jax.models.fold`). They come in runs of `width`, and the input has each run `repeat` times: in
+    grouped-query attention the channels of a key/value head reach the output projection once for each of its query
+    heads.
+
+    Attributes:
+        name: what taps are called with.
+        linears: paths within the block; of the head, within the decoder.
+        after: path of the norm or linear that makes the input, whose output nothing else reads; None where there is no
+            such layer.
+        repeat: how often the input has each run of `after`'s channels.
+        width: channels in a run.
+    """
+
+    name: str
+    linears: tuple[str, ...]
+    after: str | None
+    repeat: int = 1
+    width: int = 1
+
+
+class DecoderConfig(Protocol):
+    """What of a model's config is read outside of its own file; configs are frozen dataclasses, hashable."""
+
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def max_position_embeddings(self) -> int: ...
+    @property
+    def num_key_value_heads(self) -> int: ...
+    @property
+    def head_dim(self) -> int: ...
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]: ...
+
+
+class Decoder(nnx.Module):
+    """A decoder-only language model: int32 tokens [B, T] -> float32 logits [B, T, V].
+
+    A family's class says how tokens are embedded, what its blocks are and what the head does; the caches, the loop
+    over the blocks and the call are the same for all. Its `__init__` takes what this one takes and `rngs`. Linears are
+    `nnx.Linear` with kernels [in, out], embeddings `nnx.Embed`; surgery may put any module with the same call in their
+    place.
+
+    Attributes:
+        config: the shape, static.
+        dtype: of activations, and of the cache unless another is asked for.
+        tokenizer: a hashable tokenizer, or None; static.
+        recipe: how it was quantized (any4_jax.surgery.Recipe), or None; static.
+        layers: the blocks, a list of modules. Blocks of one structure share one compiled program.
+    """
+
+    layers: Any
+
+    def __init__(self, config: Any, *, dtype: DTypeLike = jnp.float32) -> None:
+        """Sets what all families have."""
+        self.config = config
+        self.dtype = jnp.dtype(dtype)
+        self.tokenizer: Any = None
+        self.recipe: Any = None
+
+    @property
+    def blocks(self) -> Sequence[nnx.Module]:
+        """The blocks, first to last. A family that keeps them elsewhere overrides this and `block_path`."""
+        return self.layers
+
+    def block_path(self, index: int) -> str:
+        """The dotted path of a block, such as "layers.3"."""
+        return f"layers.{index}"
+
+    @abc.abstractmethod
+    def sites(self, index: int) -> tuple[Site, ...]:
+        """The sites of a block, in the order in which they run."""
+
+    @property
+    @abc.abstractmethod
+    def head_site(self) -> Site:
+        """The head's linear, or the embedding that serves as one; its name is "head_in"."""
+
+    @abc.abstractmethod
+    def embed(self, tokens: jax.Array, positions: jax.Array) -> jax.Array:
+        """What enters the first block: tokens and positions int32 [B, T] -> [B, T, E].
+
+        Positions of padding are negative; what comes out there has to be finite.
+        """
+
+    @staticmethod
+    def block(
+        graphdef: Any, state: Any, x: jax.Array, cache: Cache, positions: jax.Array, tap: Tap | None = None
+    ) -> tuple[jax.Array, Cache]:
+        """A block as a pure function of `nnx.split(block)`; under jit the graphdef is static.
+
+        Args:
+            graphdef, state: of the block.
+            x: [B, T, E].
+            cache: of this block.
+            positions: int32 [B, T].
+            tap: called with the input of each of the block's sites.
+
+        Returns:
+            The output [B, T, E] and the cache with these tokens.
+        """
+        return nnx.merge(graphdef, state)(x, cache, positions, tap)
+
+    @abc.abstractmethod
+    def head_input(self, x: jax.Array) -> jax.Array:
+        """What enters the head: the last block's output [B, T, E] -> [B, T, E]. Most families normalize it."""
+
+    @abc.abstractmethod
+    def head(self, x: jax.Array) -> jax.Array:
+        """The last block's output [B, T, E] -> float32 logits [B, T, V]; `head_input` is its first step."""
+
+    def init_cache(
+        self,
+        batch: int,
+        length: int,
+        *,
+        start: jax.Array | None = None,
+        dtype: DTypeLike | None = None,
+        cache: CacheFactory = DenseCache,
+    ) -> list[Cache]:
+        """An empty cache of `length` slots for each block; start int32 [B] (None: no padding)."""
+        start = jnp.zeros((batch,), jnp.int32) if start is None else start
+        dtype = self.dtype if dtype is None else dtype
+        heads, size = self.config.num_key_value_heads, self.config.head_dim
+        return [cache.create(index, batch, length, heads, size, start, dtype) for index in range(len(self.blocks))]
+
+    def decode(self, tokens: jax.Array, caches: list[Cache], positions: jax.Array) -> tuple[jax.Array, list[Cache]]:
+        """All blocks, for use inside jit: tokens and positions int32 [B, T] -> ([B, T, E], the new caches).
+
+        What comes out has not gone through `head`, which a caller may want for the last token only.
+        """
+        run = _jitted(type(self).block)
+        x, grown = self.embed(tokens, positions), []
+        for block, cache in zip(self.blocks, caches, strict=True):
+            x, cache = run(*nnx.split(block), x, cache, positions)
+            grown.append(cache)
+        return x, grown
+
+    def __call__(self, tokens: jax.Array | np.ndarray) -> jax.Array:
+        """int32 tokens [B, T], rows without padding -> float32 logits [B, T, V]; one jitted program a shape.
+
+        Raises:
+            TypeError: tokens are no integers.
+            ValueError: tokens are not [B, T] with T > 0.
+        """
+        tokens = tokens if isinstance(tokens, jax.Array) else np.asarray(tokens)
+        if not jnp.issubdtype(tokens.dtype, jnp.integer):
+            raise TypeError(f"tokens are {tokens.dtype}, and integer token ids are needed; encode the text first")
+        if tokens.ndim != 2 or tokens.shape[1] == 0:
+            raise ValueError(f"tokens have shape {tokens.shape}, and [batch, length > 0] is needed; add a batch axis")
+        return _logits(self, tokens)
+
+
+@functools.cache
+def _jitted(block: Callable[..., tuple[jax.Array, Cache]]) -> Callable[..., tuple[jax.Array, Cache]]:
+    """A family's block under jit: inside a larger jit it is traced once for all blocks of one structure."""
+    return jax.jit(block, static_argnums=0)
+
+
+@jax.jit
+def _logits(model: Decoder, tokens: jax.Array) -> jax.Array:
+    batch, length = tokens.shape
+    positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length))
+    x, _ = model.decode(tokens, model.init_cache(batch, length), positions)
+    return model.head(x)

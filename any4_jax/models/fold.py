@@ -1,0 +1,169 @@
+"""Factors per channel, moved from the input of a site into the layer before it: what a block computes stays the same.
+
+Where x = before(h) enters y = W x, a factor s on each channel of x cancels: s * before(h) enters W / s.
+`scale_channels` does the first half, `fold` does both. Products and quotients are computed in float32 and rounded once
+to the stored dtype, so a float32 block computes the same to rounding.
+
+Letters: K inputs of a site, C outputs of the layer before it.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from any4_jax.models.base import Site
+from any4_jax.models.norms import RMSNorm
+
+Rescale = Callable[[jax.Array], jax.Array]
+"""An array [..., C] times a factor [C], or divided by it."""
+
+
+@functools.singledispatch
+def scale_outputs(layer: Any, rescale: Rescale) -> None:
+    """Rescales the outputs of a layer, in place, through its arrays.
+
+    Register a layer that can be scaled so: `@scale_outputs.register`. All others are left alone and what should be
+    folded into them stays a leftover.
+    """
+    raise TypeError(f"got a {type(layer).__name__}, whose outputs can't be scaled; register it with scale_outputs")
+
+
+@scale_outputs.register(RMSNorm)
+@scale_outputs.register(nnx.RMSNorm)
+def _(layer: Any, rescale: Rescale) -> None:
+    _set(layer.scale, rescale)
+
+
+@scale_outputs.register(nnx.LayerNorm)
+def _(layer: nnx.LayerNorm, rescale: Rescale) -> None:
+    _set(layer.scale, rescale)
+    _set(layer.bias, rescale)
+
+
+@scale_outputs.register(nnx.Linear)
+def _(layer: nnx.Linear, rescale: Rescale) -> None:
+    _set(layer.kernel, rescale)
+    _set(layer.bias, rescale)
+
+
+def is_foldable(block: nnx.Module, site: Site) -> bool:
+    """Whether factors on the input of a site can be moved into the layer before it.
+
+    They can't where there is none, where it is quantized, and where no `scale_outputs` is registered for it. (A norm of
+    flax without a scale can't hold one either.)
+    """
+    if site.after is None:
+        return False
+    layer = module_at(block, site.after)
+    if getattr(layer, "use_scale", True) is False:
+        return False
+    return scale_outputs.dispatch(type(layer)) is not scale_outputs.dispatch(object)
+
+
+def scale_channels(
+    block: nnx.Module, site: Site, factor: jax.Array | np.ndarray, *, inverse: bool = False
+) -> tuple[nnx.Module, jax.Array | None]:
+    """Multiplies the input channels of a site, by scaling the outputs of the layer before it.
+
+    What the block computes changes: the caller divides the site's linears, or has `fold` do it.
+
+    Args:
+        block: stays as it is.
+        site: of the block.
+        factor: [K], not zero.
+        inverse: divide by the factor instead.
+
+    Returns:
+        A block that shares all other arrays, and the leftover [K]: the part of the factor that could not be folded, 1
+        elsewhere, or None where all of it was. A channel whose repeats (see `Site`) have unequal factors is left over
+        whole. Under jit a site with repeats always has a leftover, since equality isn't known while tracing.
+
+    Raises:
+        ValueError: the factor is not of shape [K].
+    """
+    factor = _checked(block, site, factor)
+    if not is_foldable(block, site):
+        return block, factor
+    folded, leftover = _split(site, factor)
+    new = nnx.clone(block)
+    scale_outputs(module_at(new, site.after or ""), functools.partial(_rescaled, factor=folded, divide=inverse))
+    return new, leftover
+
+
+def fold(
+    block: nnx.Module, site: Site, factor: jax.Array | np.ndarray, *, inverse: bool = False
+) -> tuple[nnx.Module, jax.Array | None]:
+    """Multiplies the input channels of a site and divides its linears by the same: what the block computes stays.
+
+    Args, returns: as for `scale_channels`; the linears are divided by what was folded, not by the leftover.
+
+    Raises:
+        ValueError: the factor is not of shape [K], or a linear of the site is quantized.
+    """
+    for path in site.linears:
+        if not isinstance(module_at(block, path), nnx.Linear):
+            kind = type(module_at(block, path)).__name__
+            raise ValueError(f"{path} is an {kind}, and fold scales float linears; fold before quantizing")
+    factor = _checked(block, site, factor)
+    new, leftover = scale_channels(block, site, factor, inverse=inverse)
+    if new is block:
+        return block, leftover
+    folded = factor if leftover is None else factor / leftover
+    rescale = functools.partial(_rescaled, factor=folded[:, None], divide=not inverse)
+    for path in site.linears:
+        _set(module_at(new, path).kernel, rescale)
+    return new, leftover
+
+
+def repeated(site: Site, factor: np.ndarray) -> np.ndarray:
+    """A factor [C] on the outputs of the layer before a site as one on the site's input channels [K]."""
+    return np.repeat(factor.reshape(-1, site.width), site.repeat, axis=0).reshape(-1)
+
+
+def inputs_of(block: nnx.Module, site: Site) -> int:
+    """K, the number of the site's input channels."""
+    return module_at(block, site.linears[0]).in_features
+
+
+def module_at(module: Any, path: str) -> Any:
+    """The submodule at a dotted path; the module itself at ""."""
+    for name in filter(None, path.split(".")):
+        module = module[int(name)] if name.isdigit() else getattr(module, name)
+    return module
+
+
+def _checked(block: nnx.Module, site: Site, factor: jax.Array | np.ndarray) -> jax.Array:
+    k = inputs_of(block, site)
+    if factor.shape != (k,):
+        raise ValueError(f"the factor has shape {factor.shape}, and site {site.name} has K={k} inputs; pass [{k}]")
+    return jnp.asarray(factor, jnp.float32)
+
+
+def _split(site: Site, factor: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+    """A factor [K] as one on the outputs [C] of the layer before the site, and what is left over of it."""
+    if site.repeat == 1:
+        return factor, None
+    runs = factor.reshape(-1, site.repeat, site.width)
+    equal = (runs == runs[:, :1]).all(axis=1)
+    folded = jnp.where(equal, runs[:, 0], 1).reshape(-1)
+    if not isinstance(equal, jax.core.Tracer) and bool(equal.all()):
+        return folded, None
+    return folded, jnp.where(equal[:, None], 1, runs).reshape(-1)
+
+
+@functools.partial(jax.jit, static_argnames="divide")
+def _rescaled(array: jax.Array, factor: jax.Array, divide: bool) -> jax.Array:
+    wide = array.astype(jnp.float32)
+    # A barrier, or XLA multiplies by the reciprocal of what is broadcast, which rounds twice.
+    factor = jax.lax.optimization_barrier(jnp.broadcast_to(factor, wide.shape))
+    return (wide / factor if divide else wide * factor).astype(array.dtype)
+
+
+def _set(variable: Any, rescale: Rescale) -> None:
+    if variable is not None:
+        variable.set_value(rescale(variable.get_value()))

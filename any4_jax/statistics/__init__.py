@@ -1,0 +1,26 @@
+"""What methods learn from the activations that enter a linear: a statistic is one file here."""
+
+from any4_jax.statistics.gathered import Gathered, Statistic, empty, from_activations, merge, update
+from any4_jax.statistics.hessian import Hessian, HessianSum
+from any4_jax.statistics.moments import AbsMax, Moments, MomentSums
+from any4_jax.statistics.sample import Sample, SampledTokens
+
+DEFAULT: tuple[Statistic, ...] = (Moments(), AbsMax())
+"""What is gathered where no method says what it needs."""
+
+__all__ = [
+    "DEFAULT",
+    "AbsMax",
+    "Gathered",
+    "Hessian",
+    "HessianSum",
+    "MomentSums",
+    "Moments",
+    "Sample",
+    "SampledTokens",
+    "Statistic",
+    "empty",
+    "from_activations",
+    "merge",
+    "update",
+]

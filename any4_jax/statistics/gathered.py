@@ -1,0 +1,164 @@
+"""The protocol of a statistic, and the set of them that is gathered at one input.
+
+Letters: T tokens, K input features, E experts.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+@runtime_checkable
+class Statistic(Protocol):
+    """One thing that can be known of the activations which enter a linear.
+
+    A frozen, hashable dataclass: its fields are settings. Its accumulator is a pytree of arrays of fixed shapes, whose
+    size doesn't grow with the number of tokens.
+    """
+
+    def empty(self, k: int) -> Any:
+        """The accumulator of no tokens for K = `k` features: numpy arrays, so that nothing is compiled for them."""
+        ...
+
+    def update(self, accumulator: Any, x: jax.Array, mask: jax.Array) -> Any:
+        """The accumulator with more tokens: x float32 [T, K], and mask bool [T], False where a token doesn't count.
+        Rows of x that don't count are zeros. It runs under jit, and under vmap for experts."""
+        ...
+
+    def merge(self, a: Any, b: Any) -> Any:
+        """The accumulator of the tokens of both."""
+        ...
+
+
+@jax.tree_util.register_pytree_with_keys_class
+class Gathered(Mapping[Statistic, Any]):
+    """Statistics of one input: a pytree that maps each `Statistic` to its accumulator.
+
+    Linears that read the same input share one. `gathered[Moments()].second_moment` is E[x^2].
+
+    Attributes:
+      k: K, the number of input features.
+      stack: () or (E,): the leading axes that the accumulators have where each expert has its own.
+    """
+
+    def __init__(self, accumulators: Mapping[Statistic, Any], k: int, stack: tuple[int, ...] = ()) -> None:
+        self._accumulators = dict(accumulators)
+        self.k = k
+        self.stack = stack
+
+    def __getitem__(self, statistic: Statistic) -> Any:
+        return self._accumulators[statistic]
+
+    def __iter__(self) -> Iterator[Statistic]:
+        return iter(self._accumulators)
+
+    def __len__(self) -> int:
+        return len(self._accumulators)
+
+    def __repr__(self) -> str:
+        return f"Gathered({', '.join(map(repr, self))}; K = {self.k})"
+
+    def of_expert(self, index: int) -> "Gathered":
+        """The statistics of one expert."""
+        accumulators = {s: jax.tree.map(lambda leaf: leaf[index], a) for s, a in self.items()}
+        return Gathered(accumulators, self.k, self.stack[1:])
+
+    def tree_flatten_with_keys(self) -> tuple[Any, Any]:
+        keyed = [(jax.tree_util.DictKey(repr(s)), a) for s, a in self._accumulators.items()]
+        return keyed, (tuple(self._accumulators), self.k, self.stack)
+
+    @classmethod
+    def tree_unflatten(cls, static: Any, children: Iterable[Any]) -> "Gathered":
+        statistics, k, stack = static
+        return cls(dict(zip(statistics, children, strict=True)), k, stack)
+
+
+def empty(k: int, statistics: Iterable[Statistic], experts: int | None = None) -> Gathered:
+    """Statistics of no tokens.
+
+    Args:
+      k: K.
+      statistics: what is to be gathered; equal ones are gathered once.
+      experts: E, where each expert has statistics of its own.
+    """
+    accumulators = {statistic: statistic.empty(k) for statistic in statistics}
+    if experts is None:
+        return Gathered(accumulators, k)
+    return Gathered({s: _stacked(a, experts) for s, a in accumulators.items()}, k, (experts,))
+
+
+def _stacked(accumulator: Any, experts: int) -> Any:
+    return jax.tree.map(lambda leaf: np.broadcast_to(leaf, (experts, *np.shape(leaf))), accumulator)
+
+
+def update(
+    gathered: Gathered, x: jax.Array, mask: jax.Array | None = None, routed: jax.Array | None = None
+) -> Gathered:
+    """The statistics with more tokens.
+
+    Args:
+      x: [..., K], any float dtype; reduced in float32.
+      mask: bool [...], False for tokens that don't count (padding); None counts all.
+      routed: bool [E, ...], which tokens reached which expert; for statistics that are per expert.
+
+    Raises:
+      ValueError: x ends in another K, or `routed` is absent for statistics per expert, or given for others.
+    """
+    if x.shape[-1] != gathered.k:
+        raise ValueError(f"got inputs of shape {x.shape} for statistics of K={gathered.k}; gather them at one input")
+    wanted = () if routed is None else routed.shape[:1]
+    if wanted != gathered.stack:
+        raise ValueError(
+            f"got tokens routed to {wanted} experts for statistics of {gathered.stack}; make both for the same experts"
+        )
+    x = x.astype(jnp.float32).reshape(-1, gathered.k)
+    keep = jnp.ones(x.shape[0], bool) if mask is None else mask.reshape(-1)
+    x = jnp.where(keep[:, None], x, 0.0)
+
+    def one(accumulators: dict[Statistic, Any], x: jax.Array, keep: jax.Array) -> dict[Statistic, Any]:
+        return {statistic: statistic.update(a, x, keep) for statistic, a in accumulators.items()}
+
+    if routed is None:
+        return Gathered(one(dict(gathered), x, keep), gathered.k)
+
+    statistics, accumulators = tuple(gathered), tuple(gathered.values())
+
+    def of_expert(accumulators: tuple[Any, ...], reached: jax.Array) -> tuple[Any, ...]:
+        kept = keep & reached
+        new = one(dict(zip(statistics, accumulators, strict=True)), jnp.where(kept[:, None], x, 0.0), kept)
+        return tuple(new.values())
+
+    # One expert after the other: under vmap each would hold a copy of all tokens.
+    new = jax.lax.map(lambda both: of_expert(*both), (accumulators, routed.reshape(routed.shape[0], -1)))
+    return Gathered(dict(zip(statistics, new, strict=True)), gathered.k, gathered.stack)
+
+
+def merge(a: Gathered, b: Gathered) -> Gathered:
+    """The statistics of the tokens of both; only what both hold.
+
+    Raises:
+      ValueError: they are of inputs of different K, or of different experts.
+    """
+    if (a.k, a.stack) != (b.k, b.stack):
+        raise ValueError(f"got statistics of K={a.k}, {a.stack} and K={b.k}, {b.stack}; merge those of one input")
+    shared = [statistic for statistic in a if statistic in b]
+    merged = {s: (jax.vmap(s.merge) if a.stack else s.merge)(a[s], b[s]) for s in shared}
+    return Gathered(merged, a.k, a.stack)
+
+
+def from_activations(
+    x: jax.Array, mask: jax.Array | None = None, statistics: Iterable[Statistic] | None = None
+) -> Gathered:
+    """Statistics of activations in hand.
+
+    Args:
+      x: [..., K].
+      mask: see `update`.
+      statistics: what is gathered; None is `statistics.DEFAULT`, moments and the largest magnitude.
+    """
+    from any4_jax.statistics import DEFAULT
+
+    return update(empty(x.shape[-1], DEFAULT if statistics is None else statistics), x, mask)

@@ -1,0 +1,199 @@
+"""A block of a decoder during a walk: the `any4_jax.methods.Block` that methods are given."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from any4_jax import statistics
+from any4_jax.methods.apply import apply_site
+from any4_jax.methods.base import AnyMethod, BlockResult, Result, SiteWeights, scope_of
+from any4_jax.methods.matrices import Job, Matrix, quantize_matrices
+from any4_jax.models.base import Decoder, Site
+from any4_jax.models.fold import is_foldable, scale_channels
+from any4_jax.statistics import Gathered, Statistic
+from any4_jax.walk.capture import positions_of, run_block
+from any4_jax.walk.records import Captured, Contents, Kept, contents_of, with_contents
+from any4_jax.weights import ScaleInput, is_operator
+
+
+@dataclasses.dataclass
+class WalkedBlock:
+    """See `any4_jax.methods.Block` for contents, assigned, sites, inputs and masks.
+
+    Attributes:
+      module: the block as it came.
+      own: the contents of `module`.
+      path: of the block in the decoder.
+      decoder: the model.
+      caches: (B, T) -> an empty cache of this block.
+      float_inputs: what enters the block in the float model; None where nothing asks for `targets`.
+      given: statistics in hand, by the paths of linears in the decoder.
+      watch: statistics that are gathered at every site besides what methods need, and recorded.
+      keep_outputs: whether outputs of the block as it came are what the next block gets.
+      kept: see `Kept`.
+      captured: what runs of the block have shown so far.
+      count: called with the decoder's path of each linear that is quantized.
+    """
+
+    module: nnx.Module
+    own: Contents
+    path: str
+    decoder: Decoder
+    contents: Contents
+    assigned: Mapping[str, AnyMethod]
+    sites: tuple[Site, ...]
+    inputs: list[jax.Array]
+    masks: list[Any]
+    caches: Callable[[int, int], Any]
+    float_inputs: list[jax.Array] | None
+    given: Mapping[str, Gathered]
+    watch: tuple[Statistic, ...]
+    keep_outputs: bool
+    kept: Kept
+    count: Callable[[str], None]
+    captured: Captured = dataclasses.field(default_factory=Captured)
+
+    def reassigned(self, method: AnyMethod) -> "WalkedBlock":
+        return dataclasses.replace(self, assigned=dict.fromkeys(self.assigned, method))
+
+    def run(self, contents: Contents, x: jax.Array) -> jax.Array:
+        cache = self.caches(*x.shape[:2])
+        y, _ = type(self.decoder).block(*nnx.split(self.module_of(contents)), x, cache, positions_of(x), None)
+        return y
+
+    def targets(self) -> list[jax.Array]:
+        if self.float_inputs is None:
+            raise ValueError(f"{self.path}: got no float activations; set `targets` in the method that asks for them")
+        return self._run(self.own, self.float_inputs, {}, outputs=True)[0]
+
+    def gather(self, contents: Contents, needs: Mapping[str, tuple[Statistic, ...]]) -> dict[str, Gathered]:
+        wanted = {} if not self.inputs else {s.name: s for s in self.sites if s.name in needs and not self._is_kept(s)}
+        if not wanted:
+            return {}
+        seen = {name: self._empty(site, contents, needs[name]) for name, site in wanted.items()}
+        outputs = self.keep_outputs and self.captured.outputs is None
+        ys, seen = self._run(contents, self.inputs, seen, outputs)
+        if outputs:
+            self.captured.outputs = ys
+        self.captured.gathered |= seen
+        return seen
+
+    def finish(self, contents: Contents) -> list[jax.Array]:
+        """What the next block gets, once this one is quantized; gathers the watched sites that no run has shown yet."""
+        captured = self.captured
+        rest = [site for site in self.sites if self.watch and site.name not in captured.gathered]
+        if captured.outputs is not None and not rest:
+            return captured.outputs
+        seen = {site.name: self._empty(site, contents, ()) for site in rest}
+        ys, seen = self._run(self.own if self.keep_outputs else contents, self.inputs, seen, outputs=True)
+        captured.gathered |= seen
+        return ys
+
+    def quantize(self, contents: Contents, paths: list[str], gathered: Mapping[str, Gathered]) -> BlockResult:
+        by_linear = {linear: gathered.get(site.name) for site in self.sites for linear in site.linears}
+        stats = {path: by_linear.get(path) or self.given.get(f"{self.path}.{path}") for path in paths}
+        single = [path for path in paths if scope_of(self.assigned[path]) == "matrix"]
+        result = BlockResult(contents, {})
+        # Sites from the last to the first: what a factor is folded into is then still float.
+        for site in reversed(self.sites):
+            mine = [path for path in site.linears if path in paths and path not in single]
+            for method in dict.fromkeys(self.assigned[path] for path in mine):
+                chosen = [path for path in mine if self.assigned[path] == method]
+                made = self._quantize_site(result.contents, site, chosen, method, stats[chosen[0]])
+                result = BlockResult(made.contents, {**result.notes, **made.notes})
+        made = self._quantize_matrices(result.contents, single, stats)
+        return BlockResult(made.contents, {**result.notes, **made.notes})
+
+    def module_of(self, contents: Contents) -> nnx.Module:
+        """The block with these contents."""
+        built = self.captured.built
+        if built is None or built[0] is not contents:
+            built = contents, with_contents(self.module, self.own, contents)
+            if not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(contents)):
+                self.captured.built = built
+        return built[1]
+
+    def _quantize_matrices(self, contents: Contents, paths: list[str], stats: Mapping[str, Any]) -> BlockResult:
+        jobs, results = {}, {}
+        for path in paths:
+            full = f"{self.path}.{path}"
+            if full in self.kept.results:
+                results[path] = self.kept.results[full]
+                self.count(full)
+                continue
+            matrix = Matrix(contents[f"{path}.kernel"], transposed=True)
+            jobs[full] = Job(matrix, self.assigned[path], stats[path], self.kept.keys.get(full, ""))  # type: ignore[arg-type]
+        done = quantize_matrices(jobs, self.count, self.kept.store)
+        results |= {full.removeprefix(f"{self.path}."): result for full, result in done.items()}
+        new = {f"{path}.kernel": result.operator for path, result in results.items()}
+        return BlockResult({**contents, **new}, {path: results[path].notes for path in paths})
+
+    def _quantize_site(
+        self, contents: Contents, site: Site, paths: list[str], method: Any, stats: Gathered | None
+    ) -> BlockResult:
+        unit = f"{self.path}.{site.name}"
+        found = self.kept.results.get(unit)
+        if found is None:
+            weights = {path: jnp.asarray(contents[f"{path}.kernel"], jnp.float32).T for path in paths}
+            foldable = is_foldable(self.module_of(contents), site)
+            made = apply_site(SiteWeights(weights, site.repeat, site.width, foldable), method, stats, unit)
+            changed = self._placed(contents, site, made.results, made.input_scale)
+            found = Result(changed, {path: dict(result.notes) for path, result in made.results.items()})
+            self.kept.put(unit, found)
+        for path in paths:
+            self.count(f"{self.path}.{path}")
+        return BlockResult({**contents, **found.operator}, found.notes)
+
+    def _placed(
+        self, contents: Contents, site: Site, results: Mapping[str, Result], scale: jax.Array | None
+    ) -> dict[str, Any]:
+        """The contents that change where a site's operators take their places and its input is scaled."""
+        operators = {f"{path}.kernel": result.operator for path, result in results.items()}
+        if scale is None:
+            return operators
+        module, leftover = scale_channels(self.module_of(contents), site, scale)
+        folded = scale if leftover is None else scale / leftover
+        new = contents_of(module)
+        changed = {name: value for name, value in new.items() if value is not contents[name]}
+        for path in site.linears:
+            name = f"{path}.kernel"
+            if name in operators:
+                operator = operators[name]
+                changed[name] = operator if leftover is None else ScaleInput(operator, leftover)
+            elif is_operator(contents[name]):
+                changed[name] = ScaleInput(contents[name], 1 / folded)
+            else:
+                changed[name] = (contents[name].astype(jnp.float32) / folded[:, None]).astype(contents[name].dtype)
+        return changed
+
+    def _is_kept(self, site: Site) -> bool:
+        """Whether a run before this one left all that is to be made of a site."""
+        if self.watch:
+            return False
+        units = {
+            f"{self.path}.{path if scope_of(self.assigned[path]) == 'matrix' else site.name}"
+            for path in site.linears
+            if path in self.assigned
+        }
+        return units <= set(self.kept.results)
+
+    def _empty(self, site: Site, contents: Contents, needs: tuple[Statistic, ...]) -> Gathered:
+        kernel = contents[f"{site.linears[0]}.kernel"]
+        k = kernel.shape[-1] if is_operator(kernel) else kernel.shape[-2]
+        experts = kernel.shape[0] if len(kernel.shape) == 3 else None
+        return statistics.empty(k, dict.fromkeys((*self.watch, *needs)), experts)
+
+    def _run(
+        self, contents: Contents, inputs: list[jax.Array], seen: dict[str, Gathered], outputs: bool
+    ) -> tuple[list[jax.Array], dict[str, Gathered]]:
+        graphdef, state = nnx.split(self.module_of(contents))
+        ys = []
+        for x, mask in zip(inputs, self.masks, strict=True):
+            cache = self.caches(*x.shape[:2])
+            y, seen = run_block(type(self.decoder).block, graphdef, state, x, cache, mask, seen, outputs)
+            ys.append(y)
+        return ys, seen

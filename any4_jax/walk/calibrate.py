@@ -1,0 +1,106 @@
+"""`calibrate`: statistics of what enters every linear, for every kind of model."""
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from any4_jax import statistics
+from any4_jax.methods import AnyMethod
+from any4_jax.methods.matrices import Progress
+from any4_jax.models.base import Decoder
+from any4_jax.models.hf_flax import is_hf_flax
+from any4_jax.statistics import Gathered
+from any4_jax.surgery import Rules, linears, resolve
+from any4_jax.surgery.linen_modules import is_pair
+from any4_jax.walk.batches import token_batches
+from any4_jax.walk.driver import Plan, walk
+from any4_jax.walk.forward import run_hf, run_linen, run_nnx
+
+Data = str | Sequence[str] | np.ndarray | jax.Array | Iterable
+
+
+def calibrate(
+    model: Any,
+    data: Data,
+    method: AnyMethod | None = None,
+    *,
+    rules: Rules | None = None,
+    sequential: bool | None = None,
+    batch_size: int = 8,
+    seqlen: int = 2048,
+    progress: Progress | None = None,
+) -> dict[str, Gathered]:
+    """Statistics of the input of every linear: the walk of `quantize_model` without its results.
+
+    `quantize_model(model, method, data=...)` gathers for itself, one block at a time. This is for statistics that serve
+    several methods, or that are looked at.
+
+    Args:
+      model: a decoder of any4_jax.models, which is walked block by block; or a Hugging Face Flax model, any NNX module,
+        or a pair (Linen module, variables), which is run as a whole.
+      data: for models of text, a text, a list of texts, token ids [B, T], or an iterable of ragged token lists or of
+        [B, T] arrays. Sequences longer than `seqlen` (or the model's context) are cut into pieces; shorter ones are
+        padded, and padding is not counted. For other modules, an iterable of batches: each an array, a tuple of
+        arguments, or a dict of arguments by name; Hugging Face models take such dicts too.
+      method: what the linears will be quantized with: what it needs is gathered besides `statistics.DEFAULT`, and where
+        it is sequential it quantizes a copy of the model on the way.
+      rules: as for `quantize_model`.
+      sequential: whether each linear's statistics come from the model whose earlier linears are quantized already;
+        for decoders. None is the method's own choice (`Any4.paper()` says True).
+      batch_size: sequences in a batch.
+      seqlen: longest sequence.
+      progress: called with (done, total, what) after each block, or each batch.
+
+    Returns:
+      {path: Gathered} for every linear, and for the embedding of a decoder whose head it is.
+
+    Raises:
+      ValueError: no text or tokens; text for a model without a tokenizer; sequential=True without a method, or for a
+        model without blocks; Dense layers under nn.scan.
+      TypeError: a model of none of these kinds.
+    """
+    if sequential is None:
+        sequential = method is not None and method.sequential
+    if sequential and method is None:
+        raise ValueError("got sequential=True without a method, it quantizes as it goes; pass the method to be used")
+    if batch_size < 1 or seqlen < 1:
+        raise ValueError(f"got batch_size={batch_size} and seqlen={seqlen}, both must be at least 1; pass larger ones")
+    methods = [m for m in (method, *(m for _, m in rules or ())) if m is not None]
+    needs = tuple(dict.fromkeys((*statistics.DEFAULT, *(statistic for m in methods for statistic in m.needs))))
+    if isinstance(model, Decoder):
+        assigned = resolve(linears(model), method, rules) if sequential else {}
+        plan = Plan(assigned, token_batches(model, data, batch_size, seqlen), watch=needs, sequential=sequential)
+        return walk(
+            model, plan if progress is None else dataclasses.replace(plan, on_block=_counting(model, progress))
+        ).gathered
+    if sequential:
+        raise ValueError(
+            f"got sequential calibration of a {type(model).__name__}, only decoders of any4_jax.models are walked "
+            "block by block; pass sequential=False"
+        )
+    if is_hf_flax(model):
+        if isinstance(data, Sequence) and data and isinstance(data[0], Mapping):
+            return run_hf(model, data, needs, progress)
+        pieces = token_batches(model, data, batch_size, seqlen)
+        named = [{"input_ids": t, "attention_mask": mask.astype(np.int32)} for t, mask in pieces]
+        return run_hf(model, named, needs, progress)
+    run = run_nnx if isinstance(model, nnx.Module) else run_linen if is_pair(model) else None
+    if run is None:
+        raise TypeError(
+            f"got a {type(model).__name__}, calibrate runs NNX modules, Hugging Face Flax models and pairs (Linen "
+            "module, variables); gather statistics of others with any4_jax.statistics.from_activations"
+        )
+    batches = [data] if hasattr(data, "shape") else list(data)
+    if not batches:
+        raise ValueError("got no calibration batches, need at least one; pass a list of the model's inputs")
+    return run(model, batches, needs, progress)
+
+
+def _counting(decoder: Decoder, progress: Progress) -> Callable[[str], None]:
+    total, done = len(decoder.blocks), itertools.count(1)
+    return lambda path: progress(next(done), total, path)

@@ -1,0 +1,71 @@
+"""The programs that a walk runs: the embedding, a block with its sites tapped, and what enters the head.
+
+Each is jitted with a module's structure static, so that all blocks of one structure share a program.
+"""
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from any4_jax import statistics
+from any4_jax.models.base import Decoder
+from any4_jax.statistics import Gathered
+
+
+def positions_of(x: jax.Array) -> jax.Array:
+    """int32 [B, T] of rows without padding on the left, for tokens [B, T] or activations [B, T, E]."""
+    return jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32), x.shape[:2])
+
+
+@jax.jit
+def embed(decoder: Decoder, tokens: jax.Array) -> jax.Array:
+    """Tokens int32 [B, T] -> what enters the first block."""
+    return decoder.embed(tokens, positions_of(tokens))
+
+
+@functools.partial(jax.jit, static_argnames=("block", "graphdef", "outputs"))
+def run_block(
+    block: Any,
+    graphdef: Any,
+    state: Any,
+    x: jax.Array,
+    cache: Any,
+    mask: jax.Array,
+    seen: Mapping[str, Gathered],
+    outputs: bool,
+) -> tuple[jax.Array | None, dict[str, Gathered]]:
+    """A block on a batch.
+
+    Args:
+      block: `Decoder.block` of the model.
+      graphdef, state: `nnx.split` of the block.
+      x: [B, T, E].
+      cache: an empty one for B rows and T slots.
+      mask: bool [B, T], False for tokens that don't count.
+      seen: statistics by the names of the sites that are looked at.
+      outputs: whether the output is wanted; without it XLA drops what comes after the last site of `seen`.
+
+    Returns:
+      (the output [B, T, E] or None, the statistics with this batch's tokens).
+    """
+    new = dict(seen)
+
+    def tap(site: str, value: jax.Array, routed: jax.Array | None = None) -> None:
+        if site not in new:
+            return
+        gathered = new[site]
+        if gathered.stack and routed is None:
+            routed = jnp.ones((*gathered.stack, *value.shape[:-1]), bool)
+        new[site] = statistics.update(gathered, value, mask, routed if gathered.stack else None)
+
+    y, _ = block(graphdef, state, x, cache, positions_of(x), tap)
+    return (y if outputs else None), new
+
+
+@jax.jit
+def gather_head(decoder: Decoder, x: jax.Array, mask: jax.Array, seen: Gathered) -> Gathered:
+    """The statistics of what enters the head, for outputs x [B, T, E] of the last block."""
+    return statistics.update(seen, decoder.head_input(x), mask)

@@ -1,0 +1,205 @@
+"""The walk: block by block, capture what enters each site, quantize, keep, run the block as quantized, go on.
+
+What is held at a time: the activations at one boundary between blocks, and the statistics of one block.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from any4_jax import statistics
+from any4_jax.methods.base import AnyMethod, BlockMethod, BlockResult, Note, Result, scope_of
+from any4_jax.methods.lifts import OnBlock
+from any4_jax.methods.matrices import Finished, Job, find_finished, job_key, quantize_matrices
+from any4_jax.models.base import Decoder
+from any4_jax.statistics import Gathered, Statistic
+from any4_jax.surgery import nnx_modules
+from any4_jax.walk.batches import Batch
+from any4_jax.walk.blocks import WalkedBlock
+from any4_jax.walk.capture import embed, gather_head
+from any4_jax.walk.keys import unit_keys
+from any4_jax.walk.records import Kept, contents_of
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What a walk is to do.
+
+    Attributes:
+      assigned: the method of each linear that is quantized, by its path in the decoder.
+      batches: calibration data; empty where there is none, and then no block is run.
+      given: statistics in hand, by path, for a walk without data.
+      watch: statistics that are gathered at every site and returned.
+      sequential: whether each site's statistics come from the model as quantized so far.
+      finished: where results are kept, and looked for.
+      on_linear: called with a path as soon as its linear is quantized.
+      on_block: called with a block's path when the walk leaves it.
+    """
+
+    assigned: Mapping[str, AnyMethod]
+    batches: list[Batch] = dataclasses.field(default_factory=list)
+    given: Mapping[str, Gathered] = dataclasses.field(default_factory=dict)
+    watch: tuple[Statistic, ...] = ()
+    sequential: bool = False
+    finished: Finished | None = None
+    on_linear: Callable[[str], None] = lambda path: None
+    on_block: Callable[[str], None] = lambda path: None
+
+
+@dataclasses.dataclass(frozen=True)
+class Walked:
+    """What a walk has done.
+
+    Attributes:
+      blocks: each block as it is now; one that hasn't changed is the decoder's own.
+      others: operators of what is quantized outside of the blocks, by path.
+      notes: the methods' notes by the path of a linear.
+      gathered: statistics by the path of a linear, where `Plan.watch` asks for any.
+    """
+
+    blocks: list[nnx.Module]
+    others: dict[str, Any]
+    notes: dict[str, Mapping[str, Note]]
+    gathered: dict[str, Gathered]
+
+
+def walk(decoder: Decoder, plan: Plan) -> Walked:
+    """Quantizes the linears of `plan.assigned`, gathers what `plan.watch` asks for, or both."""
+    kept = _kept(decoder, plan)
+    done = Walked([], {}, {}, {})
+    masks = [mask for _, mask in plan.batches]
+    hidden = [embed(decoder, tokens) for tokens, _ in plan.batches]
+    floats = hidden if any(getattr(method, "targets", False) for method in plan.assigned.values()) else None
+    caches = _Caches(decoder)
+    for index, module in enumerate(decoder.blocks):
+        path, own = decoder.block_path(index), contents_of(module)
+        block = WalkedBlock(
+            module=module,
+            own=own,
+            path=path,
+            decoder=decoder,
+            contents=own,
+            assigned=_within(plan.assigned, path),
+            sites=decoder.sites(index),
+            inputs=hidden,
+            masks=masks,
+            caches=caches.of(index),
+            float_inputs=floats,
+            given=plan.given,
+            watch=plan.watch,
+            keep_outputs=not plan.sequential,
+            kept=kept,
+            count=plan.on_linear,
+        )
+        result = _quantize_block(block, plan.sequential)
+        if floats is not None:
+            floats = block.targets()
+        if hidden:
+            hidden = block.finish(result.contents)
+        done.blocks.append(block.module_of(result.contents))
+        done.notes.update({f"{path}.{linear}": notes for linear, notes in result.notes.items()})
+        for site in block.sites if plan.watch else ():
+            done.gathered.update(
+                dict.fromkeys((f"{path}.{x}" for x in site.linears), block.captured.gathered[site.name])
+            )
+        plan.on_block(path)
+    _quantize_rest(decoder, plan, hidden, masks, kept, done)
+    return done
+
+
+def _quantize_block(block: WalkedBlock, sequential: bool) -> BlockResult:
+    """A block's linears by their methods: those of a matrix or a site first, then those of the block."""
+    whole = {path: method for path, method in block.assigned.items() if scope_of(method) == "block"}
+    parts = {path: method for path, method in block.assigned.items() if path not in whole}
+    lifted = OnBlock("by_site" if sequential else "at_once")
+    result = lifted.apply(dataclasses.replace(block, assigned=parts))
+    outside = [path for path in parts if not any(path in site.linears for site in block.sites)]
+    made = block.quantize(result.contents, outside, {})
+    contents, notes = made.contents, {**result.notes, **made.notes}
+    for method in dict.fromkeys(whole.values()):
+        mine = {path: method for path, other in whole.items() if other == method}
+        made = _quantize_whole(dataclasses.replace(block, assigned=mine, contents=contents), method)
+        contents, notes = made.contents, {**notes, **made.notes}
+    return BlockResult(contents, notes)
+
+
+def _quantize_whole(block: WalkedBlock, method: BlockMethod | Any) -> BlockResult:
+    found = block.kept.results.get(block.path)
+    if found is None:
+        # What the method tries on the way is neither kept nor counted.
+        made = method.apply(dataclasses.replace(block, kept=Kept(), count=lambda path: None))
+        changed = {name: value for name, value in made.contents.items() if value is not block.contents.get(name)}
+        found = Result(changed, {path: dict(notes) for path, notes in made.notes.items()})
+        block.kept.put(block.path, found)
+    for path in block.assigned:
+        block.count(f"{block.path}.{path}")
+    return BlockResult({**block.contents, **found.operator}, found.notes)
+
+
+def _quantize_rest(decoder, plan: Plan, hidden: list[Any], masks: list[Any], kept: Kept, done: Walked) -> None:
+    """What lies outside of the blocks: the head, with statistics of its input, and embeddings, without."""
+    head = decoder.head_site
+    heads = [path for path in head.linears if path in nnx_modules.holders(decoder)]
+    blocks = tuple(f"{decoder.block_path(index)}." for index in range(len(decoder.blocks)))
+    methods = {path: method for path, method in plan.assigned.items() if not path.startswith(blocks)}
+    needs = [s for path in heads if path in methods for s in methods[path].needs]
+    gathered = dict(plan.given)
+    if hidden and heads and (plan.watch or needs):
+        seen = statistics.empty(hidden[0].shape[-1], dict.fromkeys((*plan.watch, *needs)))
+        for x, mask in zip(hidden, masks, strict=True):
+            seen = gather_head(decoder, x, mask, seen)
+        gathered |= dict.fromkeys(heads, seen)
+        done.gathered.update(dict.fromkeys(heads, seen) if plan.watch else {})
+    matrices = nnx_modules.matrices(decoder)
+    jobs = {
+        path: Job(matrices[path], method, gathered.get(path), kept.keys.get(path, ""))  # type: ignore[arg-type]
+        for path, method in methods.items()
+        if path not in kept.results
+    }
+    results = {path: kept.results[path] for path in methods if path in kept.results}
+    for path in results:
+        plan.on_linear(path)
+    results |= quantize_matrices(jobs, plan.on_linear, kept.store)
+    done.others.update({path: results[path].operator for path in methods})
+    done.notes.update({path: results[path].notes for path in methods})
+
+
+def _within(assigned: Mapping[str, AnyMethod], path: str) -> dict[str, AnyMethod]:
+    """The methods of a block's linears, by their paths in the block."""
+    prefix = f"{path}."
+    return {linear.removeprefix(prefix): method for linear, method in assigned.items() if linear.startswith(prefix)}
+
+
+def _kept(decoder: Decoder, plan: Plan) -> Kept:
+    """What runs before this one left. All of it is looked for before anything is computed."""
+    if plan.finished is None:
+        return Kept()
+    if plan.batches:
+        keys = unit_keys(decoder, plan.assigned, plan.batches, plan.sequential)
+    else:
+        matrices = nnx_modules.matrices(decoder)
+        keys = {path: job_key(matrices[path], method, plan.given.get(path)) for path, method in plan.assigned.items()}
+    return Kept(keys, find_finished(keys, plan.finished), plan.finished)
+
+
+class _Caches:
+    """Empty caches for batches of each shape, as host zeros: nothing is compiled for them."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        self._decoder = decoder
+        self._shapes: dict[tuple[int, int], list[Any]] = {}
+
+    def of(self, index: int) -> Callable[[int, int], Any]:
+        """(B, T) -> an empty cache of one block, for B rows and T slots."""
+
+        def cache(batch: int, length: int) -> Any:
+            shape = batch, length
+            if shape not in self._shapes:
+                self._shapes[shape] = jax.eval_shape(lambda: self._decoder.init_cache(*shape))
+            return jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), self._shapes[shape][index])
+
+        return cache

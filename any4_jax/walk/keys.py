@@ -1,0 +1,57 @@
+"""What each unit of a walk's work follows from, as keys under which its result is kept."""
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+from any4_jax.methods.base import AnyMethod, scope_of
+from any4_jax.methods.matrices import digest_arrays
+from any4_jax.models.base import Decoder
+from any4_jax.surgery import nnx_modules, trees
+from any4_jax.walk.batches import Batch
+from any4_jax.walk.records import contents_of
+
+
+def unit_keys(
+    decoder: Decoder, assigned: Mapping[str, AnyMethod], batches: list[Batch], sequential: bool
+) -> dict[str, str]:
+    """A key for each linear, site and block that `assigned` has quantized, from the calibration tokens, the arrays and
+    the methods that its result follows from: those of its own block and of all before, not of later ones.
+
+    Statistics are not part of a key: they follow from the rest, and those of a block may be gigabytes.
+    """
+    digest = hashlib.sha256(repr((type(decoder).__name__, decoder.config, str(decoder.dtype), sequential)).encode())
+    prefixes = [f"{decoder.block_path(index)}." for index in range(len(decoder.blocks))]
+    outside = {
+        name: leaf
+        for name, leaf in trees.leaves(nnx_modules.contents(decoder)).items()
+        if not name.startswith(tuple(prefixes))
+    }
+    digest_arrays(digest, (batches, outside))
+    keys: dict[str, str] = {}
+    for index, (block, prefix) in enumerate(zip(decoder.blocks, prefixes, strict=True)):
+        mine = {path.removeprefix(prefix): method for path, method in assigned.items() if path.startswith(prefix)}
+        digest_arrays(digest, contents_of(block))
+        digest.update(_described(mine))
+        units = [path for path, method in mine.items() if scope_of(method) == "matrix"]
+        for site in decoder.sites(index):
+            if any(scope_of(mine[path]) == "site" for path in site.linears if path in mine):
+                units.append(site.name)
+        keys |= {f"{prefix}{unit}": _key(digest, unit) for unit in units}
+        if any(scope_of(method) == "block" for method in mine.values()):
+            keys[prefix.rstrip(".")] = _key(digest, "")
+    for path, method in assigned.items():
+        if path not in keys and not path.startswith(tuple(prefixes)):
+            digest.update(_described({path: method}))
+            keys[path] = _key(digest, path)
+    return keys
+
+
+def _described(methods: Mapping[str, Any]) -> bytes:
+    return repr(sorted((path, method.name, repr(method)) for path, method in methods.items())).encode()
+
+
+def _key(digest: Any, unit: str) -> str:
+    own = digest.copy()
+    own.update(unit.encode())
+    return own.hexdigest()

@@ -1,0 +1,192 @@
+"""`quantize_model`: every kind of model in, a quantized one of the same kind out."""
+
+import itertools
+from collections.abc import Callable, Collection, Mapping
+from operator import itemgetter
+from typing import Any
+
+from any4_jax.methods import AnyMethod
+from any4_jax.methods.base import Note, Result, scope_of
+from any4_jax.methods.matrices import (
+    Finished,
+    Job,
+    Matrix,
+    Progress,
+    find_finished,
+    job_key,
+    plain_note,
+    quantize_matrices,
+)
+from any4_jax.models.base import Decoder
+from any4_jax.statistics import Gathered
+from any4_jax.surgery import (
+    DEFAULT_RULES,
+    Recipe,
+    Rules,
+    around,
+    container_of,
+    copy_module,
+    holders,
+    recipe_of,
+    replace_module,
+    resolve,
+)
+from any4_jax.walk.batches import token_batches
+from any4_jax.walk.calibrate import Data, calibrate
+from any4_jax.walk.driver import Plan, walk
+
+
+def quantize_model(
+    model: Any,
+    method: AnyMethod | None,
+    *,
+    data: Data | None = None,
+    stats: Mapping[str, Gathered] | None = None,
+    rules: Rules | None = None,
+    inputs: Any = None,
+    batch_size: int = 8,
+    seqlen: int = 2048,
+    progress: Progress | None = None,
+    finished: Finished | None = None,
+) -> Any:
+    """The model with its linears quantized. The one that is passed in stays as it was; the new one shares the arrays
+    that are left alone.
+
+    A decoder is walked block by block: what enters each linear is captured, the statistics that its method needs are
+    gathered, the block is quantized, and the walk goes on from the output of the float block, or of the quantized one
+    where a method is sequential.
+
+    Args:
+      model: one of
+        - a decoder of any4_jax.models, or any other NNX module: every nnx.Linear becomes an Any4Linear, every nnx.Embed
+          that a rule names an Any4Embed;
+        - a Hugging Face Flax model: its kernels become operators, and it goes on working, `generate` included;
+        - a pair (Linen module, variables or their "params"): the new pair's module has the same `apply` and `init`;
+        - a tree of arrays (dicts and lists), where "kernel" is [K, N] and "weight" is [N, K].
+      method: for the linears that no rule decides; None leaves these alone.
+      data: what statistics are gathered from, as for `calibrate`; None for methods that need none, or with `stats`.
+      stats: statistics of the input of each linear by path, as `calibrate` returns them, in place of data.
+      rules: see `resolve`.
+      inputs: for a Linen pair, example arguments of `apply` (a tuple, or a dict by name; ShapeDtypeStructs will do),
+        by which its Dense layers are found, stacked ones too. None takes every two-dimensional "kernel" for one.
+      batch_size, seqlen: of the data, as for `calibrate`.
+      progress: called with (done, total, path) after each linear.
+      finished: where results are kept as soon as they are there, and looked for before anything is computed: a run that
+        was killed continues, with equal bytes. None keeps nothing.
+
+    Returns:
+      A new model of the same kind.
+
+    Raises:
+      ValueError: no linear to quantize, a rule that matches nothing, data and stats both, a method that needs
+        statistics where there are none for the path, a method of sites or blocks for a model without blocks, weights
+        that are not finite.
+    """
+    if data is not None and stats is not None:
+        raise ValueError("got data and stats, statistics come from one of them; leave one out")
+    container = container_of(model)
+    matrices = container.matrices(model, inputs)
+    by_name = {path for path, matrix in matrices.items() if matrix.by_name}
+    chosen = resolve(matrices, method, rules, by_name)
+    if not chosen:
+        found = len(matrices) - len(by_name)
+        raise ValueError(f"found {found} linear layers and the rules leave all of them alone; name one to quantize")
+    count = _counting(len(chosen), progress)
+    if isinstance(model, Decoder):
+        batches = [] if data is None else token_batches(model, data, batch_size, seqlen)
+        plan = Plan(
+            chosen,
+            batches,
+            stats or {},
+            sequential=data is not None and any(m.sequential for m in chosen.values()),
+            finished=finished,
+            on_linear=count,
+        )
+        _check(chosen, _tapped(model) if batches else plan.given)
+        new, notes = _walked(model, plan)
+        new.recipe = _recipe(model, method, rules, chosen, notes)
+        return new
+    _refuse_wider_scopes(container.name, chosen)
+    if data is not None:
+        stats = calibrate(model, data, method, rules=rules, batch_size=batch_size, seqlen=seqlen)
+    stats = stats or {}
+    _check(chosen, stats)
+    results = _results({path: (matrices[path], m, stats.get(path)) for path, m in chosen.items()}, count, finished)
+    notes = {path: result.notes for path, result in results.items()}
+    operators = {path: result.operator for path, result in results.items()}
+    return container.replace(model, operators, _recipe(model, method, rules, chosen, notes))
+
+
+def _walked(model: Decoder, plan: Plan) -> tuple[Decoder, dict[str, Mapping[str, Note]]]:
+    """A decoder quantized by a walk, and the methods' notes by path."""
+    walked = walk(model, plan)
+    new: Any = copy_module(model)
+    for index, block in enumerate(walked.blocks):
+        if block is not model.blocks[index]:
+            replace_module(new, model.block_path(index), block)
+    held = holders(model)
+    for path, operator in walked.others.items():
+        replace_module(new, path, around(held[path], operator))
+    return new, walked.notes
+
+
+def _results(
+    work: Mapping[str, tuple[Matrix, Any, Gathered | None]], count: Callable[[str], None], finished: Finished | None
+) -> dict[str, Result]:
+    """The results of matrices that need nothing of each other, by path; what is kept is taken from there."""
+    if finished is None:
+        return quantize_matrices({path: Job(*each) for path, each in work.items()}, count)
+    keys = {path: job_key(*each) for path, each in work.items()}
+    kept = find_finished(keys, finished)
+    for path in kept:
+        count(path)
+    jobs = {path: Job(*each, keys[path]) for path, each in work.items() if path not in kept}
+    return kept | quantize_matrices(jobs, count, finished)
+
+
+def _tapped(model: Decoder) -> Collection[str]:
+    """The paths of the linears whose input a walk sees."""
+    sites = ((model.block_path(i), site) for i in range(len(model.blocks)) for site in model.sites(i))
+    return {*model.head_site.linears, *(f"{path}.{linear}" for path, site in sites for linear in site.linears)}
+
+
+def _check(chosen: Mapping[str, AnyMethod], seen: Collection[str]) -> None:
+    """Has each method check its fields before any work is done; `seen` are the paths that have statistics."""
+    for path, method in chosen.items():
+        try:
+            method.check(path in seen)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+
+
+def _refuse_wider_scopes(container: str, chosen: Mapping[str, AnyMethod]) -> None:
+    for path, method in chosen.items():
+        if scope_of(method) != "matrix":
+            raise ValueError(
+                f"{path}: {method.name} quantizes the matrices of a {scope_of(method)} together, and {container} has "
+                "no blocks to walk; pass a decoder of any4_jax.models, or a method of one matrix"
+            )
+
+
+def _recipe(
+    model: Any,
+    method: AnyMethod | None,
+    rules: Rules | None,
+    chosen: Mapping[str, AnyMethod],
+    notes: Mapping[str, Mapping[str, Note]],
+) -> Recipe:
+    """The record of how a model is quantized now, after what was done to it before."""
+    earlier = recipe_of(model)
+    decided = [
+        (path, m, tuple(sorted((name, plain_note(note)) for name, note in notes.get(path, {}).items())))
+        for path, m in chosen.items()
+    ]
+    return Recipe(
+        rules=tuple((pattern, m) for pattern, m in (*(rules or ()), *DEFAULT_RULES, (r".*", method))),
+        layers=tuple(sorted((*(earlier.layers if earlier else ()), *decided), key=itemgetter(0))),
+    )
+
+
+def _counting(total: int, progress: Progress | None) -> Callable[[str], None]:
+    done = itertools.count(1)
+    return lambda path: None if progress is None else progress(next(done), total, path)

@@ -1,0 +1,72 @@
+"""A block's contents by name, what was kept of a killed run, and what runs of a block have shown."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from flax import nnx
+
+from any4_jax.methods.base import Result
+from any4_jax.methods.matrices import Finished
+from any4_jax.models.fold import module_at
+from any4_jax.statistics import Gathered
+from any4_jax.surgery import nnx_modules, trees
+from any4_jax.weights import is_operator
+
+Contents = Mapping[str, Any]
+
+
+def contents_of(block: nnx.Module) -> dict[str, Any]:
+    """The arrays and operators of a block by dotted name; see `any4_jax.methods.Block`."""
+    return trees.leaves(nnx_modules.contents(block))
+
+
+def with_contents(block: nnx.Module, own: Contents, contents: Contents) -> nnx.Module:
+    """A block like this one with other contents; itself where they are `own`, its own."""
+    changed = {name: leaf for name, leaf in contents.items() if leaf is not own[name]}
+    if not changed:
+        return block
+    new = nnx_modules.copy_module(block)
+    for name, leaf in changed.items():
+        path, _, last = name.rpartition(".")
+        if is_operator(leaf):
+            nnx_modules.replace_module(new, path, nnx_modules.around(module_at(new, path), leaf))
+        else:
+            getattr(module_at(new, path), last).set_value(leaf)
+    return new
+
+
+@dataclasses.dataclass
+class Kept:
+    """What a killed run left: results by the path of a linear, a site or a block, and the keys of all of these.
+
+    Attributes:
+      keys: of every unit of work; empty where nothing is kept.
+      results: those that were found under their keys.
+      store: where more are put; None where nothing is kept.
+    """
+
+    keys: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    results: Mapping[str, Result] = dataclasses.field(default_factory=dict)
+    store: Finished | None = None
+
+    def put(self, path: str, result: Result) -> None:
+        """Keeps the result of a unit of work."""
+        if self.store is not None:
+            self.store.put(path, self.keys[path], result)
+
+
+@dataclasses.dataclass
+class Captured:
+    """What runs of a block have shown.
+
+    Attributes:
+      gathered: statistics by the names of sites.
+      outputs: what the next block gets.
+      built: the last contents, and the module that was built of them.
+    """
+
+    gathered: dict[str, Gathered] = dataclasses.field(default_factory=dict)
+    outputs: list[jax.Array] | None = None
+    built: tuple[Contents, nnx.Module] | None = None

@@ -1,0 +1,238 @@
+"""The walk: how often a block runs, what is held, methods of every scope, killed runs, experts."""
+
+import dataclasses
+import gc
+from collections import Counter
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from equality import assert_same
+from flax import nnx
+from toy_methods import EvenInputs, FitNorms, Nested
+
+from any4_jax.checkpoint.partial import PartialStore
+from any4_jax.methods import NF4, Int, matrices, on_block, on_site
+from any4_jax.methods.base import SiteWeights
+from any4_jax.models.tiny import random_llama
+from any4_jax.statistics import Gathered
+from any4_jax.surgery import quantized_leaves
+from any4_jax.walk import blocks, calibrate, quantize_model
+from any4_jax.weights import ScaleInput, dequantize
+
+NF = NF4(group_size=16)
+SEQUENTIAL = Nested(inner=Int(4, group_size=16))
+TOKENS = np.random.default_rng(0).integers(0, 128, (3, 12), dtype=np.int32)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return random_llama()
+
+
+@pytest.fixture
+def runs(monkeypatch):
+    """Counts (block's number, whether its output was asked for) of each run of a block."""
+    counted: Counter = Counter()
+    real = blocks.WalkedBlock._run
+
+    def counting(self, contents, inputs, seen, outputs):
+        counted[self.path, outputs] += len(inputs)
+        return real(self, contents, inputs, seen, outputs)
+
+    monkeypatch.setattr(blocks.WalkedBlock, "_run", counting)
+    return counted
+
+
+def test_a_block_runs_once_where_nothing_is_sequential(model, runs) -> None:
+    quantize_model(model, Nested(Int(4, group_size=16), by_site=False), data=TOKENS, batch_size=2)
+    assert runs == {("layers.0", True): 2, ("layers.1", True): 2}
+    runs.clear()
+    calibrate(model, TOKENS)
+    assert runs == {("layers.0", True): 1, ("layers.1", True): 1}
+    runs.clear()
+    quantize_model(model, NF)
+    assert not runs
+
+
+def test_a_sequential_block_runs_once_and_up_to_each_site(model, runs, monkeypatch) -> None:
+    """Four captures that end at their site, and one run for what the next block gets; each linear is quantized once."""
+    quantized: Counter = Counter()
+    real = matrices.quantize_matrix
+    monkeypatch.setattr(matrices, "quantize_matrix", lambda *job: quantized.update([job[3]]) or real(*job))
+    quantize_model(model, SEQUENTIAL, data=TOKENS)
+    assert runs == {(f"layers.{i}", outputs): 1 if outputs else 4 for i in range(2) for outputs in (False, True)}
+    assert len(quantized) == 14 and set(quantized.values()) == {1}
+
+
+def test_a_capture_does_not_compute_what_comes_after_its_site(model) -> None:
+    """XLA drops the MLP and the attention's products where only the first site is looked at."""
+    block = model.blocks[0]
+    x = jnp.ones((1, 12, 48))
+    cache = jax.tree.map(jnp.asarray, model.init_cache(1, 12)[0])
+
+    def flops(name: str, outputs: bool) -> float:
+        from any4_jax import statistics
+        from any4_jax.walk.capture import run_block
+
+        seen = {name: statistics.empty(48, statistics.DEFAULT)}
+        arguments = (type(model).block, *nnx.split(block), x, cache, jnp.ones((1, 12), bool), seen, outputs)
+        return run_block.lower(*arguments).compile().cost_analysis()["flops"]
+
+    assert flops("attn_in", False) < 0.2 * flops("attn_in", True)
+
+
+def test_statistics_die_with_their_block(model, monkeypatch) -> None:
+    """No more than the four sites of one block are held, and an accumulator that is being replaced."""
+    held = []
+    real = matrices.quantize_matrix
+
+    def counting(*job):
+        gc.collect()
+        held.append(sum(isinstance(one, Gathered) for one in gc.get_objects()))
+        return real(*job)
+
+    monkeypatch.setattr(matrices, "quantize_matrix", counting)
+    gc.collect()
+    before = sum(isinstance(one, Gathered) for one in gc.get_objects())
+    quantize_model(model, Nested(Int(4, group_size=16), by_site=False), data=TOKENS)
+    assert max(held) - before <= 8, held
+
+
+def test_notes_and_nested_methods_are_recorded(model) -> None:
+    new = quantize_model(model, SEQUENTIAL, data=TOKENS, rules=[(r".*down_proj", NF)])
+    layers = {path: (method, dict(notes)) for path, method, notes in new.recipe.layers}
+    method, notes = layers["layers.1.self_attn.q_proj"]
+    assert method == SEQUENTIAL and notes["searched"] is True and isinstance(notes["energy"], float)
+    assert notes["energy"] > 0 and layers["layers.0.mlp.down_proj"] == (NF, {})
+
+
+def outputs(model) -> np.ndarray:
+    return np.asarray(model(TOKENS))
+
+
+def kept_scales(model) -> set[str]:
+    """Linears, by their paths in a block, whose input scale is still an operator."""
+    return {path.split(".", 2)[2] for path, w in quantized_leaves(model).items() if isinstance(w, ScaleInput)}
+
+
+def test_a_site_methods_scale_is_folded_or_kept(model) -> None:
+    """With 8 bits the function hardly changes, though the inputs of every linear are scaled."""
+    method = EvenInputs(Int(8, group_size=16))
+    folded = quantize_model(model, method, data=TOKENS)
+    kept = quantize_model(model, dataclasses.replace(method, by_site=True), data=TOKENS)
+    for new in (folded, kept):
+        assert np.abs(outputs(new) - outputs(model)).max() < 0.03 * np.abs(outputs(model)).max()
+        norms = (one.blocks[0].input_layernorm.scale[...] for one in (new, model))
+        assert not np.isclose(*norms, rtol=0.05).any()
+        assert len(quantized_leaves(new)) == 14
+        assert all(dict(notes)["largest"] > 0 for _, _, notes in new.recipe.layers)
+    assert kept_scales(folded) == set()
+    # Site by site, v_proj and up_proj are quantized when the sites that they feed come.
+    assert kept_scales(kept) == {"self_attn.o_proj", "mlp.down_proj"}
+
+
+def test_linears_that_a_rule_leaves_float_are_divided_where_their_input_is_scaled(model) -> None:
+    new = quantize_model(model, EvenInputs(Int(8, group_size=16)), data=TOKENS, rules=[(r".*(q_proj|gate_proj)", None)])
+    assert np.abs(outputs(new) - outputs(model)).max() < 0.03 * np.abs(outputs(model)).max()
+    assert not any("q_proj" in path for path in quantized_leaves(new))
+
+
+def test_a_block_method_is_given_targets_and_a_function_to_train(model) -> None:
+    new = quantize_model(model, FitNorms(Int(3, group_size=16)), data=TOKENS)
+    notes = {path: dict(notes) for path, _, notes in new.recipe.layers}
+    assert len(notes) == 14
+    assert all(found["after"] < 0.97 * found["before"] for found in notes.values())
+    plain = quantize_model(model, Int(3, group_size=16))
+    errors = [float(np.square(outputs(one) - outputs(model)).mean()) for one in (new, plain)]
+    assert errors[0] < errors[1]
+
+
+def test_lifted_methods_give_what_the_methods_give(model) -> None:
+    w = jnp.asarray(np.random.default_rng(1).normal(size=(8, 32)), jnp.float32)
+    lifted = on_site(NF).apply(SiteWeights({"a": w, "b": 2 * w}), None)
+    assert_same(lifted.results["a"].operator, NF.apply(w, None).operator)
+    whole = quantize_model(model, on_block(Nested(NF, by_site=False), "by_site"), data=TOKENS)
+    assert_same(quantized_leaves(whole), quantized_leaves(quantize_model(model, Nested(NF), data=TOKENS)))
+    with pytest.raises(ValueError, match="a block's method already"):
+        on_block(FitNorms())
+
+
+class Killed(BaseException):
+    """Stands for the end of a process: nothing catches it."""
+
+
+WALKS = [(SEQUENTIAL, limit) for limit in (0, 3, 8, 13)]
+# A site and a block are kept whole: one place in each of the two blocks will do.
+WALKS += [
+    (method, limit) for method in (EvenInputs(Int(8, group_size=16)), FitNorms(Nested(NF), 2)) for limit in (0, 8)
+]
+
+
+@pytest.mark.parametrize(("method", "limit"), WALKS, ids=lambda of: getattr(of, "name", of))
+def test_a_killed_walk_continues_with_equal_bytes(method, limit, model, tmp_path) -> None:
+    counts: list[str] = []
+
+    def kill(done: int, total: int, path: str) -> None:
+        counts.append(path)
+        if done > limit:
+            raise Killed
+
+    with pytest.raises(Killed), PartialStore(tmp_path / "partial") as store:
+        quantize_model(model, method, data=TOKENS, finished=store, progress=kill)
+    whole = quantize_model(model, method, data=TOKENS)
+    with PartialStore(tmp_path / "partial") as store:
+        again = quantize_model(model, method, data=TOKENS, finished=store)
+    assert store.reused > 0
+    assert_same(nnx.state(again), nnx.state(whole))
+    assert again.recipe == whole.recipe
+    with PartialStore(tmp_path / "partial") as store:
+        quantize_model(model, method, data=TOKENS + 1 - 2 * (TOKENS == 127), finished=store)
+    assert store.reused == 0, "results of other tokens are not taken"
+
+
+def test_a_continued_run_captures_nothing_for_finished_sites(model, runs, tmp_path) -> None:
+    with PartialStore(tmp_path / "partial") as store:
+        quantize_model(model, SEQUENTIAL, data=TOKENS, finished=store)
+        runs.clear()
+        quantize_model(model, SEQUENTIAL, data=TOKENS, finished=store)
+    assert runs == {("layers.0", True): 1, ("layers.1", True): 1}
+
+
+def test_what_can_not_be_walked_is_refused(model) -> None:
+    linear = nnx.Linear(8, 8, rngs=nnx.Rngs(0))
+    with pytest.raises(
+        ValueError, match="toy-even quantizes the matrices of a site together, and an NNX module has no"
+    ):
+        quantize_model(nnx.Sequential(linear), EvenInputs())
+    with pytest.raises(ValueError, match="got data and stats"):
+        quantize_model(model, NF, data=TOKENS, stats={})
+    with pytest.raises(ValueError, match=r"layers\.0\..*_proj: got no data, toy-nested needs"):
+        quantize_model(model, SEQUENTIAL)
+
+
+def test_stacked_matrices_have_their_experts_statistics() -> None:
+    from any4_jax import statistics
+
+    rng = np.random.default_rng(2)
+    stack = jnp.asarray(rng.normal(size=(2, 16, 8)), jnp.float32)
+    x, routed = rng.normal(size=(20, 16)).astype(np.float32), rng.random((2, 20)) < 0.5
+    method = Nested(NF)
+    seen = statistics.update(statistics.empty(16, method.needs, experts=2), x, None, jnp.asarray(routed))
+    result = matrices.quantize_matrix(matrices.Matrix(stack, transposed=True), method, seen, "experts")
+    energies = [float(np.square(x[reached]).sum(axis=1).mean() / 16) for reached in routed]
+    np.testing.assert_allclose(result.notes["energy"], energies, rtol=1e-5)
+    assert result.operator.shape == (2, 8, 16) and result.notes["searched"] is True
+    np.testing.assert_array_equal(
+        dequantize(result.operator)[1],
+        dequantize(matrices.quantize_matrix(matrices.Matrix(stack[1], True), NF, None, "").operator),
+    )
+
+
+def test_data_gives_what_statistics_in_hand_give(model) -> None:
+    method = dataclasses.replace(SEQUENTIAL, by_site=False)
+    stats = calibrate(model, TOKENS, method)
+    assert_same(
+        nnx.state(quantize_model(model, method, stats=stats)), nnx.state(quantize_model(model, method, data=TOKENS))
+    )
