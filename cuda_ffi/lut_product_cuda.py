@@ -19,17 +19,20 @@ DEQUANTIZE = "any4_cuda_lut_dequantize"
 OPERANDS = 6
 
 MOST_ROWS = 64
-"""Of x, in the kernel that decodes W anew for each 32 rows; beyond, W is decoded once to memory, for XLA's product.
+"""The most rows of x for which a weight that `is_fast` is decoded in registers, once for each 32 rows. With more rows a
+kernel decodes W to memory, and XLA multiplies; on an H100 both ways cost about the same at this limit.
 
-That is where `is_fast`. Other weights are decoded anew for each eight columns of work, up to MOST_COLUMNS; a row of x
-is as many columns as there are groups in 128 inputs. On an H100 either way costs about the same there. A weight that
-`is_wide` needs no dense W on Hopper: with more than 32 rows, or 8 where not `is_fast`, another kernel takes it.
+A weight that `is_wide` needs no dense W on Hopper: another kernel takes it from 33 rows on, or from 9 if it isn't
+`is_fast`.
 """
-MOST_COLUMNS = 24
 
-# What jax calls GPUs of compute capability 9.0.
+MOST_COLUMNS = 24
+"""The same limit for other weights, which are decoded once for each eight columns of work: a row of x is as many
+columns as there are groups in 128 inputs."""
+
+# The beginnings of jax's names of GPUs of compute capability 9.0.
 _HOPPER = ("NVIDIA H100", "NVIDIA H200", "NVIDIA GH200", "NVIDIA H800", "NVIDIA H20")
-# A lane decodes 32 inputs; rows of W that are no multiple of them are filled up, in a copy.
+# A lane decodes 32 inputs; rows of W whose length is no multiple of that are filled up, in a copy.
 _UNIT = 32
 # Inputs that a warp takes at a time.
 _TILE = 128
@@ -39,21 +42,21 @@ _WHOLE_ROW = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class StackedMatrix(Matrix):
-    """The matrix `index` of a stack, read where it lies: every array has an axis of L matrices before those of Matrix.
+    """One matrix of a stack, read where it lies: every array has an axis of L matrices before those of Matrix.
 
     Attributes:
-      index: int32 [], on the device; outside of 0 to L - 1 it stands for the nearest.
+      index: which matrix, int32 [] on the device; a number outside 0 to L - 1 stands for the nearest one.
     """
 
     index: jax.Array
 
 
 def why_not(x_dtype, bits: int, group_size: int, k: int, lut_dtype, scale_dtype, offset_dtype) -> str | None:
-    """None where `lut_products` takes operands of these dtypes and sizes, else the reason in words.
+    """None if `lut_products` takes operands of these dtypes and sizes, else the reason in words.
 
     Args:
-      k: inputs of the weight; group_size of at least k is one group a row.
-      offset_dtype: None where there are no offsets.
+      k: the inputs of the weight; a group_size of at least k means one group a row.
+      offset_dtype: None if there are no offsets.
     """
     if x_dtype not in (jnp.bfloat16, jnp.float16):
         return f"x is {x_dtype}, its tensor cores take bfloat16 and float16"
@@ -72,7 +75,7 @@ def why_not(x_dtype, bits: int, group_size: int, k: int, lut_dtype, scale_dtype,
 
 
 def is_fast(matrix: Matrix, x_dtype, k: int, bits: int, group_size: int) -> bool:
-    """Whether the kernel for up to MOST_ROWS rows of x takes a matrix of k inputs; it does so of 4 bits alone.
+    """Whether a matrix of k inputs has 4-bit codes and suits the kernel that decodes it once for 32 rows of x.
 
     Raises:
       RuntimeError: the library, which decides, can't be used.
@@ -99,7 +102,7 @@ def _takes(kernel: str, matrix: Matrix, x_dtype, k: int, bits: int, group_size: 
 
 
 def on_hopper() -> bool:
-    """Whether programs are lowered for compute capability 9.0: by the abstract mesh's device, or this process's."""
+    """Whether programs are lowered for compute capability 9.0, by the abstract mesh's device or this process's."""
     named = jax.sharding.get_abstract_mesh().abstract_device
     if named is not None:
         return named.device_kind.startswith(_HOPPER)
@@ -109,22 +112,22 @@ def on_hopper() -> bool:
 def lut_products(x: jax.Array, matrices: Sequence[Matrix], *, bits: int, group_size: int) -> tuple[jax.Array, ...]:
     """y = x W^T [M, N] of each matrix, in x's dtype, accumulated in float32.
 
-    With few rows of x (see MOST_ROWS) codes are decoded in registers, there is no dense W in memory, and scales and
-    offsets are applied to the float32 sums of a group's products; one call does all matrices, each with the bits that
-    it gives alone. On Hopper a weight that `is_wide` is decoded in registers however many rows there are. With more
-    than 32, or 8 where not `is_fast`, W is then rounded to x's dtype, once, in entry * scale + offset; for float16 x, a
-    table, scales and offsets in bfloat16 are rounded to it before. Under vmap over x alone it stays one call with more
-    rows; with a batch of weights it is a loop over them that takes each where it lies.
+    With few rows of x (see MOST_ROWS) kernels decode codes in registers, so there is no dense W in memory, and apply
+    scales and offsets to the float32 sums of a group's products. One call does all matrices; each gets the same bits as
+    alone. On Hopper a weight that `is_wide` is decoded in registers for any number of rows. From 33 rows on, or 9 if it
+    isn't `is_fast`, entry * scale + offset is then rounded once to x's dtype; for x of float16, a table, scales and
+    offsets of bfloat16 are rounded to float16 first. Under vmap over x alone it stays one call, with more rows; over
+    weights it becomes a loop that reads each where it lies.
 
     Args:
       x: [M, K], bfloat16 or float16.
-      matrices: at least one Matrix or StackedMatrix, each [N, K] with an N of its own. Tables are of x's dtype, or
-        bfloat16 with x of float16, to which they are then rounded; of 8 bits an arithmetic ramp.
+      matrices: at least one Matrix or StackedMatrix, each [N, K] with its own N. Tables have x's dtype, or are bfloat16
+        while x is float16, to which they are then rounded; 8-bit ones are arithmetic ramps.
       bits: of the codes of all matrices: 2, 3, 4 or 8.
-      group_size: of all matrices: a power of two, at least 16; or at least K.
+      group_size: of all matrices: a power of two that is at least 16, or any number from K on.
 
     Raises:
-      ValueError: the operands are none of these, in words.
+      ValueError: the operands are none of these; the sentence says what is wrong.
       RuntimeError: the library can't be used; `registration.why_not("cuda")` says why without raising.
     """
     for matrix in matrices:
@@ -142,7 +145,7 @@ def lut_products(x: jax.Array, matrices: Sequence[Matrix], *, bits: int, group_s
 
 
 def _operands(matrix: Matrix) -> tuple[jax.Array, ...]:
-    """OPERANDS arrays, all but the last stacks; where there is none, an array of no elements takes its place."""
+    """OPERANDS arrays, all but the last of them stacks; an array of no elements takes the place of an absent one."""
     high = matrix.codes[1] if len(matrix.codes) > 1 else None
     arrays = [
         array if array is None or isinstance(matrix, StackedMatrix) else array[None]
@@ -155,7 +158,7 @@ def _operands(matrix: Matrix) -> tuple[jax.Array, ...]:
 
 @functools.cache
 def _call(bits: int, group_size: int, fast: tuple[bool, ...], wide: tuple[bool, ...]):
-    """The products of (x, *operands) with their rule for vmap, which may bring more rows."""
+    """The products of (x, *operands) with their rule for vmap, which may add rows."""
     attributes = {"bits": np.int64(bits), "group_size": np.int64(group_size)}
 
     def call(x, *operands):
@@ -185,7 +188,7 @@ def _call(bits: int, group_size: int, fast: tuple[bool, ...], wide: tuple[bool, 
 
 
 def _filled(matrix: Sequence[jax.Array], inputs: int, bits: int) -> tuple[jax.Array, ...]:
-    """A matrix's operands with rows of `inputs` codes, zeros at the end; of a stack, the one that `index` names."""
+    """A matrix's operands, its rows filled up with zero codes to `inputs`; of a stack, the one that `index` names."""
     *arrays, index = matrix
     if index.size:
         arrays = [jax.lax.dynamic_index_in_dim(a, jnp.maximum(index, 0)) if a.size else a for a in arrays]
@@ -197,7 +200,7 @@ def _filled(matrix: Sequence[jax.Array], inputs: int, bits: int) -> tuple[jax.Ar
 
 
 def _stacked(size: int, batched: Sequence[bool], operands: Sequence[jax.Array]) -> tuple[list[bool], list[jax.Array]]:
-    """Batches of weights as stacks, and indices that count through them in place of the weights themselves."""
+    """Batches of weights as stacks, so that a loop runs over indices and not over the weights themselves."""
     flags, stacks = list(batched), list(operands)
     for first in range(0, len(operands), OPERANDS):
         index = first + OPERANDS - 1

@@ -1,4 +1,4 @@
-// XLA's way in to the k-means solver: checks what Python passed, and shares the rows out among XLA's threads.
+// XLA's entry point to the k-means solver: it checks what Python passed, and shares the rows among XLA's threads.
 #include <optional>
 #include <string>
 #include <string_view>
@@ -40,7 +40,7 @@ bool Fits(any4::KMeansStart start, const ffi::Span<const int64_t>& numbers, int6
   return false;
 }
 
-// `weights` of no elements stand for absent ones; [K] are every row's.
+// `weights` without elements are absent; weights [K] serve every row.
 ffi::Error KMeans(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> rows, ffi::Buffer<ffi::F32> weights,
                   ffi::Buffer<ffi::F32> numbers, ffi::Buffer<ffi::F32> tol,
                   ffi::Result<ffi::Buffer<ffi::F32>> centroids, ffi::Result<ffi::Buffer<ffi::U8>> codes,
@@ -49,9 +49,12 @@ ffi::Error KMeans(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> rows, ffi::Buffer<
   const auto isa = any4::IsaNamed(isa_name);
   if (!isa) return Invalid(any4::LacksIsa(isa_name));
   const auto start = StartNamed(start_name);
-  if (!start) return Invalid("got start=" + std::string(start_name) + ", which is none of its starts");
+  if (!start) {
+    return Invalid("got start=" + std::string(start_name) +
+                   "; pass \"none\", \"plus_plus\", \"random\", \"spread\" or \"quantile\"");
+  }
   if (rows.dimensions().size() != 2 || centroids->dimensions().size() != 2 || tol.element_count() != 1) {
-    return Invalid("rows and centroids need two axes, and tol none");
+    return Invalid("rows and centroids need two axes, and tol one element");
   }
   const int64_t count = rows.dimensions()[0], length = rows.dimensions()[1], k = centroids->dimensions()[1];
   const auto weight_axes = weights.dimensions().size();

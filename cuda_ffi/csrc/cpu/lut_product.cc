@@ -18,7 +18,7 @@ float ToFloat(uint16_t bf16) {
 }
 float ToFloat(float value) { return value; }
 
-// One row of x in the order of lut_kernel.h, and its sums over groups where `sums` isn't null.
+// Copies a row of x in the order of lut_kernel.h, and sums it over groups unless `sums` is null.
 template <class T>
 void ArrangeRow(const T* x, int64_t k, int64_t lanes, int64_t codes, bool half, int64_t group_size, int64_t stride,
                 float* values, float* sums, int64_t sums_stride) {
@@ -89,7 +89,7 @@ void LutProducts(const Product* products, int64_t count, const void* x, int64_t 
   input.values = values.get();
   input.sums = sums.get();
 
-  // Several tasks for each thread, so that one that is held up leaves its rest to others.
+  // Several tasks a thread, so that others take over from a thread that is held up.
   const int64_t share = n / (executor.threads * 4) / kDecodedRows * kDecodedRows;
   const int64_t task_rows = std::clamp(share, kDecodedRows, kTaskRows);
   struct Task {
@@ -114,7 +114,7 @@ void LutProducts(const Product* products, int64_t count, const void* x, int64_t 
       };
       type == Type::kFloat32 ? of(static_cast<const float*>(x)) : of(static_cast<const uint16_t*>(x));
     };
-    // A row takes about a microsecond; other threads are worth calling for many of them.
+    // A row takes about a microsecond, so calling other threads pays only for many rows.
     if (input.rows >= 32) {
       ParallelFor(executor, input.rows, arrange);
     } else {

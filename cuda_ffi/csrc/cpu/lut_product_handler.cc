@@ -1,4 +1,4 @@
-// XLA's way in to LutProducts: checks what Python passed, and lends it XLA's threads.
+// XLA's entry point to LutProducts: it checks what Python passed, and lends it XLA's threads.
 #include <optional>
 #include <string>
 #include <string_view>
@@ -29,7 +29,7 @@ ffi::Error Invalid(const std::string& message) {
   return ffi::Error::InvalidArgument("any4_cpu_lut_product: " + message);
 }
 
-// Of each matrix: codes, high, lut, scales, offsets. `high` and `offsets` of no elements stand for absent ones.
+// The operands of each matrix: codes, high, lut, scales, offsets. `high` and `offsets` without elements are absent.
 constexpr size_t kOperands = 5;
 
 ffi::ErrorOr<any4::LutWeight> WeightOf(const ffi::RemainingArgs& operands, size_t first, int64_t k, int bits,

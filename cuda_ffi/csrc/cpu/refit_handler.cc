@@ -1,4 +1,4 @@
-// XLA's way in to the refit: checks what Python passed, and shares the rows out among XLA's threads.
+// XLA's entry point to the refit: it checks what Python passed, and shares the rows among XLA's threads.
 #include <algorithm>
 #include <cstring>
 #include <string>
@@ -24,7 +24,7 @@ bool AreStored(ffi::Span<const int64_t> mantissas) {
          std::all_of(mantissas.begin(), mantissas.end(), [](int64_t m) { return m == 23 || m == 10 || m == 7; });
 }
 
-// Offsets of no elements stand for absent ones. What is refitted comes in as one buffer and goes out as another.
+// `offsets` without elements are absent. Tables, scales and offsets come in one buffer each and go out in another.
 ffi::Error Refit(ffi::ThreadPool pool, Floats weights, Floats importance, Floats tables, Floats scales, Floats offsets,
                  ffi::Result<Floats> new_tables, ffi::Result<Floats> new_scales, ffi::Result<Floats> new_offsets,
                  int64_t group_size, int64_t searches, int64_t max_rounds, int64_t first, int64_t stop, float settled,
