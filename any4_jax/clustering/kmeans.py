@@ -97,9 +97,9 @@ def kmeans_1d(
       seed: of Lloyd's random numbers, which are the same for every row.
       chunk_rows: how many rows "xla" solves together; None chooses the number from K. It bounds memory and changes no
         bit of the result.
-      backend: "cuda" (NVIDIA GPUs, the exact solver alone), "cpu" (C++) or "xla" (everywhere); None takes the first that
-        works where the program runs. They agree up to float32 rounding, and in the codes unless another clustering is
-        as good.
+      backend: "cuda" (NVIDIA GPUs, the exact solver alone), "cpu" (C++) or "xla" (everywhere); None takes the first
+        that works where the program runs. They agree up to float32 rounding, and in the codes unless another clustering
+        is as good.
 
     Raises:
       ValueError: shapes or options don't fit, values are NaN or infinite, weights are negative, or the named backend
