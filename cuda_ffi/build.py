@@ -3,8 +3,8 @@
     python -m cuda_ffi.build          both kinds, as far as there are compilers
     python -m cuda_ffi.build cpu      one kind; not being able to is an error
 
-A library's file name holds the hash of its sources, so that one of other sources is never taken for it. What is built
-here goes to `cache_folder()`; what `pip install` builds (CMakeLists.txt, with the same flags) goes into the package.
+A library's file name holds the hash of its sources, so a library of other sources is never loaded by mistake. This
+module builds into `cache_folder()`; `pip install` (CMakeLists.txt, with the same flags) builds into the package.
 """
 
 import argparse
@@ -25,28 +25,28 @@ SOURCES = Path(__file__).resolve().parent / "csrc"
 SUFFIX = {"cpu": ".cc", "cuda": ".cu"}
 
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-pthread", "-Wall", "-Wextra")
-# By the end of a file's name; other machines than x86-64 compile these files without them, to nothing.
+# By the end of a file's name. Machines other than x86-64 compile these files without the flags, to nothing.
 ISA_FLAGS = {
     "_avx512.cc": (
         *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mprefer-vector-width=512"),
-        # GCC 12's own header of intrinsics reads variables that it means to leave undefined.
+        # GCC 12's own header of intrinsics deliberately reads uninitialized variables.
         *("-Wno-uninitialized", "-Wno-maybe-uninitialized"),
     ),
     "_avx2.cc": ("-mavx2", "-mfma"),
 }
-# The two numbers are nvcc's complaints about constructs in XLA's headers.
+# The two numbers are nvcc's warnings about XLA's headers.
 CUDA_FLAGS = ("-std=c++17", "-O3", "--cudart=static", "-Xcompiler=-fPIC,-pthread", "-diag-suppress=940,2473")
-# Hopper's PTX serves what comes after.
+# Later GPUs compile Hopper's PTX.
 CUDA_PTX = "-gencode=arch=compute_90,code=compute_90"
-# Machine code of Ampere, which 8.6 and Ada's 8.9 run too, of Hopper, and of Blackwell where nvcc knows it.
+# Machine code for Ampere, which 8.6 and Ada's 8.9 run too, for Hopper, and for Blackwell where nvcc knows it.
 CUDA_MACHINES = (80, 90, 100)
-# Files of this ending use what Hopper alone has: they are compiled for it and nothing else.
+# Files with this ending use instructions that only Hopper has, so they are compiled for it alone.
 HOPPER_FILES = "_sm90a.cu"
 HOPPER_ONLY = "-gencode=arch=compute_90a,code=sm_90a"
 
 
 def source_files(kind: str) -> list[Path]:
-    """Everything that the library of a kind is made of, by name."""
+    """All files that the library of a kind is built from, sorted by name."""
     files = [*(SOURCES / kind).glob("*"), *(SOURCES / "xla" / "ffi" / "api").glob("*.h")]
     return sorted((f for f in files if f.suffix in (".h", ".cc", ".cu", ".cuh")), key=lambda f: f.as_posix())
 
@@ -61,12 +61,12 @@ def source_hash(kind: str) -> str:
 
 
 def library_name(kind: str) -> str:
-    """The file name of the library that the present sources make."""
+    """The file name of a library built from the present sources."""
     return f"libany4_{kind}-{source_hash(kind)}.so"
 
 
 def cache_folder() -> Path:
-    """Where this user's builds for this kind of processor lie: `$XDG_CACHE_HOME` or ~/.cache, any4_jax/<machine>."""
+    """The folder of this user's builds: any4_jax/<processor> in `$XDG_CACHE_HOME` or ~/.cache."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(base) / "any4_jax" / platform.machine()
 
@@ -92,7 +92,7 @@ def flags(kind: str, source: Path) -> tuple[str, ...]:
 
 
 def machine_flags(nvcc: str, source: Path) -> list[str]:
-    """For machine code of those of CUDA_MACHINES that this nvcc knows; for files of HOPPER_FILES there are none."""
+    """Flags for machine code of those CUDA_MACHINES that this nvcc knows; none for HOPPER_FILES."""
     if source.name.endswith(HOPPER_FILES):
         return []
     known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=False).stdout.split()
@@ -106,7 +106,7 @@ def _run(command: Sequence[str]) -> None:
 
 
 def build(kind: str, folder: Path | None = None) -> Path:
-    """Builds the library of a kind from the present sources, unless it is there already.
+    """Builds the library of a kind from the present sources, unless it exists already.
 
     Args:
       kind: "cpu" or "cuda".
@@ -116,11 +116,11 @@ def build(kind: str, folder: Path | None = None) -> Path:
       The library's path.
 
     Raises:
-      RuntimeError: there is no source or no compiler, or it failed; in one sentence, with the compiler's words.
+      RuntimeError: there are no sources or no compiler, or the compiler failed; the sentence quotes it.
     """
     sources = [f for f in source_files(kind) if f.suffix == SUFFIX[kind]]
     if not sources:
-        raise RuntimeError(f"got kind {kind!r}, of which this version has no sources; nothing is to be built")
+        raise RuntimeError(f"got kind {kind!r}, for which this version has no sources; build another kind")
     folder = cache_folder() if folder is None else folder
     target = folder / library_name(kind)
     if target.exists():
@@ -130,7 +130,7 @@ def build(kind: str, folder: Path | None = None) -> Path:
         what = "nvcc" if kind == "cuda" else "C++ compiler"
         raise RuntimeError(f"found no {what} to build the {kind} library; install one, or name it in $CXX")
     folder.mkdir(parents=True, exist_ok=True)
-    # Renamed into place when complete: another process may look for it meanwhile.
+    # Renamed into place when complete, since another process may look for it meanwhile.
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         objects = [Path(scratch) / (f.stem + ".o") for f in sources]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -148,9 +148,10 @@ def build(kind: str, folder: Path | None = None) -> Path:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line: one line for each kind; 0 unless a kind that was named couldn't be built."""
+    """The command line. It prints a line for each kind, and returns 1 if a compiler failed or the kind that the user
+    named couldn't be built."""
     parser = argparse.ArgumentParser(prog="python -m cuda_ffi.build", description="Build any4_jax's native libraries.")
-    parser.add_argument("kind", nargs="?", choices=KINDS, help="which one; both when left out")
+    parser.add_argument("kind", nargs="?", choices=KINDS, help="which library; both if left out")
     named = parser.parse_args(arguments).kind
     failed = False
     for kind in [named] if named else KINDS:

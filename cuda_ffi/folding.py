@@ -10,12 +10,12 @@ Stack = Callable[[int, Sequence[bool], Sequence[jax.Array]], tuple[list[bool], l
 
 
 def fold_rows(call: Callable[..., Any], stack: Stack | None = None) -> Callable[..., Any]:
-    """`call` with a rule for vmap: over x alone it is one call with more rows, with a batch of weights a loop.
+    """`call` with a rule for vmap: over x alone it stays one call, with more rows; over weights it becomes a loop.
 
     Args:
       call: (x [M, K], weight...) -> y [M, N], or a tuple of such y.
-      stack: (size of the batch, which operands have it as their first axis, weight...) -> the latter two in a form
-        whose loop copies less; None to loop over them as they are.
+      stack: (size of the batch, which weights have it as their first axis, weights) -> the latter two in a form whose
+        loop copies less; None to loop over them as they are.
     """
 
     @jax.custom_batching.custom_vmap
@@ -36,7 +36,7 @@ def fold_rows(call: Callable[..., Any], stack: Stack | None = None) -> Callable[
         def one(taken):
             return folded(*(t if b else whole for t, b, whole in zip(taken, batched, (x, *operands), strict=True)))
 
-        # What isn't batched is left out of the loop's input; a scalar stands in for it.
+        # Operands without the batch's axis stay out of the loop's input; a scalar stands in for each.
         looped = [a if b else jnp.zeros(axis_size) for a, b in zip((x, *operands), batched, strict=True)]
         ys = jax.lax.map(one, looped)
         return ys, jax.tree.map(lambda _: True, ys)

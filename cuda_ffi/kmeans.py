@@ -9,27 +9,27 @@ import numpy as np
 from cuda_ffi import registration
 
 TARGET = "any4_cpu_kmeans"
-STARTS = ("plus_plus", "random", "spread", "quantile")
 
 Clusters = tuple[jax.Array, jax.Array, jax.Array]
+"""Centroids, codes and inertia, as `exact` returns them."""
 
 
 def exact(rows: jax.Array, weights: jax.Array | None, *, k: int, isa: str = "auto") -> Clusters:
     """The k clusters of least weighted squared error of each row.
 
-    A row's result depends on nothing but the row, not on the others nor on the number of threads. Rows with NaN or
-    infinite values give NaN. Under vmap it stays one call, with more rows.
+    A row's result depends on that row alone: not on other rows, nor on the number of threads. Rows with NaN or infinite
+    values give NaN. Under vmap it stays one call, with more rows.
 
     Args:
       rows: float32 [R, K], K >= 1.
-      weights: float32 [K] or [R, K], at least 0, or None. Those more than 1e30 times smaller than the row's largest
-        count as zero; where all are zero they count as one.
+      weights: float32 [K] or [R, K], at least 0, or None. A weight more than 1e30 times smaller than the row's largest
+        counts as zero; where all of a row's are zero, they count as one.
       k: 1 to 256.
-      isa: "auto" for the best that this processor has, or "avx512", "avx2", "portable" by name.
+      isa: the instruction set: "avx512", "avx2", "portable", or "auto" for the best that this processor has.
 
     Returns:
-      centroids float32 [R, k], ascending, the first repeated where fewer do; codes uint8 [R, K], the nearest centroid,
-      ties to the lower; inertia float32 [R], the sum of weight * distance**2.
+      centroids float32 [R, k], ascending, the first one repeated where fewer than k suffice; codes uint8 [R, K], the
+      nearest centroid of each value, ties to the lower; inertia float32 [R], the sum of weight * distance**2.
 
     Raises:
       RuntimeError: the library can't be used; `registration.why_not("cpu")` says why without raising.
@@ -50,15 +50,15 @@ def lloyd(
     max_iter: int,
     isa: str = "auto",
 ) -> Clusters:
-    """Lloyd's iteration on each row; rows, weights, isa and the result as in `exact`.
+    """Lloyd's iteration on each row. rows, weights, isa, the result and what is raised are as in `exact`.
 
     Args:
-      numbers: float32, what the start needs. "plus_plus": fractions of the mass to draw at, [k, draws a step] with at
-        most 8 draws; "random": exponentials, at least [K]; "spread": places between the row's minimum (0) and its
-        maximum (1), [k]; "quantile": fractions of the row's weight, [k].
+      numbers: float32, what the start needs. "plus_plus": fractions of the mass to draw at, [k, draws a step], at most
+        8 draws; "random": exponentials, at least [K]; "spread": places between the row's minimum (0) and its maximum
+        (1), [k]; "quantile": fractions of the row's weight, [k].
       tol: float32 scalar; steps end when the centroids' squared shift is at most tol times the row's weighted variance.
-      start: one of STARTS.
-      max_iter: steps at most, at least 1.
+      start: "plus_plus", "random", "spread" or "quantile".
+      max_iter: the most steps, at least 1.
     """
     registration.register("cpu")
     none = jnp.zeros((0,), jnp.float32)
@@ -69,8 +69,8 @@ def folded(call, axis_size: int, batched, rows: jax.Array, weights: jax.Array):
     """What a rule of custom_vmap returns for `call(rows, weights)`: one call, with more rows.
 
     Args:
-      batched: whether rows, and whether weights have the mapped axis, their first; further entries are ignored.
-      weights: of no elements for absent ones.
+      batched: whether rows and weights have the mapped axis, which then is their first; further entries are ignored.
+      weights: an array of no elements stands for absent ones.
     """
     rows = rows if batched[0] else jnp.broadcast_to(rows, (axis_size, *rows.shape))
     shape = rows.shape
@@ -82,23 +82,24 @@ def folded(call, axis_size: int, batched, rows: jax.Array, weights: jax.Array):
     return tuple(a.reshape(*shape[:2], *a.shape[1:]) for a in found), (True, True, True)
 
 
+def outputs(rows: jax.Array, k: int) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """The shapes and dtypes of `Clusters`."""
+    count, length = rows.shape
+    return (
+        jax.ShapeDtypeStruct((count, k), jnp.float32),
+        jax.ShapeDtypeStruct((count, length), jnp.uint8),
+        jax.ShapeDtypeStruct((count,), jnp.float32),
+    )
+
+
 @functools.cache
 def _call(k: int, start: str, max_iter: int, isa: str):
-    """The custom call on (rows, weights, numbers, tol) with its rule for vmap; weights of no elements are absent."""
+    """The custom call on (rows, weights, numbers, tol) with its rule for vmap; absent weights have no elements."""
 
     @jax.custom_batching.custom_vmap
     def call(rows, weights, numbers, tol):
-        count, length = rows.shape
-        outputs = (
-            jax.ShapeDtypeStruct((count, k), jnp.float32),
-            jax.ShapeDtypeStruct((count, length), jnp.uint8),
-            jax.ShapeDtypeStruct((count,), jnp.float32),
-        )
-        return tuple(
-            jax.ffi.ffi_call(TARGET, outputs)(
-                rows, weights, numbers, tol, start=start, max_iter=np.int64(max_iter), isa=isa
-            )
-        )
+        run = jax.ffi.ffi_call(TARGET, outputs(rows, k))
+        return tuple(run(rows, weights, numbers, tol, start=start, max_iter=np.int64(max_iter), isa=isa))
 
     @call.def_vmap
     def _rule(axis_size, batched, rows, weights, numbers, tol):

@@ -6,16 +6,16 @@ import jax
 import jax.numpy as jnp
 
 from cuda_ffi import registration
-from cuda_ffi.kmeans import Clusters, folded
+from cuda_ffi.kmeans import Clusters, folded, outputs
 
 TARGET = "any4_cuda_kmeans"
 
 
 def exact(rows: jax.Array, weights: jax.Array | None, *, k: int) -> Clusters:
-    """The k clusters of least weighted squared error of each row; see `cuda_ffi.kmeans.exact`, which it agrees with.
+    """The k clusters of least weighted squared error of each row; it agrees with `cuda_ffi.kmeans.exact`.
 
-    A block of threads solves a row, in up to 512 MB of device memory for all blocks together: of 4096 values and 16
-    clusters a row takes 0.8 MB. A row's result depends on nothing but the row. Under vmap it stays one call, with more
+    A block of threads solves a row, and all blocks together take up to 512 MB of device memory: a row of 4096 values
+    and 16 clusters takes 0.8 MB. A row's result depends on that row alone. Under vmap it stays one call, with more
     rows.
 
     Args:
@@ -35,17 +35,11 @@ def exact(rows: jax.Array, weights: jax.Array | None, *, k: int) -> Clusters:
 
 @functools.cache
 def _call(k: int):
-    """The custom call on (rows, weights) with its rule for vmap; weights of no elements are absent."""
+    """The custom call on (rows, weights) with its rule for vmap; absent weights have no elements."""
 
     @jax.custom_batching.custom_vmap
     def call(rows, weights):
-        count, length = rows.shape
-        outputs = (
-            jax.ShapeDtypeStruct((count, k), jnp.float32),
-            jax.ShapeDtypeStruct((count, length), jnp.uint8),
-            jax.ShapeDtypeStruct((count,), jnp.float32),
-        )
-        return tuple(jax.ffi.ffi_call(TARGET, outputs)(rows, weights))
+        return tuple(jax.ffi.ffi_call(TARGET, outputs(rows, k))(rows, weights))
 
     @call.def_vmap
     def _rule(axis_size, batched, rows, weights):

@@ -37,15 +37,15 @@ def lut_products(
 ) -> tuple[jax.Array, ...]:
     """y = x W^T [M, N] of each matrix, in x's dtype, accumulated in float32, without a dense W in memory.
 
-    One call for all of them: the rows of x are arranged once, and threads share out the rows of all matrices. Under
-    vmap over x alone it stays one call with more rows; with a batch of weights it is a loop over them.
+    One call does all matrices: it arranges the rows of x once, and threads share the rows of all matrices. Under vmap
+    over x alone it stays one call, with more rows; over weights it becomes a loop.
 
     Args:
       x: [M, K], float32, bfloat16 or float16.
       matrices: at least one, each [N, K] with an N of its own.
       bits: of the codes of all matrices, 1 to 6, or 8.
       group_size: G of all matrices, at least 1.
-      isa: "auto" for the best that this processor has, or "avx512", "avx2", "portable" by name.
+      isa: the instruction set: "avx512", "avx2", "portable", or "auto" for the best that this processor has.
 
     Raises:
       RuntimeError: the library can't be used; `registration.why_not("cpu")` says why without raising.
@@ -59,14 +59,14 @@ def lut_products(
 
 
 def _operands(matrix: Matrix) -> tuple[jax.Array, ...]:
-    """OPERANDS arrays; where there is none, an array of no elements takes its place."""
+    """OPERANDS arrays; an array of no elements takes the place of an absent one."""
     high = matrix.codes[1] if len(matrix.codes) > 1 else jnp.zeros((0, 0), jnp.uint8)
     offsets = jnp.zeros((0, 0), jnp.float32) if matrix.offsets is None else _readable(matrix.offsets)
     return matrix.codes[0], high, _readable(matrix.lut), _readable(matrix.scales), offsets
 
 
 def _readable(stored: jax.Array) -> jax.Array:
-    """The handler reads float32, bfloat16 and e8m0 as they are; float16 becomes float32, which holds its values."""
+    """The handler reads float32, bfloat16 and e8m0; float16 becomes float32, which holds its values."""
     return stored if stored.dtype in (jnp.float32, jnp.bfloat16, jnp.uint8) else stored.astype(jnp.float32)
 
 

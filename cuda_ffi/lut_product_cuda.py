@@ -1,5 +1,6 @@
 """Products with LUT-coded weights on NVIDIA GPUs, over plain arrays in the layout of layout.py."""
 
+import ctypes
 import dataclasses
 import functools
 from collections.abc import Sequence
@@ -18,17 +19,20 @@ DEQUANTIZE = "any4_cuda_lut_dequantize"
 OPERANDS = 6
 
 MOST_ROWS = 64
-"""Of x, in the kernel that decodes W anew for each 32 rows; beyond, W is decoded once to memory, for XLA's product.
+"""The most rows of x for which a weight that `is_fast` is decoded in registers, once for each 32 rows. With more rows a
+kernel decodes W to memory, and XLA multiplies; on an H100 both ways cost about the same at this limit.
 
-That is where `is_fast`. Other weights are decoded anew for each eight columns of work, up to MOST_COLUMNS; a row of x
-is as many columns as there are groups in 128 inputs. On an H100 either way costs about the same there. A weight that
-`is_wide` needs no dense W on Hopper: with more than 32 rows, or 8 where not `is_fast`, another kernel takes it.
+A weight that `is_wide` needs no dense W on Hopper: another kernel takes it from 33 rows on, or from 9 if it isn't
+`is_fast`.
 """
-MOST_COLUMNS = 24
 
-# What jax calls GPUs of compute capability 9.0.
+MOST_COLUMNS = 24
+"""The same limit for other weights, which are decoded once for each eight columns of work: a row of x is as many
+columns as there are groups in 128 inputs."""
+
+# The beginnings of jax's names of GPUs of compute capability 9.0.
 _HOPPER = ("NVIDIA H100", "NVIDIA H200", "NVIDIA GH200", "NVIDIA H800", "NVIDIA H20")
-# A lane decodes 32 inputs; rows of W that are no multiple of them are filled up, in a copy.
+# A lane decodes 32 inputs; rows of W whose length is no multiple of that are filled up, in a copy.
 _UNIT = 32
 # Inputs that a warp takes at a time.
 _TILE = 128
@@ -38,21 +42,21 @@ _WHOLE_ROW = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class StackedMatrix(Matrix):
-    """The matrix `index` of a stack, read where it lies: every array has an axis of L matrices before those of Matrix.
+    """One matrix of a stack, read where it lies: every array has an axis of L matrices before those of Matrix.
 
     Attributes:
-      index: int32 [], on the device; outside of 0 to L - 1 it stands for the nearest.
+      index: which matrix, int32 [] on the device; a number outside 0 to L - 1 stands for the nearest one.
     """
 
     index: jax.Array
 
 
 def why_not(x_dtype, bits: int, group_size: int, k: int, lut_dtype, scale_dtype, offset_dtype) -> str | None:
-    """None where `lut_products` takes operands of these dtypes and sizes, else the reason in words.
+    """None if `lut_products` takes operands of these dtypes and sizes, else the reason in words.
 
     Args:
-      k: inputs of the weight; group_size of at least k is one group a row.
-      offset_dtype: None where there are no offsets.
+      k: the inputs of the weight; a group_size of at least k means one group a row.
+      offset_dtype: None if there are no offsets.
     """
     if x_dtype not in (jnp.bfloat16, jnp.float16):
         return f"x is {x_dtype}, its tensor cores take bfloat16 and float16"
@@ -71,28 +75,34 @@ def why_not(x_dtype, bits: int, group_size: int, k: int, lut_dtype, scale_dtype,
 
 
 def is_fast(matrix: Matrix, x_dtype, k: int, bits: int, group_size: int) -> bool:
-    """Whether the kernel for many rows of x takes a matrix of k inputs: what IsForTurns in csrc says of 4 bits."""
-    if bits != 4 or k % (2 * _TILE) or matrix.codes[0].shape[-2] % 32:
-        return False
-    stored = {a.dtype for a in (matrix.scales, matrix.offsets) if a is not None}
-    if x_dtype == jnp.float16:
-        return stored == {jnp.dtype(jnp.bfloat16)} and group_size == _TILE
-    exponents = matrix.scales.dtype == jnp.uint8 and matrix.offsets is None and group_size == 32
-    return exponents or (stored == {jnp.dtype(jnp.bfloat16)} and group_size >= 32)
+    """Whether a matrix of k inputs has 4-bit codes and suits the kernel that decodes it once for 32 rows of x.
+
+    Raises:
+      RuntimeError: the library, which decides, can't be used.
+    """
+    return bits == 4 and _takes("turns", matrix, x_dtype, k, bits, group_size)
 
 
-def is_wide(matrix: Matrix, x_dtype, bits: int, group_size: int) -> bool:
-    """Whether Hopper's kernel for many rows of x takes a matrix: what IsForWide in csrc says."""
-    if bits != 4 or group_size < 32 or matrix.codes[0].shape[-2] % 8:
-        return False
-    if matrix.scales.dtype == jnp.uint8:
-        return x_dtype == jnp.bfloat16 and (matrix.offsets is None or matrix.offsets.dtype == jnp.bfloat16)
-    stored = {a.dtype for a in (matrix.scales, matrix.offsets) if a is not None}
-    return stored in ({jnp.dtype(jnp.bfloat16)}, {jnp.dtype(x_dtype)})
+def is_wide(matrix: Matrix, x_dtype, k: int, bits: int, group_size: int) -> bool:
+    """Whether Hopper's kernel for many rows of x takes a matrix of k inputs.
+
+    Raises:
+      RuntimeError: the library, which decides, can't be used.
+    """
+    return _takes("wide", matrix, x_dtype, k, bits, group_size)
+
+
+def _takes(kernel: str, matrix: Matrix, x_dtype, k: int, bits: int, group_size: int) -> bool:
+    """What csrc/cuda/lut_form.h says of a kernel."""
+    function = getattr(registration.register("cuda"), f"any4_cuda_is_for_{kernel}")
+    function.argtypes = (*[ctypes.c_char_p] * 3, *[ctypes.c_int64] * 4)
+    offsets = "" if matrix.offsets is None else matrix.offsets.dtype.name
+    names = (jnp.dtype(x_dtype).name, matrix.scales.dtype.name, offsets)
+    return bool(function(*(name.encode() for name in names), bits, group_size, matrix.codes[0].shape[-2], k))
 
 
 def on_hopper() -> bool:
-    """Whether programs are lowered for compute capability 9.0: by the abstract mesh's device, or this process's."""
+    """Whether programs are lowered for compute capability 9.0, by the abstract mesh's device or this process's."""
     named = jax.sharding.get_abstract_mesh().abstract_device
     if named is not None:
         return named.device_kind.startswith(_HOPPER)
@@ -102,22 +112,22 @@ def on_hopper() -> bool:
 def lut_products(x: jax.Array, matrices: Sequence[Matrix], *, bits: int, group_size: int) -> tuple[jax.Array, ...]:
     """y = x W^T [M, N] of each matrix, in x's dtype, accumulated in float32.
 
-    With few rows of x (see MOST_ROWS) codes are decoded in registers, there is no dense W in memory, and scales and
-    offsets are applied to the float32 sums of a group's products; one call does all matrices, each with the bits that
-    it gives alone. On Hopper a weight that `is_wide` is decoded in registers however many rows there are. With more
-    than 32, or 8 where not `is_fast`, W is then rounded to x's dtype, once, in entry * scale + offset; for float16 x, a
-    table, scales and offsets in bfloat16 are rounded to it before. Under vmap over x alone it stays one call with more
-    rows; with a batch of weights it is a loop over them that takes each where it lies.
+    With few rows of x (see MOST_ROWS) kernels decode codes in registers, so there is no dense W in memory, and apply
+    scales and offsets to the float32 sums of a group's products. One call does all matrices; each gets the same bits as
+    alone. On Hopper a weight that `is_wide` is decoded in registers for any number of rows. From 33 rows on, or 9 if it
+    isn't `is_fast`, entry * scale + offset is then rounded once to x's dtype; for x of float16, a table, scales and
+    offsets of bfloat16 are rounded to float16 first. Under vmap over x alone it stays one call, with more rows; over
+    weights it becomes a loop that reads each where it lies.
 
     Args:
       x: [M, K], bfloat16 or float16.
-      matrices: at least one Matrix or StackedMatrix, each [N, K] with an N of its own. Tables are of x's dtype, or
-        bfloat16 with x of float16, to which they are then rounded; of 8 bits an arithmetic ramp.
+      matrices: at least one Matrix or StackedMatrix, each [N, K] with its own N. Tables have x's dtype, or are bfloat16
+        while x is float16, to which they are then rounded; 8-bit ones are arithmetic ramps.
       bits: of the codes of all matrices: 2, 3, 4 or 8.
-      group_size: of all matrices: a power of two, at least 16; or at least K.
+      group_size: of all matrices: a power of two that is at least 16, or any number from K on.
 
     Raises:
-      ValueError: the operands are none of these, in words.
+      ValueError: the operands are none of these; the sentence says what is wrong.
       RuntimeError: the library can't be used; `registration.why_not("cuda")` says why without raising.
     """
     for matrix in matrices:
@@ -126,15 +136,16 @@ def lut_products(x: jax.Array, matrices: Sequence[Matrix], *, bits: int, group_s
         if reason is not None:
             raise ValueError(f"{reason}; use another backend")
     registration.register("cuda")
-    fast = tuple(is_fast(matrix, x.dtype, x.shape[-1], bits, group_size) for matrix in matrices)
+    form = (x.dtype, x.shape[-1], bits, group_size)
+    fast = tuple(is_fast(matrix, *form) for matrix in matrices)
     hopper = on_hopper()
-    wide = tuple(hopper and is_wide(matrix, x.dtype, bits, group_size) for matrix in matrices)
+    wide = tuple(hopper and is_wide(matrix, *form) for matrix in matrices)
     call = _call(bits, group_size if group_size < x.shape[-1] else _WHOLE_ROW, fast, wide)
     return call(x, *(operand for matrix in matrices for operand in _operands(matrix)))
 
 
 def _operands(matrix: Matrix) -> tuple[jax.Array, ...]:
-    """OPERANDS arrays, all but the last stacks; where there is none, an array of no elements takes its place."""
+    """OPERANDS arrays, all but the last of them stacks; an array of no elements takes the place of an absent one."""
     high = matrix.codes[1] if len(matrix.codes) > 1 else None
     arrays = [
         array if array is None or isinstance(matrix, StackedMatrix) else array[None]
@@ -147,7 +158,7 @@ def _operands(matrix: Matrix) -> tuple[jax.Array, ...]:
 
 @functools.cache
 def _call(bits: int, group_size: int, fast: tuple[bool, ...], wide: tuple[bool, ...]):
-    """The products of (x, *operands) with their rule for vmap, which may bring more rows."""
+    """The products of (x, *operands) with their rule for vmap, which may add rows."""
     attributes = {"bits": np.int64(bits), "group_size": np.int64(group_size)}
 
     def call(x, *operands):
@@ -177,7 +188,7 @@ def _call(bits: int, group_size: int, fast: tuple[bool, ...], wide: tuple[bool, 
 
 
 def _filled(matrix: Sequence[jax.Array], inputs: int, bits: int) -> tuple[jax.Array, ...]:
-    """A matrix's operands with rows of `inputs` codes, zeros at the end; of a stack, the one that `index` names."""
+    """A matrix's operands, its rows filled up with zero codes to `inputs`; of a stack, the one that `index` names."""
     *arrays, index = matrix
     if index.size:
         arrays = [jax.lax.dynamic_index_in_dim(a, jnp.maximum(index, 0)) if a.size else a for a in arrays]
@@ -189,7 +200,7 @@ def _filled(matrix: Sequence[jax.Array], inputs: int, bits: int) -> tuple[jax.Ar
 
 
 def _stacked(size: int, batched: Sequence[bool], operands: Sequence[jax.Array]) -> tuple[list[bool], list[jax.Array]]:
-    """Batches of weights as stacks, and indices that count through them in place of the weights themselves."""
+    """Batches of weights as stacks, so that a loop runs over indices and not over the weights themselves."""
     flags, stacks = list(batched), list(operands)
     for first in range(0, len(operands), OPERANDS):
         index = first + OPERANDS - 1

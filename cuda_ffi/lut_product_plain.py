@@ -1,4 +1,4 @@
-"""The CUDA product on device pointers and a stream of the caller's: for graphs that are captured without XLA."""
+"""The CUDA product on the caller's device pointers and stream: for CUDA graphs that are captured without XLA."""
 
 import ctypes
 from collections.abc import Callable
@@ -17,11 +17,11 @@ _ARGUMENTS = (
 def launcher() -> Callable[..., None]:
     """launch(x, M, codes, lut, scales, offsets, y, N, K, group_size, one_table, stream): y [M, N] = x [M, K] W^T.
 
-    Pointers are addresses on the device, `offsets` 0 where there are none; x, y, lut, scales and offsets are bfloat16,
-    codes 4 bits as layout.py has them, K a multiple of 32. It raises RuntimeError where the launch fails.
+    Pointers are addresses on the device, 0 for absent `offsets`. x, y, lut, scales and offsets are bfloat16, codes have
+    4 bits and lie as layout.py states, and K is a multiple of 32. launch raises RuntimeError if CUDA refuses it.
 
     Raises:
-      RuntimeError: the library can't be used, in words.
+      RuntimeError: the library can't be used; the sentence says why.
     """
     function = registration.register("cuda").any4_cuda_lut_product_plain
     function.argtypes, function.restype = _ARGUMENTS, ctypes.c_int
@@ -29,6 +29,6 @@ def launcher() -> Callable[..., None]:
     def launch(*arguments: int) -> None:
         error = function(*arguments)
         if error:
-            raise RuntimeError(f"the CUDA product's launch gave error {error}; its meaning is in cudaError_t")
+            raise RuntimeError(f"the launch of the CUDA product failed with error {error}; look it up in cudaError_t")
 
     return launch

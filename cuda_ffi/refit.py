@@ -15,9 +15,9 @@ TARGETS = {"cpu": "any4_cpu_refit", "cuda": "any4_cuda_refit"}
 class Search(NamedTuple):
     """The search for a group's scale.
 
-    starts: (factor, held) pairs. The scale is multiplied by the factor, and the point held of the table's range, 0 its
-      lower end, 1 its upper, stays where it is; without offsets what stays is zero.
-    fits: least-squares fits after each start, with codes chosen anew.
+    starts: (factor, held) pairs. The factor multiplies the scale, and the point `held` of the table's range (0 is its
+      lower end, 1 its upper) stays where it is; without offsets, zero stays.
+    fits: how many least-squares fits follow each start, each with new codes.
     """
 
     starts: tuple[tuple[float, float], ...]
@@ -43,27 +43,27 @@ def refit(
     """(lut, scales, offsets) of lower or equal error sum_k h_k (w_k - lut[c_k] s_g(k) - o_g(k))^2 for each row.
 
     A round searches for each group's scale (the first rounds only), moves each free entry of the table to its weighted
-    mean, fits each group's scale and offset, and keeps what lowers the error. A row's result depends on nothing but the
-    row and the importance. Under vmap over rows it stays one call, with more rows; with a batch of importances it is a
-    loop over them.
+    mean, fits each group's scale and offset, and keeps what lowers the error. A row's result depends on that row and
+    the importance alone. Under vmap over rows it stays one call, with more rows; over importances it becomes a loop.
 
     Args:
       w: float32 [N, K].
       importance: h, float32 [K], not negative.
-      lut: [N or 1, 2**bits], 4, 8 or 16 entries, ascending; float32, bfloat16 or float16, as scales and offsets.
+      lut: [N or 1, 2**bits], 4, 8 or 16 entries, ascending; float32, bfloat16 or float16, like scales and offsets.
       scales: [N, ceil(K / group_size)].
       offsets: like scales, or None.
-      kind: of library, "cpu" or "cuda".
+      kind: which library, "cpu" or "cuda".
       group_size: G, 1 to K.
-      searches: rounds that begin with a search.
-      max_rounds: rounds at most.
+      searches: the number of rounds that begin with a search.
+      max_rounds: the most rounds.
       free: (first, stop) of the table's entries that may change.
-      settled: a row whose error falls by less than this share in a round that is followed by no search is left alone.
+      settled: a row is left alone after a round that lowers its error by less than this share, unless a search follows.
       search: what a search tries.
-      isa: of the cpu kind, "auto" for the best that this processor has, or "avx512", "avx2", "portable" by name.
+      isa: the instruction set of the cpu kind: "avx512", "avx2", "portable", or "auto" for the best that this processor
+        has.
 
     Returns:
-      Arrays of the shapes and dtypes given; the table is the given one where no entry is free.
+      Arrays of the given shapes and dtypes; the table is the given one if no entry is free.
 
     Raises:
       RuntimeError: the library can't be used; `registration.why_not(kind)` says why without raising.
@@ -73,7 +73,7 @@ def refit(
     mantissas = tuple(jnp.finfo(a.dtype).nmant for a in stored)
     call = _call(kind, group_size, searches, max_rounds, free, settled, search, mantissas, isa)
     tables = jnp.broadcast_to(lut, (w.shape[0], lut.shape[1]))
-    # The handler takes and gives float32 values that the stored dtypes hold: the casts round nothing.
+    # The handler's float32 values, in and out, are values that the stored dtypes hold: the casts round nothing.
     found = call(w, importance, *(a.astype(jnp.float32) for a in (tables, *stored[1:])))
     fit = tuple(a.astype(like.dtype) for a, like in zip(found, stored, strict=True))
     return fit[0] if free[0] < free[1] else lut, fit[1], None if offsets is None else fit[2]
@@ -93,7 +93,7 @@ def _call(
 ):
     """The custom call on float32 (w, importance, lut [N, 2**bits], scales[, offsets]) with its rule for vmap.
 
-    mantissas: bits of mantissa of the stored dtypes of lut, scales and offsets: 23 float32, 10 float16, 7 bfloat16.
+    mantissas: the mantissa bits of the stored dtypes of lut, scales and offsets: float32 23, float16 10, bfloat16 7.
     """
     attributes = {
         "group_size": np.int64(group_size),
@@ -110,7 +110,7 @@ def _call(
 
     @jax.custom_batching.custom_vmap
     def call(w, importance, *fit):
-        # Absent offsets are an array of no elements on either side.
+        # An array of no elements stands for absent offsets, as operand and as result.
         given = fit if len(fit) == 3 else (*fit, jnp.zeros((0, 0), jnp.float32))
         outputs = [jax.ShapeDtypeStruct(a.shape, jnp.float32) for a in given]
         return tuple(jax.ffi.ffi_call(TARGETS[kind], outputs)(w, importance, *given, **attributes)[: len(fit)])

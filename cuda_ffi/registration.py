@@ -1,13 +1,13 @@
-"""Finds the native libraries, checks them, and registers their handlers with XLA when the first one is wanted.
+"""Finds the native libraries, checks them, and registers their handlers with XLA when the first is needed.
 
-Conventions for a handler:
-- its source lies in csrc/cpu/*.cc (csrc/cuda/*.cu); every such file is compiled into the one library of its kind.
-  A file named *_avx512.cc or *_avx2.cc is compiled with that instruction set's flags (build.py, CMakeLists.txt), so it
-  holds nothing that runs on other processors; csrc/cpu/isa.h chooses at run time. One named *_sm90a.cu is compiled for
-  Hopper alone, and its kernels are launched nowhere else.
-- it is defined by XLA_FFI_DEFINE_HANDLER_SYMBOL and has a row in `TARGETS`: symbol -> target name.
-- its Python wrapper asks `why_not(kind)` where it may fall back, or calls `register(kind)` and lets it raise, each
-  time before `jax.ffi.ffi_call(target, ...)`; both are cheap once done.
+To add a handler:
+- Put its source into csrc/cpu/*.cc (csrc/cuda/*.cu); all such files make up the one library of their kind. A file named
+  *_avx512.cc or *_avx2.cc is compiled with that instruction set's flags (build.py, CMakeLists.txt), so it must hold
+  nothing that runs on other processors; csrc/cpu/isa.h chooses at run time. A file named *_sm90a.cu is compiled for
+  Hopper alone, so its kernels must be launched nowhere else.
+- Define it by XLA_FFI_DEFINE_HANDLER_SYMBOL, and give it a row in `TARGETS`: symbol -> target name.
+- Let its Python wrapper call `register(kind)` before `jax.ffi.ffi_call(target, ...)`; whoever may fall back asks
+  `why_not(kind, platform)` first. Both are cheap after their first call.
 """
 
 import ctypes
@@ -34,13 +34,13 @@ TARGETS: dict[str, dict[str, str]] = {
         "any4_cuda_refit": "any4_cuda_refit",
     },
 }
-"""For each kind of library, its handlers: symbol in the library -> name of XLA's target."""
+"""The handlers in each kind of library: symbol -> name of XLA's target."""
 
 PLATFORMS = {"cpu": "cpu", "cuda": "CUDA"}
 
 
 def installed() -> list[Path]:
-    """The libraries that were installed with the package, wherever an editable or a plain installation put them."""
+    """The libraries that came with the package, wherever an editable or a plain installation put them."""
     try:
         files = importlib.metadata.files("any4_jax") or []
     except importlib.metadata.PackageNotFoundError:
@@ -49,7 +49,7 @@ def installed() -> list[Path]:
 
 
 def find(kind: str) -> Path | None:
-    """The library made of the sources as they are now, or None; warns where one of other sources lies instead."""
+    """The library built from the present sources, or None, with a warning if one of other sources exists."""
     name = build.library_name(kind)
     libraries = [*installed(), *build.cache_folder().glob("libany4_*.so")]
     for library in libraries:
@@ -57,15 +57,15 @@ def find(kind: str) -> Path | None:
             return library
     if any(library.name.startswith(f"libany4_{kind}-") for library in libraries):
         warnings.warn(
-            f"the {kind} library that is there was built from other sources than {build.SOURCES / kind} holds now, "
-            f"so it isn't used; run `python -m cuda_ffi.build {kind}`",
+            f"the {kind} library was built from other sources than {build.SOURCES / kind} now holds, so it isn't used; "
+            f"run `python -m cuda_ffi.build {kind}`",
             stacklevel=2,
         )
     return None
 
 
 def jaxlib_ffi_version() -> tuple[int, int]:
-    """(major, minor) of XLA's FFI in the running jaxlib, read from the header it ships."""
+    """(major, minor) version of XLA's FFI in the running jaxlib, read from the header that it ships."""
     text = (Path(jax.ffi.include_dir()) / "xla" / "ffi" / "api" / "c_api.h").read_text(encoding="utf-8")
     major, minor = (re.search(rf"#define XLA_FFI_API_{part} (\d+)", text) for part in ("MAJOR", "MINOR"))
     assert major and minor
@@ -74,7 +74,7 @@ def jaxlib_ffi_version() -> tuple[int, int]:
 
 @functools.cache
 def _register(kind: str) -> ctypes.CDLL | str:
-    """The loaded library with its handlers registered, or why that can't be, in one sentence."""
+    """The loaded library with its handlers registered, or one sentence that says why there is none."""
     path = find(kind)
     if path is None:
         return f"no {kind} library is built; run `python -m cuda_ffi.build {kind}`, which needs a compiler"
@@ -82,7 +82,7 @@ def _register(kind: str) -> ctypes.CDLL | str:
         library = ctypes.CDLL(str(path))
     except OSError as error:
         return f"{path} can't be loaded ({error}); remove it and run `python -m cuda_ffi.build {kind}`"
-    # XLA refuses handlers of a newer interface, and where its backend isn't up yet, the whole backend fails for it.
+    # XLA refuses handlers of a newer interface, and if its backend isn't up yet, the whole backend fails with them.
     library_version = divmod(library.any4_ffi_abi(), 1000)
     version = jaxlib_ffi_version()
     if library_version[0] != version[0] or library_version > version:
@@ -94,14 +94,21 @@ def _register(kind: str) -> ctypes.CDLL | str:
     return library
 
 
-def why_not(kind: str) -> str | None:
-    """None where the library of a kind is loaded and registered (which this does), else the reason in one sentence."""
+def why_not(kind: str, platform: str | None = None) -> str | None:
+    """None if programs can call the library of a kind, else the reason in one sentence. It loads the library.
+
+    Args:
+      kind: "cpu" or "cuda".
+      platform: the one that a program is lowered for, as `jax.lax.platform_dependent` names it; None for the library's.
+    """
+    if platform not in (None, kind):
+        return f"it runs on {kind}, not on {platform}"
     found = _register(kind)
     return found if isinstance(found, str) else None
 
 
 def register(kind: str) -> ctypes.CDLL:
-    """The library of a kind, loaded, with its handlers known to XLA.
+    """The loaded library of a kind, whose handlers XLA knows.
 
     Raises:
       RuntimeError: with `why_not`'s sentence.

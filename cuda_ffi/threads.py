@@ -1,17 +1,17 @@
-"""How many threads the CPU handlers take: those of XLA's own pool, unless fewer are asked for."""
+"""A limit on the threads that the CPU handlers use, which otherwise are all of XLA's own pool."""
 
 from cuda_ffi import registration
 
 
 def limit_threads(count: int) -> None:
-    """Lets every handler of this process work on at most `count` threads from now on; 0 takes the limit away.
+    """Limits every handler of this process to `count` threads from now on; 0 removes the limit.
 
-    Results don't depend on it.
+    Results don't depend on the number of threads.
 
     Raises:
       ValueError: count is negative.
       RuntimeError: the library can't be used.
     """
     if count < 0:
-        raise ValueError(f"got count={count}, need the number of threads, or 0 for all; pass at least 0")
+        raise ValueError(f"got count={count}, need a number of threads, or 0 for no limit; pass at least 0")
     registration.register("cpu").any4_cpu_limit_threads(count)

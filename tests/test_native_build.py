@@ -73,7 +73,7 @@ def test_without_a_compiler_or_sources(
 ) -> None:
     monkeypatch.setattr(build, "find_compiler", lambda kind: None)
     assert build.main([]) == 0
-    assert "cpu: got kind 'cpu', of which this version has no sources" in capsys.readouterr().out
+    assert "cpu: got kind 'cpu', for which this version has no sources" in capsys.readouterr().out
     (sources / "one.cc").write_text(SMALL % 3)
     assert build.main(["cpu"]) == 1 and build.main([]) == 0
     assert "cpu: found no C++ compiler to build the cpu library; install one" in capsys.readouterr().out

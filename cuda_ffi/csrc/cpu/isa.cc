@@ -7,7 +7,7 @@ namespace {
 
 bool Has(Isa isa) {
 #if defined(__x86_64__)
-  // libgcc's tables ask CPUID and XGETBV, so a set that the system doesn't save the registers of counts as absent.
+  // libgcc asks CPUID and XGETBV, so a set whose registers the system doesn't save counts as absent.
   switch (isa) {
     case Isa::kAvx512:
       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&

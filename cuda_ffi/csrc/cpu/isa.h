@@ -1,5 +1,4 @@
-// Which instruction set's code runs. The choice is made once for the process; tests name another by the attribute
-// `isa` of a call.
+// Which instruction set's code runs. The process chooses once; tests name another set by a call's attribute `isa`.
 #pragma once
 
 #include <optional>
@@ -9,10 +8,17 @@ namespace any4 {
 
 enum class Isa { kPortable, kAvx2, kAvx512 };
 
-// The best that both this processor and the build have.
+// The best that this processor has.
 Isa BestIsa();
 
-// "auto", "portable", "avx2" or "avx512" as an Isa; empty where the name is unknown or this processor lacks it.
+// "auto", "portable", "avx2" or "avx512" as an Isa; empty if the name is unknown or this processor lacks the set.
 std::optional<Isa> IsaNamed(std::string_view name);
+
+// The kernel of an instruction set, or the portable one if the library was built without it, so that it is null.
+template <class Kernel>
+const Kernel& KernelFor(Isa isa, const Kernel* portable, const Kernel* avx2, const Kernel* avx512) {
+  const Kernel* const kernel = isa == Isa::kAvx512 ? avx512 : isa == Isa::kAvx2 ? avx2 : portable;
+  return kernel != nullptr ? *kernel : *portable;
+}
 
 }  // namespace any4

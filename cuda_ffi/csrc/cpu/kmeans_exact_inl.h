@@ -1,14 +1,15 @@
 // The optimal clusters of a sorted row, by dynamic programming over the number of clusters.
 //
-// before[i] is the least error of the first i values in m - 1 clusters; layer m's is min over i <= j of before[i] plus
-// the error of [i, j]. That error satisfies the quadrangle inequality, so the best i never decreases with j (Wu,
-// "Optimal quantization by matrix searching", 1991; Gronlund et al., "Fast exact k-means, k-medians and Bregman
-// divergence clustering in 1D", 2017), nor with m. The best i of the last value of every block of 16 is found by divide
-// and conquer, 16 candidates at a time; those of a block's values lie between its neighbours', and are all tried, 16
-// values at a time. Where rounding exchanges near-equal candidates, no more than the rounding is lost.
+// before[i] is the least error of the first i values in m - 1 clusters; in m clusters, that of the values up to j is
+// the minimum over i <= j of before[i] plus the error of [i, j]. That error satisfies the quadrangle inequality, so the
+// best i never decreases with j (Wu, "Optimal quantization by matrix searching", 1991; Gronlund et al., "Fast exact
+// k-means, k-medians and Bregman divergence clustering in 1D", 2017), nor with m. For the last value of every block of
+// 16, divide and conquer finds the best i, 16 candidates at a time. For the other values of a block the best i lies
+// between those of its neighbours, and the solver tries all of these, for 16 values at a time. If rounding swaps
+// near-equal candidates, no more than the rounding is lost.
 //
 // A layer ends at the block where its error exceeds `bound`, the error of some clustering of the whole row: no optimum
-// gets there in so few clusters. That spares a third of the work.
+// gets there with so few clusters. That saves a third of the work.
 #pragma once
 
 #include "kmeans_table_inl.h"
@@ -16,7 +17,7 @@
 namespace any4 {
 namespace {
 
-// Calls body(q, begin, end) for runs of blocks [begin, end) within [low, high) that are cut from block b at level q.
+// Calls body(q, begin, end) for each run of blocks [begin, end) within [low, high) that level q cuts from block b.
 template <class Body>
 inline __attribute__((always_inline)) void ForRuns(int64_t b, int64_t low, int64_t high, const Body& body) {
   const int64_t stop = high < b ? high : b;
@@ -33,8 +34,8 @@ struct BestStart {
   float total;
 };
 
-// The i in [low, high] with the least before[i] + error of [i, j], the smallest of equals. within: errors of [i, j] for
-// the i of j's block.
+// The i in [low, high] with the least before[i] + error of [i, j]; of equals the smallest. within: the errors of [i, j]
+// for the i of j's block.
 inline BestStart FindStart(const IntervalTable& table, const float* before, int64_t j, const float* within, int64_t low,
                            int64_t high) {
   Floats least = All(__builtin_inff());
@@ -55,7 +56,8 @@ inline BestStart FindStart(const IntervalTable& table, const float* before, int6
     }
   });
   if (high >= b * kLanes) offer(Load(before + b * kLanes) + Load(within), b);
-  // Bits of floats that are not negative are in the floats' order, and minima of integers are reduced in registers.
+  // The bits of floats that are not negative have the floats' order, and compilers reduce minima of integers in
+  // registers.
   int32_t totals[kLanes], indices[kLanes];
   Store(totals, least);
   Store(indices, least_block);
@@ -69,9 +71,9 @@ inline BestStart FindStart(const IntervalTable& table, const float* before, int6
   return {index < low ? static_cast<int32_t>(low) : index, FloatOf(best)};
 }
 
-// Best starts of the intervals that end with each block: [blocks]. earlier: those of the layer before, of which the
-// first `known` values of `before` are. Returns the number of blocks up to and with the first that exceeds the bound;
-// the starts of those beyond are lower bounds.
+// The best starts of the intervals that end with each block: [blocks]. earlier: those of the layer before; of its
+// errors, `before`, the first `known` are there. Returns the number of blocks up to and including the first that
+// exceeds the bound; the starts of blocks beyond it are lower bounds.
 inline int64_t BlockStarts(const IntervalTable& table, const float* before, int64_t known, float bound,
                            const int32_t* earlier, int32_t* starts) {
   int64_t reach = table.blocks;
@@ -94,7 +96,7 @@ inline int64_t BlockStarts(const IntervalTable& table, const float* before, int6
   return reach;
 }
 
-// The layer that follows `before`, for the first `reach` blocks, in its place one further: after[j + 1] for every j.
+// The layer that follows `before`, for the first `reach` blocks: after[j + 1] for every j.
 inline void FillLayer(const IntervalTable& table, const float* before, const int32_t* starts, int64_t reach,
                       float* after) {
   after[0] = 0;
@@ -119,17 +121,17 @@ inline void FillLayer(const IntervalTable& table, const float* before, const int
     }
     Store(after + own + 1, least);
   }
-  // The rest of the block that the last value lies in: candidates are loaded by blocks.
+  // Fills up the block of the last value, since candidates are loaded by blocks.
   Store(after + reach * kLanes + 1, All(__builtin_inff()));
 }
 
-// Clusters of the first `length` values of the table's row, at least 1 and at most k: the first indices, ascending.
-// bound: at least the least error of k clusters.
+// The number of clusters, 1 to k, of the first `length` values of the table's row, and the index of each cluster's
+// first value, ascending. bound: no less than the least error of k clusters.
 inline int64_t ExactClusters(const IntervalTable& table, int64_t length, int64_t k, float bound, int32_t* firsts,
                              Scratch& scratch) {
   const int64_t size = table.blocks * kLanes;
   const int64_t layers = k - 1;
-  // What layer m + 2 starts from is before + m * stride, of which known[m] values are known; its best starts are
+  // Layer m + 2 starts from before + m * stride, of which known[m] values are known; its best starts are at
   // starts + (m + 1) * blocks.
   const int64_t stride = size + 2 * kLanes;
   float* before = scratch.Take<float>(layers * stride);

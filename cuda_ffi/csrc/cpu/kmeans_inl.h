@@ -1,4 +1,4 @@
-// One row from its values to its clusters; included by the file of each instruction set.
+// A row from its values to its clusters; each instruction set's file includes this one.
 #pragma once
 
 #include "kmeans.h"
@@ -9,8 +9,8 @@
 namespace any4 {
 namespace {
 
-// Makes equal values one, their weights added, and leaves out those without weight; an optimum of these is one of the
-// row. Pads to whole blocks.
+// Merges equal values, adding their weights, and drops values without weight: an optimum for the rest is one for the
+// row. Pads the row to whole blocks.
 inline void MergeEqual(SortedRow& row) {
   int64_t count = 0;
   for (int64_t i = 0; i < row.count;) {
@@ -29,7 +29,7 @@ inline void MergeEqual(SortedRow& row) {
   for (int64_t i = count; i <= (count + kLanes - 1) / kLanes * kLanes; ++i) row.x[i] = row.x[count - 1];
 }
 
-// Mean of the values [first, stop) of a row.
+// The mean of the values [first, stop) of a row.
 inline float MeanOf(const SortedRow& row, int64_t first, int64_t stop) {
   double weight = 0, moved = 0;
   for (int64_t i = first; i < stop; ++i) {
@@ -39,8 +39,8 @@ inline float MeanOf(const SortedRow& row, int64_t first, int64_t stop) {
   return static_cast<float>(row.x[first] + moved / weight);
 }
 
-// The error of a clustering that is good where the values' density is smooth: an optimal one has centroids as dense as
-// the cube root of the values' density (Panter and Dite, 1951). Lloyd's steps better it.
+// The error of a clustering that is good if the values' density is smooth: in an optimal one the centroids are as dense
+// as the cube root of the values' density (Panter and Dite, 1951). Lloyd's steps improve it.
 inline float UpperBound(const SortedRow& row, int64_t k, Scratch& scratch) {
   constexpr int kSteps = 2;
   const int64_t blocks = (row.count + kLanes - 1) / kLanes;
@@ -74,11 +74,11 @@ inline float UpperBound(const SortedRow& row, int64_t k, Scratch& scratch) {
     if (first < stop) error += SumsAbout<true>(row, first, stop, centroids[c]).squared;
     first = stop > first ? stop : first;
   }
-  // Far more than the solver's rounding.
+  // The margin is far larger than the solver's rounding.
   return static_cast<float>(error * 1.001);
 }
 
-// Centroids in the row's units; where fewer than k clusters do, the first is repeated.
+// Centroids in the row's units; if fewer than k clusters suffice, the first one is repeated.
 inline void ExactCentroids(SortedRow& row, int64_t k, Scratch& scratch, float* centroids) {
   int32_t* const firsts = scratch.Take<int32_t>(k);
   if (!scratch.measures()) MergeEqual(row);

@@ -10,10 +10,10 @@ struct Sums {
   double weight = 0, moved = 0, squared = 0;
 };
 
-// Sums of w, w * (x - pivot) and, if asked, w * (x - pivot)^2 over the values [first, stop).
+// The sums of w, w * (x - pivot) and, if kSquared, w * (x - pivot)^2 over the values [first, stop).
 template <bool kSquared>
 inline Sums SumsAbout(const SortedRow& row, int64_t first, int64_t stop, float pivot) {
-  // Lanes add up to 16 values in float32 before double takes over.
+  // Each lane adds up to 16 values in float32; doubles add the lanes.
   constexpr int64_t kChunk = 16 * kLanes;
   Sums sums;
   for (int64_t start = first / kLanes * kLanes; start < stop; start += kChunk) {
@@ -41,7 +41,7 @@ inline Sums SumsAbout(const SortedRow& row, int64_t first, int64_t stop, float p
   return sums;
 }
 
-// Number of values up to and including `limit`.
+// The number of values that are at most `limit`.
 inline int64_t CountUpTo(const float* x, int64_t count, float limit) {
   int64_t low = 0;
   for (int64_t rest = count; rest > 0;) {
@@ -53,13 +53,14 @@ inline int64_t CountUpTo(const float* x, int64_t count, float limit) {
   return low;
 }
 
-// One past the last value that is nearest to centroid c or a lower one, ties to the lower.
+// One past the last value whose nearest centroid is c or a lower one; ties go to the lower.
 inline int64_t StopOf(const SortedRow& row, const float* centroids, int64_t k, int64_t c) {
   if (c + 1 == k) return row.count;
   return CountUpTo(row.x, row.count, centroids[c] + (centroids[c + 1] - centroids[c]) * 0.5f);
 }
 
-// The mean of each cluster, its old centroid where it has no weight: [k]. Returns the first such cluster, or -1.
+// The mean of each cluster, or its old centroid if it has no weight: [k]. Returns the first cluster without weight, or
+// -1.
 inline int64_t Means(const SortedRow& row, const float* old, int64_t k, float* means) {
   int64_t empty = -1;
   int64_t first = 0;
@@ -74,7 +75,7 @@ inline int64_t Means(const SortedRow& row, const float* old, int64_t k, float* m
   return empty;
 }
 
-// The value with the largest weighted squared error, if there is any error.
+// The value with the largest weighted squared error, or null if there is no error.
 inline const float* Worst(const SortedRow& row, const float* centroids, int64_t k) {
   const float* worst = nullptr;
   float most = 0;
@@ -94,9 +95,9 @@ inline const float* Worst(const SortedRow& row, const float* centroids, int64_t 
   return worst;
 }
 
-// Centroids in the row's units after Lloyd's steps. They end when the centroids' squared shift is at most tol times the
-// row's weighted variance, and at max_iter; a cluster without weight is then moved to the value with the largest
-// weighted error, and the steps go on.
+// Centroids in the row's units after Lloyd's steps. The steps end when the centroids' squared shift is at most tol
+// times the row's weighted variance, and after max_iter of them. If a cluster then has no weight, it moves to the value
+// with the largest weighted error, and the steps go on.
 inline void LloydCentroids(SortedRow& row, const KMeansOptions& options, Scratch& scratch, float* centroids) {
   const int64_t k = options.clusters, length = row.count;
   row.count = (length + kLanes - 1) / kLanes * kLanes;
@@ -127,7 +128,7 @@ inline void LloydCentroids(SortedRow& row, const KMeansOptions& options, Scratch
     centroids[empty] = *worst;
     SortAscending(centroids, k);
   }
-  // Rounding of two neighbouring means may exchange them by one unit in the last place.
+  // Rounding may swap two neighbouring means that differ by one unit in the last place.
   SortAscending(centroids, k);
 }
 

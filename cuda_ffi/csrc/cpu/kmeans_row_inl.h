@@ -1,4 +1,4 @@
-// A row scaled and sorted on the way in; codes and inertia on the way out.
+// Scales and sorts a row on the way in; finds its codes and inertia on the way out.
 #pragma once
 
 #include "kmeans.h"
@@ -10,7 +10,7 @@ namespace {
 
 constexpr int32_t kInfinityBits = 0x7f800000;
 
-// Bits of the largest magnitude; more than kInfinityBits where there is a NaN.
+// The bits of the largest magnitude; they are above kInfinityBits if there is a NaN.
 inline int32_t LargestBits(const float* values, int64_t count, uint32_t sign_mask) {
   int32_t largest = 0;
   for (int64_t i = 0; i < count; ++i) {
@@ -20,7 +20,7 @@ inline int32_t LargestBits(const float* values, int64_t count, uint32_t sign_mas
   return largest;
 }
 
-// Largest power of two not above a magnitude, 1 for zero: dividing by it is exact.
+// The largest power of two not above a magnitude, or 1 for zero: dividing by it is exact.
 inline float PowerOfTwo(int32_t bits) { return bits & kInfinityBits ? FloatOf(bits & kInfinityBits) : 1.0f; }
 
 // A sorted row divided by `unit`, with weights whose heaviest lies in [1, 2).
@@ -30,10 +30,10 @@ struct SortedRow {
   int64_t count;
   float unit;
   bool finite;
-  bool weighted;  // false where the weights, if any, are to be ignored: all zero, or NaN among them
+  bool weighted;  // false if weights are absent or to be ignored: all are zero, or one is NaN
 };
 
-// Orders entries by their bits above kShift, a byte at a time; the result is in `entries`.
+// Sorts entries by their bits from kShift on, a byte at a time; the result is in `entries`.
 template <class Entry, int kShift>
 inline void SortByBytes(Entry* entries, Entry* spare, int64_t count) {
   int32_t starts[4][256] = {};
@@ -58,7 +58,7 @@ inline void SortByBytes(Entry* entries, Entry* spare, int64_t count) {
   }
 }
 
-// Order of the keys as unsigned numbers is the order of the values; 0 and -0 are made equal.
+// Keys, as unsigned numbers, have the order of the values; 0 and -0 become equal.
 inline uint32_t KeyOf(float value) {
   const uint32_t bits = BitsOf(value + 0.0f);
   return bits ^ (bits >> 31 ? 0xffffffffu : 0x80000000u);
@@ -100,7 +100,7 @@ inline SortedRow SortRow(const KMeansRow& row, Scratch& scratch) {
   return sorted;
 }
 
-// The nearest of k centroids of each value, ties to the lower, and the sum of weight * distance^2.
+// The nearest of k centroids to each value, ties to the lower, and the sum of weight * distance^2.
 inline void Assign(const KMeansRow& row, bool weighted, int64_t k, const KMeansResult& result) {
   double inertia = 0;
   for (int64_t start = 0; start < row.length; start += kLanes) {

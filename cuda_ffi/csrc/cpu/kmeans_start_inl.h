@@ -1,5 +1,5 @@
-// First centroids for Lloyd's iteration, as any4_jax/clustering/inits.py describes them. A row here is sorted and
-// padded to whole lanes by values without weight.
+// First centroids for Lloyd's iteration, as any4_jax/clustering/inits.py describes them. A row here is sorted, and
+// values without weight pad it to whole vectors of lanes.
 #pragma once
 
 #include "kmeans.h"
@@ -10,7 +10,8 @@
 namespace any4 {
 namespace {
 
-// Running sums of masses that are not negative, one for each chunk, and the places where they pass a share of all.
+// Running sums of masses that are not negative, one for each chunk, and the places where they pass a share of the
+// total.
 class Mass {
  public:
   static constexpr int64_t kChunk = 4 * kLanes;
@@ -33,7 +34,7 @@ class Mass {
     }
   }
 
-  // The first index whose running mass exceeds a fraction of the total, or the last that has mass.
+  // The first index whose running mass exceeds a fraction of the total, or the last index that has mass.
   int64_t At(float fraction) const {
     const double wanted = fraction * before_[Chunks()];
     int64_t low = 0, high = Chunks() - 1;
@@ -45,7 +46,7 @@ class Mass {
         low = middle + 1;
       }
     }
-    // Rounding may leave the last chunk, or the sum within one, without a value that exceeds the mass wanted.
+    // Rounding may leave the last chunk, or the sum within a chunk, without a value that exceeds the wanted mass.
     while (low > 0 && before_[low + 1] == before_[low]) --low;
     double sum = before_[low];
     int64_t found = low * kChunk;
@@ -65,7 +66,7 @@ class Mass {
   double* before_;
 };
 
-// Greedy k-means++ (Arthur and Vassilvitskii, 2007): of several draws by w * d^2, the best one. squared: [count], d^2.
+// Greedy k-means++ (Arthur and Vassilvitskii, 2007): takes the best of several draws by w * d^2. squared: d^2, [count].
 inline void StartPlusPlus(const SortedRow& row, const KMeansOptions& options, Mass& mass, float* squared,
                           float* centroids) {
   const int64_t trials = options.trials;
@@ -104,8 +105,8 @@ inline void StartPlusPlus(const SortedRow& row, const KMeansOptions& options, Ma
   }
 }
 
-// k values drawn without replacement in proportion to w: those with the smallest exponentials / w, in `arrivals`. Where
-// all weights are spent, values without any follow, padding up to a power of two last.
+// k values drawn without replacement in proportion to w: those with the smallest exponentials / w, in `arrivals`. After
+// all values with weight come those without, and last the padding up to a power of two.
 inline void StartRandom(const SortedRow& row, int64_t length, const KMeansOptions& options, float* arrivals,
                         float* centroids) {
   int64_t padded = 2;
@@ -127,7 +128,7 @@ inline void StartRandom(const SortedRow& row, int64_t length, const KMeansOption
   for (int64_t c = found; c < options.clusters; ++c) centroids[c] = centroids[0];
 }
 
-// Ascending centroids [clusters] to start from. length: the row's, without padding.
+// Ascending centroids [clusters] to start from. length: that of the row without padding.
 inline void Start(const SortedRow& row, int64_t length, const KMeansOptions& options, Scratch& scratch,
                   float* centroids) {
   const int64_t k = options.clusters;

@@ -1,9 +1,9 @@
-// Squared errors of all intervals of a sorted row, in float32 without cancellation (any4_jax/clustering/intervals.py
-// has the idea): an interval is cut at a point that depends on its ends only, and its parts' moments are kept as
-// distances from that point, sums of terms of one sign.
+// Squared errors of all intervals of a sorted row, in float32 without cancellation. any4_jax/clustering/intervals.py
+// has the idea: an interval is cut at a point that depends only on its ends, and the moments of both parts are kept as
+// distances from that point, which are sums of terms of one sign.
 //
-// Here the smallest segments are blocks of 16 values, so that neighbouring lanes are always cut at the same point.
-// Errors within a block are computed when they are needed, which is seldom.
+// Here the smallest segments are blocks of 16 values, so the intervals of neighbouring lanes are always cut at the same
+// point. Errors within a block are computed on demand, since few are needed.
 #pragma once
 
 #include "lanes_inl.h"
@@ -15,8 +15,8 @@ namespace {
 // Stands in for an empty weight in denominators; the heaviest weight lies in [1, 2).
 constexpr float kEmpty = 1e-30f;
 
-// Of the intervals from each position to one reference point: the squared error, the distance of the mean from that
-// point, and 1 / weight, which is what joining two intervals takes.
+// For the intervals from each position to one reference point, what joining two intervals takes: the squared error, the
+// distance of the mean from that point, and 1 / weight.
 struct Moments {
   float* error;
   float* distance;
@@ -29,7 +29,7 @@ struct Moments {
   }
 };
 
-// Moments while they grow.
+// Moments while their intervals grow.
 struct Growing {
   Moments moments;
   float* weight;
@@ -40,8 +40,8 @@ struct Growing {
   }
 };
 
-// Adds values one after another, each at or beyond the last (Welford, 1962). Double: where weights differ by many
-// decades, float32 would lose the light end of an interval.
+// Adds values one after another, each at or beyond the last one (Welford, 1962). The sums are doubles: if weights
+// differ by many decades, float32 would lose the light end of an interval.
 struct Welford {
   double weight = 0, mean = 0, error = 0;
 
@@ -61,12 +61,12 @@ struct IntervalTable {
   int64_t blocks;
   const float* x;  // [16 * blocks + 1], the last value repeated
   const float* w;  // [16 * blocks], 0 past the row's end
-  // cut[q]: from each position to the middle of its segment of 2^(q + 1) blocks, measured from there.
+  // cut[q]: for the interval from each position to the middle of its segment of 2^(q + 1) blocks, measured from there.
   Moments cut[kMaxLevels];
-  const float* from_start;    // [16 * blocks], errors of [0, j]
-  const float* to_block_end;  // [16 * blocks], errors of [j, end of j's block]
+  const float* from_start;    // [16 * blocks], the errors of [0, j]
+  const float* to_block_end;  // [16 * blocks], the errors of [j, end of j's block]
 
-  // Errors of [i, j] for every j of i's block: infinite before i.
+  // The errors of [i, j] for every j of i's block; infinite before i.
   Floats FromWithinBlock(int64_t i) const {
     float errors[kLanes];
     const int first = static_cast<int>(i % kLanes);
@@ -78,7 +78,7 @@ struct IntervalTable {
     return Load(errors);
   }
 
-  // Errors of [i, j] for every i of j's block: infinite after j.
+  // The errors of [i, j] for every i of j's block; infinite after j.
   void ToWithinBlock(int64_t j, float* errors) const {
     const int last = static_cast<int>(j % kLanes);
     Welford sums;
@@ -89,8 +89,8 @@ struct IntervalTable {
   }
 };
 
-// Joins one interval, `near`, to each of the intervals [begin, end) beyond it. near's mean lies near_distance from its
-// own reference and near_from_middle from theirs; the references lie `gap` apart.
+// Joins one interval, `near`, to each of the intervals [begin, end) beyond it. The mean of `near` lies near_distance
+// from its own reference point and near_from_middle from theirs; the two reference points lie `gap` apart.
 inline void Grow(const Growing& all, int64_t begin, int64_t end, float near_weight, float near_error,
                  float near_distance, float near_from_middle, float gap) {
   for (int64_t j = begin; j < end; j += kLanes) {
@@ -121,11 +121,11 @@ inline void StoreSums(const Growing& all, int64_t j, const Welford& sums, double
   all.weight[j] = static_cast<float>(sums.weight);
 }
 
-// Of a row of 16 * blocks values; x and w as in IntervalTable. A row of one block has no cuts.
+// The table of a row of 16 * blocks values; x and w as in IntervalTable. A row of one block has no cuts.
 inline IntervalTable BuildTable(const float* x, const float* w, int64_t blocks, Scratch& scratch) {
   const int64_t size = blocks * kLanes;
   IntervalTable table{blocks, x, w, {}, nullptr, nullptr};
-  // From a segment's first value to j, and from j to the first value after the segment.
+  // head: from a segment's first value to j. tail: from j to the first value after the segment.
   Growing head, tail;
   head.Take(scratch, size);
   tail.Take(scratch, size);
@@ -154,7 +154,7 @@ inline IntervalTable BuildTable(const float* x, const float* w, int64_t blocks, 
       const int64_t middle = start + half, end = middle + half < size ? middle + half : size;
       Copy(tail.moments, table.cut[q], start, middle);
       Copy(head.moments, table.cut[q], middle, end);
-      // A segment that the row's end cuts short is never the first half of a larger one, so needs no tail.
+      // A segment that the row's end cuts short is never the first half of a larger one, so it needs no tail.
       if (middle + half <= size) {
         Grow(tail, start, middle, tail.weight[middle], tail.moments.error[middle], tail.moments.distance[middle],
              head.moments.distance[end - 1], x[end] - x[middle]);

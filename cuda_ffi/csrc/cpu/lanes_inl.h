@@ -1,4 +1,4 @@
-// Sixteen float32 lanes, in as many registers as the instruction set of the including file needs.
+// Sixteen float32 lanes, in as many registers as the including file's instruction set needs for them.
 #pragma once
 
 #include <cstdint>
@@ -59,7 +59,7 @@ inline Floats Load(const float* from) {
   });
 }
 
-// To floats or int32, from either.
+// Stores Floats as float, or Ints as int32_t.
 template <class Lanes>
 inline void Store(void* to, const Lanes& value) {
   for (int r = 0; r < kRegisters; ++r) {
@@ -115,12 +115,12 @@ inline double SumOf(const Floats& lanes) {
   return sum;
 }
 
-// a / b to about one unit in the last place, for b of normal size.
+// a / b to about one unit in the last place, if b is a normal number.
 inline Floats Divide(const Floats& a, const Floats& b) {
 #ifdef __AVX512F__
-  // The divider takes 10 cycles for 16 lanes; an estimate of 14 bits and one step of Newton's take 4.
+  // A division takes 10 cycles for 16 lanes; an estimate of 14 bits and one Newton step take 4.
   const __m512 divisor = (__m512)b.part[0];
-  // The masked form: the plain one starts from an undefined register, of which g++ warns.
+  // The masked form, since the plain one starts from an undefined register, about which g++ warns.
   const __m512 estimate = _mm512_maskz_rcp14_ps(0xffff, divisor);
   const __m512 correction = _mm512_fnmadd_ps(divisor, estimate, _mm512_set1_ps(2.0f));
   return {{(FloatRegister)_mm512_mul_ps((__m512)a.part[0], _mm512_mul_ps(estimate, correction))}};

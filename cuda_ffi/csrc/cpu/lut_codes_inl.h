@@ -1,6 +1,6 @@
 // Codes from words in registers; see lut_kernel.h for the order and lut_kernel_inl.h for V.
 
-// A number known to the compiler, which shifts by constants need.
+// A number that the compiler knows, as shifts by a constant need it.
 template <int kValue>
 struct Step {
   static constexpr int value = kValue;
@@ -15,7 +15,7 @@ constexpr int Times(int value) {
   return kTimes * value;
 }
 
-// body(0), body(1), ..., body(kEnd - 1): unrolled with Steps, or a loop where the vectors are loops themselves.
+// body(0), body(1), ..., body(kEnd - 1): unrolled with Steps, or a loop if the vectors are loops themselves.
 template <class V, int kEnd, int kBegin = 0, class Body>
 inline __attribute__((always_inline)) void ForSteps(const Body& body) {
   if constexpr (!V::kUnrolled) {
@@ -37,10 +37,10 @@ struct Codes {
     if constexpr (kBits == 3 || kBits == 6) high = V::ShiftLeft(V::LoadHalves(upper), Step<LowBits(kBits)>());
   }
 
-  // Half as many from words of 16 bits, where codes have one plane.
+  // Half as many codes, from words of 16 bits; for codes of one plane.
   void LoadHalf(const uint8_t* codes) { low = V::LoadHalves(codes); }
 
-  // The codes of a step in the low bits; bits above them are arbitrary.
+  // The codes of a step, in the low bits; the bits above them are arbitrary.
   template <class S>
   typename V::Int At(S step) const {
     auto index = V::ShiftRight(low, Times<LowBits(kBits)>(step));

@@ -1,10 +1,11 @@
 // What lut_product.cc and the code of each instruction set (lut_kernel_*.cc) share.
 //
-// A word is 32 bits of the first plane of codes, CodesPerWord codes. A vector load brings one word to each of V lanes,
-// a block; shifting all words by the width of a code brings the block's next V codes into place. So lane i of step j
-// holds code i * CodesPerWord + j, and x is stored in that order: block, step, lane. All codes of a lane lie in one
-// group wherever the group size is a multiple of CodesPerWord, so scales are vectors over lanes too. Where at most half a
-// block is left at the end of a row its words have 16 bits and half as many codes: a tenth of the work at K = 576.
+// A word is 32 bits of the first plane of codes, which are CodesPerWord codes. A vector load fills V lanes with a word
+// each; these words are a block. Shifting all words by the width of a code brings the block's next V codes into place.
+// So lane i of step j holds code i * CodesPerWord + j, and x is stored in that order: block, step, lane. If the group
+// size is a multiple of CodesPerWord, all codes of a lane lie in one group, so scales are vectors over lanes too. If at
+// most half a block is left at the end of a row, its words have 16 bits and half as many codes, which saves a tenth of
+// the work at K = 576.
 #pragma once
 
 #include <cstdint>
@@ -19,7 +20,7 @@ constexpr int HighBits(int bits) { return bits - LowBits(bits); }
 constexpr int CodesPerWord(int bits) { return 32 / LowBits(bits); }
 inline int64_t PlaneBytes(int64_t k, int width) { return (k * width + 7) / 8; }
 
-// x in the order above, padded with zeros to whole blocks, and what else is the same for all rows of the weight.
+// x in the order above, padded with zeros to whole blocks, and all else that the rows of the weight have in common.
 struct Input {
   int64_t rows;
   int64_t blocks;           // in a row
@@ -41,41 +42,43 @@ struct Output {
   Type type;
 };
 
-// Rows of the weight whose tables are widened at a time, and the longest table.
+// How many rows of the weight have their tables widened at a time, and the length of the longest table.
 constexpr int64_t kTableRows = 8;
 constexpr int64_t kTableFloats = 256;
-// Rows of the weight that are decoded at a time where x has many rows.
+// How many rows of the weight are decoded at a time if x has many rows.
 constexpr int64_t kDecodedRows = 4;
-// Rows of x in one pass over the weight: with 8 kB of each, x stays in a level-2 cache of 1 MB or more.
+// The rows of x in one pass over the weight: with 8 kB of each, x stays in a level-2 cache of 1 MB or more.
 constexpr int64_t kInputRows = 96;
-// Floats of a decoded row at a time: four rows are 32 kB, what a level-1 cache has. Rows lie a cache line further
-// apart, as those of x do: at distances of a power of two they would all compete for the same few places of the cache.
+// The floats of a row that are decoded at a time: four rows of them are 32 kB, the size of a level-1 cache. A cache
+// line separates decoded rows, as it does rows of x: at distances of a power of two they would all compete for the same
+// few places of the cache.
 constexpr int64_t kDecodedFloats = 2048;
 constexpr int64_t kLineFloats = 16;
 constexpr int64_t kDecodedStride = kDecodedFloats + kLineFloats;
-// Rows of the weight that one task takes at most.
+// The most rows of the weight in a task.
 constexpr int64_t kTaskRows = 64;
 
-// Whether the last block of a row of k codes is a half one.
+// Whether the last block of a row of k codes has words of 16 bits.
 constexpr bool EndsInHalf(int bits, int64_t k, int64_t block) {
   return HighBits(bits) == 0 && k % block > 0 && k % block <= block / 2;
 }
 
 struct LutKernel {
   int64_t lanes;
-  // Rows [begin, end) of the weight by all rows of the input; `scratch` has ScratchFloats. `few` decodes in registers:
-  // the faster one for 1, 2 or 4 rows of x, for which it is made, and it needs whole_lanes.
+  // Both multiply rows [begin, end) of the weight with all rows of the input; `scratch` has ScratchFloats. `few`
+  // decodes in registers, which is faster for 1, 2 or 4 rows of x. It takes no other number of rows, and needs
+  // whole_lanes.
   void (*few)(const LutWeight&, const Input&, int64_t begin, int64_t end, const Output&, float* scratch);
   void (*many)(const LutWeight&, const Input&, int64_t begin, int64_t end, const Output&, float* scratch);
 };
 
-// Floats of scratch that a kernel needs: tables, scales and offsets, decoded rows, partial sums.
+// The floats of scratch that a kernel needs: for tables, scales and offsets, decoded rows, and partial sums.
 inline int64_t ScratchFloats(const LutWeight& weight, const Input& input) {
   return kTableRows * (kTableFloats + 2 * weight.groups()) + 2 * input.padding + kDecodedRows * kDecodedStride +
          kTaskRows * kInputRows;
 }
 
-// Null where the library was built without them.
+// Null if the library was built without that instruction set.
 const LutKernel* PortableKernel(int bits);
 const LutKernel* Avx2Kernel(int bits);
 const LutKernel* Avx512Kernel(int bits);

@@ -1,4 +1,5 @@
-// AVX2 and FMA: a permute looks up 8 of 8 floats, so 16 take two and a choice; larger tables are gathered.
+// AVX2 and FMA: a permute looks up 8 codes among 8 floats, so a table of 16 takes two permutes and a blend. Larger
+// tables are gathered from memory.
 #include "lut_kernel.h"
 
 #if defined(__AVX2__)
@@ -15,13 +16,13 @@ struct Vector {
   using Int = __m256i;
   static constexpr bool kUnrolled = true;
   static constexpr int kLanes = 8;
-  // With 4 decoded rows 8 sums, 4 weights and a value: 13 of the 16 registers.
+  // With 4 decoded rows these are 8 sums, 4 weights and a value: 13 of the 16 registers.
   static constexpr int kTileRows = 2;
 
   static Float Zero() { return _mm256_setzero_ps(); }
   static Float Broadcast(float value) { return _mm256_set1_ps(value); }
   static Float Load(const float* from) { return _mm256_loadu_ps(from); }
-  // The first `count` floats, which may be more than there are lanes, and zeros.
+  // The first `count` floats, then zeros; `count` may exceed the number of lanes.
   static Float LoadFirst(const float* from, int64_t count) {
     const Int lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
     const Int wanted = _mm256_cmpgt_epi32(_mm256_set1_epi32(count < kLanes ? static_cast<int>(count) : kLanes), lanes);
@@ -83,7 +84,7 @@ struct Vector {
       if constexpr (kBits <= 3) {
         return _mm256_permutevar8x32_ps(low, index);
       } else if constexpr (kBits == 4) {
-        // The blend goes by the sign bit.
+        // The blend selects by the sign bit.
         const __m256 upper = _mm256_castsi256_ps(_mm256_slli_epi32(index, 28));
         return _mm256_blendv_ps(_mm256_permutevar8x32_ps(low, index), _mm256_permutevar8x32_ps(high, index), upper);
       } else {

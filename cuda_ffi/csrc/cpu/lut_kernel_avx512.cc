@@ -15,13 +15,13 @@ struct Vector {
   using Int = __m512i;
   static constexpr bool kUnrolled = true;
   static constexpr int kLanes = 16;
-  // With 4 decoded rows 24 sums, 4 weights and a value: 29 of the 32 registers.
+  // With 4 decoded rows these are 24 sums, 4 weights and a value: 29 of the 32 registers.
   static constexpr int kTileRows = 6;
 
   static Float Zero() { return _mm512_setzero_ps(); }
   static Float Broadcast(float value) { return _mm512_set1_ps(value); }
   static Float Load(const float* from) { return _mm512_loadu_ps(from); }
-  // The first `count` floats, which may be more than there are lanes, and zeros.
+  // The first `count` floats, then zeros; `count` may exceed the number of lanes.
   static Float LoadFirst(const float* from, int64_t count) {
     return count >= kLanes ? Load(from) : _mm512_maskz_loadu_ps(static_cast<__mmask16>((1 << count) - 1), from);
   }
@@ -89,7 +89,8 @@ struct Vector {
   };
 };
 
-// 256 floats are half of the register file: consecutive integers are computed, other tables are gathered from memory.
+// 256 floats would fill half of the register file. A table of consecutive integers is computed; others are gathered
+// from memory.
 template <>
 struct Vector::Table<8> {
   const float* table;
@@ -102,8 +103,8 @@ struct Vector::Table<8> {
       integers = _mm512_cmpeq_ps_mask(computed, _mm512_loadu_ps(from + i)) == 0xffff;
     }
   }
-  // 2^23: the code in the low bits of this number's mantissa adds the code. Two instructions instead of the three of a
-  // mask, a conversion and an addition.
+  // 2^23: putting a code into the low bits of its mantissa adds the code. That takes two instructions, where a mask, a
+  // conversion and an addition take three.
   static constexpr float kShift = 8388608;
   static Int Lanes() { return _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0); }
   Float Integers(Int index) const {

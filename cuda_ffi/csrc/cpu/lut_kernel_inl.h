@@ -1,5 +1,5 @@
-// The kernels, over a vector type V; included by the file of each instruction set, inside its own namespace so that
-// the linker never merges code of different ones. It calls nothing of the standard library for the same reason.
+// The kernels, over a vector type V. Each instruction set's file includes this one inside its own namespace, so that
+// the linker never merges code of different sets. For the same reason it calls nothing of the standard library.
 
 #include "lut_rows_inl.h"
 #include "lut_codes_inl.h"
@@ -13,7 +13,7 @@ struct Kernel {
   static constexpr int kBlock = kLanes * kSteps;
   static constexpr int kLowBytes = kLanes * 4;
   static constexpr int kHighBytes = kBlock * HighBits(kBits) / 8;
-  // Codes are asked for a page ahead, where the processor's own prefetching ends: a quarter more bytes a second.
+  // Codes are prefetched a page ahead, since the processor's own prefetching ends there: a quarter more bytes a second.
   static constexpr int kAhead = 4096;
 
   // Calls body(block, codes, steps) for the blocks [begin, end) of row n; `steps` is a Step.
@@ -33,7 +33,8 @@ struct Kernel {
     if (whole == end) return;
     low += whole * kLowBytes;
     high += whole * kHighBytes;
-    // The bytes after a row are the next row's, which do no harm: x has zeros there. After the last they are nobody's.
+    // After a row come the next row's bytes, which do no harm, since x has zeros there. After the last row no bytes may
+    // be read, so its own are copied.
     const int64_t low_left = (w.n - n) * low_stride - whole * kLowBytes;
     const int64_t high_left = (w.n - n) * high_stride - whole * kHighBytes;
     uint8_t last_low[kLowBytes] = {}, last_high[kHighBytes + 1] = {};
@@ -45,13 +46,14 @@ struct Kernel {
         high = last_high;
       }
     }
-    if (in.half) {
-      codes.LoadHalf(low);
-      body(whole, codes, Step<kSteps / 2>());
-    } else {
-      codes.Load(low, high);
-      body(whole, codes, Step<kSteps>());
+    if constexpr (kHighBytes == 0) {
+      if (in.half) {
+        codes.LoadHalf(low);
+        return body(whole, codes, Step<kSteps / 2>());
+      }
     }
+    codes.Load(low, high);
+    body(whole, codes, Step<kSteps>());
   }
 
   // The scale or offset of each lane of a block.
@@ -61,9 +63,9 @@ struct Kernel {
     return in.whole_blocks ? V::Broadcast(ToFloat(first[0])) : V::Pick(first, in.relative + block * kLanes);
   }
 
-  // For kRows rows of x. Scales multiply a block's sum, offsets a group's sum of x. T is float where scales and offsets
-  // were widened into the scratch, uint16_t where they are read as they are stored: vector loads that span the stores
-  // of the widening would wait for these to reach the cache.
+  // For kRows rows of x. Scales multiply a block's sum, offsets a group's sum of x. T is float if scales and offsets
+  // are widened into the scratch, or uint16_t if they are read as they are stored: a vector load that spans the
+  // widening's stores would wait until these reach the cache.
   template <int kRows, class T>
   static void FewRows(const LutWeight& w, const Input& in, int64_t begin, int64_t end, const Output& out,
                       float* scratch) {
@@ -76,7 +78,7 @@ struct Kernel {
       const T* scales;
       const T* offsets;
       if constexpr (kStored) {
-        // Loads read up to `padding` scales beyond a row, which the last rows don't have.
+        // Loads read up to `padding` scales beyond a row, and after the last rows there are fewer.
         const bool inside = (w.n - n - 1) * groups >= in.padding;
         scales = inside ? static_cast<const T*>(w.scales) + n * groups : rows.Padded(w, n);
         offsets = static_cast<const T*>(w.offsets) + n * groups;
@@ -92,7 +94,7 @@ struct Kernel {
         Float sum[kRows][2];
         ForSteps<V, decltype(steps)::value>([&](auto step) __attribute__((always_inline)) {
           const Float weight = table.At(codes.At(step));
-          // Two chains of additions, since one would wait for each addition's four cycles.
+          // Two chains of additions, since one chain would wait four cycles for each addition.
           for (int r = 0; r < kRows; ++r) {
             const Float values = V::Load(x + r * in.stride + step * kLanes);
             sum[r][step % 2] = step < 2 ? V::Multiply(weight, values) : V::Fma(weight, values, sum[r][step % 2]);
@@ -128,7 +130,7 @@ struct Kernel {
     (stored ? FewOf<uint16_t> : FewOf<float>)(w, in, begin, end, out, scratch);
   }
 
-  // Blocks [begin, end) of row n as floats in the order of Input.
+  // Decodes blocks [begin, end) of row n to floats in the order of Input.
   static void Decode(const LutWeight& w, const Input& in, const float* entries, const float* scales,
                      const float* offsets, int64_t n, int64_t begin, int64_t end, float* to) {
     const typename V::template Table<kBits> table(entries);
@@ -143,7 +145,7 @@ struct Kernel {
     });
   }
 
-  // The same, code by code, for groups that begin within a word.
+  // The same code by code, for groups that begin within a word.
   static void DecodeSingly(const LutWeight& w, const float* entries, const float* scales, const float* offsets,
                            int64_t n, int64_t begin, int64_t end, float* to) {
     constexpr int kLow = LowBits(kBits), kHigh = HighBits(kBits);
@@ -178,7 +180,7 @@ struct Kernel {
         const int64_t count = kDecodedRows < end - n ? kDecodedRows : end - n;
         rows.Load(w, n, count);
         for (int64_t d = 0; d < kDecodedRows; ++d) {
-          // Too few rows at the end: the last is repeated, and the surplus sums are never stored.
+          // Where too few rows are left, the last one is repeated, and the surplus sums are never stored.
           const int64_t row = d < count ? d : count - 1;
           const float* scales = rows.scales + row * rows.groups;
           const float* offsets = rows.offsets + row * rows.groups;
@@ -190,7 +192,7 @@ struct Kernel {
           }
         }
         Tiles<V, V::kTileRows>(in.values + first * kBlock, in.rows, in.stride, decoded, (last - first) * kBlock,
-                            sums + (n - begin));
+                               sums + (n - begin));
       }
     }
     for (int64_t r = 0; r < in.rows; ++r) {

@@ -1,4 +1,4 @@
-// Plain C++ for every processor; the loops over lanes are what compilers turn into vectors of whatever length there is.
+// Plain C++ for every processor; compilers turn the loops over lanes into vectors of whatever length there is.
 #include "lut_kernel.h"
 
 namespace any4 {
@@ -32,7 +32,7 @@ struct Vector {
   static Float Load(const float* from) {
     return Each<Float>([&](int i) { return from[i]; });
   }
-  // The first `count` floats, which may be more than there are lanes, and zeros.
+  // The first `count` floats, then zeros; `count` may exceed the number of lanes.
   template <class T>
   static Float LoadFirst(const T* from, int64_t count) {
     return Each<Float>([&](int i) { return i < count ? ToFloat(from[i]) : 0; });
@@ -59,7 +59,7 @@ struct Vector {
     return Each<Float>([&](int i) { return ToFloat(from[lanes[i]]); });
   }
 
-  // Byte by byte, so that the first code is in the lowest bits on machines of either byte order.
+  // Byte by byte, so that the first code is in the lowest bits whatever the machine's byte order.
   static Int LoadWords(const uint8_t* from) {
     return Each<Int>([&](int i) {
       const uint8_t* b = from + 4 * i;

@@ -1,5 +1,5 @@
-// y = x W^T for W[n, k] = lut[n or 0, codes[n, k]] * scales[n, k / G] + offsets[n, k / G], read as it is stored
-// (cuda_ffi/layout.py states the layout).
+// y = x W^T for W[n, k] = lut[n or 0, codes[n, k]] * scales[n, k / G] + offsets[n, k / G]. The weight is read as it is
+// stored; cuda_ffi/layout.py states the layout.
 #pragma once
 
 #include <cstdint>
@@ -9,7 +9,7 @@
 
 namespace any4 {
 
-// kE8m0 is a biased exponent in a byte, for scales alone.
+// kE8m0 is a biased exponent in a byte; only scales have it.
 enum class Type { kFloat32, kBfloat16, kE8m0 };
 
 struct LutWeight {
@@ -34,8 +34,8 @@ struct Product {
   void* y;  // [m, weight.n]
 };
 
-// The products of one x [m, k] with `count` weights, which agree in k, bits and group_size: their rows are shared out as
-// if they were one matrix's. x and y are both of `type`, float32 or bf16; sums are float32.
+// The products of one x [m, k] with `count` weights, which agree in k, bits and group_size. Threads share the rows of
+// all weights as if they were one matrix. x and y are both of `type`, float32 or bf16; sums are float32.
 void LutProducts(const Product* products, int64_t count, const void* x, int64_t m, Type type, Isa isa,
                  const Executor& executor);
 

@@ -1,4 +1,4 @@
-// What a kernel reads for a row of the weight beside its codes, and how it writes results; see lut_kernel_inl.h.
+// What a kernel reads for a row of the weight besides its codes, and how it writes results; see lut_kernel_inl.h.
 
 inline float ToFloat(uint32_t bits) {
   float value;
@@ -28,14 +28,14 @@ inline void Store(const Output& out, int64_t row, int64_t column, float value) {
   }
   uint32_t bits;
   __builtin_memcpy(&bits, &value, sizeof bits);
-  // To nearest, ties to even; a NaN keeps its upper half and stays one.
+  // Rounds to nearest, ties to even; a NaN keeps its upper half and stays a NaN.
   const bool nan = (bits & 0x7fffffff) > 0x7f800000;
   const uint32_t rounded = nan ? bits | 0x400000 : bits + 0x7fff + ((bits >> 16) & 1);
   static_cast<uint16_t*>(out.y)[row * out.stride + column] = static_cast<uint16_t>(rounded >> 16);
 }
 
-// The tables, scales and offsets of a few rows as floats: widened together, since a row's share is too short for
-// vectors. Tables of fewer than 16 entries are repeated up to 16, so that the bits above an index don't matter.
+// The tables, scales and offsets of a few rows as floats. They are widened together, since a single row's are too few
+// for vectors. Tables of fewer than 16 entries are repeated up to 16, so that the bits above an index don't matter.
 template <int kBits>
 struct Rows {
   static constexpr int64_t kSize = 1 << kBits;
@@ -68,14 +68,14 @@ struct Rows {
   void LoadTables(const LutWeight& w, int64_t first, int64_t count) {
     Widen(w.lut, w.lut_type, first * kSize, count * kSize, tables);
     if constexpr (kSize < 16) {
-      // From the last row on, so that no table is overwritten before it is copied.
+      // Backwards from the last row, so that no table is overwritten before it is copied.
       for (int64_t row = count - 1; row >= 0; --row) {
         for (int64_t i = 15; i >= 0; --i) tables[row * 16 + i] = tables[row * kSize + i % kSize];
       }
     }
   }
 
-  // Row n's scales as they are stored, where vector loads may read beyond them.
+  // A copy of row n's scales as they are stored, beyond which vector loads may read.
   const uint16_t* Padded(const LutWeight& w, int64_t n) const {
     auto* copy = reinterpret_cast<uint16_t*>(scales);
     __builtin_memcpy(copy, static_cast<const uint16_t*>(w.scales) + n * groups, groups * sizeof *copy);

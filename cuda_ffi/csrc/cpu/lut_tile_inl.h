@@ -2,8 +2,7 @@
 
 // sums[r][d] += x[r] . decoded[d] over `count` floats, for kRows rows of x and kDecodedRows of the weight.
 template <class V, int kRows>
-void Tile(const float* x, int64_t x_stride, const float* decoded, int64_t count, float* sums,
-                 int64_t sums_stride) {
+void Tile(const float* x, int64_t x_stride, const float* decoded, int64_t count, float* sums, int64_t sums_stride) {
   using Float = typename V::Float;
   Float sum[kRows][kDecodedRows];
   for (auto& of_row : sum) {
@@ -22,7 +21,7 @@ void Tile(const float* x, int64_t x_stride, const float* decoded, int64_t count,
   }
 }
 
-// All rows of x by four decoded rows, as many rows at a time as there are registers for.
+// All rows of x by kDecodedRows decoded rows, as many rows of x at a time as registers allow.
 template <class V, int kRows>
 void Tiles(const float* x, int64_t rows, int64_t x_stride, const float* decoded, int64_t count, float* sums) {
   int64_t r = 0;

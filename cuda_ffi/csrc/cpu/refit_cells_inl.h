@@ -1,6 +1,7 @@
-// A row of weights laid out for 16 lanes: each lane has a group, or a part of one where a row has few groups.
+// A row of weights laid out for 16 lanes: each lane has a group, or a part of a group if the row has few.
 //
-// A block is 16 lanes of as many steps; a row is one or more blocks. Lanes of a group hold the same scale and offset.
+// A block is 16 lanes of equally many steps; a row is one or more blocks. Lanes of a group hold the same scale and
+// offset.
 #pragma once
 
 #include "lanes_inl.h"
@@ -12,8 +13,8 @@ namespace {
 
 struct Layout {
   int64_t inputs, group_size, groups;
-  int64_t parts;   // lanes of a group: 1, 2, 4, 8 or 16
-  int64_t steps;   // weights of a lane
+  int64_t parts;  // lanes of a group: 1, 2, 4, 8 or 16
+  int64_t steps;  // weights of a lane
   int64_t blocks;
 
   int64_t cells() const { return blocks * steps * kLanes; }
@@ -34,7 +35,7 @@ inline Layout LayoutOf(const RefitOptions& options) {
           (groups * parts + kLanes - 1) / kLanes};
 }
 
-// values [inputs] to [blocks, steps, 16]; zero where a lane has no weight left.
+// Copies values [inputs] to [blocks, steps, 16], with zeros where a lane has no weight left.
 inline void Lay(const Layout& layout, const float* values, float* laid) {
   __builtin_memset(laid, 0, layout.cells() * sizeof(float));
   layout.ForLanes([&](int64_t lane, int64_t group) {
@@ -48,7 +49,7 @@ inline void Lay(const Layout& layout, const float* values, float* laid) {
   });
 }
 
-// Sums over the lanes of each group, in each of them.
+// In each lane, the sum over the lanes of its group.
 inline Floats SumParts(const Floats& lanes, int64_t parts) {
   if (parts == 1) return lanes;
   float values[kLanes];
@@ -61,20 +62,20 @@ inline Floats SumParts(const Floats& lanes, int64_t parts) {
   return Load(values);
 }
 
-// What no fit changes of a block. The weights are kept as their distance from the group's mean weight m under h.
+// What no fit changes in a block. Weights are kept as distances from the group's mean weight m under h.
 struct Cells {
   const float* distance;  // w - m, [steps, 16]
   const float* h;         // [steps, 16]
   int64_t steps, parts;
-  Floats mass, mean, spread;  // sum h, m, sum h (w - m)^2 of each lane's group
+  Floats mass, mean, spread;  // of each lane's group: sum h, m, sum h (w - m)^2
 };
 
-// Scale and offset of each lane's group.
+// The scale and offset of each lane's group.
 struct Groups {
   Floats scale, offset;
 };
 
-// Makes laid weights distances from their means.
+// Turns laid out weights into distances from their means.
 inline Cells CellsOf(const Layout& layout, float* w, const float* h) {
   Floats mass = All(0), pull = All(0);
   for (int64_t i = 0; i < layout.steps; ++i) {

@@ -1,5 +1,5 @@
-// Scales and offsets of 16 lanes at a time, by least squares and by a search of several starts; groups.py and
-// scale_search.py of any4_jax/refit have the formulas.
+// Scales and offsets of 16 lanes at a time, by least squares and by a search from several starts; groups.py and
+// scale_search.py in any4_jax/refit have the formulas.
 #pragma once
 
 #include "refit_cells_inl.h"
@@ -8,8 +8,8 @@
 namespace any4 {
 namespace {
 
-// To the nearest value of a dtype with so many bits of mantissa, ties to even, as XLA's ReducePrecision: of float16
-// subnormals become zero and what is too large infinite.
+// Rounds to the nearest value of a dtype with so many bits of mantissa, ties to even, as XLA's ReducePrecision does:
+// for float16, subnormals become zero and values that are too large infinite.
 inline Floats Rounded(const Floats& values, int64_t mantissa) {
   if (mantissa == 23) return values;
   const int shift = static_cast<int>(23 - mantissa);
@@ -28,12 +28,12 @@ inline Floats Rounded(const Floats& values, int64_t mantissa) {
   });
 }
 
-// Sums over each lane's group of its levels t: sum h t, sum h t^2, sum h t (w - m).
+// Sums over the levels t of each lane's group: sum h t, sum h t^2, sum h t (w - m).
 struct Moments {
   Floats t, tt, tw;
 };
 
-// Calls body(step, level) with the level nearest to each weight, [16] a step.
+// Calls body(step, levels) for each step with the levels nearest to its 16 weights.
 template <class Body>
 inline __attribute__((always_inline)) void ForLevels(const Cells& cells, const Nearest& nearest, const Groups& groups,
                                                      const Body& body) {
@@ -56,7 +56,7 @@ inline Moments MomentsOf(const Cells& cells, const Nearest& nearest, const Group
   return {SumParts(sums.t, cells.parts), SumParts(sums.tt, cells.parts), SumParts(sums.tw, cells.parts)};
 }
 
-// Each lane's own part of its group's error.
+// Each lane's part of its group's error.
 inline Floats Errors(const Cells& cells, const Nearest& nearest, const Groups& groups) {
   Floats sum = All(0);
   const Floats shift = groups.offset - cells.mean;
@@ -67,20 +67,20 @@ inline Floats Errors(const Cells& cells, const Nearest& nearest, const Groups& g
   return sum;
 }
 
-// The groups' errors, but for a rounding of some 1e-5 of themselves.
+// The groups' errors, up to rounding by some 1e-5 of themselves.
 inline Floats ErrorsFrom(const Cells& cells, const Moments& moments, const Groups& groups) {
   const Floats& s = groups.scale;
   const Floats o = groups.offset - cells.mean;
   return cells.spread + s * (s * moments.tt - All(2) * moments.tw) + o * (All(2) * s * moments.t + o * cells.mass);
 }
 
-// Scale and offset of least error for the levels, rounded; a group of one level keeps its scale, one without importance
-// its offset.
+// The scale and offset of least error for the levels, rounded. A group of a single level keeps its scale, and a group
+// without importance its offset.
 inline Groups LeastSquares(const Cells& cells, const Moments& moments, const Groups& old, const RefitOptions& options,
                            bool has_offsets) {
   const Ints empty = cells.mass == All(0);
   const Floats mean_level = Divide(moments.t, Where(empty, All(1), cells.mass));
-  // Without offsets about zero, not about the mean: sum h t^2 and sum h t w.
+  // Without offsets the sums are about zero, not about the mean: sum h t^2 and sum h t w.
   const Floats spread = has_offsets ? moments.tt - moments.t * mean_level : moments.tt;
   const Floats product = has_offsets ? moments.tw : moments.tw + cells.mean * moments.t;
   const Ints several = All(0) < spread;

@@ -1,4 +1,4 @@
-// The rounds of one row; included by the file of each instruction set. any4_jax/refit/jnp_body.py has the same.
+// The rounds of a row, the same as in any4_jax/refit/xla.py; each instruction set's file includes this one.
 #pragma once
 
 #include "refit_groups_inl.h"
@@ -21,10 +21,10 @@ struct RowGroups {
   }
 };
 
-// What a row is worked on in.
+// The memory that a row is refitted in.
 struct Workspace {
-  float* h;       // the importance, laid out for all rows
-  float* w;       // the row, laid out
+  float* h;       // the importance laid out, for all rows
+  float* w;       // the row laid out
   float* levels;  // of one block
   Cells* cells;   // [blocks]
   RowGroups groups, tried;
@@ -44,10 +44,11 @@ inline double ErrorOf(const Layout& layout, const Cells* cells, const Nearest& n
   return error;
 }
 
-// Entries whose sums are made at a time: sums of one would wait for each other's additions, more don't fit in registers.
+// How many entries are summed at a time: the sums of one would wait for each other's additions, and those of more don't
+// fit in registers.
 constexpr int kTogether = kRegisters == 1 ? 4 : 2;
 
-// Each free entry's weighted least-squares value over the weights that use it, rounded, where it is better; ascending.
+// Each free entry's weighted least-squares value over the weights that use it, rounded, if it is better; ascending.
 inline void FitTable(const Layout& layout, const Workspace& space, const RefitOptions& options, const float* table,
                      float* fitted) {
   const Nearest nearest(table, options.entries);
@@ -60,7 +61,7 @@ inline void FitTable(const Layout& layout, const Workspace& space, const RefitOp
     for (int64_t first = options.first; first < options.stop; first += kTogether) {
       Floats entry[kTogether], share[kTogether], moved[kTogether];
       for (int j = 0; j < kTogether; ++j) {
-        // Entries that are equal are one level: all its weights move with each of them. None is at NaN.
+        // Equal entries are one level: all its weights count for each of them. No weight's level is NaN.
         entry[j] = All(first + j < options.stop ? table[first + j] : __builtin_nanf(""));
         share[j] = moved[j] = All(0);
       }
@@ -98,7 +99,8 @@ inline void RefitRow(const Layout& layout, const Workspace& space, const RefitOp
     noise += SumOf(cells.spread + cells.mass * cells.mean * cells.mean) / static_cast<double>(layout.parts);
   }
   double before = ErrorOf(layout, space.cells, Nearest(table, options.entries), space.groups);
-  // What is left of a row that the start holds exactly: float32 knows weights to 2^-24 of themselves.
+  // A row that the start holds exactly has no more error than this, since float32 rounds weights by 2^-24 of
+  // themselves.
   bool active = before > noise * 0x1p-44;
   for (int64_t round = 0; round < options.max_rounds && active; ++round) {
     const Nearest nearest(table, options.entries);
@@ -142,7 +144,7 @@ inline void Refit(const RefitRows& rows, const RefitOptions& options, char* memo
     for (int64_t b = 0; b < layout.blocks; ++b) {
       const int64_t begin = b * layout.steps * kLanes;
       space.cells[b] = CellsOf(layout, space.w + begin, space.h + begin);
-      // Lanes without a group keep these, of which nothing becomes infinite.
+      // Lanes without a group keep these values, from which nothing becomes infinite.
       space.groups.Set(b, {All(1), All(0)});
     }
     layout.ForLanes([&](int64_t lane, int64_t group) {

@@ -11,11 +11,11 @@
 namespace any4 {
 namespace {
 
-// A table of 16 entries, ascending, in the registers that finding the nearest takes. A value halfway between two takes
-// the lower.
+// An ascending table of 16 entries, in the registers that finding the nearest one takes. A value halfway between two
+// entries takes the lower.
 class Nearest {
  public:
-  // Of `count` entries; a shorter table is filled up with entries that nothing is near to.
+  // A table of `count` entries; one of fewer than 16 is filled up with entries that no value takes.
   Nearest(const float* entries, int64_t count) {
     for (int64_t i = 0; i < kMaxEntries; ++i) {
       values_[i] = entries[i < count ? i : count - 1];
@@ -41,7 +41,7 @@ class Nearest {
 
   Floats operator()(const Floats& u) const {
 #if defined(__AVX512F__)
-    // A bit of the entry's number at a time: 12 instructions, where comparing with all 15 borders takes 30.
+    // One bit of the entry's number at a time takes 12 instructions; comparing with all 15 borders would take 30.
     const __m512 value = (__m512)u.part[0];
     const auto above = [&](__m512 border) { return _mm512_cmp_ps_mask(value, border, _CMP_GT_OQ); };
     __m512i entry = _mm512_maskz_set1_epi32(above(half_), 8);
@@ -55,10 +55,10 @@ class Nearest {
     return {{(FloatRegister)_mm512_maskz_permutexvar_ps(0xffff, entry, table_)}};
 #elif defined(__AVX2__)
     return Each<Floats>([&](int r) {
-      // The number's bits so far, as the index that a permutation of 8 lanes takes.
+      // The bits of the number so far are the index for a permutation of 8 lanes.
       const __m256 value = (__m256)u.part[r];
       const auto above = [&](__m256 border) { return _mm256_cmp_ps(value, border, _CMP_GT_OQ); };
-      // All ones is -1: doubled and subtracted, it appends a bit.
+      // A true comparison is all ones, -1: subtracting it from the doubled index appends a bit.
       const auto with = [](__m256i index, __m256 bit) {
         return _mm256_sub_epi32(_mm256_add_epi32(index, index), _mm256_castps_si256(bit));
       };
@@ -82,7 +82,7 @@ class Nearest {
  private:
   float values_[kMaxEntries], middles_[kMaxEntries];
 #if defined(__AVX512F__)
-  // For each number that is a multiple of `stride`, the border `place` above it, in all lanes up to the next.
+  // For each multiple of `stride`, the border `place` above it, in all lanes up to the next multiple.
   __m512 Every(int stride, int place) const {
     float borders[kLanes];
     for (int i = 0; i < kLanes; ++i) borders[i] = middles_[i / stride * stride + place];
@@ -90,7 +90,7 @@ class Nearest {
   }
   __m512 table_, half_, quarters_, eighths_, sixteenths_;
 #elif defined(__AVX2__)
-  // What lies `place` above each multiple of `stride`, one after another.
+  // The values that lie `place` above each multiple of `stride`, one after another.
   static __m256 Every(const float* from, int stride, int place) {
     float taken[8];
     for (int i = 0; i < 8; ++i) taken[i] = from[i * stride % kMaxEntries + place];

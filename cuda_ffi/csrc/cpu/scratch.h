@@ -1,4 +1,4 @@
-// Arrays laid out one after another in memory that the caller owns.
+// Arrays one after another in memory that the caller owns.
 #pragma once
 
 #include <cstddef>
@@ -7,7 +7,7 @@
 namespace any4 {
 namespace {
 
-// Made with a null base it hands out nothing of use and measures how much the same calls will take.
+// With a null base it hands out null pointers, and measures how many bytes the same calls will take.
 class Scratch {
  public:
   explicit Scratch(char* base) : base_(base) {}

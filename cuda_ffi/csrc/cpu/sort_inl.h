@@ -1,4 +1,4 @@
-// Order of few values.
+// Sorts a few values.
 #pragma once
 
 #include <cstdint>

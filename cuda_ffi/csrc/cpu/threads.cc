@@ -17,8 +17,8 @@ namespace {
 
 std::atomic<int64_t> thread_limit{0};
 
-// XLA flushes subnormals on the thread that calls a handler, not on every thread of its pool; results must not depend
-// on which thread a task fell to.
+// XLA flushes subnormals on the thread that calls a handler, but not on every thread of its pool. Helpers copy the
+// caller's mode, since results must not depend on which thread runs a task.
 #if defined(__x86_64__)
 unsigned FloatMode() { return _mm_getcsr(); }
 void SetFloatMode(unsigned mode) { _mm_setcsr(mode); }
@@ -29,13 +29,13 @@ void SetFloatMode(unsigned) {}
 void Pause() {}
 #endif
 
-// What one ParallelFor shares with its helpers; a helper that comes after everything is done finds nothing to claim.
+// What a ParallelFor shares with its helpers. A helper that comes too late finds no task left to claim.
 struct Work {
   std::atomic<int64_t> next{0};
   std::atomic<int64_t> finished{0};
   int64_t count = 0;
   unsigned float_mode = 0;
-  // The caller's, alive until `finished` is `count`.
+  // The caller owns it and keeps it alive until `finished` is `count`.
   const std::function<void(int64_t)>* task = nullptr;
 
   void Run() {
@@ -46,18 +46,18 @@ struct Work {
   }
 };
 
-// A helper stays awake for a while after its work: in a decoding loop the next product follows within some 20 us, and
-// waking a thread takes longer than half of a small product. It then leaves XLA's thread to others.
+// How long a helper stays awake after its work: in a decoding loop the next product follows within some 20 us, and
+// waking a thread takes longer than half of a small product. After that it leaves XLA's thread to others.
 constexpr std::chrono::microseconds kLinger(50);
 
-// Where lingering helpers look for more.
+// Where lingering helpers look for more work.
 struct Mailbox {
   std::mutex mutex;
-  std::shared_ptr<Work> latest;          // guarded by mutex
-  int64_t waiting = 0;                   // helpers that will see the next work; guarded by mutex
-  std::atomic<uint64_t> posted{0};       // works so far
+  std::shared_ptr<Work> latest;     // guarded by mutex
+  int64_t waiting = 0;              // helpers that will see the next work; guarded by mutex
+  std::atomic<uint64_t> posted{0};  // how many works were posted so far
 
-  // Returns how many helpers will take it.
+  // Returns how many helpers will take the work.
   int64_t Post(const std::shared_ptr<Work>& work) {
     const std::lock_guard<std::mutex> lock(mutex);
     latest = work;
@@ -65,7 +65,7 @@ struct Mailbox {
     return std::exchange(waiting, 0);
   }
 
-  // The next work after now, or null when none came in time.
+  // The next work to be posted, or null if none comes in time.
   std::shared_ptr<Work> Await() {
     uint64_t seen;
     {
@@ -82,7 +82,7 @@ struct Mailbox {
   }
 };
 
-// Never destroyed: helpers may outlive the end of main.
+// Never destroyed, since helpers may outlive main.
 Mailbox& TheMailbox() {
   static auto& mailbox = *new Mailbox;
   return mailbox;
@@ -114,7 +114,7 @@ void ParallelFor(const Executor& executor, int64_t count, const std::function<vo
     executor.spawn([work] { Help(work); });
   }
   work->Run();
-  // A task takes some 10 us; only where the system took a helper off its core is it worth giving up this one.
+  // A task takes some 10 us. Yielding this core pays only if the system has taken a helper off its own.
   for (int spins = 0; work->finished.load(std::memory_order_acquire) < count; ++spins) {
     if (spins < 20000) {
       Pause();

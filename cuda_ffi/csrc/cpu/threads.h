@@ -1,4 +1,4 @@
-// Work split over threads that somebody else owns: XLA's own pool in a handler, std::thread in a test driver.
+// Tasks shared among threads that somebody else owns: XLA's own pool in a handler, std::thread in a test driver.
 #pragma once
 
 #include <cstdint>
@@ -7,18 +7,18 @@
 namespace any4 {
 
 struct Executor {
-  // Threads that run at a time, the caller's among them.
+  // How many threads run at a time, the caller's included.
   int64_t threads = 1;
-  // Runs a function on another thread, some time.
+  // Runs a function on another thread, now or later.
   std::function<void(std::function<void()>)> spawn;
 };
 
-// Calls task(i) once for each i below `count`, on the caller and at most executor.threads - 1 others, and returns when
-// all have returned. Only tasks that were begun are waited for, so it can't deadlock where the pool's threads are all
-// callers of this function.
+// Calls task(i) once for each i below `count`, on the caller's thread and at most executor.threads - 1 others, and
+// returns when all calls have returned. It waits only for tasks that have begun, so it can't deadlock when all of the
+// pool's threads call it.
 void ParallelFor(const Executor& executor, int64_t count, const std::function<void(int64_t)>& task);
 
-// At most this many threads from now on, whatever the executor has; 0 takes the limit away.
+// Limits every ParallelFor to this many threads from now on, whatever the executor has; 0 removes the limit.
 void LimitThreads(int64_t limit);
 
 }  // namespace any4
