@@ -47,6 +47,10 @@ FORBIDDEN_AT_IMPORT = frozenset(
     | {"jax.local_devices", "jax.device_count", "jax.local_device_count", "jax.default_backend"}
 )
 
+# Code that may depend on one family of models. Everything else is written for a Decoder and a Family.
+OF_FAMILIES = ("any4_jax/models/", "any4_jax/data/", "any4_jax/benchmarks/")
+TOLD_OF_LLAMA = frozenset(f"any4_jax/checkpoint/{name}.py" for name in ("llama", "model", "trees"))
+
 SOURCES = {
     path.relative_to(REPOSITORY).as_posix(): ast.parse(path.read_text(encoding="utf-8"), str(path))
     for package in PACKAGES
@@ -152,6 +156,37 @@ def forbidden_faults(source: str, tree: ast.AST) -> list[str]:
         if isinstance(node, ast.Name | ast.Attribute) and ast.unparse(node) in FORBIDDEN_AT_IMPORT:
             faults.append(f"{source}:{node.lineno}: {ast.unparse(node)} at import")
     return faults
+
+
+def family_faults(source: str, tree: ast.AST) -> list[str]:
+    """One line for each name, message or docstring that says Llama. (Lower-case text may: shapes are called so.)"""
+    faults = []
+    for node in ast.walk(tree):
+        names = [value for _, value in ast.iter_fields(node) if isinstance(value, str)]
+        named = [name for name in names if "llama" in name.lower() and not isinstance(node, ast.Constant)]
+        if named or (isinstance(node, ast.Constant) and "Llama" in str(node.value)):
+            faults.append(f"{source}:{getattr(node, 'lineno', 0)}: says {named or 'Llama'}; use Decoder and Family")
+    return faults
+
+
+@pytest.mark.parametrize("source", [s for s in SOURCES if s.startswith("any4_jax/") and s not in TOLD_OF_LLAMA])
+def test_no_module_but_the_models_names_a_family(source: str) -> None:
+    assert source.startswith(OF_FAMILIES) or family_faults(source, SOURCES[source]) == []
+
+
+@pytest.mark.parametrize(
+    "code, faults",
+    [
+        ("from any4_jax.models.llama import Llama", 2),
+        ("from any4_jax.models import flax_llama", 1),
+        ("def f(llama): return g(llama=1)", 2),
+        ("raise ValueError('pass a Llama')", 1),
+        ("SHAPE = 'llama-3.1-8b'", 0),
+        ("from any4_jax.models.base import Decoder", 0),
+    ],
+)
+def test_family_rule_itself(code: str, faults: int) -> None:
+    assert len(family_faults("any4_jax/generate/loop.py", ast.parse(code))) == faults
 
 
 @pytest.mark.parametrize("source", SOURCES)

@@ -27,10 +27,13 @@ Rescale = Callable[[jax.Array], jax.Array]
 def scale_outputs(layer: Any, rescale: Rescale) -> None:
     """Rescales the outputs of a layer, in place, through its arrays.
 
-    Register a layer that can be scaled so: `@scale_outputs.register`. All others are left alone and what should be
-    folded into them stays a leftover.
+    Register the class of a layer that can be scaled: `@scale_outputs.register`. `scale_channels` leaves all others
+    alone, and the factor is left over.
+
+    Raises:
+        TypeError: no function is registered for the layer's class.
     """
-    raise TypeError(f"got a {type(layer).__name__}, whose outputs can't be scaled; register it with scale_outputs")
+    raise TypeError(f"got layer {type(layer).__name__}, which has no scale_outputs; register a function for it")
 
 
 @scale_outputs.register(RMSNorm)
@@ -106,9 +109,8 @@ def fold(
         ValueError: the factor is not of shape [K], or a linear of the site is quantized.
     """
     for path in site.linears:
-        if not isinstance(module_at(block, path), nnx.Linear):
-            kind = type(module_at(block, path)).__name__
-            raise ValueError(f"{path} is an {kind}, and fold scales float linears; fold before quantizing")
+        if not isinstance(linear := module_at(block, path), nnx.Linear):
+            raise ValueError(f"{path} is no nnx.Linear but {type(linear).__name__}; fold before quantizing")
     factor = _checked(block, site, factor)
     new, leftover = scale_channels(block, site, factor, inverse=inverse)
     if new is block:
