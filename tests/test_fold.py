@@ -15,8 +15,8 @@ from any4_jax.methods import NF4
 from any4_jax.models import Site
 from any4_jax.models.fold import fold, is_foldable, module_at, scale_channels, scale_outputs
 from any4_jax.models.llama import Block
-from any4_jax.models.tiny import random_llama
-from any4_jax.surgery import quantize_model
+from any4_jax.models.tiny import random_llama, tiny
+from any4_jax.walk import quantize_model
 
 SITES = ("attn_in", "attn_out", "mlp_in", "mlp_out")
 
@@ -151,6 +151,15 @@ def test_what_can_not_be_scaled_leaves_all_over(model, block: Block, after: str 
         new, leftover = function(block, site, factor)
         assert new is block
         np.testing.assert_array_equal(leftover, factor)
+
+
+def test_the_final_norm_takes_the_factors_of_a_head_of_its_own(model) -> None:
+    factor, tokens = factor_for(model, "mlp_in"), np.arange(12)[None]
+    folded, leftover = fold(model, model.head_site, factor)
+    assert leftover is None and not np.allclose(folded.norm.scale.get_value(), model.norm.scale.get_value())
+    assert close(np.asarray(folded(tokens)), np.asarray(model(tokens)))
+    tied = tiny()
+    assert not is_foldable(tied, tied.head_site)
 
 
 def test_a_norm_without_a_scale_holds_no_factor() -> None:

@@ -39,4 +39,4 @@ class AttentionSettings:
 
 
 PLAIN = AttentionSettings()
-"""Llama's attention: no bound, no window."""
+"""Causal attention as most families have it: no bound, no window."""

@@ -43,7 +43,7 @@ class Rope:
     def rotate(self, x: jax.Array, positions: jax.Array) -> jax.Array:
         """Rotate x [B, T, heads, D] by positions int32 [B, T]; float32 inside, x's dtype outside."""
         angles = positions.astype(jnp.float32)[:, :, None, None] * self.frequencies()
-        # A barrier, or XLA computes both anew for every head, in the fusion that rotates.
+        # A barrier, or XLA computes both again for every head, in the fusion that rotates.
         cos, sin = jax.lax.optimization_barrier((jnp.cos(angles), jnp.sin(angles)))
         low, high = jnp.split(x.astype(jnp.float32), 2, axis=-1)
         return jnp.concatenate([low * cos - high * sin, high * cos + low * sin], axis=-1).astype(x.dtype)

@@ -57,7 +57,7 @@ class SafetensorsFolder(Mapping[str, np.ndarray]):
     def __getitem__(self, name: str) -> np.ndarray:
         path = self._files[name]
         try:
-            # Opened anew each time: an open file stays mapped, and its pages would count as resident memory
+            # Opened at each access: an open file stays mapped, and its pages would count as resident memory
             # next to the arrays made of them, twice the model in all.
             with safetensors.safe_open(path, framework="numpy") as file:
                 return np.asarray(file.get_tensor(name))
