@@ -87,7 +87,7 @@ clean:
 	@touch $@
 
 # Without bytecode, of which tests need little: a minute less. Without the native libraries, which lint doesn't need;
-# in .venv-newest the jnp bodies, which the first run seldom takes, are what is tested.
+# .venv-newest tests the XLA backends, which the first run seldom takes.
 %/dev.stamp: $(INSTALL_INPUTS) | %/bin/python
 	@echo "installing any4_jax and its development tools into $*"
 	@$*/bin/python $(PIP) install --no-compile -C wheel.cmake=false -e '.[dev]'

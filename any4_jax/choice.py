@@ -1,7 +1,7 @@
-"""Choosing among implementations of one function: the first that works where a program is lowered.
+"""Choosing among implementations of one function: the first that works on the platform a program is lowered for.
 
-The product, the table solver and the refit each have a `Choice`. The last of its options runs everywhere and is the
-truth that the others must match.
+The product, the table solver and the refit each have a `Choice`. Its last option runs everywhere and is the truth that
+the others must match.
 """
 
 import dataclasses
@@ -11,7 +11,7 @@ from typing import Any, Generic, Protocol, TypeVar
 import jax
 
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
-"""What a program may be lowered for, in the words of `jax.lax.platform_dependent`."""
+"""The platforms that a program may be lowered for, as `jax.lax.platform_dependent` names them."""
 
 
 class Option(Protocol):
@@ -27,6 +27,21 @@ class Option(Protocol):
         """(*problem, platform) -> None, or the reason in words why it can't. It looks at shapes, dtypes and options
         only, so it works while tracing."""
         ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Backend:
+    """An option that is one function.
+
+    Attributes:
+      name: what `backend=` calls it.
+      supports: (*problem, platform) -> None, or the reason in words why it can't.
+      run: the function.
+    """
+
+    name: str
+    supports: Callable[..., str | None]
+    run: Callable[..., Any]
 
 
 O = TypeVar("O", bound=Option)  # noqa: E741 (of Option)
@@ -46,7 +61,7 @@ class Choice(Generic[O]):
         """The option of that name.
 
         Raises:
-          ValueError: there is none; the sentence gives the names there are.
+          ValueError: no option has that name; the sentence lists those there are.
         """
         for option in self.options:
             if option.name == name:
@@ -55,10 +70,10 @@ class Choice(Generic[O]):
         raise ValueError(f"got backend={name!r}, there are {known}; pass one of them, or None to let it be chosen")
 
     def required(self, name: str, *problem: Any, platform: str) -> O:
-        """The option of that name, which was asked for and so has to work.
+        """The option of that name, which the caller asked for, so it has to work.
 
         Raises:
-          ValueError: there is none of that name, or it can't, for its own reason.
+          ValueError: no option has that name, or it can't solve the problem; the sentence gives its reason.
         """
         option = self.named(name)
         reason = option.supports(*problem, platform)
@@ -70,11 +85,33 @@ class Choice(Generic[O]):
         """The first option that can solve a problem on a platform."""
         return next(option for option in self.options if option.supports(*problem, platform) is None)
 
-    def lowered(self, call: Callable[[O], Callable[..., Any]], *problem: Any) -> Callable[..., Any]:
-        """A function that runs, on each platform that it is lowered for, what `call` makes of that platform's option.
+    def choose(self, name: str | None, *problem: Any, arrays: tuple[Any, ...]) -> str | None:
+        """The name of the option that a program of `arrays` uses, or None while they are traced: `lowered` then decides
+        for each platform.
 
-        Where one option is chosen for all platforms nothing else is traced.
+        Args:
+          name: of an option that the caller asked for, or None for the first that works where the arrays lie. Once that
+            is known, no other option need be traced.
+
+        Raises:
+          ValueError: as `required`.
         """
+        if name is not None:
+            return self.required(name, *problem, platform=platform_of(*arrays)).name
+        if any(isinstance(array, jax.core.Tracer) for array in arrays):
+            return None
+        return self.first(*problem, platform=platform_of(*arrays)).name
+
+    def lowered(
+        self, call: Callable[[O], Callable[..., Any]], *problem: Any, name: str | None = None
+    ) -> Callable[..., Any]:
+        """What `call` makes of the named option; without a name, a function that runs, on each platform that it is
+        lowered for, what `call` makes of the first option that works there.
+
+        Where that is the last option on all platforms, no other is traced.
+        """
+        if name is not None:
+            return call(self.named(name))
         last = self.options[-1]
         chosen = {platform: self.first(*problem, platform=platform) for platform in PLATFORMS}
         special = {platform: call(option) for platform, option in chosen.items() if option is not last}
@@ -85,16 +122,24 @@ class Choice(Generic[O]):
 
 
 def default_platform() -> str:
-    """The platform of this process by default: jax calls a GPU of either make "gpu"."""
-    name = jax.default_backend()
-    if name != "gpu":
-        return name
-    return "rocm" if "rocm" in jax.devices()[0].client.platform_version.lower() else "cuda"
+    """The platform of a program whose arrays are tied to no device: that of `jax.default_device` where it is set, else
+    that of this process."""
+    device = jax.default_device.value
+    return _platform(jax.devices(device)[0] if device is None or isinstance(device, str) else device)
 
 
-def platform_of(array: Any) -> str:
-    """The platform where an array lies; for a traced one, or one of numpy, the process's default."""
-    if isinstance(array, jax.core.Tracer) or not isinstance(array, jax.Array):
-        return default_platform()
-    name = next(iter(array.devices())).platform
-    return default_platform() if name == "gpu" else name
+def platform_of(*arrays: Any) -> str:
+    """The platform that a program of these arrays runs on: where the arrays lie that were put on a device, else the
+    default, as for traced arrays and numpy's."""
+    for array in arrays:
+        placed = isinstance(array, jax.Array) and not isinstance(array, jax.core.Tracer)
+        if placed and array.committed:
+            return _platform(next(iter(array.devices())))
+    return default_platform()
+
+
+def _platform(device: Any) -> str:
+    """One of PLATFORMS: jax calls a GPU of either make "gpu"."""
+    if device.platform != "gpu":
+        return device.platform
+    return "rocm" if "rocm" in device.client.platform_version.lower() else "cuda"

@@ -1,5 +1,6 @@
 """Products with LUT-coded weights on NVIDIA GPUs, over plain arrays in the layout of layout.py."""
 
+import ctypes
 import dataclasses
 import functools
 from collections.abc import Sequence
@@ -71,24 +72,30 @@ def why_not(x_dtype, bits: int, group_size: int, k: int, lut_dtype, scale_dtype,
 
 
 def is_fast(matrix: Matrix, x_dtype, k: int, bits: int, group_size: int) -> bool:
-    """Whether the kernel for many rows of x takes a matrix of k inputs: what IsForTurns in csrc says of 4 bits."""
-    if bits != 4 or k % (2 * _TILE) or matrix.codes[0].shape[-2] % 32:
-        return False
-    stored = {a.dtype for a in (matrix.scales, matrix.offsets) if a is not None}
-    if x_dtype == jnp.float16:
-        return stored == {jnp.dtype(jnp.bfloat16)} and group_size == _TILE
-    exponents = matrix.scales.dtype == jnp.uint8 and matrix.offsets is None and group_size == 32
-    return exponents or (stored == {jnp.dtype(jnp.bfloat16)} and group_size >= 32)
+    """Whether the kernel for up to MOST_ROWS rows of x takes a matrix of k inputs; it does so of 4 bits alone.
+
+    Raises:
+      RuntimeError: the library, which decides, can't be used.
+    """
+    return bits == 4 and _takes("turns", matrix, x_dtype, k, bits, group_size)
 
 
-def is_wide(matrix: Matrix, x_dtype, bits: int, group_size: int) -> bool:
-    """Whether Hopper's kernel for many rows of x takes a matrix: what IsForWide in csrc says."""
-    if bits != 4 or group_size < 32 or matrix.codes[0].shape[-2] % 8:
-        return False
-    if matrix.scales.dtype == jnp.uint8:
-        return x_dtype == jnp.bfloat16 and (matrix.offsets is None or matrix.offsets.dtype == jnp.bfloat16)
-    stored = {a.dtype for a in (matrix.scales, matrix.offsets) if a is not None}
-    return stored in ({jnp.dtype(jnp.bfloat16)}, {jnp.dtype(x_dtype)})
+def is_wide(matrix: Matrix, x_dtype, k: int, bits: int, group_size: int) -> bool:
+    """Whether Hopper's kernel for many rows of x takes a matrix of k inputs.
+
+    Raises:
+      RuntimeError: the library, which decides, can't be used.
+    """
+    return _takes("wide", matrix, x_dtype, k, bits, group_size)
+
+
+def _takes(kernel: str, matrix: Matrix, x_dtype, k: int, bits: int, group_size: int) -> bool:
+    """What csrc/cuda/lut_form.h says of a kernel."""
+    function = getattr(registration.register("cuda"), f"any4_cuda_is_for_{kernel}")
+    function.argtypes = (*[ctypes.c_char_p] * 3, *[ctypes.c_int64] * 4)
+    offsets = "" if matrix.offsets is None else matrix.offsets.dtype.name
+    names = (jnp.dtype(x_dtype).name, matrix.scales.dtype.name, offsets)
+    return bool(function(*(name.encode() for name in names), bits, group_size, matrix.codes[0].shape[-2], k))
 
 
 def on_hopper() -> bool:
@@ -126,9 +133,10 @@ def lut_products(x: jax.Array, matrices: Sequence[Matrix], *, bits: int, group_s
         if reason is not None:
             raise ValueError(f"{reason}; use another backend")
     registration.register("cuda")
-    fast = tuple(is_fast(matrix, x.dtype, x.shape[-1], bits, group_size) for matrix in matrices)
+    form = (x.dtype, x.shape[-1], bits, group_size)
+    fast = tuple(is_fast(matrix, *form) for matrix in matrices)
     hopper = on_hopper()
-    wide = tuple(hopper and is_wide(matrix, x.dtype, bits, group_size) for matrix in matrices)
+    wide = tuple(hopper and is_wide(matrix, *form) for matrix in matrices)
     call = _call(bits, group_size if group_size < x.shape[-1] else _WHOLE_ROW, fast, wide)
     return call(x, *(operand for matrix in matrices for operand in _operands(matrix)))
 

@@ -94,8 +94,14 @@ def _register(kind: str) -> ctypes.CDLL | str:
     return library
 
 
-def why_not(kind: str) -> str | None:
-    """None where the library of a kind is loaded and registered (which this does), else the reason in one sentence."""
+def why_not(kind: str, platform: str | None = None) -> str | None:
+    """None where programs can call the library of a kind, which this loads and registers; else why not, in words.
+
+    Args:
+      platform: the one that programs are lowered for, as `jax.lax.platform_dependent` names it; None for the library's.
+    """
+    if platform not in (None, kind):
+        return f"it runs on {kind}, not on {platform}"
     found = _register(kind)
     return found if isinstance(found, str) else None
 

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from any4_jax.clustering import bodies, kmeans_1d
+from any4_jax.choice import default_platform
+from any4_jax.clustering import backends, kmeans_1d
 
 METHODS = [("exact", None)] + [("lloyd", i) for i in ("kmeans++", "random", "int", "nf4", "quantile")]
 ROWS = ("normal", "student", "clustered", "ties", "offset", "outlier", "tight", "constant")
@@ -68,10 +69,10 @@ def partition_error(x: np.ndarray, w: np.ndarray, codes: np.ndarray) -> float:
     return total
 
 
-@pytest.fixture(params=[body.name for body in bodies.BODIES])
-def body(request) -> str:
-    """Each of the solver's bodies that works here."""
-    reason = next(b for b in bodies.BODIES if b.name == request.param).supports(jax.default_backend(), "exact")
+@pytest.fixture(params=[option.name for option in backends.BACKENDS.options])
+def backend(request) -> str:
+    """Each of the solver's backends that works here."""
+    reason = backends.BACKENDS.named(request.param).supports("exact", default_platform())
     if reason is not None:
         pytest.skip(reason)
     return request.param
@@ -95,8 +96,7 @@ def mixed() -> np.ndarray:
 
 
 def solve(rows, weights=ones, solver="exact", init=None, chunk_rows=R, **options):
-    named = next((b for b in bodies.BODIES if b.name == options.get("body")), bodies.JNP)
-    reason = named.supports(jax.default_backend(), solver)
+    reason = backends.BACKENDS.named(options.get("backend", "xla")).supports(solver, default_platform())
     if reason is not None:
         pytest.skip(reason)
     result = kmeans_1d(rows, 16, sample_weight=weights, solver=solver, init=init, chunk_rows=chunk_rows, **options)
@@ -104,11 +104,11 @@ def solve(rows, weights=ones, solver="exact", init=None, chunk_rows=R, **options
 
 
 @pytest.mark.parametrize("weighted", [False, True])
-def test_exact_is_within_1e_6_of_a_float64_dynamic_program(weighted, body):
+def test_exact_is_within_1e_6_of_a_float64_dynamic_program(weighted, backend):
     weights = make_weights(R, K) if weighted else ones
     for seed in range(3):
         rows = np.concatenate([make_rows(kind, 1, K, seed) for kind in ROWS])
-        result = solve(rows, weights, body=body)
+        result = solve(rows, weights, backend=backend)
         for kind, row, w, codes, inertia in zip(ROWS, rows, weights, result.codes, result.inertia, strict=True):
             best = least_error(row, w, 16)
             assert partition_error(row, w, codes) <= best * (1 + 1e-6)
@@ -118,19 +118,19 @@ def test_exact_is_within_1e_6_of_a_float64_dynamic_program(weighted, body):
 
 
 @pytest.mark.parametrize("length", [173, pytest.param(1100, marks=pytest.mark.slow)])
-def test_exact_holds_where_the_last_block_is_padded(length, body):
+def test_exact_holds_where_the_last_block_is_padded(length, backend):
     rows, weights = make_rows("student", 2, length), make_weights(2, length)
-    codes = np.asarray(kmeans_1d(rows, 16, sample_weight=weights, body=body).codes)
+    codes = np.asarray(kmeans_1d(rows, 16, sample_weight=weights, backend=backend).codes)
     for row, w, code in zip(rows, weights, codes, strict=True):
         assert partition_error(row, w, code) <= least_error(row, w, 16) * (1 + 1e-6)
 
 
 @pytest.mark.parametrize("length, k", [(1, 1), (9, 4)])
-def test_exact_equals_brute_force(length, k, body):
+def test_exact_equals_brute_force(length, k, backend):
     rng = np.random.default_rng(length)
     rows = rng.standard_normal((4, length)).astype(np.float32)
     weights = rng.uniform(0.1, 2, rows.shape).astype(np.float32)
-    inertia = np.asarray(kmeans_1d(rows, k, sample_weight=weights, body=body).inertia)
+    inertia = np.asarray(kmeans_1d(rows, k, sample_weight=weights, backend=backend).inertia)
     for row, w, got in zip(rows, weights, inertia, strict=True):
         order = np.argsort(row)
         best = min(
@@ -160,96 +160,99 @@ def of_scikit_learn(kind: str, weighted: bool) -> tuple[np.ndarray, np.ndarray, 
 @pytest.mark.filterwarnings("ignore")  # scikit-learn warns of rows with fewer distinct values than clusters
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("kind", ["normal", "student", "clustered", "ties", "constant"])
-def test_exact_is_no_worse_than_scikit_learn_on_200_rows(kind, weighted, body):
+def test_exact_is_no_worse_than_scikit_learn_on_200_rows(kind, weighted, backend):
     rows, weights, theirs = of_scikit_learn(kind, weighted)
     for start in (0, 8, 12):  # the last eight overlap: another number of rows would be another program
         part = slice(start, start + R)
-        codes = solve(rows[part], weights[part], body=body).codes
+        codes = solve(rows[part], weights[part], backend=backend).codes
         for row, w, mine, their_error in zip(rows[part], weights[part], codes, theirs[part], strict=True):
             assert partition_error(row, w, mine) <= their_error * (1 + 1e-6)
 
 
 @pytest.mark.parametrize("solver, init", METHODS)
-def test_results_are_consistent(solver, init, body):
+def test_results_are_consistent(solver, init, backend):
     rows, weights = mixed(), make_weights(R, K)
-    result = solve(rows, weights, solver, init, body=body)
+    result = solve(rows, weights, solver, init, backend=backend)
     assert (result.centroids.dtype, result.codes.dtype, result.inertia.dtype) == (np.float32, np.uint8, np.float32)
     assert (np.diff(result.centroids, axis=1) >= 0).all()
     distance = np.abs(rows[:, :, None] - result.centroids[:, None, :])
     np.testing.assert_array_equal(result.codes, distance.argmin(-1))
     inertia = np.sum(weights * distance.min(-1).astype(np.float64) ** 2, axis=1)
     np.testing.assert_allclose(result.inertia, inertia, rtol=1e-6)
-    best = solve(rows, weights, body=body)
+    best = solve(rows, weights, backend=backend)
     for row, w, mine, least in zip(rows, weights, result.codes, best.codes, strict=True):
         assert partition_error(row, w, least) <= partition_error(row, w, mine) * (1 + 1e-6)
 
 
 @pytest.mark.parametrize("solver, init", METHODS)
-def test_chunks_order_and_powers_of_two_change_no_bit(solver, init, body):
+def test_chunks_order_and_powers_of_two_change_no_bit(solver, init, backend):
     rows, weights = mixed(), make_weights(R, K)
-    whole = solve(rows, weights, solver, init, body=body)
-    same(whole, solve(rows, weights, solver, init, chunk_rows=1, body=body))
+    whole = solve(rows, weights, solver, init, backend=backend)
+    same(whole, solve(rows, weights, solver, init, chunk_rows=1, backend=backend))
     order = np.random.default_rng(3).permutation(R)
-    same(jax.tree.map(lambda a: a[order], whole), solve(rows[order], weights[order], solver, init, body=body))
-    scaled = solve(rows * np.float32(2.0**-20), weights, solver, init, body=body)
+    same(jax.tree.map(lambda a: a[order], whole), solve(rows[order], weights[order], solver, init, backend=backend))
+    scaled = solve(rows * np.float32(2.0**-20), weights, solver, init, backend=backend)
     same((scaled.codes, scaled.centroids * np.float32(2.0**20)), (whole.codes, whole.centroids))
 
 
-def test_a_shared_weight_changes_no_bit(body):
+def test_a_shared_weight_changes_no_bit(backend):
     rows, weights = mixed(), make_weights(1, K)[0]
-    whole = solve(rows, np.tile(weights, (R, 1)), body=body)
-    same(whole, solve(rows, weights, chunk_rows=4, body=body))
+    whole = solve(rows, np.tile(weights, (R, 1)), backend=backend)
+    same(whole, solve(rows, weights, chunk_rows=4, backend=backend))
 
 
 @pytest.mark.parametrize("solver, init", METHODS)
-def test_degenerate_rows(solver, init, body):
+def test_degenerate_rows(solver, init, backend):
     few = np.tile(np.array([-1, -0.25, 0.5, 2], np.float32), K // 4)
     rows = np.stack([np.full(K, 0.3, np.float32), np.zeros(K, np.float32), few, -few[::-1]] * 2)
-    result = solve(rows, ones, solver, init, body=body)
+    result = solve(rows, ones, solver, init, backend=backend)
     np.testing.assert_array_equal(np.take_along_axis(result.centroids, result.codes.astype(int), 1), rows)
     np.testing.assert_array_equal(result.inertia, np.zeros(R))
 
 
-def test_fewer_values_than_clusters(body):
-    result = solve(np.array([[3.0, -1.0, 2.0]], np.float32), None, body=body)
+def test_fewer_values_than_clusters(backend):
+    result = solve(np.array([[3.0, -1.0, 2.0]], np.float32), None, backend=backend)
     assert np.isfinite(result.centroids).all() and result.inertia[0] == 0
 
 
 @pytest.mark.parametrize("solver, init", METHODS)
-def test_weights_of_zero(solver, init, body):
+def test_weights_of_zero(solver, init, backend):
     rows = make_rows("normal", R, K)
     weights = ones.copy()
     weights[:, ::2] = 0
-    some = solve(rows, weights, solver, init, body=body)
+    some = solve(rows, weights, solver, init, backend=backend)
     assert np.isfinite(some.centroids).all()
     if solver == "exact":
         for row, w, codes in zip(rows, weights, some.codes, strict=True):
             assert partition_error(row, w, codes) <= least_error(row[1::2], w[1::2], 16) * (1 + 1e-6)
-    same(solve(rows, 0 * ones, solver, init, body=body), solve(rows, ones, solver, init, body=body))
+    same(solve(rows, 0 * ones, solver, init, backend=backend), solve(rows, ones, solver, init, backend=backend))
 
 
-def test_lloyd_refills_empty_clusters(body):
+def test_lloyd_refills_empty_clusters(backend):
     # Evenly spaced starts leave all clusters but two without values.
     rows = np.tile(np.append(np.linspace(0, 1, K - 1), 1e4).astype(np.float32), (R, 1))
-    assert np.unique(solve(rows, ones, "lloyd", "int", body=body).codes[0]).size == 16
+    assert np.unique(solve(rows, ones, "lloyd", "int", backend=backend).codes[0]).size == 16
 
 
-def test_lloyd_is_seeded_and_improves_on_its_start(body):
+def test_lloyd_is_seeded_and_improves_on_its_start(backend):
     rows = make_rows("normal", R, K)
-    first = solve(rows, ones, "lloyd", "kmeans++", seed=1, body=body)
-    same(first, solve(rows, ones, "lloyd", None, seed=1, body=body))
-    assert (first.centroids != solve(rows, ones, "lloyd", "kmeans++", seed=2, body=body).centroids).any()
+    first = solve(rows, ones, "lloyd", "kmeans++", seed=1, backend=backend)
+    same(first, solve(rows, ones, "lloyd", None, seed=1, backend=backend))
+    assert (first.centroids != solve(rows, ones, "lloyd", "kmeans++", seed=2, backend=backend).centroids).any()
     # A tolerance this large stops after one step.
-    one, many = (solve(rows, ones, "lloyd", "int", tol=tol, body=body) for tol in (1e9, 1e-4))
+    one, many = (solve(rows, ones, "lloyd", "int", tol=tol, backend=backend) for tol in (1e9, 1e-4))
     assert many.inertia.mean() < one.inertia.mean()
 
 
 @pytest.mark.parametrize("solver, init", METHODS)
 @pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize("body", [b.name for b in bodies.BODIES[:-1]], indirect=True)
-def test_bodies_agree(solver, init, weighted, body):
+@pytest.mark.parametrize("backend", [option.name for option in backends.BACKENDS.options[:-1]], indirect=True)
+def test_backends_agree(solver, init, weighted, backend):
     rows, weights = mixed(), make_weights(R, K) if weighted else ones
-    truth, found = solve(rows, weights, solver, init, body="jnp"), solve(rows, weights, solver, init, body=body)
+    truth, found = (
+        solve(rows, weights, solver, init, backend="xla"),
+        solve(rows, weights, solver, init, backend=backend),
+    )
     for kind, theirs, mine in zip(ROWS, truth.codes, found.codes, strict=True):
         # Rows of ties have more than one optimum, and where an outlier sets the scale float32 can't tell some apart.
         if kind not in ("ties", "outlier", "constant"):
@@ -257,24 +260,26 @@ def test_bodies_agree(solver, init, weighted, body):
     np.testing.assert_allclose(found.inertia, truth.inertia, rtol=1e-6, atol=1e-12)
 
 
-def test_what_is_not_finite_spoils_its_own_row_alone(body):
+def test_what_is_not_finite_spoils_its_own_row_alone(backend):
     rows, weights = make_rows("normal", R, K), make_weights(R, K)
     rows[1, 3], rows[2, 3], weights[3, 3], weights[4, 3] = np.nan, np.inf, np.nan, np.inf
     # Not through kmeans_1d, which refuses such values unless they are traced.
-    options = bodies.Options(k=16, solver="exact", init="", max_iter=0, chunk_rows=R)
-    centroids, codes, inertia = map(np.asarray, bodies.solve(rows, weights, TOL, None, options=options, body=body))
+    options = backends.Options(k=16, solver="exact", init="", max_iter=0, chunk_rows=R)
+    centroids, codes, inertia = map(
+        np.asarray, backends.solve(rows, weights, TOL, None, options=options, backend=backend)
+    )
     for row in range(R):
         spoilt = row in (1, 2, 4)
         assert np.isnan(centroids[row]).all() == np.isnan(inertia[row]) == spoilt
         assert not spoilt or not codes[row].any()
-    unweighted = solve(np.tile(rows[3], (R, 1)), ones, body=body)
+    unweighted = solve(np.tile(rows[3], (R, 1)), ones, backend=backend)
     np.testing.assert_array_equal(codes[3], unweighted.codes[0])
 
 
-def test_low_precision_and_tracing(body):
+def test_low_precision_and_tracing(backend):
     rows = jnp.asarray(mixed(), jnp.bfloat16)
-    traced = jax.jit(lambda r, w: kmeans_1d(r, 16, sample_weight=w, chunk_rows=R, body=body))(rows, ones)
-    same(traced, solve(np.asarray(rows).astype(np.float32), body=body))
+    traced = jax.jit(lambda r, w: kmeans_1d(r, 16, sample_weight=w, chunk_rows=R, backend=backend))(rows, ones)
+    same(traced, solve(np.asarray(rows).astype(np.float32), backend=backend))
 
 
 @pytest.mark.parametrize(
@@ -296,7 +301,7 @@ def test_low_precision_and_tracing(body):
         ({"solver": "lloyd", "init": "nf4", "k": 8}, ValueError, "nf4"),
         ({"max_iter": 0}, ValueError, "max_iter"),
         ({"chunk_rows": 0}, ValueError, "chunk_rows"),
-        ({"body": "best"}, ValueError, "'cuda', 'cpu', 'jnp'"),
+        ({"backend": "best"}, ValueError, "'cuda', 'cpu', 'xla'"),
     ],
 )
 def test_refusals(change, error, words):

@@ -45,7 +45,7 @@ def product(x: jax.Array, w: QuantizedTensor) -> jax.Array:
 
 def in_registers(x: jax.Array, w: QuantizedTensor) -> bool:
     """Whether a kernel computes the product, and not XLA with the decoded matrix."""
-    if on_hopper() and is_wide(matrix(w), x.dtype, w.bits, w.group_size):
+    if on_hopper() and is_wide(matrix(w), x.dtype, w.shape[1], w.bits, w.group_size):
         return True
     if is_fast(matrix(w), x.dtype, w.shape[1], w.bits, w.group_size):
         return x.shape[0] <= MOST_ROWS
@@ -55,7 +55,7 @@ def in_registers(x: jax.Array, w: QuantizedTensor) -> bool:
 def is_rounded(x: jax.Array, w: QuantizedTensor) -> bool:
     """Whether W is rounded to x's dtype: decoded to memory, or by Hopper's kernel for many rows."""
     fast = is_fast(matrix(w), x.dtype, w.shape[1], w.bits, w.group_size)
-    wide = on_hopper() and is_wide(matrix(w), x.dtype, w.bits, w.group_size)
+    wide = on_hopper() and is_wide(matrix(w), x.dtype, w.shape[1], w.bits, w.group_size)
     return not in_registers(x, w) or (wide and x.shape[0] > (32 if fast else 8))
 
 

@@ -1,6 +1,6 @@
 """The CUDA solver: on a GPU against float64, elsewhere lowering and words.
 
-What every body must do, tests/test_clustering.py asks of this one too.
+What every backend must do, tests/test_clustering.py asks of this one too.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from test_clustering import ROWS, least_error, make_rows, make_weights, partition_error, same
 
-from any4_jax.clustering import bodies, kmeans_1d
+from any4_jax.clustering import backends, kmeans_1d
 from cuda_ffi import kmeans_cuda, registration
 from cuda_ffi.kmeans_cuda import TARGET, exact
 
@@ -58,9 +58,9 @@ def test_long_rows_and_many_clusters(length: int, k: int) -> None:
 
 @gpu
 @pytest.mark.parametrize("length", [4096, 14336, 40000])
-def test_long_rows_agree_with_jnp(length: int) -> None:
+def test_long_rows_agree_with_xla(length: int) -> None:
     rows, weights = make_rows("student", 2, length), make_weights(1, length)[0]
-    theirs = kmeans_1d(rows, 16, sample_weight=weights, body="jnp")
+    theirs = kmeans_1d(rows, 16, sample_weight=weights, backend="xla")
     centroids, codes, inertia = solve(rows, weights)
     np.testing.assert_allclose(inertia, theirs.inertia, rtol=2e-6)
     # Of near-equal clusterings either may be taken, which moves a few values from one cluster to the next.
@@ -133,15 +133,20 @@ def test_vmap_stays_one_call(shape) -> None:
 
 @pytest.mark.parametrize(
     ("platform", "solver", "words"),
-    [("cpu", "exact", "it is CUDA for NVIDIA GPUs, the rows are on 'cpu'"), ("gpu", "lloyd", "it solves exactly")],
+    [
+        ("cpu", "exact", "it runs on cuda, not on cpu"),
+        ("rocm", "exact", "it runs on cuda, not on rocm"),
+        ("cuda", "lloyd", "it solves exactly"),
+    ],
 )
 def test_what_it_declines_it_says(platform: str, solver: str, words: str) -> None:
-    reason = bodies.CUDA.supports(platform, solver)
+    reason = backends.BACKENDS.named("cuda").supports(solver, platform)
     assert reason is not None and words in reason
 
 
-def test_without_the_library_rows_on_a_gpu_take_jnp(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_library_rows_on_a_gpu_take_xla(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registration, "_register", lambda kind: f"no {kind} library is built")
-    assert bodies.CUDA.supports("gpu", "exact") == "no cuda library is built"
+    assert backends.BACKENDS.named("cuda").supports("exact", "cuda") == "no cuda library is built"
+    assert backends.BACKENDS.first("exact", platform="cuda").name == "xla"
     with pytest.raises(RuntimeError, match="no cuda library is built"):
         kmeans_cuda.exact(jnp.ones((2, 4)), None, k=2)

@@ -1,4 +1,4 @@
-"""The CUDA refit: on a GPU errors in float64 beside the start's and jnp's, elsewhere lowering and words."""
+"""The CUDA refit: on a GPU errors in float64 beside the start's and xla's, elsewhere lowering and words."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from any4_jax import scaling, weights
-from any4_jax.refit import Fit, bodies, refit
+from any4_jax.refit import Fit, backends, refit
 from cuda_ffi import refit as native_refit
 from cuda_ffi import registration
 
@@ -69,21 +69,21 @@ CASES = [
 
 @gpu
 @pytest.mark.parametrize("case", CASES, ids=lambda case: " ".join(f"{k}={v}" for k, v in case.items()))
-def test_errors_fall_as_far_as_jnps(case: dict[str, Any]) -> None:
+def test_errors_fall_as_far_as_xlas(case: dict[str, Any]) -> None:
     case = dict(offsets=True, table="bfloat16", scale="bfloat16") | case
     g, bits = case.pop("g"), case.pop("bits")
     w, importance = layer()
     start = start_of(w, g, bits, **case)
     before = stored_error(w, importance, start, g, bits)
     found = {}
-    for body in ("cuda", "jnp"):
-        fit = refit(jnp.asarray(w), jnp.asarray(importance), start, g, searches=2, max_rounds=50, body=body)
+    for backend in ("cuda", "xla"):
+        fit = refit(jnp.asarray(w), jnp.asarray(importance), start, g, searches=2, max_rounds=50, backend=backend)
         assert [a.dtype for a in jax.tree.leaves(fit)] == [a.dtype for a in jax.tree.leaves(start)]
         assert (np.diff(np.asarray(fit.lut, np.float32), axis=1) >= 0).all()
-        found[body] = stored_error(w, importance, fit, g, bits)
+        found[backend] = stored_error(w, importance, fit, g, bits)
     assert (found["cuda"] <= before * (1 + 1e-6) + 1e-12).all()
     # Rounding may choose another of scales that are as good, and the rounds after differ.
-    np.testing.assert_allclose(found["cuda"].sum(), found["jnp"].sum(), rtol=0.01)
+    np.testing.assert_allclose(found["cuda"].sum(), found["xla"].sum(), rtol=0.01)
     assert found["cuda"].sum() < 0.9 * before.sum()
 
 
@@ -93,7 +93,7 @@ def test_rounds_never_raise_a_rows_error() -> None:
     fit = start_of(w, 64, 4, offsets=True, table="bfloat16", scale="bfloat16")
     errors = [stored_error(w, importance, fit, 64, 4)]
     for rounds in (1, 2, 3, 6, 20):
-        after = refit(jnp.asarray(w), jnp.asarray(importance), fit, 64, searches=1, max_rounds=rounds, body="cuda")
+        after = refit(jnp.asarray(w), jnp.asarray(importance), fit, 64, searches=1, max_rounds=rounds, backend="cuda")
         errors.append(stored_error(w, importance, after, 64, 4))
         assert (errors[-1] <= errors[-2] * (1 + 1e-6) + 1e-12).all()
 
@@ -102,13 +102,13 @@ def test_rounds_never_raise_a_rows_error() -> None:
 def test_what_may_not_change_stays() -> None:
     w, importance = layer()
     start = start_of(w, 64, 4, offsets=True, table="bfloat16", scale="bfloat16")
-    run = functools.partial(refit, jnp.asarray(w), jnp.asarray(importance), start, 64, max_rounds=9, body="cuda")
+    run = functools.partial(refit, jnp.asarray(w), jnp.asarray(importance), start, 64, max_rounds=9, backend="cuda")
     held = run(searches=1, entries=slice(1, -1))
     np.testing.assert_array_equal(held.lut[:, [0, -1]], start.lut[:, [0, -1]])
     assert (held.lut != start.lut).any()
     np.testing.assert_array_equal(run(searches=1, entries=slice(0)).lut, start.lut)
     exact = weights.dequantize(weights.encode(jnp.asarray(w), *start, bits=4, group_size=64))
-    same = refit(exact, jnp.asarray(importance), start, 64, searches=2, max_rounds=9, body="cuda")
+    same = refit(exact, jnp.asarray(importance), start, 64, searches=2, max_rounds=9, backend="cuda")
     for ours, theirs in zip(same, start, strict=True):
         np.testing.assert_array_equal(ours, theirs)
 
@@ -118,7 +118,7 @@ def test_company_and_powers_of_two_change_no_bit() -> None:
     w, importance = layer()
     many = np.tile(w, (60, 1))
     start = start_of(many, 64, 4, offsets=True, table="bfloat16", scale="bfloat16")
-    options: dict[str, Any] = dict(searches=2, max_rounds=50, body="cuda")
+    options: dict[str, Any] = dict(searches=2, max_rounds=50, backend="cuda")
     whole = refit(jnp.asarray(many), jnp.asarray(importance), start, 64, **options)
     first = jax.tree.map(lambda a: a[:N], start)
     alone = refit(jnp.asarray(w), jnp.asarray(importance), first, 64, **options)
@@ -138,7 +138,7 @@ def test_what_is_not_finite_stays_in_its_row() -> None:
     bad = w.copy()
     bad[2, 5] = np.nan
     clean, spoilt = (
-        refit(jnp.asarray(a), jnp.asarray(importance), start, 64, searches=1, max_rounds=9, body="cuda")
+        refit(jnp.asarray(a), jnp.asarray(importance), start, 64, searches=1, max_rounds=9, backend="cuda")
         for a in (w, bad)
     )
     for found, good, given in zip(spoilt, clean, start, strict=True):
@@ -162,9 +162,9 @@ def test_it_is_lowered_to_one_call() -> None:
 
 @pytest.mark.parametrize("platform", ["cpu", "tpu"])
 def test_what_it_declines_it_says(platform: str) -> None:
-    assert bodies.CUDA.supports(platform) == f"it is CUDA for NVIDIA GPUs, the rows are on {platform!r}"
+    assert backends.BACKENDS.named("cuda").supports(platform) == f"it runs on cuda, not on {platform}"
 
 
 def test_without_the_library_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registration, "_register", lambda kind: f"no {kind} library is built")
-    assert bodies.CUDA.supports("gpu") == "no cuda library is built"
+    assert backends.BACKENDS.named("cuda").supports("cuda") == "no cuda library is built"

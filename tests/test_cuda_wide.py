@@ -17,7 +17,7 @@ import any4_jax as a4
 from any4_jax.matmul import matmul
 from any4_jax.together import matmul_each
 from cuda_ffi import build
-from cuda_ffi.lut_product_cuda import DEQUANTIZE, PRODUCT, is_wide, on_hopper
+from cuda_ffi.lut_product_cuda import DEQUANTIZE, PRODUCT, is_fast, is_wide, on_hopper
 
 hopper = pytest.mark.skipif(not on_hopper(), reason="needs a GPU of compute capability 9.0")
 
@@ -39,7 +39,7 @@ def test_every_instance(g: int, offsets: bool, dtype: str) -> None:
         (513, 200, 576),
     ):
         w, x = leaf(n, k, g=g, offsets=offsets, row_tables=m != 100), rows(m, k, dtype=dtype)
-        assert is_wide(matrix(w), x.dtype, 4, w.group_size)
+        assert is_wide(matrix(w), x.dtype, w.shape[1], 4, w.group_size)
         check(product(x, w), x, w)
 
 
@@ -55,7 +55,7 @@ def test_every_kind_of_scale() -> None:
     ):
         half = fields["scale"] == jnp.float16
         w, x = leaf(520, 320, **fields), rows(90, 320, dtype="float16" if half else "bfloat16")
-        assert is_wide(matrix(w), x.dtype, 4, w.group_size)
+        assert is_wide(matrix(w), x.dtype, w.shape[1], 4, w.group_size)
         check(product(x, w), x, w)
 
 
@@ -117,6 +117,7 @@ def test_on_hopper_there_is_no_dense_weight(on: str, called: str) -> None:
     assert ("96x512xbf16" in text) == (called == DEQUANTIZE)
 
 
+@native
 @pytest.mark.parametrize(
     ("fields", "dtype", "taken"),
     [
@@ -135,7 +136,32 @@ def test_on_hopper_there_is_no_dense_weight(on: str, called: str) -> None:
 )
 def test_what_it_takes(fields: dict[str, Any], dtype: str, taken: bool) -> None:
     w = leaf(**{"n": 40, "k": 64, **fields})
-    assert is_wide(matrix(w), jnp.dtype(dtype), w.bits, w.group_size) == taken
+    assert is_wide(matrix(w), jnp.dtype(dtype), w.shape[1], w.bits, w.group_size) == taken
+
+
+@native
+@pytest.mark.parametrize(
+    ("fields", "dtype", "fast"),
+    [
+        (dict(), "bfloat16", True),
+        (dict(), "float16", True),
+        (dict(g=32), "bfloat16", True),
+        (dict(g=32), "float16", False),
+        (dict(g=16), "bfloat16", False),
+        (dict(g=32, scale=jnp.uint8, offsets=False), "bfloat16", True),
+        (dict(g=32, scale=jnp.uint8), "bfloat16", False),
+        (dict(g=64, scale=jnp.uint8, offsets=False), "bfloat16", False),
+        (dict(scale=jnp.float16), "float16", False),
+        (dict(bits=3), "bfloat16", False),
+        (dict(bits=8), "bfloat16", False),
+        (dict(n=48), "bfloat16", False),
+        (dict(k=384), "bfloat16", False),
+    ],
+    ids=str,
+)
+def test_what_the_kernel_for_fewer_rows_takes(fields: dict[str, Any], dtype: str, fast: bool) -> None:
+    w = leaf(**{"n": 64, "k": 512, "g": 128, **fields})
+    assert is_fast(matrix(w), jnp.dtype(dtype), w.shape[1], w.bits, w.group_size) == fast
 
 
 def test_files_for_hopper_alone_are_compiled_for_it_alone() -> None:

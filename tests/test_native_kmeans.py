@@ -1,6 +1,6 @@
-"""The C++ solver: every instruction set against float64, threads, vmap, the choice of a body, and life without it.
+"""The C++ solver: every instruction set against float64, threads, vmap, the choice of a backend, and life without it.
 
-What both bodies must do, tests/test_clustering.py asks of each.
+What every backend must do, tests/test_clustering.py asks of each.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from test_clustering import METHODS, ROWS, least_error, make_rows, make_weights, partition_error, same
 
-from any4_jax.clustering import bodies, inits, kmeans_1d
+from any4_jax.clustering import backends, inits, kmeans_1d
 from cuda_ffi import kmeans, registration
 
 LENGTH = 160
@@ -25,7 +25,7 @@ def solve(rows, weights=None, k=16, solver="exact", init=None, isa="auto"):
         found = kmeans.exact(rows, weights, k=k, isa=isa)
     else:
         numbers = inits.numbers(init, 2 * rows.shape[1], k, seed=0)
-        start = bodies._STARTS[init]
+        start = backends._STARTS[init]
         found = kmeans.lloyd(rows, weights, numbers, np.float32(1e-4), k=k, start=start, max_iter=300, isa=isa)
     return tuple(np.asarray(a) for a in found)
 
@@ -124,28 +124,27 @@ def test_the_platform_decides_where_the_program_is_lowered(library):
     assert "any4_cpu_kmeans" not in traced.lower(lowering_platforms=("cuda",)).as_text()
 
 
-def test_rows_at_hand_take_the_body_of_their_device(library):
+def test_rows_at_hand_take_the_backend_of_their_device(library):
     rows = make_rows("normal", 3, LENGTH)
-    assert bodies.choose(jnp.asarray(rows)) == "cpu"
+    assert backends.BACKENDS.choose(None, "exact", arrays=(jnp.asarray(rows), None)) == "cpu"
     same(jax.tree.leaves(kmeans_1d(rows, 16)), solve(rows))
 
 
 def test_without_a_library(monkeypatch):
     monkeypatch.setattr(registration, "_register", lambda kind: f"no {kind} library is built")
     rows = np.ones((2, 4), np.float32)
-    assert bodies.choose(rows) == "jnp"
+    assert backends.BACKENDS.choose(None, "exact", arrays=(rows,)) == "xla"
     # Of a shape of its own: what was traced with a library stays as it was.
     lowered = jax.jit(lambda r: kmeans_1d(r, 3).codes).lower(jax.ShapeDtypeStruct((2, 7), jnp.float32))
     assert "any4_cpu_kmeans" not in lowered.as_text()
     with pytest.raises(ValueError, match="no cpu library is built"):
-        kmeans_1d(rows, 2, body="cpu")
+        kmeans_1d(rows, 2, backend="cpu")
     with pytest.raises(RuntimeError, match="no cpu library is built"):
         kmeans.exact(rows, None, k=2)
 
 
-def test_a_body_that_runs_elsewhere_is_refused():
-    reason = bodies.CPU.supports("gpu", "exact")
-    assert reason is not None and "'gpu'" in reason
+def test_a_backend_that_runs_elsewhere_is_refused():
+    assert backends.BACKENDS.named("cpu").supports("exact", "cuda") == "it runs on cpu, not on cuda"
 
 
 @pytest.mark.parametrize(

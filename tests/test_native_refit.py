@@ -1,6 +1,6 @@
-"""The C++ refit: every instruction set on every form of row, threads, vmap, the choice of a body, life without it.
+"""The C++ refit: every instruction set on every form of row, threads, vmap, the choice of a backend, life without it.
 
-That it reaches what the other bodies do, tests/test_refit.py asks.
+That it reaches what the other backends do, tests/test_refit.py asks.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from any4_jax.refit import Fit, bodies, refit
-from any4_jax.refit.jnp_body import SETTLED
+from any4_jax.refit import Fit, backends, refit
 from any4_jax.refit.scale_search import FITS, starts
+from any4_jax.refit.xla import SETTLED
 from cuda_ffi import refit as native
 from cuda_ffi import registration
 
@@ -187,7 +187,7 @@ def test_vmap(over, library):
     whole = problem.refit()
 
     def call(w, h, fit):
-        return refit(w, h, fit, 32, searches=2, max_rounds=300, body="cpu")
+        return refit(w, h, fit, 32, searches=2, max_rounds=300, backend="cpu")
 
     if over == "rows":
         stacked = jax.tree.map(lambda a: jnp.asarray(a).reshape(3, 4, -1), (problem.w, problem.start))
@@ -220,17 +220,16 @@ def test_without_a_library(monkeypatch):
     assert "any4_cpu_refit" not in lowered(3, "cpu")
     problem = Problem()
     with pytest.raises(ValueError, match="no cpu library is built"):
-        refit(jnp.asarray(problem.w), problem.h, problem.start, 32, searches=0, max_rounds=1, body="cpu")
+        refit(jnp.asarray(problem.w), problem.h, problem.start, 32, searches=0, max_rounds=1, backend="cpu")
     with pytest.raises(RuntimeError, match="no cpu library is built"):
         problem.refit()
 
 
-def test_a_body_that_there_is_not_or_that_runs_elsewhere_is_refused():
+def test_a_backend_that_there_is_not_or_that_runs_elsewhere_is_refused():
     problem = Problem()
-    with pytest.raises(ValueError, match="body='fast', there are .*'jnp'"):
-        refit(jnp.asarray(problem.w), problem.h, problem.start, 32, searches=0, max_rounds=1, body="fast")
-    reason = bodies.CPU.supports("gpu")
-    assert reason is not None and "'gpu'" in reason
+    with pytest.raises(ValueError, match="backend='fast', there are .*'xla'"):
+        refit(jnp.asarray(problem.w), problem.h, problem.start, 32, searches=0, max_rounds=1, backend="fast")
+    assert backends.BACKENDS.named("cpu").supports("cuda") == "it runs on cpu, not on cuda"
 
 
 def test_an_empty_batch(library):

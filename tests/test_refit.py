@@ -1,6 +1,6 @@
 """The refit on stored dtypes: it never raises a row's error, each part lowers it, what it may not change it leaves.
 
-What else the C++ body must do, tests/test_native_refit.py asks.
+What else the C++ backend must do, tests/test_native_refit.py asks.
 """
 
 import dataclasses
@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 from any4_jax import statistics, weights
+from any4_jax.choice import default_platform
 from any4_jax.methods import Any4, quantize
-from any4_jax.refit import Fit, bodies, refit
+from any4_jax.refit import Fit, backends, refit
 from any4_jax.refit.groups import Groups, cells_of, errors, errors_from, least_squares, levels_of, moments_of
 from any4_jax.refit.scale_search import search_scales
 
@@ -53,10 +54,10 @@ def learned(method: Any4) -> weights.QuantizedTensor:
     return quantize(jnp.asarray(W), method, STATS)
 
 
-@pytest.fixture(params=[body.name for body in bodies.BODIES])
-def body(request) -> str:
-    """Each of the refit's bodies that works here."""
-    reason = next(b for b in bodies.BODIES if b.name == request.param).supports(jax.default_backend())
+@pytest.fixture(params=[option.name for option in backends.BACKENDS.options])
+def backend(request) -> str:
+    """Each of the refit's backends that works here."""
+    reason = backends.BACKENDS.named(request.param).supports(default_platform())
     if reason is not None:
         pytest.skip(reason)
     return request.param
@@ -67,15 +68,15 @@ def start() -> weights.QuantizedTensor:
     return learned(PLAIN)
 
 
-def rounds(number: int, w: jax.Array, body: str) -> Fit:
+def rounds(number: int, w: jax.Array, backend: str) -> Fit:
     fit = Fit(start().lut, start().scales, start().offsets)
-    return refit(w, SEEN.second_moment, fit, G, searches=1, max_rounds=number, body=body)
+    return refit(w, SEEN.second_moment, fit, G, searches=1, max_rounds=number, backend=backend)
 
 
-def test_no_round_raises_a_rows_error(body) -> None:
+def test_no_round_raises_a_rows_error(backend) -> None:
     before = [stored_error(start())]
     for number in (1, 3):
-        fit = rounds(number, jnp.asarray(W), body)
+        fit = rounds(number, jnp.asarray(W), backend)
         before.append(stored_error(weights.encode(jnp.asarray(W), *fit, bits=4, group_size=G)))
         assert (before[-1] <= before[-2] * (1 + 1e-6)).all()
     assert before[1].sum() < 0.95 * before[0].sum()
@@ -96,31 +97,31 @@ def test_every_row_is_below_the_published_recipe(fields) -> None:
     assert ours.sum() < 0.9 * paper.sum()
 
 
-def test_a_refit_goes_nowhere_from_what_is_exact(body) -> None:
+def test_a_refit_goes_nowhere_from_what_is_exact(backend) -> None:
     """All weights are on the stored table already: no error, nothing to win, nothing changes."""
-    fit = rounds(3, weights.dequantize(start()), body)
+    fit = rounds(3, weights.dequantize(start()), backend)
     for ours, theirs in zip(fit, (start().lut, start().scales, start().offsets), strict=True):
         np.testing.assert_array_equal(ours, theirs)
 
 
-def test_the_ends_of_a_table_may_be_held(body) -> None:
+def test_the_ends_of_a_table_may_be_held(backend) -> None:
     fit = Fit(start().lut, start().scales, start().offsets)
     options = {"searches": 0, "max_rounds": 2, "entries": slice(1, -1)}
-    held = refit(jnp.asarray(W), SEEN.second_moment, fit, G, **options, body=body)
+    held = refit(jnp.asarray(W), SEEN.second_moment, fit, G, **options, backend=backend)
     np.testing.assert_array_equal(held.lut[:, [0, -1]], start().lut[:, [0, -1]])
     assert (np.asarray(held.lut) != np.asarray(start().lut)).any()
 
 
-@pytest.mark.parametrize("body", [b.name for b in bodies.BODIES[:-1]], indirect=True)
+@pytest.mark.parametrize("backend", [option.name for option in backends.BACKENDS.options[:-1]], indirect=True)
 @pytest.mark.parametrize("fields", [{}, {"bits": 3, "symmetric": True, "scale_dtype": "float16"}], ids=["4", "3"])
-def test_bodies_agree(fields, body) -> None:
+def test_backends_agree(fields, backend) -> None:
     """In what they reach: float32 rounding may choose another of two scales that are as good."""
     begun = learned(dataclasses.replace(PLAIN, **fields))
     fit = Fit(begun.lut, begun.scales, begun.offsets)
     bits = fields.get("bits", 4)
     reached = []
-    for name in ("jnp", body):
-        found = refit(jnp.asarray(W), SEEN.second_moment, fit, G, searches=1, max_rounds=3, body=name)
+    for name in ("xla", backend):
+        found = refit(jnp.asarray(W), SEEN.second_moment, fit, G, searches=1, max_rounds=3, backend=name)
         reached.append(stored_error(weights.encode(jnp.asarray(W), *found, bits=bits, group_size=G)))
     assert (np.abs(reached[1] / reached[0] - 1) < 1e-3).mean() > 0.9
     np.testing.assert_allclose(reached[1].sum(), reached[0].sum(), rtol=1e-3)

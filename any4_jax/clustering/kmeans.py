@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from any4_jax.clustering import inits
-from any4_jax.clustering.bodies import check_body, choose, solve
-from any4_jax.clustering.jnp_body import Options, default_chunk, padded_length
+from any4_jax.clustering.backends import BACKENDS, solve
+from any4_jax.clustering.xla import Options, default_chunk, padded_length
 
 SOLVERS = ("exact", "lloyd")
 
@@ -79,7 +79,7 @@ def kmeans_1d(
     tol: float = 1e-4,
     seed: int = 0,
     chunk_rows: int | None = None,
-    body: str | None = None,
+    backend: str | None = None,
 ) -> KMeans:
     """Cluster each row of rows [R, K] (any float dtype, computed in float32) into k levels.
 
@@ -88,15 +88,15 @@ def kmeans_1d(
         "int" (evenly spaced), "nf4" (k = 16) or "quantile".
     max_iter, tol, seed: Lloyd only. It stops when the squared shift of the centroids is at most tol times the
         row's weighted variance. Every row uses the same random numbers.
-    chunk_rows: rows that "jnp" solves together (None: chosen from K). It bounds memory and changes no bit of the
+    chunk_rows: rows that "xla" solves together (None: chosen from K). It bounds memory and changes no bit of the
         result, and neither does the order of the rows; rows * 2**n gives centroids * 2**n exactly.
-    body: "cuda" (NVIDIA GPUs, the exact solver alone), "cpu" (C++) or "jnp" (everywhere); None takes the first that
-        works where the program runs. They agree up to float32 rounding, and in the codes where no other clustering is
+    backend: "cuda" (NVIDIA GPUs, the exact solver alone), "cpu" (C++) or "xla" (everywhere); None takes the first that
+        works where the program runs. They agree up to float32 rounding, and in the codes unless another clustering is
         as good.
 
     Weights more than 1e30 times smaller than a row's largest count as zero. Works under jit, where values are
-    not checked. Raises ValueError for bad shapes, options, NaN, infinities, negative weights or a named body that
-    can't, TypeError for dtypes.
+    not checked. Raises ValueError for bad shapes, options, NaN, infinities, negative weights or a named backend that
+    can't run, TypeError for dtypes.
     """
     rows = rows if isinstance(rows, jax.Array) else np.asarray(rows)
     if sample_weight is not None and not isinstance(sample_weight, jax.Array):
@@ -109,12 +109,7 @@ def kmeans_1d(
     _check_values("rows", rows, signed=True)
     if sample_weight is not None:
         _check_values("sample_weight", sample_weight, signed=False)
-    traced = isinstance(rows, jax.core.Tracer) or isinstance(sample_weight, jax.core.Tracer)
-    if body is not None:
-        check_body(body, rows, solver)
-    elif not traced:
-        # Known now: nothing else need be traced.
-        body = choose(rows, solver)
+    backend = BACKENDS.choose(backend, solver, arrays=(rows, sample_weight))
     lloyd = solver == "lloyd"
     start = (init or "kmeans++") if lloyd else ""
     options = Options(
@@ -125,4 +120,4 @@ def kmeans_1d(
         chunk_rows=chunk_rows or default_chunk(*rows.shape),
     )
     numbers = inits.numbers(start, padded_length(rows.shape[1]), k, seed) if lloyd else None
-    return KMeans(*solve(rows, sample_weight, np.float32(tol), numbers, options=options, body=body))
+    return KMeans(*solve(rows, sample_weight, np.float32(tol), numbers, options=options, backend=backend))

@@ -6,17 +6,13 @@
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
-#include <functional>
 #include <limits>
-#include <memory>
 #include <random>
-#include <thread>
-#include <utility>
 #include <vector>
 
-#include "isa.h"
 #include "kmeans.h"
-#include "threads.h"
+#include "pool.h"
+#include "rows.h"
 
 namespace {
 
@@ -89,34 +85,34 @@ bool Consistent(const Problem& p, const std::vector<float>& centroids, const std
   return true;
 }
 
-bool Check(const Case& c, const any4::KMeansKernel& kernel, KMeansStart start, int64_t row) {
-  const Problem p = Draw(c, row);
+std::vector<float> Numbers(const Case& c) {
   std::mt19937 random(7);
   std::uniform_real_distribution<float> uniform(0.01f, 0.99f);
   std::vector<float> numbers(std::max<int64_t>(c.length, c.clusters * 4));
   for (float& number : numbers) number = uniform(random);
   std::sort(numbers.begin(), numbers.begin() + c.clusters);
-  const any4::KMeansOptions options{c.clusters, start, numbers.data(), 4, 50, 0};
+  return numbers;
+}
 
+bool Check(const Case& c, const any4::KMeansKernel& kernel, const any4::KMeansOptions& options, int64_t row,
+           char* scratch) {
+  const Problem p = Draw(c, row);
   std::vector<float> centroids(c.clusters);
   std::vector<uint8_t> codes(c.length);
   float inertia = -1;
-  const auto bytes = static_cast<size_t>(kernel.scratch_bytes(c.length, options) + 63) / 64 * 64;
-  const std::unique_ptr<char, decltype(&std::free)> scratch(static_cast<char*>(std::aligned_alloc(64, bytes)),
-                                                            &std::free);
-  kernel.solve({p.values.data(), c.weighted ? p.weights.data() : nullptr, c.length}, options, scratch.get(),
+  kernel.solve({p.values.data(), c.weighted ? p.weights.data() : nullptr, c.length}, options, scratch,
                {centroids.data(), codes.data(), &inertia});
 
   double cost;
   const bool consistent = Consistent(p, centroids, codes, &cost);
   const double optimum = Optimum(p, c.clusters), slack = 1e-5 * (1 + optimum);
-  const bool exact = start == KMeansStart::kNone;
+  const bool exact = options.start == KMeansStart::kNone;
   if (consistent && std::abs(cost - inertia) <= slack && cost >= optimum - slack &&
       (!exact || cost <= optimum + slack)) {
     return true;
   }
   std::printf("length=%ld clusters=%ld start=%d row=%ld: cost %g, inertia %g, least %g\n", long(c.length),
-              long(c.clusters), int(start), long(row), cost, inertia, optimum);
+              long(c.clusters), int(options.start), long(row), cost, inertia, optimum);
   return false;
 }
 
@@ -124,21 +120,22 @@ bool Check(const Case& c, const any4::KMeansKernel& kernel, KMeansStart start, i
 
 int main() {
   int cases = 0;
-  for (const auto* kernel : {any4::PortableKMeans(), any4::Avx2KMeans(), any4::Avx512KMeans()}) {
-    if (kernel == nullptr) continue;
-    if (kernel == any4::Avx2KMeans() && !any4::IsaNamed("avx2")) continue;
-    if (kernel == any4::Avx512KMeans() && !any4::IsaNamed("avx512")) continue;
+  for (const any4::Isa isa : InstructionSets()) {
+    const auto& kernel = any4::KernelFor(isa, any4::PortableKMeans(), any4::Avx2KMeans(), any4::Avx512KMeans());
     for (const auto start : {KMeansStart::kNone, KMeansStart::kPlusPlus, KMeansStart::kRandom, KMeansStart::kSpread,
                              KMeansStart::kQuantile}) {
       for (const Case& c : kCases) {
-        std::vector<std::thread> threads;
-        any4::Executor executor{1 + cases % 3, [&](std::function<void()> task) { threads.emplace_back(std::move(task)); }};
-        std::atomic<bool> right{true};
-        any4::ParallelFor(executor, kRows, [&](int64_t row) {
-          if (!Check(c, *kernel, start, row)) right = false;
-        });
-        for (std::thread& thread : threads) thread.join();
-        if (!right) return EXIT_FAILURE;
+        const std::vector<float> numbers = Numbers(c);
+        const any4::KMeansOptions options{c.clusters, start, numbers.data(), 4, 50, 0};
+        const int64_t bytes = kernel.scratch_bytes(c.length, options);
+        std::atomic<int64_t> right{0};
+        {
+          Pool pool;
+          any4::ForRows(pool.executor(1 + cases % 3), kRows, bytes, [&](int64_t begin, int64_t end, char* scratch) {
+            for (int64_t row = begin; row < end; ++row) right += Check(c, kernel, options, row, scratch);
+          });
+        }
+        if (right != kRows) return EXIT_FAILURE;
         ++cases;
       }
     }

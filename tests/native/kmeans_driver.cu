@@ -21,10 +21,10 @@ void Solve(int length, int clusters, Weights which, int64_t count) {
                               count,
                               length,
                               clusters};
-  const any4::KMeansPlan plan = any4::PlanKMeans(rows);
-  const Device<uint8_t> scratch(plan.slots * plan.slot_bytes);
+  const any4::Slots slots = any4::KMeansSlots(rows);
+  const Device<uint8_t> scratch(slots.count * slots.bytes);
   const any4::KMeansResult result{centroids.get(), codes.get(), inertia.get()};
-  Need(any4::SolveKMeans(rows, result, plan, scratch.get(), nullptr), "the launch");
+  Need(any4::SolveKMeans(rows, result, slots, scratch.get(), nullptr), "the launch");
   for (const float cost : inertia.Download()) {
     if (std::isfinite(cost)) continue;
     std::printf("%d values, %d clusters: inertia %f\n", length, clusters, cost);

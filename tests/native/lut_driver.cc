@@ -5,13 +5,12 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <mutex>
 #include <random>
-#include <thread>
 #include <vector>
 
 #include "lut_kernel.h"
 #include "lut_product.h"
+#include "pool.h"
 
 namespace {
 
@@ -25,22 +24,6 @@ constexpr Shape kShapes[] = {
     {1, 7, 300, 32, true, true, false},   {2, 5, 515, 64, false, false, false}, {3, 9, 130, 7, true, true, false},
     {4, 66, 2100, 128, true, true, false}, {7, 13, 96, 16, true, false, true},   {100, 9, 264, 8, true, true, false},
     {1, 1, 1, 1, false, true, false},     {5, 6, 33, 33, true, true, true},     {1, 3, 4097, 128, true, true, false},
-};
-
-// XLA's pool is not at hand: threads of its own, which a driver can afford.
-struct Threads {
-  std::mutex mutex;
-  std::vector<std::thread> running;
-
-  any4::Executor executor(int64_t count) {
-    return {count, [this](std::function<void()> task) {
-              const std::lock_guard<std::mutex> lock(mutex);
-              running.emplace_back(std::move(task));
-            }};
-  }
-  ~Threads() {
-    for (std::thread& thread : running) thread.join();
-  }
 };
 
 uint16_t ToBfloat16(float value) {
@@ -103,9 +86,9 @@ bool Check(const Shape& s, int bits, any4::Type type, any4::Isa isa, int64_t thr
   const bool is_float = type == Type::kFloat32;
   const any4::Product product{w, is_float ? static_cast<void*>(y.data()) : y16.data()};
   {
-    Threads threads;
+    Pool pool;
     any4::LutProducts(&product, 1, is_float ? static_cast<void*>(x.data()) : x16.data(), s.m, type, isa,
-                     threads.executor(thread_count));
+                      pool.executor(thread_count));
   }
   for (int64_t m = 0; m < s.m; ++m) {
     for (int64_t n = 0; n < s.n; ++n) {
@@ -134,13 +117,11 @@ bool Check(const Shape& s, int bits, any4::Type type, any4::Isa isa, int64_t thr
 
 int main() {
   int cases = 0;
-  for (const char* name : {"portable", "avx2", "avx512"}) {
-    const auto isa = any4::IsaNamed(name);
-    if (!isa) continue;
+  for (const any4::Isa isa : InstructionSets()) {
     for (int bits : {1, 2, 3, 4, 5, 6, 8}) {
       for (const Shape& shape : kShapes) {
         const any4::Type type = cases % 2 == 0 ? any4::Type::kFloat32 : any4::Type::kBfloat16;
-        if (!Check(shape, bits, type, *isa, 1 + cases % 4)) return EXIT_FAILURE;
+        if (!Check(shape, bits, type, isa, 1 + cases % 4)) return EXIT_FAILURE;
         ++cases;
       }
     }

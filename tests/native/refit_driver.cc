@@ -5,17 +5,13 @@
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
-#include <functional>
 #include <limits>
-#include <memory>
 #include <random>
-#include <thread>
-#include <utility>
 #include <vector>
 
-#include "isa.h"
+#include "pool.h"
 #include "refit.h"
-#include "threads.h"
+#include "rows.h"
 
 namespace {
 
@@ -65,7 +61,7 @@ double Error(const Case& c, const any4::RefitOptions& options, const Problem& p,
   return error;
 }
 
-bool Check(const Case& c, const any4::RefitKernel& kernel, const any4::Executor& executor) {
+bool Check(const Case& c, const any4::RefitKernel& kernel, int64_t threads) {
   any4::RefitOptions options{};
   options.inputs = c.inputs;
   options.group_size = c.group_size;
@@ -84,15 +80,17 @@ bool Check(const Case& c, const any4::RefitKernel& kernel, const any4::Executor&
   options.offset_mantissa = 23;
   const Problem start = Draw(c, options);
   Problem fit = start;
-  const auto bytes = static_cast<size_t>(kernel.scratch_bytes(options) + 63) / 64 * 64;
-  any4::ParallelFor(executor, kRows, [&](int64_t row) {
-    const std::unique_ptr<char, decltype(&std::free)> scratch(static_cast<char*>(std::aligned_alloc(64, bytes)),
-                                                              &std::free);
-    kernel.refit({1, fit.weights.data() + row * c.inputs, fit.importance.data(), fit.tables.data() + row * c.entries,
-                  fit.scales.data() + row * options.groups(),
-                  c.offsets ? fit.offsets.data() + row * options.groups() : nullptr},
-                 options, scratch.get());
-  });
+  const int64_t groups = options.groups();
+  const auto refit = [&](int64_t begin, int64_t end, char* scratch) {
+    kernel.refit({end - begin, fit.weights.data() + begin * c.inputs, fit.importance.data(),
+                  fit.tables.data() + begin * c.entries, fit.scales.data() + begin * groups,
+                  c.offsets ? fit.offsets.data() + begin * groups : nullptr},
+                 options, scratch);
+  };
+  {
+    Pool pool;
+    any4::ForRows(pool.executor(threads), kRows, kernel.scratch_bytes(options), refit);
+  }
   double before = 0, after = 0;
   for (int64_t row = 0; row < kRows; ++row) {
     const double old_error = Error(c, options, start, row), new_error = Error(c, options, fit, row);
@@ -111,16 +109,10 @@ bool Check(const Case& c, const any4::RefitKernel& kernel, const any4::Executor&
 
 int main() {
   int cases = 0;
-  for (const auto* kernel : {any4::PortableRefit(), any4::Avx2Refit(), any4::Avx512Refit()}) {
-    if (kernel == nullptr) continue;
-    if (kernel == any4::Avx2Refit() && !any4::IsaNamed("avx2")) continue;
-    if (kernel == any4::Avx512Refit() && !any4::IsaNamed("avx512")) continue;
+  for (const any4::Isa isa : InstructionSets()) {
+    const auto& kernel = any4::KernelFor(isa, any4::PortableRefit(), any4::Avx2Refit(), any4::Avx512Refit());
     for (const Case& c : kCases) {
-      std::vector<std::thread> threads;
-      any4::Executor executor{1 + cases % 3, [&](std::function<void()> task) { threads.emplace_back(std::move(task)); }};
-      const bool right = Check(c, *kernel, executor);
-      for (std::thread& thread : threads) thread.join();
-      if (!right) return EXIT_FAILURE;
+      if (!Check(c, kernel, 1 + cases % 3)) return EXIT_FAILURE;
       ++cases;
     }
   }

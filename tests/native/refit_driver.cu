@@ -20,9 +20,9 @@ void Refit(int length, int group_size, int levels, bool with_offsets) {
                              kRows,   length,     group_size, groups,       levels};
   const any4::RefitOptions options{1, 3, 0, levels, 0.01f, 3, 2, {0.9f, 1.0f, 1.1f}, {0, 0.5f, 1}, 7, 7, 10};
   const any4::RefitResult result{new_lut.get(), new_scales.get(), with_offsets ? new_offsets.get() : nullptr};
-  const any4::RefitPlan plan = any4::PlanRefit(rows);
-  const Device<uint8_t> scratch(plan.slots * plan.slot_bytes);
-  Need(any4::Refit(rows, options, result, plan, scratch.get(), nullptr), "the launch");
+  const any4::Slots slots = any4::RefitSlots(rows);
+  const Device<uint8_t> scratch(slots.count * slots.bytes);
+  Need(any4::Refit(rows, options, result, slots, scratch.get(), nullptr), "the launch");
   for (const float entry : new_lut.Download()) {
     if (std::isfinite(entry)) continue;
     std::printf("%d inputs in groups of %d, %d levels: an entry is %f\n", length, group_size, levels, entry);

@@ -15,4 +15,11 @@ Isa BestIsa();
 // "auto", "portable", "avx2" or "avx512" as an Isa; empty where the name is unknown or this processor lacks it.
 std::optional<Isa> IsaNamed(std::string_view name);
 
+// The kernel of an instruction set: the portable one where the library was built without that set's, which is null.
+template <class Kernel>
+const Kernel& KernelFor(Isa isa, const Kernel* portable, const Kernel* avx2, const Kernel* avx512) {
+  const Kernel* const kernel = isa == Isa::kAvx512 ? avx512 : isa == Isa::kAvx2 ? avx2 : portable;
+  return kernel != nullptr ? *kernel : *portable;
+}
+
 }  // namespace any4

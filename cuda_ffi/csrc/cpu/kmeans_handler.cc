@@ -1,15 +1,13 @@
-// XLA's way in to the k-means solver: checks what Python passed, and shares the rows among the threads of XLA's pool.
-#include <algorithm>
-#include <memory>
-#include <new>
+// XLA's way in to the k-means solver: checks what Python passed, and shares the rows out among XLA's threads.
 #include <optional>
 #include <string>
 #include <string_view>
 #include <utility>
 
+#include "handler.h"
 #include "isa.h"
 #include "kmeans.h"
-#include "threads.h"
+#include "rows.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace {
@@ -17,13 +15,6 @@ namespace {
 namespace ffi = xla::ffi;
 
 ffi::Error Invalid(const std::string& message) { return ffi::Error::InvalidArgument("any4_cpu_kmeans: " + message); }
-
-const any4::KMeansKernel* KernelOf(any4::Isa isa) {
-  const any4::KMeansKernel* const kernel = isa == any4::Isa::kAvx512  ? any4::Avx512KMeans()
-                                           : isa == any4::Isa::kAvx2 ? any4::Avx2KMeans()
-                                                                     : nullptr;
-  return kernel != nullptr ? kernel : any4::PortableKMeans();
-}
 
 std::optional<any4::KMeansStart> StartNamed(std::string_view name) {
   using any4::KMeansStart;
@@ -56,7 +47,7 @@ ffi::Error KMeans(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> rows, ffi::Buffer<
                   ffi::Result<ffi::Buffer<ffi::F32>> inertia,
                   std::string_view start_name, int64_t max_iter, std::string_view isa_name) {
   const auto isa = any4::IsaNamed(isa_name);
-  if (!isa) return Invalid("got isa=" + std::string(isa_name) + ", which this processor doesn't have; pass \"auto\"");
+  if (!isa) return Invalid(any4::LacksIsa(isa_name));
   const auto start = StartNamed(start_name);
   if (!start) return Invalid("got start=" + std::string(start_name) + ", which is none of its starts");
   if (rows.dimensions().size() != 2 || centroids->dimensions().size() != 2 || tol.element_count() != 1) {
@@ -75,25 +66,16 @@ ffi::Error KMeans(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> rows, ffi::Buffer<
   const any4::KMeansOptions options{k, *start, numbers.typed_data(),
                                     numbers.dimensions().size() == 2 ? numbers.dimensions()[1] : 0, max_iter,
                                     tol.typed_data()[0]};
-  const any4::KMeansKernel& kernel = *KernelOf(*isa);
-  const int64_t bytes = kernel.scratch_bytes(length, options);
-  const int64_t row_weights = weight_count == 0 ? 0 : weight_axes == 1 ? 0 : length;
-
-  any4::Executor executor;
-  executor.threads = std::max<int64_t>(pool.num_threads(), 1);
-  executor.spawn = [&pool](std::function<void()> task) { pool.Schedule(std::move(task)); };
-  // A few tasks a thread, so that scratch is rarely allocated and no thread waits long for the last one.
-  const int64_t tasks = std::min(count, 4 * executor.threads);
-  any4::ParallelFor(executor, tasks, [&](int64_t task) {
-    constexpr std::align_val_t kAlignment{64};
-    const std::unique_ptr<char, void (*)(char*)> scratch(static_cast<char*>(::operator new(bytes, kAlignment)),
-                                                         [](char* memory) { ::operator delete(memory, kAlignment); });
-    for (int64_t r = count * task / tasks; r < count * (task + 1) / tasks; ++r) {
-      const float* const row_weight = weight_count == 0 ? nullptr : weights.typed_data() + r * row_weights;
-      kernel.solve({rows.typed_data() + r * length, row_weight, length}, options, scratch.get(),
+  const auto& kernel = any4::KernelFor(*isa, any4::PortableKMeans(), any4::Avx2KMeans(), any4::Avx512KMeans());
+  const int64_t weight_stride = weight_axes == 1 ? 0 : length;
+  const auto solve = [&](int64_t begin, int64_t end, char* scratch) {
+    for (int64_t r = begin; r < end; ++r) {
+      const float* const row_weights = weight_count == 0 ? nullptr : weights.typed_data() + r * weight_stride;
+      kernel.solve({rows.typed_data() + r * length, row_weights, length}, options, scratch,
                    {centroids->typed_data() + r * k, codes->typed_data() + r * length, inertia->typed_data() + r});
     }
-  });
+  };
+  any4::ForRows(any4::ExecutorOf(pool), count, kernel.scratch_bytes(length, options), solve);
   return ffi::Error::Success();
 }
 

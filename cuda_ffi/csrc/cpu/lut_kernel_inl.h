@@ -45,13 +45,14 @@ struct Kernel {
         high = last_high;
       }
     }
-    if (in.half) {
-      codes.LoadHalf(low);
-      body(whole, codes, Step<kSteps / 2>());
-    } else {
-      codes.Load(low, high);
-      body(whole, codes, Step<kSteps>());
+    if constexpr (kHighBytes == 0) {
+      if (in.half) {
+        codes.LoadHalf(low);
+        return body(whole, codes, Step<kSteps / 2>());
+      }
     }
+    codes.Load(low, high);
+    body(whole, codes, Step<kSteps>());
   }
 
   // The scale or offset of each lane of a block.

@@ -1,34 +1,14 @@
 #include "lut_product.h"
 
 #include <algorithm>
-#include <cstdlib>
 #include <cstring>
-#include <memory>
-#include <new>
 #include <vector>
 
 #include "lut_kernel.h"
+#include "rows.h"
 
 namespace any4 {
 namespace {
-
-struct Free {
-  void operator()(float* memory) const { std::free(memory); }
-};
-using Floats = std::unique_ptr<float[], Free>;
-
-Floats Allocate(int64_t count) {
-  // Whole cache lines, which aligned_alloc asks for.
-  const size_t bytes = (static_cast<size_t>(count) * sizeof(float) + 63) / 64 * 64;
-  auto* memory = static_cast<float*>(std::aligned_alloc(64, std::max<size_t>(bytes, 64)));
-  if (memory == nullptr) throw std::bad_alloc();
-  return Floats(memory);
-}
-
-const LutKernel& KernelFor(int bits, Isa isa) {
-  const LutKernel* kernel = isa == Isa::kAvx512 ? Avx512Kernel(bits) : isa == Isa::kAvx2 ? Avx2Kernel(bits) : nullptr;
-  return kernel != nullptr ? *kernel : *PortableKernel(bits);
-}
 
 float ToFloat(uint16_t bf16) {
   const uint32_t bits = uint32_t{bf16} << 16;
@@ -76,7 +56,8 @@ void LutProducts(const Product* products, int64_t count, const void* x, int64_t 
   }
   if (m == 0 || n == 0) return;
   const LutWeight& shape = products[0].weight;
-  const LutKernel& kernel = KernelFor(shape.bits, isa);
+  const LutKernel& kernel =
+      KernelFor(isa, PortableKernel(shape.bits), Avx2Kernel(shape.bits), Avx512Kernel(shape.bits));
   const int64_t codes = CodesPerWord(shape.bits);
   const int64_t block = kernel.lanes * codes;
   const int64_t groups = shape.groups();
@@ -103,8 +84,8 @@ void LutProducts(const Product* products, int64_t count, const void* x, int64_t 
   input.relative = relative.data();
 
   const int64_t pass_rows = std::min(m, kInputRows);
-  const Floats values = Allocate(pass_rows * input.stride);
-  const Floats sums = any_offsets ? Allocate(pass_rows * input.sums_stride) : nullptr;
+  const auto values = Allocate<float>(pass_rows * input.stride);
+  const auto sums = any_offsets ? Allocate<float>(pass_rows * input.sums_stride) : nullptr;
   input.values = values.get();
   input.sums = sums.get();
 
@@ -120,6 +101,7 @@ void LutProducts(const Product* products, int64_t count, const void* x, int64_t 
     for (int64_t begin = 0; begin < product->weight.n; begin += task_rows) tasks.push_back({product, begin});
   }
 
+  const int64_t scratch_bytes = ScratchFloats(shape, input) * static_cast<int64_t>(sizeof(float));
   for (int64_t first = 0; first < m; first += pass_rows) {
     input.rows = std::min(pass_rows, m - first);
     const auto arrange = [&](int64_t row) {
@@ -140,13 +122,12 @@ void LutProducts(const Product* products, int64_t count, const void* x, int64_t 
     }
 
     const bool few = (input.rows <= 2 || input.rows == 4) && input.whole_lanes;
-    ParallelFor(executor, static_cast<int64_t>(tasks.size()), [&](int64_t index) {
+    ForTasks(executor, static_cast<int64_t>(tasks.size()), scratch_bytes, [&](int64_t index, char* scratch) {
       const auto [product, begin] = tasks[index];
       const LutWeight& weight = product->weight;
       const Output output{static_cast<char*>(product->y) + first * weight.n * item, weight.n, type};
-      const Floats scratch = Allocate(ScratchFloats(weight, input));
       const int64_t end = std::min(begin + task_rows, weight.n);
-      (few ? kernel.few : kernel.many)(weight, input, begin, end, output, scratch.get());
+      (few ? kernel.few : kernel.many)(weight, input, begin, end, output, reinterpret_cast<float*>(scratch));
     });
   }
 }

@@ -1,12 +1,10 @@
-// XLA's way in to LutProducts: checks what Python passed, and lends it the threads of XLA's own pool, which are idle
-// while a handler runs.
-#include <algorithm>
+// XLA's way in to LutProducts: checks what Python passed, and lends it XLA's threads.
 #include <optional>
 #include <string>
 #include <string_view>
-#include <utility>
 #include <vector>
 
+#include "handler.h"
 #include "lut_kernel.h"
 #include "lut_product.h"
 #include "xla/ffi/api/ffi.h"
@@ -14,6 +12,7 @@
 namespace {
 
 namespace ffi = xla::ffi;
+using any4::HasShape;
 
 std::optional<any4::Type> TypeOf(const ffi::AnyBuffer& buffer) {
   switch (buffer.element_type()) {
@@ -25,11 +24,6 @@ std::optional<any4::Type> TypeOf(const ffi::AnyBuffer& buffer) {
 }
 
 bool IsFloat(std::optional<any4::Type> type) { return type && *type != any4::Type::kE8m0; }
-
-bool HasShape(const ffi::AnyBuffer& buffer, int64_t rows, int64_t columns) {
-  const auto dims = buffer.dimensions();
-  return dims.size() == 2 && dims[0] == rows && dims[1] == columns;
-}
 
 ffi::Error Invalid(const std::string& message) {
   return ffi::Error::InvalidArgument("any4_cpu_lut_product: " + message);
@@ -78,7 +72,7 @@ ffi::ErrorOr<any4::LutWeight> WeightOf(const ffi::RemainingArgs& operands, size_
 ffi::Error Products(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::RemainingArgs operands, ffi::RemainingRets results,
                     int64_t bits, int64_t group_size, std::string_view isa) {
   const auto chosen = any4::IsaNamed(isa);
-  if (!chosen) return Invalid("got isa=" + std::string(isa) + ", which this processor doesn't have; pass \"auto\"");
+  if (!chosen) return Invalid(any4::LacksIsa(isa));
   if (bits < 1 || bits > 8 || bits == 7) return Invalid("got bits=" + std::to_string(bits) + ", need 1 to 6 or 8");
   const auto x_type = TypeOf(x);
   if (x.dimensions().size() != 2 || !IsFloat(x_type) || group_size < 1) {
@@ -96,11 +90,8 @@ ffi::Error Products(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::RemainingArgs o
     if (!HasShape(y, m, weight->n) || TypeOf(y) != x_type) return Invalid("y needs the shape [M, N] and x's dtype");
     products.push_back({*weight, y.untyped_data()});
   }
-  any4::Executor executor;
-  executor.threads = std::max<int64_t>(pool.num_threads(), 1);
-  executor.spawn = [&pool](std::function<void()> task) { pool.Schedule(std::move(task)); };
   any4::LutProducts(products.data(), static_cast<int64_t>(products.size()), x.untyped_data(), m, *x_type, *chosen,
-                    executor);
+                    any4::ExecutorOf(pool));
   return ffi::Error::Success();
 }
 

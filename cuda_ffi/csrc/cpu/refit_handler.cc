@@ -1,35 +1,23 @@
-// XLA's way in to the refit: checks what Python passed, and shares the rows among the threads of XLA's pool.
+// XLA's way in to the refit: checks what Python passed, and shares the rows out among XLA's threads.
 #include <algorithm>
 #include <cstring>
-#include <memory>
-#include <new>
 #include <string>
 #include <string_view>
 #include <utility>
 
+#include "handler.h"
 #include "isa.h"
 #include "refit.h"
-#include "threads.h"
+#include "rows.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace {
 
 namespace ffi = xla::ffi;
+using any4::HasShape;
 using Floats = ffi::Buffer<ffi::F32>;
 
 ffi::Error Invalid(const std::string& message) { return ffi::Error::InvalidArgument("any4_cpu_refit: " + message); }
-
-const any4::RefitKernel* KernelOf(any4::Isa isa) {
-  const any4::RefitKernel* const kernel = isa == any4::Isa::kAvx512  ? any4::Avx512Refit()
-                                          : isa == any4::Isa::kAvx2 ? any4::Avx2Refit()
-                                                                    : nullptr;
-  return kernel != nullptr ? kernel : any4::PortableRefit();
-}
-
-bool Is(const Floats& array, int64_t rows, int64_t columns) {
-  const auto shape = array.dimensions();
-  return shape.size() == 2 && shape[0] == rows && shape[1] == columns;
-}
 
 bool AreStored(ffi::Span<const int64_t> mantissas) {
   return mantissas.size() == 3 &&
@@ -43,7 +31,7 @@ ffi::Error Refit(ffi::ThreadPool pool, Floats weights, Floats importance, Floats
                  ffi::Span<const float> factors, ffi::Span<const float> held, int64_t fits,
                  ffi::Span<const int64_t> mantissas, std::string_view isa_name) {
   const auto isa = any4::IsaNamed(isa_name);
-  if (!isa) return Invalid("got isa=" + std::string(isa_name) + ", which this processor doesn't have; pass \"auto\"");
+  if (!isa) return Invalid(any4::LacksIsa(isa_name));
   if (weights.dimensions().size() != 2 || tables.dimensions().size() != 2) return Invalid("w and lut need two axes");
   if (!AreStored(mantissas)) return Invalid("stored dtypes have 23, 10 or 7 bits of mantissa");
   const int64_t count = weights.dimensions()[0], inputs = weights.dimensions()[1], entries = tables.dimensions()[1];
@@ -69,36 +57,27 @@ ffi::Error Refit(ffi::ThreadPool pool, Floats weights, Floats importance, Floats
     return Invalid("its sizes are out of range");
   }
   const bool has_offsets = offsets.element_count() > 0;
-  if (static_cast<int64_t>(importance.element_count()) != inputs || !Is(tables, count, entries) ||
-      !Is(scales, count, options.groups()) || (has_offsets && !Is(offsets, count, options.groups())) ||
-      !Is(*new_tables, count, entries) || !Is(*new_scales, count, options.groups()) ||
+  const int64_t groups = options.groups();
+  if (static_cast<int64_t>(importance.element_count()) != inputs || !HasShape(tables, count, entries) ||
+      !HasShape(scales, count, groups) || (has_offsets && !HasShape(offsets, count, groups)) ||
+      !HasShape(*new_tables, count, entries) || !HasShape(*new_scales, count, groups) ||
       new_offsets->element_count() != offsets.element_count()) {
     return Invalid("the shapes of its operands don't fit together");
   }
   for (auto [from, to] : {std::pair{&tables, &*new_tables}, {&scales, &*new_scales}, {&offsets, &*new_offsets}}) {
     std::memcpy(to->typed_data(), from->typed_data(), from->size_bytes());
   }
-  const any4::RefitKernel& kernel = *KernelOf(*isa);
-  const int64_t bytes = kernel.scratch_bytes(options);
-
-  any4::Executor executor;
-  executor.threads = std::max<int64_t>(pool.num_threads(), 1);
-  executor.spawn = [&pool](std::function<void()> task) { pool.Schedule(std::move(task)); };
-  // A few tasks a thread, so that scratch is rarely allocated and no thread waits long for the last one.
-  const int64_t tasks = std::min(count, 4 * executor.threads);
-  any4::ParallelFor(executor, tasks, [&](int64_t task) {
-    constexpr std::align_val_t kAlignment{64};
-    const std::unique_ptr<char, void (*)(char*)> scratch(static_cast<char*>(::operator new(bytes, kAlignment)),
-                                                         [](char* memory) { ::operator delete(memory, kAlignment); });
-    const int64_t begin = count * task / tasks, end = count * (task + 1) / tasks;
+  const auto& kernel = any4::KernelFor(*isa, any4::PortableRefit(), any4::Avx2Refit(), any4::Avx512Refit());
+  const auto refit = [&](int64_t begin, int64_t end, char* scratch) {
     const any4::RefitRows rows{end - begin,
                                weights.typed_data() + begin * inputs,
                                importance.typed_data(),
                                new_tables->typed_data() + begin * entries,
-                               new_scales->typed_data() + begin * options.groups(),
-                               has_offsets ? new_offsets->typed_data() + begin * options.groups() : nullptr};
-    kernel.refit(rows, options, scratch.get());
-  });
+                               new_scales->typed_data() + begin * groups,
+                               has_offsets ? new_offsets->typed_data() + begin * groups : nullptr};
+    kernel.refit(rows, options, scratch);
+  };
+  any4::ForRows(any4::ExecutorOf(pool), count, kernel.scratch_bytes(options), refit);
   return ffi::Error::Success();
 }
 

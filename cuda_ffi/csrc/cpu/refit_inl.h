@@ -1,4 +1,4 @@
-// The rounds of one row; included by the file of each instruction set. any4_jax/refit/jnp_body.py has the same.
+// The rounds of one row; included by the file of each instruction set. any4_jax/refit/xla.py has the same.
 #pragma once
 
 #include "refit_groups_inl.h"

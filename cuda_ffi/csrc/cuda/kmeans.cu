@@ -1,9 +1,6 @@
 // A block of threads solves one row after another, in its own slot of device memory.
-#include <algorithm>
-
 #include <math_constants.h>
 
-#include "device.h"
 #include "kmeans_exact.cuh"
 #include "kmeans_sort.cuh"
 
@@ -11,8 +8,6 @@ namespace any4 {
 namespace {
 
 constexpr int kMostClusters = 256;
-// Device memory for all slots, unless a single row takes more.
-constexpr int64_t kScratchBytes = int64_t{512} << 20;
 
 struct Shared {
   Slot slot;
@@ -128,18 +123,15 @@ __global__ void __launch_bounds__(kThreads) Solve(const KMeansRows rows, const K
 
 }  // namespace
 
-KMeansPlan PlanKMeans(const KMeansRows& rows) {
+Slots KMeansSlots(const KMeansRows& rows) {
   Slot slot;
   const int64_t bytes = slot.Place(nullptr, rows.length, rows.clusters);
-  int resident = 1;
-  cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, Solve, kThreads, 0);
-  const int64_t wanted = std::min<int64_t>(rows.count, int64_t{resident} * Multiprocessors());
-  return {static_cast<int>(std::max<int64_t>(1, std::min(wanted, kScratchBytes / bytes))), bytes};
+  return SlotsFor(reinterpret_cast<const void*>(Solve), kThreads, rows.count, bytes);
 }
 
-cudaError_t SolveKMeans(const KMeansRows& rows, const KMeansResult& result, const KMeansPlan& plan, void* scratch,
+cudaError_t SolveKMeans(const KMeansRows& rows, const KMeansResult& result, const Slots& slots, void* scratch,
                         cudaStream_t stream) {
-  Solve<<<plan.slots, kThreads, 0, stream>>>(rows, result, static_cast<char*>(scratch), plan.slot_bytes);
+  Solve<<<slots.count, kThreads, 0, stream>>>(rows, result, static_cast<char*>(scratch), slots.bytes);
   return cudaGetLastError();
 }
 

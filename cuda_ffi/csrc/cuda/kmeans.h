@@ -5,6 +5,8 @@
 
 #include <cstdint>
 
+#include "slots.h"
+
 namespace any4 {
 
 struct KMeansRows {
@@ -22,17 +24,11 @@ struct KMeansResult {
   float* inertia;    // [count]
 };
 
-// How many rows are solved at a time, and the bytes of device memory that each of them takes.
-struct KMeansPlan {
-  int slots;
-  int64_t slot_bytes;
-};
+Slots KMeansSlots(const KMeansRows& rows);
 
-KMeansPlan PlanKMeans(const KMeansRows& rows);
-
-// `scratch` holds plan.slots * plan.slot_bytes bytes, aligned to 128. Rows with NaN or infinite values give NaN.
-// The function neither allocates nor waits.
-cudaError_t SolveKMeans(const KMeansRows& rows, const KMeansResult& result, const KMeansPlan& plan, void* scratch,
+// `scratch` holds all slots, aligned to 128 bytes. Rows with NaN or infinite values give NaN. The function
+// neither allocates nor waits.
+cudaError_t SolveKMeans(const KMeansRows& rows, const KMeansResult& result, const Slots& slots, void* scratch,
                         cudaStream_t stream);
 
 }  // namespace any4

@@ -1,8 +1,8 @@
 // XLA's entry point to the k-means solver: it checks what Python passed before it launches anything.
 #include <climits>
-#include <optional>
-#include <string>
+#include <string_view>
 
+#include "handler.h"
 #include "kmeans.h"
 #include "xla/ffi/api/ffi.h"
 
@@ -10,7 +10,9 @@ namespace {
 
 namespace ffi = xla::ffi;
 
-ffi::Error Invalid(const std::string& what) { return ffi::Error::InvalidArgument("any4_cuda_kmeans: " + what); }
+constexpr std::string_view kTarget = "any4_cuda_kmeans";
+
+ffi::Error Invalid(std::string_view what) { return any4::Invalid(kTarget, what); }
 
 // `weights` are absent where they have no elements; weights [K] serve every row.
 ffi::Error KMeans(cudaStream_t stream, ffi::ScratchAllocator scratch, ffi::Buffer<ffi::F32> rows,
@@ -36,17 +38,10 @@ ffi::Error KMeans(cudaStream_t stream, ffi::ScratchAllocator scratch, ffi::Buffe
                                count,
                                static_cast<int>(length),
                                static_cast<int>(k)};
-  const any4::KMeansPlan plan = any4::PlanKMeans(taken);
-  const std::optional<void*> memory = scratch.Allocate(plan.slots * plan.slot_bytes);
-  if (!memory) {
-    return ffi::Error(ffi::ErrorCode::kResourceExhausted,
-                      "any4_cuda_kmeans: got no " + std::to_string(plan.slots * plan.slot_bytes >> 20) +
-                          " MB of device memory, which it works in; free some");
-  }
-  const cudaError_t error = any4::SolveKMeans(
-      taken, {centroids->typed_data(), codes->typed_data(), inertia->typed_data()}, plan, *memory, stream);
-  if (error == cudaSuccess) return ffi::Error::Success();
-  return ffi::Error::Internal(std::string("any4_cuda_kmeans: the launch failed: ") + cudaGetErrorString(error));
+  const any4::KMeansResult result{centroids->typed_data(), codes->typed_data(), inertia->typed_data()};
+  const any4::Slots slots = any4::KMeansSlots(taken);
+  return any4::LaunchInSlots(kTarget, scratch, slots,
+                             [&](void* memory) { return any4::SolveKMeans(taken, result, slots, memory, stream); });
 }
 
 }  // namespace

@@ -1,11 +1,9 @@
 // XLA's entry points: they check what Python passed before they launch anything.
-#include <algorithm>
-#include <initializer_list>
 #include <optional>
-#include <string>
 #include <string_view>
 #include <vector>
 
+#include "handler.h"
 #include "lut_product.h"
 #include "xla/ffi/api/ffi.h"
 
@@ -27,17 +25,11 @@ bool IsHalf(std::optional<any4::Type> type) {
   return type == any4::Type::kBfloat16 || type == any4::Type::kFloat16;
 }
 
-bool HasShape(const ffi::AnyBuffer& buffer, std::initializer_list<int64_t> shape) {
-  const auto dims = buffer.dimensions();
-  return dims.size() == shape.size() && std::equal(dims.begin(), dims.end(), shape.begin());
-}
+using any4::HasShape;
 
-ffi::Error Invalid(std::string_view what) { return ffi::Error::InvalidArgument("any4_cuda: " + std::string(what)); }
+constexpr std::string_view kTarget = "any4_cuda_lut";
 
-ffi::Error Done(cudaError_t error) {
-  if (error == cudaSuccess) return ffi::Error::Success();
-  return ffi::Error::Internal(std::string("any4_cuda: the launch failed: ") + cudaGetErrorString(error));
-}
+ffi::Error Invalid(std::string_view what) { return any4::Invalid(kTarget, what); }
 
 // The operands of each matrix: codes, high, lut, scales, offsets, index. `high`, `offsets` and `index` are absent where
 // they have no elements; all but `index` have a leading axis, the stack.
@@ -116,7 +108,7 @@ ffi::Error Products(cudaStream_t stream, ffi::RemainingArgs operands, ffi::Remai
     weights.push_back(*w);
     ys.push_back(y.untyped_data());
   }
-  return Done(any4::LutProducts(weights.data(), ys.data(), static_cast<int>(weights.size()), static_cast<int>(bits),
+  return any4::Done(kTarget, any4::LutProducts(weights.data(), ys.data(), static_cast<int>(weights.size()), static_cast<int>(bits),
                                 group_size, x.untyped_data(), m, *type, stream));
 }
 
@@ -131,7 +123,7 @@ ffi::Error Dequantize(cudaStream_t stream, ffi::RemainingArgs operands, ffi::Rem
   if (w.has_error()) return w.error();
   if (out.dimensions()[0] != w->n) return Invalid("the result needs the shape [N, K]");
   if (w->n == 0) return ffi::Error::Success();
-  return Done(any4::LutDequantize(*w, static_cast<int>(bits), group_size, out.untyped_data(), *type, stream));
+  return any4::Done(kTarget, any4::LutDequantize(*w, static_cast<int>(bits), group_size, out.untyped_data(), *type, stream));
 }
 
 auto Binding() {
@@ -148,6 +140,3 @@ auto Binding() {
 // kCmdBufferCompatible: XLA may capture them in a CUDA graph.
 XLA_FFI_DEFINE_HANDLER_SYMBOL(any4_cuda_lut_product, Products, Binding(), {ffi::Traits::kCmdBufferCompatible});
 XLA_FFI_DEFINE_HANDLER_SYMBOL(any4_cuda_lut_dequantize, Dequantize, Binding(), {ffi::Traits::kCmdBufferCompatible});
-
-// The version of XLA's FFI that the handlers were compiled for: major * 1000 + minor.
-extern "C" int any4_ffi_abi() { return XLA_FFI_API_MAJOR * 1000 + XLA_FFI_API_MINOR; }

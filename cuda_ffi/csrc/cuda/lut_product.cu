@@ -5,6 +5,7 @@
 #include <algorithm>
 
 #include "device.h"
+#include "lut_form.h"
 #include "lut_general.cuh"
 #include "lut_launch.h"
 #include "lut_wide.h"
@@ -43,15 +44,6 @@ cudaError_t LaunchGeneral(const LutLaunch& launch, cudaStream_t stream) {
                                        : OfBits<__nv_bfloat16>(launch, columns, stream);
 }
 
-// Whether LutTurns has an instance for a weight; of 4 bits, cuda_ffi/lut_product_cuda.py says the same in `is_fast`.
-bool IsForTurns(const LutWeight& w, int bits, int64_t group_size, Type type) {
-  if (w.k % (2 * kTileInputs) != 0 || w.n % (2 * kTileRows) != 0) return false;
-  const bool halves = w.scale_type == Type::kBfloat16 && (w.offsets == nullptr || w.offset_type == Type::kBfloat16);
-  if (type == Type::kFloat16) return halves && bits == 4 && group_size == kTileInputs;
-  const bool exponents = w.scale_type == Type::kE8m0 && w.offsets == nullptr && bits == 4 && group_size == 32;
-  return exponents || (halves && group_size >= (bits == 4 ? 32 : kTileInputs));
-}
-
 cudaError_t LaunchTurns(const LutLaunch& launch, cudaStream_t stream) {
   if (launch.type == Type::kFloat16) return LaunchTurnsFloat16(launch, stream);
   return launch.bits == 4 ? LaunchTurnsBfloat16(launch, stream) : LaunchTurnsWidths(launch, stream);
@@ -84,10 +76,13 @@ int WarpsOfBlock(int64_t blocks, int64_t turns, int resident) {
 
 cudaError_t LutProducts(const LutWeight* ws, void* const* ys, int count, int bits, int64_t group_size, const void* x,
                         int64_t m, Type type, cudaStream_t stream) {
-  const auto for_turns = [&](int i) { return IsForTurns(ws[i], bits, group_size, type); };
+  const auto form = [&](int i) { return FormOf(ws[i], bits, group_size, type); };
+  const auto for_turns = [&](int i) { return IsForTurns(form(i)); };
   const auto wide = [&](int i) { return WideLaunch{ws[i], ys[i], group_size, x, m, type}; };
   // Up to so many rows the other kernels are faster: they decode a weight once for 32 rows (LutTurns) or for 8.
-  const auto for_wide = [&](int i) { return m > (for_turns(i) ? 32 : 8) && IsForWide(wide(i), bits); };
+  const auto for_wide = [&](int i) {
+    return m > (for_turns(i) ? 32 : 8) && IsForWide(form(i)) && CanLaunchWide(wide(i));
+  };
   // Weights that need another kernel, or another instance of it, than the one before them begin another launch.
   const auto alike = [&](int i, int j) {
     return for_turns(i) == for_turns(j) && !for_wide(j) && (ws[i].offsets == nullptr) == (ws[j].offsets == nullptr) &&

@@ -29,17 +29,10 @@ bool IsAligned(const void* address) { return reinterpret_cast<uintptr_t>(address
 
 }  // namespace
 
-bool IsForWide(const WideLaunch& launch, int bits) {
+bool CanLaunchWide(const WideLaunch& launch) {
   const LutWeight& w = launch.w;
-  // n % 8 == 0 lets rows of y begin at multiples of 16 bytes; those of x and of codes do so, since k % 32 == 0.
-  if (bits != 4 || launch.group_size < 32 || w.n % 8 != 0) return false;
   if (w.stack * w.n > INT_MAX || launch.m > INT_MAX / 2 || w.k > INT_MAX / 2) return false;
-  if (!IsAligned(launch.x) || !IsAligned(launch.y) || !IsAligned(w.codes)) return false;
-  const bool exponents = w.scale_type == Type::kE8m0 && launch.type == Type::kBfloat16;
-  const bool halves = w.scale_type == Type::kFloat16 && launch.type == Type::kFloat16;
-  if (!exponents && !halves && w.scale_type != Type::kBfloat16) return false;
-  const Type offset_type = exponents ? Type::kBfloat16 : w.scale_type;
-  return (w.offsets == nullptr || w.offset_type == offset_type) && IsHopper();
+  return IsAligned(launch.x) && IsAligned(launch.y) && IsAligned(w.codes) && IsHopper();
 }
 
 cudaError_t LaunchWide(const WideLaunch& launch, cudaStream_t stream) {

@@ -20,9 +20,8 @@ struct WideLaunch {
   Type type;
 };
 
-// Whether LutWide takes a product on this device; but for device and addresses, cuda_ffi/lut_product_cuda.py says the
-// same in `is_wide`.
-bool IsForWide(const WideLaunch& launch, int bits);
+// Whether this device, these addresses and these sizes allow what IsForWide (lut_form.h) says of the weight.
+bool CanLaunchWide(const WideLaunch& launch);
 
 cudaError_t LaunchWide(const WideLaunch& launch, cudaStream_t stream);
 

@@ -1,7 +1,4 @@
 // A block of threads refits one row after another: each warp fits groups, and all warps fit the table.
-#include <algorithm>
-
-#include "device.h"
 #include "refit_group.cuh"
 
 namespace any4 {
@@ -198,17 +195,15 @@ auto KernelOf(int levels) { return levels == 4 ? RefitAll<4> : levels == 8 ? Ref
 
 }  // namespace
 
-RefitPlan PlanRefit(const RefitRows& rows) {
-  int resident = 1;
-  cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, KernelOf(rows.levels), kThreads, 0);
-  const int64_t slots = std::min<int64_t>(rows.count, int64_t{resident} * Multiprocessors());
-  return {static_cast<int>(slots), 2 * int64_t{rows.groups} * static_cast<int64_t>(sizeof(float))};
+Slots RefitSlots(const RefitRows& rows) {
+  const int64_t bytes = 2 * int64_t{rows.groups} * static_cast<int64_t>(sizeof(float));
+  return SlotsFor(reinterpret_cast<const void*>(KernelOf(rows.levels)), kThreads, rows.count, bytes);
 }
 
-cudaError_t Refit(const RefitRows& rows, const RefitOptions& options, const RefitResult& result, const RefitPlan& plan,
+cudaError_t Refit(const RefitRows& rows, const RefitOptions& options, const RefitResult& result, const Slots& slots,
                   void* scratch, cudaStream_t stream) {
-  KernelOf(rows.levels)<<<plan.slots, kThreads, 0, stream>>>(rows, options, result, static_cast<char*>(scratch),
-                                                             plan.slot_bytes);
+  KernelOf(rows.levels)<<<slots.count, kThreads, 0, stream>>>(rows, options, result, static_cast<char*>(scratch),
+                                                              slots.bytes);
   return cudaGetLastError();
 }
 

@@ -5,6 +5,8 @@
 
 #include <cstdint>
 
+#include "slots.h"
+
 namespace any4 {
 
 constexpr int kMostStarts = 64;
@@ -37,16 +39,10 @@ struct RefitResult {
   float* offsets;
 };
 
-// How many rows are refitted at a time, and the bytes of device memory that each of them takes.
-struct RefitPlan {
-  int slots;
-  int64_t slot_bytes;
-};
+Slots RefitSlots(const RefitRows& rows);
 
-RefitPlan PlanRefit(const RefitRows& rows);
-
-// `scratch` holds plan.slots * plan.slot_bytes bytes. The function neither allocates nor waits.
-cudaError_t Refit(const RefitRows& rows, const RefitOptions& options, const RefitResult& result, const RefitPlan& plan,
+// `scratch` holds all slots. The function neither allocates nor waits.
+cudaError_t Refit(const RefitRows& rows, const RefitOptions& options, const RefitResult& result, const Slots& slots,
                   void* scratch, cudaStream_t stream);
 
 }  // namespace any4

@@ -1,9 +1,9 @@
 // XLA's entry point to the refit: it checks what Python passed before it launches anything.
 #include <algorithm>
 #include <climits>
-#include <optional>
-#include <string>
+#include <string_view>
 
+#include "handler.h"
 #include "refit.h"
 #include "xla/ffi/api/ffi.h"
 
@@ -11,12 +11,11 @@ namespace {
 
 namespace ffi = xla::ffi;
 
-ffi::Error Invalid(const std::string& what) { return ffi::Error::InvalidArgument("any4_cuda_refit: " + what); }
+using any4::HasShape;
 
-bool HasShape(const ffi::Buffer<ffi::F32>& buffer, int64_t rows, int64_t columns) {
-  const auto dims = buffer.dimensions();
-  return dims.size() == 2 && dims[0] == rows && dims[1] == columns;
-}
+constexpr std::string_view kTarget = "any4_cuda_refit";
+
+ffi::Error Invalid(std::string_view what) { return any4::Invalid(kTarget, what); }
 
 bool IsMantissa(int64_t bits) { return bits == 7 || bits == 10 || bits == 23; }
 
@@ -38,9 +37,9 @@ ffi::Error Refit(cudaStream_t stream, ffi::ScratchAllocator scratch, ffi::Buffer
   if ((levels != 4 && levels != 8 && levels != 16) || first < 0 || stop > levels) {
     return Invalid("need tables of 4, 8 or 16 entries, and a range of them");
   }
-  if (importance.dimensions().size() != 1 || importance.dimensions()[0] != length || !HasShape(lut, count, levels) ||
-      !HasShape(scales, count, groups) || !HasShape(*new_lut, count, levels) || !HasShape(*new_scales, count, groups) ||
-      (has_offsets && (!HasShape(offsets, count, groups) || !HasShape(*new_offsets, count, groups)))) {
+  if (!HasShape(importance, {length}) || !HasShape(lut, {count, levels}) || !HasShape(scales, {count, groups}) ||
+      !HasShape(*new_lut, {count, levels}) || !HasShape(*new_scales, {count, groups}) ||
+      (has_offsets && (!HasShape(offsets, {count, groups}) || !HasShape(*new_offsets, {count, groups})))) {
     return Invalid("the shapes of its operands don't fit together");
   }
   if (factors.size() > any4::kMostStarts || held.size() != factors.size() || mantissas.size() != 3 ||
@@ -71,18 +70,10 @@ ffi::Error Refit(cudaStream_t stream, ffi::ScratchAllocator scratch, ffi::Buffer
   options.lut_mantissa = static_cast<int>(mantissas[0]);
   options.scale_mantissa = static_cast<int>(mantissas[1]);
   options.offset_mantissa = static_cast<int>(mantissas[2]);
-  const any4::RefitPlan plan = any4::PlanRefit(rows);
-  const std::optional<void*> memory = scratch.Allocate(plan.slots * plan.slot_bytes);
-  if (!memory) {
-    return ffi::Error(ffi::ErrorCode::kResourceExhausted,
-                      "any4_cuda_refit: got no " + std::to_string(plan.slots * plan.slot_bytes) +
-                          " bytes of device memory, which it works in; free some");
-  }
-  const cudaError_t error =
-      any4::Refit(rows, options, {new_lut->typed_data(), new_scales->typed_data(), new_offsets->typed_data()}, plan,
-                  *memory, stream);
-  if (error == cudaSuccess) return ffi::Error::Success();
-  return ffi::Error::Internal(std::string("any4_cuda_refit: the launch failed: ") + cudaGetErrorString(error));
+  const any4::RefitResult result{new_lut->typed_data(), new_scales->typed_data(), new_offsets->typed_data()};
+  const any4::Slots slots = any4::RefitSlots(rows);
+  return any4::LaunchInSlots(kTarget, scratch, slots,
+                             [&](void* memory) { return any4::Refit(rows, options, result, slots, memory, stream); });
 }
 
 }  // namespace

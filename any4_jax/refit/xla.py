@@ -1,4 +1,4 @@
-"""The refit in jax.numpy: it runs on every platform, and is the truth that the other bodies must match.
+"""The refit in jax.numpy: it runs on every platform, and is the truth that the other backends must match.
 
 The error of a row is sum_k h_k (w_k - lut[c_k] s_g(k) - o_g(k))^2. It is lowered in turn by the codes (nearest), the
 table (each entry alone), and the scale and offset (each group alone, in closed form; the first rounds also try other
@@ -18,7 +18,7 @@ from any4_jax.refit.scale_search import search_scales
 
 SETTLED = 3e-3
 """A row whose error falls by less than this share in a round is left alone. On SmolLM2-135M the rounds after that
-would lower the error by 0.2 % in all, and take this body up to half as long again."""
+would lower the error by 0.2 % in all, and take this backend up to half as long again."""
 
 
 class Fit(NamedTuple):
@@ -31,7 +31,7 @@ class Fit(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What is known while tracing: of `refit`'s arguments those that aren't arrays.
+    """Those of `refit`'s arguments that are known while tracing.
 
     first, stop: the table's entries that may change.
     """

@@ -1,4 +1,4 @@
-"""The solver in jax.numpy: it runs on every platform, and is the truth that the other bodies must match."""
+"""The solver in jax.numpy: it runs on every platform, and is the truth that the other backends must match."""
 
 import dataclasses
 
@@ -19,7 +19,7 @@ Clusters = tuple[jax.Array, jax.Array, jax.Array]
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What is known while tracing: of `kmeans_1d`'s arguments those that aren't arrays."""
+    """Those of `kmeans_1d`'s arguments that are known while tracing."""
 
     k: int
     solver: str
