@@ -157,7 +157,7 @@ def test_every_file_that_is_named_exists() -> None:
 
 def test_every_kind_of_thing_has_an_entry() -> None:
     kinds = ["method of one matrix", "method of a site", "method of a block", "statistic", "format"]
-    assert list(ENTRIES) == [*kinds, "kernel", "model family", "cache"]
+    assert list(ENTRIES) == [*kinds, "operator", "kernel", "solver's kernel", "model family", "cache"]
 
 
 @pytest.mark.parametrize("kind", ENTRIES)
