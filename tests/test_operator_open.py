@@ -15,7 +15,7 @@ from flax import linen, nnx
 import any4_jax as a4
 from any4_jax import methods
 from any4_jax.cli import main
-from any4_jax.methods import Int
+from any4_jax.methods import Int, Result
 from any4_jax.nn.linen import boxed
 from any4_jax.nn.nnx import Codes, Tables
 from any4_jax.product import lookup
@@ -73,20 +73,18 @@ class Blocks:
 
     name: ClassVar[str] = "blocks"
     sequential: ClassVar[bool] = False
-    samples: ClassVar[int] = 0
+    needs: ClassVar[tuple] = ()
     group_size: int = 16
 
-    def apply(self, w: jax.Array, stats: Any) -> Kronecker:
+    def apply(self, w: jax.Array, gathered: Any) -> Result:
         c, d = w.shape[0] // 2, w.shape[1] // 2
         blocks = w.reshape(2, c, 2, d).transpose(0, 2, 1, 3)
         first = blocks[0, 0]
         left = (blocks * first).sum((2, 3)) / (first**2).sum()
-        return Kronecker(left, Int(8, group_size=self.group_size).apply(first, None), jnp.ones(w.shape[0]), False)
+        right = Int(8, group_size=self.group_size).apply(first, None).operator
+        return Result(Kronecker(left, right, jnp.ones(w.shape[0]), False))
 
-    def check(self, stats_given: bool) -> None: ...
-
-    def notes(self, stats_given: bool) -> dict[str, str]:
-        return {}
+    def check(self, gathered: bool) -> None: ...
 
 
 def matrix(n: int = N, k: int = K, seed: int = 0) -> jax.Array:

@@ -1,5 +1,6 @@
 """README.md is run as a reader would run it: Python blocks in one namespace, `any4` commands, top to bottom.
 
+Its table of kernels is checked against what the kernels say, its figures against the page of measurements.
 A line `<!-- no-test: reason -->` right above a block skips that block and shows the reason.
 """
 
@@ -110,6 +111,69 @@ def test_readme_block(
         shell_only = SHELL_WORDS.intersection(words)
         assert not shell_only, f"line {block.line}: 'any4 {shlex.join(words)}' needs a shell; mark it no-test"
         assert any4(words) == 0, f"line {block.line}: 'any4 {shlex.join(words)}' did not exit with 0"
+
+
+def test_the_first_screen_installs_shows_a_result_and_compares() -> None:
+    screen = README.read_text(encoding="utf-8").split("\n## ")[0]
+    assert len(screen.splitlines()) <= 50
+    (first,) = [block for block in fenced_blocks(screen) if block.language == "python"]
+    assert len([line for line in first.code.splitlines() if line]) <= 6
+    assert screen.index("pip install") < screen.index(first.code)
+    header = next(line for line in screen.splitlines() if line.startswith("|"))
+    assert [cell.strip() for cell in header.split("|")[-5:-1]] == ["CUDA", "Pallas", "CPU (C++)", "XLA"]
+    assert all(f"`{name}(" in screen for name in ("Any4", "Int", "NF4", "FP4", "AF4", "MX4"))
+
+
+def test_the_yes_and_no_of_the_first_table_is_what_the_kernels_say() -> None:
+    import jax
+    import jax.numpy as jnp
+
+    import any4_jax as a4
+    from cuda_ffi import lut_product_cuda
+    from pallas_kernels import lut_product
+
+    rows = [line.strip("| ").split(" | ") for line in README.read_text(encoding="utf-8").splitlines()[:40]]
+    table = {cells[0]: cells[2:] for cells in rows if len(cells) == 6 and cells[0].startswith("`")}
+    cases = {
+        "`Any4()`": [a4.methods.Any4()],
+        "`Any4(bits=3)`, `Any4(bits=2)`": [a4.methods.Any4(bits=3), a4.methods.Any4(bits=2)],
+        "`Int(bits)` of 2, 3, 4 and 8 bits": [a4.methods.Int(bits=bits) for bits in (2, 3, 4, 8)],
+        "`Int(bits)` of 5 and 6 bits": [a4.methods.Int(bits=bits) for bits in (5, 6)],
+        "`NF4()`, `FP4()`, `AF4()`": [a4.methods.NF4(), a4.methods.FP4(), a4.methods.AF4()],
+        "`MX4()`": [a4.methods.MX4()],
+    }
+    assert table.keys() == cases.keys()
+    for name, methods in cases.items():
+        for method in methods:
+            q = jax.eval_shape(lambda w, m=method: a4.quantize(w, m), jax.ShapeDtypeStruct((256, 256), jnp.float32))
+            offsets = None if q.offsets is None else q.offsets.dtype
+            operands = (jnp.bfloat16, q.bits, q.group_size, 256, q.lut.dtype, q.scales.dtype, offsets)
+            able = [kernel.why_not(*operands) is None for kernel in (lut_product_cuda, lut_product)]
+            assert table[name] == ["yes" if can else "-" for can in able] + ["yes", "yes"], method
+
+
+BENCHMARKS = REPOSITORY / "examples" / "benchmarks"
+
+
+@pytest.mark.parametrize("page", ["README.md", "examples/benchmarks/README.md"])
+def test_links_lead_somewhere(page: str) -> None:
+    links = re.findall(r"\]\((?!https?:)([^)#]+)\)", (REPOSITORY / page).read_text(encoding="utf-8"))
+    assert links
+    assert [link for link in links if not ((REPOSITORY / page).parent / link).exists()] == []
+
+
+def test_every_recorded_file_is_explained() -> None:
+    page = (BENCHMARKS / "README.md").read_text(encoding="utf-8")
+    assert [path.name for path in (BENCHMARKS / "results").iterdir() if f"(results/{path.name})" not in page] == []
+
+
+def test_the_headline_figures_are_those_of_the_page_of_measurements() -> None:
+    section = README.read_text(encoding="utf-8").split("## How good, how fast")[1].split("\n## ")[0]
+    figures = [line.split("|")[2] for line in section.splitlines() if line.startswith("| ")][1:]
+    numbers = {number for cell in figures for number in re.findall(r"\d+\.\d+|\d{2,}", cell)}
+    page = (BENCHMARKS / "README.md").read_text(encoding="utf-8")
+    known = set(re.findall(r"\d+(?:\.\d+)?", page)) | {f"{float(n):.2f}" for n in re.findall(r"(\d\.\d+)x", page)}
+    assert len(numbers) > 8 and numbers <= known
 
 
 SAMPLE = """\
