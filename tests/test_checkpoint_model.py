@@ -87,7 +87,7 @@ def test_load_reads_and_makes_no_float_weights(quantized: Llama, saved: Path, mo
     assert asked
     leaves = quantized_leaves(quantized)
     for path, weight in leaves.items():
-        mine = [array for name, array in asked.items() if name.startswith(f"{path}/")]
+        mine = [array for name, array in asked.items() if name.startswith(f"{path}.kernel/")]
         assert sum(array.nbytes for array in mine) == weight.nbytes
         assert all(a.dtype == jnp.uint8 or a.size < weight.shape[0] * weight.shape[1] for a in mine)
         assert f"{path}.kernel" not in asked

@@ -2,7 +2,7 @@
 
 from any4_jax.checkpoint.manifest import Manifest
 from any4_jax.checkpoint.model import load, save
+from any4_jax.checkpoint.nested import from_arrays, to_arrays
 from any4_jax.checkpoint.store import read, read_manifest, verify, write
-from any4_jax.checkpoint.trees import from_arrays, to_arrays
 
 __all__ = ["Manifest", "from_arrays", "load", "read", "read_manifest", "save", "to_arrays", "verify", "write"]

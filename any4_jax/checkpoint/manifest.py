@@ -2,13 +2,15 @@
 
 The file is one JSON object with exactly these keys:
 
-    schema   int, SCHEMA; raised when an older reader could misread a newer file
+    schema   int, at most SCHEMA; raised when an older reader could misread a newer file
     library  {distribution: version} of the writer
     data     name of the directory beside any4.json that holds the rest, "data-" and 12 hex digits
     arrays   {name: {"shape": [int], "dtype": str, "sha256": [hex digest of each 64 MiB of C-order bytes]}}
     files    {path under the data directory: {"size": bytes, "sha256": hex digest}}, Orbax's own included
     content  whatever the caller describes its arrays with
     sha256   hex digest of the canonical JSON (sorted keys, no spaces, ASCII) of the other keys
+
+Schema 2 differs from 1 in the content of models alone (`any4_jax.checkpoint.contents`, `schema1`).
 
 The text on disk must be the encoding of what it parses to, byte for byte: a digest of parsed values alone
 would let a changed space or a duplicate key pass.
@@ -21,7 +23,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-SCHEMA = 1
+SCHEMA = 2
 DATA_NAME = re.compile(r"data-[0-9a-f]{12}")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _KEYS = {"schema", "library", "data", "arrays", "files", "content", "sha256"}

@@ -67,5 +67,7 @@ def recipe_from_spec(spec: Mapping[str, Any]) -> Recipe:
     for path, entry in sorted(spec["layers"].items()):
         method = method_from_json(entry)
         assert method is not None
-        layers.append((path, method, tuple(sorted(entry["notes"].items()))))
+        # JSON has lists for the tuples of notes.
+        notes = {name: tuple(note) if isinstance(note, list) else note for name, note in entry["notes"].items()}
+        layers.append((path, method, tuple(sorted(notes.items()))))
     return Recipe(tuple((pattern, method_from_json(entry)) for pattern, entry in spec["rules"]), tuple(layers))

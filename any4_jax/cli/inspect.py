@@ -2,7 +2,7 @@
 
 import argparse
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -10,8 +10,9 @@ import jax.numpy as jnp
 
 from any4_jax import checkpoint
 from any4_jax.checkpoint import Manifest
-from any4_jax.checkpoint.operators import operator_from_spec
+from any4_jax.checkpoint.contents import contents, current
 from any4_jax.cli.output import megabytes, table
+from any4_jax.surgery import quantized_leaves
 
 
 def add(commands: Any, common: argparse.ArgumentParser) -> None:
@@ -24,17 +25,21 @@ def add(commands: Any, common: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     manifest = checkpoint.verify(args.checkpoint)
+    content = current(manifest.content)
     sizes = {name: math.prod(a.shape) * jnp.dtype(a.dtype).itemsize for name, a in manifest.arrays.items()}
     writer = ", ".join(f"{name} {version}" for name, version in manifest.library.items())
-    print(f"{args.checkpoint}: a {manifest.content.get('kind')} checkpoint, written by {writer}")
+    print(f"{args.checkpoint}: {_subject(content)}, written by {writer}")
     print(f"checksums: all {len(manifest.files)} files are as they were written, {len(sizes)} arrays\n")
 
-    recipe = (manifest.content.get("recipe") or {}).get("layers", {})
+    recipe = (content.get("recipe") or {}).get("layers", {})
     rows, stored, weights = [], 0, 0
-    for path, operator in _operators(manifest):
-        method = (recipe.get(path) or recipe.get(_layer(path)) or {}).get("method", type(operator).__name__)
+    for place, operator in _operators(content, manifest).items():
+        named = next((name for name in _names(place) if name in recipe), None)
+        method = type(operator).__name__ if named is None else recipe[named]["method"]
         shape = " x ".join(map(str, operator.shape))
-        rows.append([path, method, f"{operator.bits_per_weight:.3f}", shape, megabytes(operator.nbytes)])
+        rows.append(
+            [_shown(place, content), method, f"{operator.bits_per_weight:.3f}", shape, megabytes(operator.nbytes)]
+        )
         stored += operator.nbytes
         weights += math.prod(operator.shape)
     if not rows:
@@ -45,43 +50,70 @@ def run(args: argparse.Namespace) -> int:
         f"\n{len(rows)} layers quantized: {8 * stored / weights:.3f} bits per weight, {megabytes(stored)} MB; "
         f"the other parameters {megabytes(sum(sizes.values()) - stored)} MB"
     )
-    for line in sorted({_settings(entry) for entry in recipe.values()}):
+    for line in _settings(recipe.values()):
         print(line)
     return 0
 
 
-def _operators(manifest: Manifest) -> Iterator[tuple[str, Any]]:
-    """Path and operator of each quantized layer, with shapes in the place of its arrays."""
+def _operators(content: Mapping[str, Any], manifest: Manifest) -> dict[str, Any]:
+    """Place in the tree and operator of each quantized layer, with shapes in the place of its arrays."""
 
     def abstract(name: str) -> Any:
         entry = manifest.arrays[name]
         return jax.ShapeDtypeStruct(entry.shape, jnp.dtype(entry.dtype))
 
-    for path, spec in _specs(manifest.content.get("layers", manifest.content.get("tree", {})), ""):
-        yield path, operator_from_spec(spec, abstract)
+    return quantized_leaves(contents(content, abstract)) if "tree" in content else {}
 
 
-def _layer(place: str) -> str:
-    """The name that a recipe has for the layer whose operator is at this place of a tree."""
-    return place.removesuffix(".kernel").removeprefix("params.")
+def _subject(content: Mapping[str, Any]) -> str:
+    """What the checkpoint is of. A caller of `checkpoint.write` may have described its arrays in a way of its own."""
+    made = (content.get("model") or {}).get("class")
+    return f"family {content.get('family')}" + (f" ({made})" if made else "")
 
 
-def _specs(node: Any, path: str) -> Iterator[tuple[str, Any]]:
-    """The operators' specifications, whether listed by path or nested as a tree."""
-    if isinstance(node, Mapping) and "operator" in node:
-        yield path, node
-    elif isinstance(node, Mapping):
-        for key, value in node.items():
-            # A tree's nodes are wrapped in {"dict": ...}, {"list": ...} and {"leaf": ...}: no part of the path.
-            wrapper = len(node) == 1 and key in ("dict", "list", "leaf")
-            yield from _specs(value, path if wrapper else f"{path}.{key}".lstrip("."))
-    elif isinstance(node, list):
-        for index, value in enumerate(node):
-            yield from _specs(value, f"{path}.{index}".lstrip("."))
+def _names(place: str) -> tuple[str, ...]:
+    """What a recipe may call the layer whose operator is at this place of the tree."""
+    inner = place.removeprefix("params.")
+    return place, inner, inner.rpartition(".")[0]
 
 
-def _settings(entry: Mapping[str, Any]) -> str:
-    """A method with its fields, and what its "auto" settings came to."""
-    fields = " ".join(f"{name}={value}" for name, value in entry["fields"].items())
-    notes = " ".join(f"{name}={value}" for name, value in entry["notes"].items())
-    return f"{entry['method']}: {fields}" + (f" (resolved: {notes})" if notes else "")
+def _shown(place: str, content: Mapping[str, Any]) -> str:
+    """The layer's path where the model has one, the place in the tree of Linen variables and plain trees."""
+    if content["family"] in ("hf_flax", "linen", "tree"):
+        return place
+    return place.rpartition(".")[0] or place
+
+
+def _settings(entries: Iterable[Mapping[str, Any]]) -> list[str]:
+    """A line for each method with its fields and what its "auto" settings came to; numbers that were found, such as a
+    searched exponent, which differ from layer to layer, as the range that they span."""
+    found: dict[str, dict[str, list[float]]] = {}
+    for entry in entries:
+        numbers = {name: _numbers(note) for name, note in entry["notes"].items()}
+        words = " ".join(f"{name}={note}" for name, note in entry["notes"].items() if not numbers[name])
+        line = f"{entry['method']}: {_fields(entry)}" + (f" (resolved: {words})" if words else "")
+        ranges = found.setdefault(line, {})
+        for name, values in numbers.items():
+            if values:
+                ranges.setdefault(name, []).extend(values)
+    return [line + "".join(_range(*item) for item in found[line].items()) for line in sorted(found)]
+
+
+def _fields(entry: Mapping[str, Any]) -> str:
+    """The fields of a method; those of a method in a field in parentheses."""
+    shown = {
+        name: f"{value['method']}({_fields(value)})" if isinstance(value, Mapping) else value
+        for name, value in entry["fields"].items()
+    }
+    return " ".join(f"{name}={value}" for name, value in shown.items())
+
+
+def _numbers(note: Any) -> list[float]:
+    """The numbers that a note is; none where it is a word or a bool."""
+    values = note if isinstance(note, list) else [note]
+    return values if all(type(value) in (int, float) for value in values) else []
+
+
+def _range(name: str, values: Sequence[float]) -> str:
+    low, high = min(values), max(values)
+    return f"; {name} {low:.4g}" + (f" to {high:.4g}" if low < high else "")

@@ -12,6 +12,7 @@ from any4_jax.models.llama_family import LLAMA
 __all__ = [
     "FAMILIES",
     "GGUF",
+    "WITHOUT_FAMILY",
     "Family",
     "by_architecture",
     "by_gguf",
@@ -21,6 +22,9 @@ __all__ = [
     "register",
 ]
 
+WITHOUT_FAMILY = ("hf_flax", "nnx", "linen", "tree")
+"""What checkpoints say in the place of a family for models that are no decoders of this library."""
+
 FAMILIES: dict[str, Family] = {}
 """Name -> family; `register` adds to it."""
 
@@ -29,8 +33,11 @@ def register(family: Family) -> Family:
     """Makes a family known.
 
     Raises:
-        ValueError: its name, module, config, an architecture or a model type is another family's.
+        ValueError: its name, module, config, an architecture or a model type is another family's, or its name is one
+            of WITHOUT_FAMILY.
     """
+    if family.name in WITHOUT_FAMILY:
+        raise ValueError(f"got family name {family.name!r}, which checkpoints use for models of none; take another")
     for other in FAMILIES.values():
         for field in ("name", "module", "config"):
             if getattr(other, field) == getattr(family, field):

@@ -12,6 +12,18 @@ from any4_jax.matmul import is_quantized
 _NAMED = 3
 
 
+class Misfit(ValueError):
+    """Contents that don't fit a model.
+
+    Attributes:
+      faults: what is wrong, a phrase that names the first entries.
+    """
+
+    def __init__(self, faults: str) -> None:
+        super().__init__(f"the contents don't fit the model: {faults}; pass the model they are from")
+        self.faults = faults
+
+
 def check(
     wanted: Mapping[str, Any],
     given: Mapping[str, Any],
@@ -19,7 +31,7 @@ def check(
     *,
     declared: bool = True,
 ) -> None:
-    """Raises ValueError, one sentence that names the first entries, unless `given` can take the place of `wanted`.
+    """Raises Misfit unless `given` can take the place of `wanted`.
 
     An operator may be in the place of a float kernel, of another operator, and the other way round, where both stand
     for a matrix of the same shape; how it is quantized is its own affair. Arrays need the same shape and dtype,
@@ -45,7 +57,7 @@ def check(
         if found
     ]
     if faults:
-        raise ValueError(f"the contents don't fit the model: {'; '.join(faults)}; pass the model they are from")
+        raise Misfit("; ".join(faults))
 
 
 def _misfit(path: str, wanted: Any, given: Any, turned: bool | None, declared: bool) -> str | None:

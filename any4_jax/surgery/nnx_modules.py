@@ -83,12 +83,17 @@ def _name(layer: Any) -> str:
     return "embedding" if isinstance(layer, nnx.Embed | Any4Embed) else "kernel"
 
 
-def fill(model: nnx.Module, given: Mapping[str, Any], recipe: Recipe | None) -> nnx.Module:
-    """A new module with other contents. What they leave out, the state of random numbers, is that of `model`."""
+def fill(model: nnx.Module, given: Mapping[str, Any], recipe: Recipe | None, *, declared: bool = True) -> nnx.Module:
+    """A new module with other contents. What they leave out, the state of random numbers, is that of `model`. For what
+    is refused, and for `declared`, see `fitting.check`."""
     wanted, new = trees.leaves(contents(model)), trees.leaves(given)
     held = holders(model)
     layers = {f"{path}.{_name(layer)}".lstrip("."): path for path, layer in held.items()}
-    fitting.check(wanted, new, lambda path: _name(held[layers[path]]) == "kernel" if path in layers else None)
+
+    def turned(path: str) -> bool | None:
+        return _name(held[layers[path]]) == "kernel" if path in layers else None
+
+    fitting.check(wanted, new, turned, declared=declared)
     done = {layers[path]: leaf for path, leaf in new.items() if is_quantized(leaf)}
     for path, layer in layers.items():
         if is_quantized(wanted[path]) and layer not in done:

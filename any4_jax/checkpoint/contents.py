@@ -1,0 +1,148 @@
+"""What a manifest says of a model, and the model that it says.
+
+The content of a manifest (schema 2) is a JSON object with these keys, whatever the model is:
+
+    family   of a decoder, its name in any4_jax.models.families; of others "hf_flax", "nnx", "linen" or "tree"
+    config   of a decoder, its config; of a Hugging Face model, its config.json; of others null
+    dtype    of the activations of these two; of others null
+    tree     arrays and operators by name: nested {"dict": {...}}, {"list": [...]} and {"leaf": ...}; a leaf is an
+             operator with its fields, or {"array": its name}
+    recipe   how it was quantized, or null
+    model    what else is known: its "class", of a Hugging Face model "generation" and "repaired" too; of trees null
+
+Contents of schema 1 come in this form from `any4_jax.checkpoint.schema1`.
+"""
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+
+from any4_jax.checkpoint import schema1
+from any4_jax.checkpoint.operators import recipe_from_spec, recipe_spec
+from any4_jax.checkpoint.trees import build_tree, describe_tree
+from any4_jax.models import families, hf_flax, hf_identity
+from any4_jax.models.base import Decoder
+from any4_jax.surgery import Recipe, container_of, fitting, linen_modules, nnx_modules, recipe_of
+
+Take = Callable[[str], Any]
+
+
+def describe(model: Any, arrays: dict[str, Any]) -> dict[str, Any]:
+    """The content that describes a model; its arrays are added to `arrays` by name, see `any4_jax.save`.
+
+    Raises:
+      TypeError: a Decoder of a class that no family has.
+      ValueError: keys that are no strings, or hold "." or "/".
+    """
+    recipe = recipe_of(model)
+    return _identity(model) | {
+        "tree": describe_tree(container_of(model).tree(model), "", arrays),
+        "recipe": None if recipe is None else recipe_spec(recipe),
+    }
+
+
+def build(content: Mapping[str, Any], take: Take, into: Any = None) -> Any:
+    """The inverse of `describe`.
+
+    Args:
+      content: of schema 2.
+      take: gives the array of a name, or a ShapeDtypeStruct in its place.
+      into: see `any4_jax.load`.
+
+    Raises:
+      ValueError: a content that is malformed or contradicts itself, or doesn't fit `into`.
+    """
+    tree, recipe = contents(content, take), recipe_in(content)
+    if is_decoder(content):
+        return _decoder(content, tree, recipe, into)
+    if content["family"] == "hf_flax":
+        with _parsing():
+            into = hf_identity.model_for(content, into)
+    return tree if into is None else container_of(into).fill(into, tree, recipe)
+
+
+def current(content: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The content of a manifest in the form of schema 2, whichever it was written in."""
+    with _parsing():
+        return schema1.upgraded(content)
+
+
+def contents(content: Mapping[str, Any], take: Take) -> Any:
+    """The tree of arrays and operators alone."""
+    with _parsing():
+        return build_tree(content["tree"], take)
+
+
+def recipe_in(content: Mapping[str, Any]) -> Recipe | None:
+    """How the model was quantized, or None."""
+    with _parsing():
+        return None if content["recipe"] is None else recipe_from_spec(content["recipe"])
+
+
+def is_decoder(content: Mapping[str, Any]) -> bool:
+    """Whether the model is a decoder of this library."""
+    with _parsing():
+        return content["family"] not in families.WITHOUT_FAMILY
+
+
+def _identity(model: Any) -> dict[str, Any]:
+    """All of a content but the tree and the recipe."""
+    if isinstance(model, Decoder):
+        family = families.family_of(model)
+        config, dtype = family.config_to_json(model.config), str(model.dtype)
+        return {"family": family.name, "config": config, "dtype": dtype, "model": {"class": type(model).__name__}}
+    if hf_flax.is_hf_flax(model):
+        return {"family": "hf_flax", **hf_identity.identity(model)}
+    known: dict[str, Any] = {"config": None, "dtype": None}
+    if isinstance(model, nnx.Module):
+        return known | {"family": "nnx", "model": {"class": type(model).__name__}}
+    if linen_modules.is_pair(model):
+        module = getattr(model[0], "inner", model[0])
+        return known | {"family": "linen", "model": {"class": type(module).__name__}}
+    return known | {"family": "tree", "model": None}
+
+
+def _decoder(content: Mapping[str, Any], tree: Any, recipe: Recipe | None, into: Any) -> nnx.Module:
+    """The decoder of a config with the contents of `tree`, made without any float weights."""
+    family = families.named(content["family"])
+    with _parsing():
+        config, dtype = family.config_from_json(content["config"]), jnp.dtype(content["dtype"])
+    if into is not None:
+        _check_decoder(into, family, config, dtype)
+    abstract = family.abstract(config, dtype)
+    try:
+        # Its weights may be of other dtypes than its activations, which the config doesn't say.
+        return nnx_modules.fill(abstract, tree, recipe, declared=False)
+    except fitting.Misfit as misfit:
+        raise ValueError(
+            f"its contents are not those of a {family.module.__name__} of its config ({misfit.faults}), so it "
+            "contradicts itself; save it again"
+        ) from None
+
+
+def _check_decoder(into: Any, family: families.Family, config: Any, dtype: Any) -> None:
+    """Raises ValueError unless `into` is a decoder of this family, config and dtype."""
+    name = family.module.__name__
+    if type(into) is not family.module:
+        raise ValueError(
+            f"it holds a {name} of this library and `into` is {container_of(into).name} ({type(into).__name__}); "
+            f"leave `into` out, or pass a {name}"
+        )
+    for field in dataclasses.fields(config):
+        ours, theirs = getattr(config, field.name), getattr(into.config, field.name)
+        if ours != theirs:
+            raise ValueError(f"its {name} has {field.name}={ours!r} and `into` has {theirs!r}; leave `into` out")
+    if into.dtype != dtype:
+        raise ValueError(f"its {name} is of {dtype} and `into` of {into.dtype}; leave `into` out")
+
+
+@contextlib.contextmanager
+def _parsing() -> Iterator[None]:
+    try:
+        yield
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"any4.json lacks or misnames {error}; save it again") from error

@@ -1,0 +1,63 @@
+"""Contents of manifests of schema 1, which had one form for decoders and another for the rest, as schema 2 has them.
+
+    {"kind": "llama", "config", "dtype", "parameters": [names], "layers": {path: operator}, "recipe"}
+    {"kind": "tree", "tree", "recipe", "model": null or {"kind", "class", and "config", "dtype", ... of "hf_flax"}}
+
+Names of arrays stay: the operator of a decoder's layer had its arrays at "<path of the layer>/<field>".
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from any4_jax.models import families
+
+# Schema 1 knew one family of decoders.
+_FAMILY = "llama"
+# The one layer of it whose matrix wasn't called "kernel".
+_EMBEDDING = "embed_tokens"
+
+
+def upgraded(content: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What a content of schema 1 says in the form of schema 2; any other content as it is."""
+    if content.get("kind") == _FAMILY:
+        return _decoder(content)
+    if content.get("kind") == "tree":
+        return _other(content)
+    return content
+
+
+def _decoder(content: Mapping[str, Any]) -> dict[str, Any]:
+    tree: dict[str, Any] = {"dict": {}}
+    for name in content["parameters"]:
+        _put(tree, name.split("."), {"array": name})
+    for path, operator in content["layers"].items():
+        _put(tree, [*path.split("."), "embedding" if path == _EMBEDDING else "kernel"], operator)
+    return {
+        "family": _FAMILY,
+        "config": content["config"],
+        "dtype": content["dtype"],
+        "tree": tree,
+        "recipe": content["recipe"],
+        "model": {"class": families.named(_FAMILY).module.__name__},
+    }
+
+
+def _other(content: Mapping[str, Any]) -> dict[str, Any]:
+    # The first checkpoints of trees had neither.
+    model, recipe = content.get("model"), content.get("recipe")
+    known = dict(model or {"kind": "tree"})
+    return {
+        "family": known.pop("kind"),
+        "config": known.pop("config", None),
+        "dtype": known.pop("dtype", None),
+        "tree": content["tree"],
+        "recipe": recipe,
+        "model": known or None,
+    }
+
+
+def _put(tree: dict[str, Any], keys: list[str], leaf: Any) -> None:
+    """Adds a leaf to a tree's JSON."""
+    for key in keys[:-1]:
+        tree = tree["dict"].setdefault(key, {"dict": {}})
+    tree["dict"][keys[-1]] = {"leaf": leaf}
