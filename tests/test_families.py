@@ -96,6 +96,15 @@ def test_it_is_calibrated_and_quantized(toy) -> None:
     assert len(a4.generate(small, [5, 9, 2], max_new_tokens=5, eos=())) == 5
 
 
+def test_it_is_saved_and_loaded(toy, tmp_path: Path) -> None:
+    small = a4.quantize_model(toy[0], NF4(group_size=8))
+    a4.save(tmp_path / "toy", small)
+    back = a4.load(tmp_path / "toy")
+    assert type(back) is toy_family.Toy and back.config == small.config and back.tokenizer == small.tokenizer
+    tokens = np.arange(3, 33)[None]
+    np.testing.assert_array_equal(back(tokens), small(tokens))
+
+
 def test_degrid_keeps_its_function(toy) -> None:
     model, _ = toy
     moved = degrid(model)

@@ -90,12 +90,12 @@ def test_statistics_die_with_their_block(model, monkeypatch) -> None:
 
     def counting(*job):
         gc.collect()
-        held.append(sum(isinstance(one, Gathered) for one in gc.get_objects()))
+        held.append(sum(type(one) is Gathered for one in gc.get_objects()))
         return real(*job)
 
     monkeypatch.setattr(matrices, "quantize_matrix", counting)
     gc.collect()
-    before = sum(isinstance(one, Gathered) for one in gc.get_objects())
+    before = sum(type(one) is Gathered for one in gc.get_objects())
     quantize_model(model, Nested(Int(4, group_size=16), by_site=False), data=TOKENS)
     assert max(held) - before <= 8, held
 

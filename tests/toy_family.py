@@ -44,13 +44,6 @@ class ToyConfig:
         return self.heads.size
 
 
-class Unrotated:
-    """The rope of models whose positions are learned."""
-
-    def rotate(self, x: jax.Array, positions: jax.Array) -> jax.Array:
-        return x
-
-
 class ToyBlock(nnx.Module):
     def __init__(self, config: ToyConfig, dtype: Any, rngs: nnx.Rngs) -> None:
         def linear(inputs: int, outputs: int) -> nnx.Linear:
@@ -68,8 +61,8 @@ class ToyBlock(nnx.Module):
         tap("in", y)
         tap("seen by nobody", y)
         heads = [f(y).reshape(*y.shape[:2], self.heads.count, -1) for f in (self.query, self.key, self.value)]
-        cache = cache.append(*heads[1:], positions, Unrotated())
-        mixed = cache.attend(heads[0], positions, Unrotated()).reshape(*y.shape[:2], -1)
+        cache = cache.append(*heads[1:], positions, None)
+        mixed = cache.attend(heads[0], positions, None).reshape(*y.shape[:2], -1)
         tap("mixed", mixed)
         inner = jnp.square(jax.nn.relu(self.up(y)))
         tap("inner", inner)
