@@ -167,8 +167,8 @@ def test_foreign_directories_and_missing_parents_are_refused(tmp_path):
     for name, error, message in (
         ("home", FileExistsError, "home is not empty and holds no any4_jax checkpoint"),
         ("file", FileExistsError, "file is a file"),
-        ("none/ckpt", FileNotFoundError, "none is no directory"),
-        ("file/ckpt", FileNotFoundError, "file is no directory"),
+        ("none/ckpt", FileNotFoundError, "none is not a directory"),
+        ("file/ckpt", FileNotFoundError, "file is not a directory"),
     ):
         with pytest.raises(error, match=message):
             checkpoint.write(tmp_path / name, {}, {})
@@ -253,7 +253,7 @@ def put(key, value):
 
 FILE_ENTRY = {"size": 0, "sha256": "0" * 64}
 FORGED = {
-    "newer": (put("schema", 3), r"newer any4_jax \(schema 3\); this one reads up to 2, upgrade"),
+    "newer": (put("schema", 3), r"newer any4_jax \(schema 3\); this one reads schemas up to 2, so upgrade"),
     "schema 0": (put("schema", 0), "is damaged: schema 0"),
     "schema true": (put("schema", True), "no integer"),
     "extra key": (put("extra", 1), "is damaged: schema 2 has the keys"),
@@ -270,14 +270,14 @@ FORGED = {
     "unknown dtype": (matrix_entry(dtype="posit8"), "dtype 'posit8'"),
     "array hash": (
         matrix_entry(sha256=["0" * 64]),
-        "'layers.0.q_proj/uint8/matrix' does not match its sha256",
+        "'layers.0.q_proj/uint8/matrix' doesn't match its sha256",
     ),
-    "hash missing": (matrix_entry(sha256=[]), "'layers.0.q_proj/uint8/matrix' does not match its sha256"),
+    "hash missing": (matrix_entry(sha256=[]), "'layers.0.q_proj/uint8/matrix' doesn't match its sha256"),
     "array missing": (
         lambda body: body["arrays"].update(ghost=body["arrays"]["layers.0.q_proj/uint8/matrix"]),
         "array 'ghost' is not readable",
     ),
-    "content": (put("content", []), '"content" that is no object'),
+    "content": (put("content", []), '"content" that is not an object'),
 }
 
 
@@ -333,7 +333,7 @@ def test_other_device_topologies(saved, tmp_path):
             print(error)
     """
     printed = run_python(script, saved, tmp_path / "four", devices=4)
-    assert "array 'layers.0.q_proj/int4/stack' of shape [2, 1, 7] does not fit" in printed
+    assert "array 'layers.0.q_proj/int4/stack' of shape [2, 1, 7] doesn't fit" in printed
     loaded = checkpoint.read(tmp_path / "four")[0]["w"]
     assert np.array_equal(loaded, np.arange(24).reshape(3, 8))
     assert loaded.devices() == {jax.devices()[0]}

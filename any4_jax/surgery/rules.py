@@ -10,7 +10,7 @@ from any4_jax.methods.base import Note
 Rules = Sequence[tuple[str, AnyMethod | None]]
 
 DEFAULT_RULES: Rules = ((r"(.*[./])?(lm_head|embed_tokens)([./].*)?", None),)
-"""Tried after the caller's rules: the head and the embedding stay as they are unless a rule of the caller names them."""
+"""Tried after the caller's rules: the head and the embedding stay as they are unless one of the caller's names them."""
 
 
 @dataclasses.dataclass(frozen=True)
