@@ -165,7 +165,7 @@ def test_foreign_directories_and_missing_parents_are_refused(tmp_path):
     (tmp_path / "home" / "thesis.tex").write_text("years of work")
     (tmp_path / "file").write_text("")
     for name, error, message in (
-        ("home", FileExistsError, "home is not empty and holds no any4_jax checkpoint"),
+        ("home", FileExistsError, "home is not empty, and holds no any4_jax checkpoint"),
         ("file", FileExistsError, "file is a file"),
         ("none/ckpt", FileNotFoundError, "none is not a directory"),
         ("file/ckpt", FileNotFoundError, "file is not a directory"),

@@ -165,7 +165,7 @@ def test_other_tensor_types_and_damage_are_refused(tmp_path: Path) -> None:
     for cut, words in (
         (len(whole) - 40, "truncated"),
         (300, "truncated in its header"),
-        (2, "does not begin"),
+        (2, "doesn't begin"),
     ):
         path.write_bytes(whole[:cut])
         with pytest.raises(ValueError, match=words):

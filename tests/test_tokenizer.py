@@ -89,7 +89,7 @@ def test_tokens_known_to_the_settings_only(files: dict[str, bytes]) -> None:
     [
         ({VOCABULARY: None}, "tokenizer.json is needed"),
         ({VOCABULARY: b"{"}, "tokenizer.json can't be read"),
-        ({SETTINGS: b"{"}, "tokenizer_config.json is no JSON"),
+        ({SETTINGS: b"{"}, "tokenizer_config.json is not JSON"),
         ({SETTINGS: b"[]"}, "holds a list"),
         ({SETTINGS: b'{"eos_token": "<never>"}'}, "'<never>'"),
     ],

@@ -51,8 +51,8 @@ def operator_from_spec(spec: Any, take: Callable[[str], jax.Array]) -> Any:
     name, known = spec["operator"], operator_types()
     if name not in known:
         raise ValueError(
-            f"got an operator {name!r}, and {', '.join(known)} are registered; import the module that registers it, "
-            "or upgrade any4_jax"
+            f"got an operator {name!r}, and the registered ones are {', '.join(known)}; import the module that "
+            "registers it, or upgrade any4_jax"
         )
     return known[name](**{key: operator_from_spec(value, take) for key, value in spec.items() if key != "operator"})
 
