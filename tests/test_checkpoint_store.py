@@ -254,9 +254,9 @@ def put(key, value):
 FILE_ENTRY = {"size": 0, "sha256": "0" * 64}
 FORGED = {
     "newer": (put("schema", 3), r"newer any4_jax \(schema 3\); this one reads schemas up to 2, so upgrade"),
-    "schema 0": (put("schema", 0), "is damaged: schema 0"),
+    "schema 0": (put("schema", 0), "is damaged: it has schema 0"),
     "schema true": (put("schema", True), "no integer"),
-    "extra key": (put("extra", 1), "is damaged: schema 2 has the keys"),
+    "extra key": (put("extra", 1), "is damaged: it has schema 2 and the keys .*'extra'"),
     "data outside": (put("data", "../data-0123456789ab"), "names the data directory '../data"),
     "file outside": (put("files", {"../x": FILE_ENTRY}), "could leave the checkpoint: the path '../x'"),
     "absolute file": (put("files", {"/x": FILE_ENTRY}), "could leave the checkpoint: the path '/x'"),

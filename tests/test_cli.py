@@ -192,7 +192,7 @@ def test_every_method_shows_its_fields(name, capsys):
         (["eval", "tiny", "--text", "{missing}"], 1, "missing"),
         (["eval", "tiny", "--text", "{short}", "--seqlen", "64"], 1, "longer text"),
         (["eval", "tiny", "--text", "{short}", "--seqlen", "513"], 1, "context of 512"),
-        (["eval", "tiny", "--text", "{short}", "--out", "{missing}/results.json"], 1, "make it first"),
+        (["eval", "tiny", "--text", "{short}", "--out", "{missing}/results.json"], 1, "create it first"),
         (["inspect", "{full}"], 1, "any4.json"),
         (["inspect", "{missing}"], 1, "any4.json"),
         (["explain", "{missing}"], 1, "missing"),

@@ -109,7 +109,8 @@ def decode(raw: bytes) -> Manifest:
         )
     if value["schema"] < 1 or set(value) != _KEYS:
         raise ValueError(
-            f"is damaged: it has the keys {sorted(value)}, and schema {value['schema']} needs {sorted(_KEYS)}"
+            f"is damaged: it has schema {value['schema']} and the keys {sorted(value)}; "
+            f"schemas 1 to {SCHEMA} have the keys {sorted(_KEYS)}"
         )
     body = {key: item for key, item in value.items() if key != "sha256"}
     if value["sha256"] != _digest(body) or _text(value) != raw:
