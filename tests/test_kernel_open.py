@@ -145,7 +145,7 @@ def plain_exact(rows, weights, tol, numbers, options) -> tuple[jax.Array, jax.Ar
 
 def _solves(solver: str, platform: str) -> str | None:
     del platform
-    return None if solver == "exact" else f"it solves exactly, and solver={solver!r} is asked for"
+    return None if solver == "exact" else f"it has only the exact solver, got solver={solver!r}"
 
 
 SOLVER = choice.Backend("toy", _solves, plain_exact)
