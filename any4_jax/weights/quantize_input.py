@@ -1,4 +1,4 @@
-"""Inputs rounded on the fly. The product is in any4_jax.product.plan, which knows the kernels that multiply integers."""
+"""Inputs rounded on the fly. The product is in any4_jax.product.plan, which knows what kernels multiply integers."""
 
 import dataclasses
 from typing import Any, Literal
