@@ -60,8 +60,8 @@ class OnBlock:
     """The block method that quantizes each linear of a block by the method assigned to it.
 
     Attributes:
-      order: with "at_once", one run of the float block gathers the statistics of all sites. With "by_site", the
-        statistics of a site are gathered once the sites before it are quantized, as published GPTQ and any4 do.
+      order: with "at_once", one run of the unchanged block gathers the statistics of all sites. With "by_site", those
+        of a site are gathered after the sites before it are quantized, as published GPTQ and any4 do.
     """
 
     order: Order

@@ -54,7 +54,7 @@ class Any4Dense(nn.Module):
 
         Raises:
           ValueError: the kernel is not [N, K], or the method refuses to quantize it.
-          TypeError: x or the kernel has the wrong type, or `group_size` is set and the method has none.
+          TypeError: the kernel is not an operator, or `group_size` is set and the method has none.
         """
         if self.has_variable("params", "kernel"):
             # Not self.param, which would trace the quantizing initializer in every call to compare shapes.
