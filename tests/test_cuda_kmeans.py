@@ -136,7 +136,7 @@ def test_vmap_stays_one_call(shape) -> None:
     [
         ("cpu", "exact", "it runs on cuda, not on cpu"),
         ("rocm", "exact", "it runs on cuda, not on rocm"),
-        ("cuda", "lloyd", "it solves exactly"),
+        ("cuda", "lloyd", "it has only the exact solver"),
     ],
 )
 def test_what_it_declines_it_says(platform: str, solver: str, words: str) -> None:
