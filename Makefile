@@ -19,7 +19,7 @@ PYTEST = cache=$$(mktemp -d) && trap 'rm -rf "$$cache"' EXIT && JAX_PLATFORMS=cp
 	PYTHONDONTWRITEBYTECODE= PYTHONPYCACHEPREFIX="$$cache/python" $(1) -m pytest -n auto --dist loadfile
 # The tests that depend on the versions of jax and flax.
 CORE := $(patsubst %,tests/test_%.py,formats scaling packing weights matmul statistics clustering methods any4 surgery \
-	attention cache_open llama generate checkpoint_model linen swapping nnx pallas_kernel)
+	attention cache_open llama generate checkpoint_model linen swapping dense_layers nnx nnx_axes pallas_kernel)
 PIP := -m pip --disable-pip-version-check --quiet --quiet
 
 # Without a GPU the CUDA library is only loaded, so machine code for one architecture is enough; all take a minute more.

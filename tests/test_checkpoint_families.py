@@ -133,7 +133,7 @@ def widen(content: dict) -> None:
 )
 def test_a_decoder_that_contradicts_itself_is_refused(edit, said: str, saved: Path, tmp_path: Path) -> None:
     with pytest.raises(
-        ValueError, match=rf"not those of a Llama of its config \(.*{said}.*contradicts itself"
+        ValueError, match=rf"don't fit a Llama of its own config \(.*{said}.*contradicts itself"
     ) as error:
         a4.load(copied(saved, tmp_path / "c", edit))
     assert "\n" not in str(error.value) and str(tmp_path) in str(error.value)

@@ -206,7 +206,7 @@ def test_what_can_not_be_walked_is_refused(model) -> None:
         ValueError, match="toy-even quantizes the matrices of a site together, and an NNX module has no"
     ):
         quantize_model(nnx.Sequential(linear), EvenInputs())
-    with pytest.raises(ValueError, match="got data and stats"):
+    with pytest.raises(ValueError, match="got both data and stats"):
         quantize_model(model, NF, data=TOKENS, stats={})
     with pytest.raises(ValueError, match=r"layers\.0\..*_proj: got no data, toy-nested needs"):
         quantize_model(model, SEQUENTIAL)

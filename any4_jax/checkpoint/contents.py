@@ -119,7 +119,8 @@ def _decoder(content: Mapping[str, Any], tree: Any, recipe: Recipe | None, into:
         return nnx_modules.fill(abstract, tree, recipe, declared=False)
     except fitting.Misfit as misfit:
         raise ValueError(
-            f"its contents don't fit a {family.module.__name__} of its own config ({misfit.faults}); save it again"
+            f"its contents don't fit a {family.module.__name__} of its own config ({misfit.faults}), so it "
+            "contradicts itself; save it again"
         ) from None
 
 

@@ -1,4 +1,4 @@
-"""Methods applied to one matrix and to one site, with what they are given and give checked."""
+"""Applying a method to one matrix or one site, with checks of its inputs and its results."""
 
 import functools
 from typing import Any
@@ -41,7 +41,7 @@ def _all_finite(tree) -> jax.Array:
 def apply_method(
     w: Any, method: Method, gathered: Gathered | None = None, *, transposed: bool = False, path: str = "the weight"
 ) -> Result:
-    """`quantize`, with the method's notes."""
+    """`quantize`, but returns the method's notes too."""
     if is_operator(w):
         raise TypeError(f"{path} is a {type(w).__name__} already, need an array; dequantize it first")
     if scope_of(method) != "matrix":
@@ -65,27 +65,27 @@ def quantize(w: Any, method: Method, stats: Gathered | None = None, *, transpose
 
     Args:
       w: [N, K] weights (or [K, N] with `transposed`, as Flax keeps kernels), any float dtype.
-      method: see any4_jax.methods.
-      stats: statistics of the linear's input, of K features.
-      path: what errors call this weight.
+      method: a method of one matrix, see any4_jax.methods.
+      stats: statistics of the linear's input [..., K], or None.
+      path: the name of this weight in errors.
 
     Returns:
       An operator of shape [N, K]; a QuantizedTensor for methods that store one table-coded matrix.
 
     Raises:
-      ValueError: a weight that is empty, not two-dimensional or not finite; statistics of another K, not finite, or
-        without one that the method needs; scales that overflow their dtype; fields of the method that contradict each
-        other, or that need statistics where none are given; a method that quantizes several matrices together.
-      TypeError: a weight that is not floating, or quantized already.
+      ValueError: the weight is empty, not two-dimensional or not finite; the statistics have another K, are not finite,
+        or lack one that the method needs; scales overflow their dtype; the method's fields contradict each other, or
+        need statistics and there are none; the method quantizes several matrices together.
+      TypeError: the weight is not floating, or is quantized already.
     """
     return apply_method(w, method, stats, transposed=transposed, path=path).operator
 
 
 def apply_site(site: SiteWeights, method: SiteMethod, gathered: Gathered | None, path: str) -> SiteResult:
-    """Quantizes the matrices of a site; `path` is what errors call it.
+    """Quantizes the matrices of a site; `path` is its name in errors.
 
     Raises:
-      ValueError: as `quantize` does.
+      ValueError: as in `quantize`.
     """
     _check_gathered(next(iter(site.weights.values())).shape[1], method, gathered, path)
     result, finite = _apply_site(site, gathered, method)

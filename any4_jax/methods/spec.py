@@ -8,12 +8,12 @@ from any4_jax.methods.any4 import Any4
 from any4_jax.methods.rtn import AF4, FP4, MX4, NF4, Int
 
 CATALOGUE: dict[str, type] = {cls.name: cls for cls in (Int, NF4, FP4, AF4, MX4, Any4)}
-"""Methods by name. A method of your own is added here, under its `name`, and then has a place in manifests and on the
-command line."""
+"""Methods by name. Add your own under its `name`, and manifests and the command line will know it."""
 
 
 def method_to_json(method: Any) -> dict[str, Any] | None:
-    """{"method": name, "fields": {...}}; a method in a field nests. None, which leaves a layer alone, stays None."""
+    """{"method": name, "fields": {...}}, nested where a field holds a method. None, which leaves a layer alone, stays
+    None."""
     if method is None:
         return None
     fields = {field.name: getattr(method, field.name) for field in dataclasses.fields(method)}
@@ -27,7 +27,7 @@ def method_from_json(spec: Any) -> Any:
     """The inverse of `method_to_json`.
 
     Raises:
-      ValueError: a method, or a field of it, that this version doesn't have.
+      ValueError: this version doesn't have the method, or a field of it.
     """
     if spec is None:
         return None

@@ -1,4 +1,4 @@
-"""A block of a decoder during a walk: the `any4_jax.methods.Block` that methods are given."""
+"""A block of a decoder during a walk: the `any4_jax.methods.Block` that methods get."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -25,18 +25,18 @@ class WalkedBlock:
     """See `any4_jax.methods.Block` for contents, assigned, sites, inputs and masks.
 
     Attributes:
-      module: the block as it came.
+      module: the block of the decoder, unchanged.
       own: the contents of `module`.
-      path: of the block in the decoder.
+      path: the path of the block in the decoder.
       decoder: the model.
       caches: (B, T) -> an empty cache of this block.
-      float_inputs: what enters the block in the float model; None where nothing asks for `targets`.
-      given: statistics in hand, by the paths of linears in the decoder.
-      watch: statistics that are gathered at every site besides what methods need, and recorded.
-      keep_outputs: whether outputs of the block as it came are what the next block gets.
+      float_inputs: what enters the block in the float model; None where no method asks for `targets`.
+      given: statistics from the caller, by the path of a linear in the decoder.
+      watch: statistics that are gathered at every site besides those that methods need, and recorded.
+      keep_outputs: whether the next block gets the outputs of `module`, not those of the quantized block.
       kept: see `Kept`.
       captured: what runs of the block have shown so far.
-      count: called with the decoder's path of each linear that is quantized.
+      count: called with the path in the decoder of each linear once it is quantized.
     """
 
     module: nnx.Module
@@ -83,7 +83,8 @@ class WalkedBlock:
         return seen
 
     def finish(self, contents: Contents) -> list[jax.Array]:
-        """What the next block gets, once this one is quantized; gathers the watched sites that no run has shown yet."""
+        """What the next block gets, once this one is quantized: [B, T, E] for each batch. Also gathers the watched
+        statistics of the sites that no run has shown yet."""
         captured = self.captured
         rest = [site for site in self.sites if self.watch and site.name not in captured.gathered]
         if captured.outputs is not None and not rest:
@@ -98,7 +99,7 @@ class WalkedBlock:
         stats = {path: by_linear.get(path) or self.given.get(f"{self.path}.{path}") for path in paths}
         single = [path for path in paths if scope_of(self.assigned[path]) == "matrix"]
         result = BlockResult(contents, {})
-        # Sites from the last to the first: what a factor is folded into is then still float.
+        # From the last site to the first, so that what a factor is folded into is still float.
         for site in reversed(self.sites):
             mine = [path for path in site.linears if path in paths and path not in single]
             for method in dict.fromkeys(self.assigned[path] for path in mine):
@@ -151,7 +152,7 @@ class WalkedBlock:
     def _placed(
         self, contents: Contents, site: Site, results: Mapping[str, Result], scale: jax.Array | None
     ) -> dict[str, Any]:
-        """The contents that change where a site's operators take their places and its input is scaled."""
+        """The contents that change when a site's operators replace its kernels and its input is scaled."""
         operators = {f"{path}.kernel": result.operator for path, result in results.items()}
         if scale is None:
             return operators
@@ -171,7 +172,7 @@ class WalkedBlock:
         return changed
 
     def _is_kept(self, site: Site) -> bool:
-        """Whether a run before this one left all that is to be made of a site."""
+        """Whether an earlier run left the results of all that is assigned at a site."""
         if self.watch:
             return False
         units = {
