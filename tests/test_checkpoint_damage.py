@@ -59,10 +59,10 @@ def put(key, value):
 
 FILE_ENTRY = {"size": 0, "sha256": "0" * 64}
 FORGED = {
-    "newer": (put("schema", 3), r"newer any4_jax \(schema 3\); this one reads up to 2, upgrade"),
-    "schema 0": (put("schema", 0), "is damaged: schema 0"),
+    "newer": (put("schema", 3), r"newer any4_jax \(schema 3\); this one reads schemas up to 2, so upgrade"),
+    "schema 0": (put("schema", 0), "is damaged: it has schema 0"),
     "schema true": (put("schema", True), "no integer"),
-    "extra key": (put("extra", 1), "is damaged: schema 2 has the keys"),
+    "extra key": (put("extra", 1), "is damaged: it has schema 2 and the keys .*'extra'"),
     "data outside": (put("data", "../data-0123456789ab"), "names the data directory '../data"),
     "file outside": (put("files", {"../x": FILE_ENTRY}), "could leave the checkpoint: the path '../x'"),
     "absolute file": (put("files", {"/x": FILE_ENTRY}), "could leave the checkpoint: the path '/x'"),
@@ -76,14 +76,14 @@ FORGED = {
     "unknown dtype": (matrix_entry(dtype="posit8"), "dtype 'posit8'"),
     "array hash": (
         matrix_entry(sha256=["0" * 64]),
-        "'layers.0.q_proj/uint8/matrix' does not match its sha256",
+        "'layers.0.q_proj/uint8/matrix' doesn't match its sha256",
     ),
-    "hash missing": (matrix_entry(sha256=[]), "'layers.0.q_proj/uint8/matrix' does not match its sha256"),
+    "hash missing": (matrix_entry(sha256=[]), "'layers.0.q_proj/uint8/matrix' doesn't match its sha256"),
     "array missing": (
         lambda body: body["arrays"].update(ghost=body["arrays"]["layers.0.q_proj/uint8/matrix"]),
         "array 'ghost' is not readable",
     ),
-    "content": (put("content", []), '"content" that is no object'),
+    "content": (put("content", []), '"content" that is not an object'),
 }
 
 

@@ -121,10 +121,10 @@ def test_foreign_directories_and_missing_parents_are_refused(tmp_path):
     (tmp_path / "home" / "thesis.tex").write_text("years of work")
     (tmp_path / "file").write_text("")
     for name, error, message in (
-        ("home", FileExistsError, "home is not empty and holds no any4_jax checkpoint"),
+        ("home", FileExistsError, "home is not empty, and holds no any4_jax checkpoint"),
         ("file", FileExistsError, "file is a file"),
-        ("none/ckpt", FileNotFoundError, "none is no directory"),
-        ("file/ckpt", FileNotFoundError, "file is no directory"),
+        ("none/ckpt", FileNotFoundError, "none is not a directory"),
+        ("file/ckpt", FileNotFoundError, "file is not a directory"),
     ):
         with pytest.raises(error, match=message):
             checkpoint.write(tmp_path / name, {}, {})
@@ -189,7 +189,7 @@ def test_other_device_topologies(saved, tmp_path):
             print(error)
     """
     printed = run_python(script, saved, tmp_path / "four", devices=4)
-    assert "array 'layers.0.q_proj/int4/stack' of shape [2, 1, 7] does not fit" in printed
+    assert "array 'layers.0.q_proj/int4/stack' of shape [2, 1, 7] doesn't fit" in printed
     loaded = checkpoint.read(tmp_path / "four")[0]["w"]
     assert np.array_equal(loaded, np.arange(24).reshape(3, 8))
     assert loaded.devices() == {jax.devices()[0]}

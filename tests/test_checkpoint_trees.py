@@ -66,7 +66,7 @@ def test_an_operator_where_no_dense_layer_is_does_not_fit(tmp_path) -> None:
     contents = container_of(embedding).tree(embedding)
     contents["norm"]["scale"] = quantize(jnp.ones((24, 16)), NF)
     a4.save(tmp_path / "c", contents)
-    with pytest.raises(ValueError, match=r"norm\.scale is quantized and no kernel of a dense layer"):
+    with pytest.raises(ValueError, match=r"norm\.scale is quantized and is not the kernel of a dense layer"):
         a4.load(tmp_path / "c", into=embedding)
 
 

@@ -141,7 +141,7 @@ def damage(folder: Path, kind: str, tensors: dict[str, np.ndarray]) -> None:
         ("outside", "file names without a folder"),
         ("index", "no readable weight_map"),
         ("pickle", "only pytorch_model.bin, a pickle"),
-        ("config", "config.json is no JSON"),
+        ("config", "config.json is not JSON"),
     ],
 )
 def test_damaged_folders_are_one_sentence(tmp_path: Path, kind: str, words: str) -> None:
@@ -155,10 +155,10 @@ def test_damaged_folders_are_one_sentence(tmp_path: Path, kind: str, words: str)
 def test_sources_that_are_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(FileNotFoundError, match="has no config.json"):
         models.load(tmp_path)
-    with pytest.raises(FileNotFoundError, match="is no file or folder here"):
+    with pytest.raises(FileNotFoundError, match="is not a file or folder here"):
         models.load(tmp_path / "absent")
     (tmp_path / "weights.bin").write_bytes(b"")
-    with pytest.raises(ValueError, match="is no .gguf file"):
+    with pytest.raises(ValueError, match="is not a .gguf file"):
         models.load(tmp_path / "weights.bin")
 
     def refuse(*_: object, **__: object) -> str:

@@ -62,7 +62,7 @@ def test_config_defaults(change: dict, generation: dict | None, field: str, expe
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "'linear'"),
         ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "'yarn'"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "lacks low_freq_factor"),
-        ({"num_key_value_heads": 3}, "num_attention_heads=4 is no multiple"),
+        ({"num_key_value_heads": 3}, "num_attention_heads=4 is not a multiple"),
         ({"vocab_size": None}, "lacks vocab_size"),
         ({"quantization_config": {"quant_method": "gptq"}}, "gptq"),
     ],

@@ -270,5 +270,5 @@ def test_a_checkpoint_of_an_unknown_operator_says_what_to_import(tmp_path: Path)
     spec["tree"]["dict"]["w"]["leaf"]["operator"] = "Hadamard"
     with pytest.raises(ValueError, match="got an operator 'Hadamard', .*; import the module that registers it"):
         a4.from_arrays(arrays, spec)
-    with pytest.raises(TypeError, match="w/tied: got a set, a checkpoint takes arrays"):
+    with pytest.raises(TypeError, match="w/tied: got a set, and a checkpoint takes arrays"):
         a4.to_arrays({"w": dataclasses.replace(weight(), tied={1})})
