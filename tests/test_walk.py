@@ -139,6 +139,17 @@ def test_linears_that_a_rule_leaves_float_are_divided_where_their_input_is_scale
     assert not any("q_proj" in path for path in quantized_leaves(new))
 
 
+def test_matrices_of_other_methods_in_a_scaled_site_have_statistics_of_the_scaled_input(model) -> None:
+    """The Hessian's mean diagonal that q_proj is given is that of what enters it now."""
+    rules = [(r".*q_proj", Nested(NF, by_site=False))]
+    new = quantize_model(model, EvenInputs(Int(8, group_size=16)), data=TOKENS, rules=rules)
+    (noted,) = (dict(notes) for path, _, notes in new.recipe.layers if path == "layers.0.self_attn.q_proj")
+    seen = calibrate(new, TOKENS)["layers.0.self_attn.o_proj"]
+    assert seen.k == 48
+    x = new.blocks[0].input_layernorm(new.embed(jnp.asarray(TOKENS), jnp.zeros(TOKENS.shape, jnp.int32)))
+    np.testing.assert_allclose(noted["energy"], np.square(np.asarray(x)).mean(), rtol=1e-4)
+
+
 def test_a_block_method_is_given_targets_and_a_function_to_train(model) -> None:
     new = quantize_model(model, FitNorms(Int(3, group_size=16)), data=TOKENS)
     notes = {path: dict(notes) for path, _, notes in new.recipe.layers}

@@ -1,21 +1,29 @@
 """What a quantization method is: three scopes, one record of results.
 
 A method is a frozen dataclass that serves as configuration, as flags of the command line and as entry of the manifest.
-Its fields are numbers, strings, booleans, None, or methods (`GPTQ(inner=Any4())`). Its scope is what it has to see at
-once: one matrix, the matrices that read one input, or a whole block. `lifts.py` lifts the first two to a block.
+Its fields are numbers, strings, booleans, None, tuples of these, or methods (`GPTQ(inner=Any4())`). Its scope is what
+it has to see at once: one matrix, the matrices that read one input, or a whole block. `lifts.py` lifts the first two to
+a block. Manifests and the command line know a method of your own once it is in the catalogue:
+`a4.methods.CATALOGUE[Mine.name] = Mine`.
+
+The statistics that a method can ask for are in `any4_jax.statistics`: `Moments()` (mean, mean_abs, second_moment),
+`AbsMax()`, `Hessian()` (mean), `Sample(tokens)` (x). `gathered[Moments()].second_moment` is E[x^2]. The matrix that a
+result stands for is `any4_jax.dequantize(result.operator)`.
 """
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
+from typing import Any, ClassVar, Literal, Protocol, get_args, runtime_checkable
 
 import jax
+import jax.numpy as jnp
 
 from any4_jax.statistics import Gathered, Statistic
 
 Scope = Literal["matrix", "site", "block"]
 Note = Any
-"""A note on a result: a number, a string, a bool, or a tuple of these."""
+"""A note on a result: a string, a bool, a number, or a tuple of numbers. Numbers may be traced scalars, as `apply` runs
+under jit; there is no `float(x)` of these."""
 
 
 @jax.tree_util.register_pytree_node_class
@@ -88,16 +96,29 @@ class SiteWeights:
     width: int = dataclasses.field(default=1, metadata={"static": True})
     foldable: bool = dataclasses.field(default=True, metadata={"static": True})
 
+    def shared(self, factor: jax.Array) -> jax.Array:
+        """A factor [K] with its mean over the repeats of each channel in their places: what can be folded.
+
+        A factor that differs among the repeats is kept in a `ScaleInput`.
+        """
+        runs = factor.reshape(-1, self.repeat, self.width)
+        return jnp.broadcast_to(runs.mean(axis=1, keepdims=True), runs.shape).reshape(-1)
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class SiteResult:
     """The result of a site method for a site.
 
+    With a factor s for each input channel, the method quantizes W * s, and the input is multiplied by 1 / s:
+
+        SiteResult({path: inner.apply(w * s, gathered.scaled(1 / s)) ...}, input_scale=1 / s)
+
     Attributes:
-      results: by the paths of the `SiteWeights`. The operators stand for the matrices that multiply the scaled input.
-      input_scale: float32 [K], factors of the input channels before the operators; None for none. They are folded into
-        the norm or linear before the site, or kept in a `ScaleInput` where that is impossible.
+      results: for every path of the `SiteWeights`. The operators stand for the matrices that multiply the scaled input.
+      input_scale: float32 [K], what the input channels are multiplied by before the operators: positive and finite;
+        None for none. It is folded into the norm or linear before the site, or kept in a `ScaleInput` where that is
+        impossible.
     """
 
     results: Mapping[str, Result]
@@ -199,5 +220,12 @@ class BlockMethod(AnyMethod, Protocol):
 
 
 def scope_of(method: AnyMethod) -> Scope:
-    """What a method has to see at once."""
-    return getattr(method, "scope", "matrix")
+    """What a method has to see at once.
+
+    Raises:
+      ValueError: its `scope` is none of the three.
+    """
+    scope: Any = getattr(method, "scope", "matrix")
+    if scope not in get_args(Scope):
+        raise ValueError(f"got {method.name} of scope {scope!r}, need one of {get_args(Scope)}; correct the method")
+    return scope

@@ -41,6 +41,11 @@ class _Lifted:
         self.inner.check(gathered)
 
 
+def unlifted(method: AnyMethod) -> AnyMethod:
+    """The method that a lifted one lifts; any other is itself."""
+    return unlifted(method.inner) if isinstance(method, _Lifted) else method
+
+
 @dataclasses.dataclass(frozen=True)
 class _OnSite(_Lifted):
     scope: ClassVar[Literal["site"]] = "site"

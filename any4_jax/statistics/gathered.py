@@ -34,6 +34,10 @@ class Statistic(Protocol):
         """The accumulator of the tokens of both, which are different tokens. It runs under vmap for experts."""
         ...
 
+    def scaled(self, accumulator: Any, factor: jax.Array) -> Any:
+        """The accumulator of the same tokens with every x multiplied by factor [K], which is positive."""
+        ...
+
 
 @jax.tree_util.register_pytree_with_keys_class
 class Gathered(Mapping[Statistic, Any]):
@@ -62,6 +66,18 @@ class Gathered(Mapping[Statistic, Any]):
 
     def __repr__(self) -> str:
         return f"Gathered({', '.join(map(repr, self))}; K = {self.k})"
+
+    def scaled(self, factor: jax.Array) -> "Gathered":
+        """The statistics of the input multiplied by factor [K], which is positive.
+
+        A method that scales the input of a site hands these to the method that quantizes the scaled weights.
+        """
+
+        def one(statistic: Statistic, accumulator: Any) -> Any:
+            scaled = jax.vmap(statistic.scaled, (0, None)) if self.stack else statistic.scaled
+            return scaled(accumulator, factor)
+
+        return Gathered({s: one(s, accumulator) for s, accumulator in self.items()}, self.k, self.stack)
 
     def of_expert(self, index: int) -> "Gathered":
         """The statistics of one expert."""

@@ -47,3 +47,6 @@ class Hessian:
 
     def merge(self, a: HessianSum, b: HessianSum) -> HessianSum:
         return HessianSum(a.count + b.count, a.sum + b.sum)
+
+    def scaled(self, accumulator: HessianSum, factor: jax.Array) -> HessianSum:
+        return HessianSum(accumulator.count, accumulator.sum * (factor[:, None] * factor))

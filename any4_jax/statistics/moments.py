@@ -58,6 +58,10 @@ class Moments:
     def merge(self, a: MomentSums, b: MomentSums) -> MomentSums:
         return MomentSums(a.count + b.count, *_add(a.sums, a.lost + b.lost, b.sums))
 
+    def scaled(self, accumulator: MomentSums, factor: jax.Array) -> MomentSums:
+        powers = jnp.stack([factor, factor, factor * factor])
+        return MomentSums(accumulator.count, accumulator.sums * powers, accumulator.lost * powers)
+
 
 @dataclasses.dataclass(frozen=True)
 class AbsMax:
@@ -72,6 +76,9 @@ class AbsMax:
 
     def merge(self, a: jax.Array, b: jax.Array) -> jax.Array:
         return jnp.maximum(a, b)
+
+    def scaled(self, accumulator: jax.Array, factor: jax.Array) -> jax.Array:
+        return accumulator * factor
 
 
 def _add(sums, lost, values) -> tuple[jax.Array, jax.Array]:

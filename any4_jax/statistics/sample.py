@@ -49,6 +49,9 @@ class Sample:
     def merge(self, a: SampledTokens, b: SampledTokens) -> SampledTokens:
         return self._smallest(a, b.x, b.draws, a.count + b.count)
 
+    def scaled(self, accumulator: SampledTokens, factor: jax.Array) -> SampledTokens:
+        return dataclasses.replace(accumulator, x=accumulator.x * factor)
+
     def _smallest(self, sampled: SampledTokens, x: jax.Array, draws: jax.Array, count: jax.Array) -> SampledTokens:
         every = jnp.concatenate([sampled.draws, draws])
         chosen = jnp.argsort(every, stable=True)[: self.tokens]

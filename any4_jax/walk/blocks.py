@@ -19,6 +19,9 @@ from any4_jax.walk.capture import positions_of, run_block
 from any4_jax.walk.records import Captured, Contents, Kept, contents_of, with_contents
 from any4_jax.weights import ScaleInput, is_operator
 
+_FOLDED = "/folded"
+"""The name of a site's folded factor among what is kept of it; no array of a block has a name with a slash."""
+
 
 @dataclasses.dataclass
 class WalkedBlock:
@@ -102,10 +105,14 @@ class WalkedBlock:
         # From the last site to the first, so that what a factor is folded into is still float.
         for site in reversed(self.sites):
             mine = [path for path in site.linears if path in paths and path not in single]
-            for method in dict.fromkeys(self.assigned[path] for path in mine):
-                chosen = [path for path in mine if self.assigned[path] == method]
-                made = self._quantize_site(result.contents, site, chosen, method, stats[chosen[0]])
-                result = BlockResult(made.contents, {**result.notes, **made.notes})
+            if not mine:
+                continue
+            made, folded = self._quantize_site(result.contents, site, mine, stats[mine[0]])
+            result = BlockResult(made.contents, {**result.notes, **made.notes})
+            # Matrices that another method quantizes were divided by what was folded.
+            for path in set(site.linears) & set(single):
+                own = stats[path]
+                stats[path] = own if own is None or folded is None else own.scaled(folded)
         made = self._quantize_matrices(result.contents, single, stats)
         return BlockResult(made.contents, {**result.notes, **made.notes})
 
@@ -134,8 +141,15 @@ class WalkedBlock:
         return BlockResult({**contents, **new}, {path: results[path].notes for path in paths})
 
     def _quantize_site(
-        self, contents: Contents, site: Site, paths: list[str], method: Any, stats: Gathered | None
-    ) -> BlockResult:
+        self, contents: Contents, site: Site, paths: list[str], stats: Gathered | None
+    ) -> tuple[BlockResult, jax.Array | None]:
+        """The contents with a site quantized by its method, and the factor [K] that was folded before it, if any."""
+        method: Any = self.assigned[paths[0]]
+        if any(self.assigned[path] != method for path in paths):
+            raise ValueError(
+                f"{self.path}.{site.name}: got two methods of a site for {', '.join(paths)}, which read one input; "
+                "assign one method to them"
+            )
         unit = f"{self.path}.{site.name}"
         found = self.kept.results.get(unit)
         if found is None:
@@ -147,12 +161,15 @@ class WalkedBlock:
             self.kept.put(unit, found)
         for path in paths:
             self.count(f"{self.path}.{path}")
-        return BlockResult({**contents, **found.operator}, found.notes)
+        changed = dict(found.operator)
+        folded = changed.pop(_FOLDED, None)
+        return BlockResult({**contents, **changed}, found.notes), folded
 
     def _placed(
         self, contents: Contents, site: Site, results: Mapping[str, Result], scale: jax.Array | None
     ) -> dict[str, Any]:
-        """The contents that change when a site's operators replace its kernels and its input is scaled."""
+        """The contents that change when a site's operators replace its kernels and its input is scaled, and under
+        _FOLDED the factor that was folded."""
         operators = {f"{path}.kernel": result.operator for path, result in results.items()}
         if scale is None:
             return operators
@@ -169,7 +186,7 @@ class WalkedBlock:
                 changed[name] = ScaleInput(contents[name], 1 / folded)
             else:
                 changed[name] = (contents[name].astype(jnp.float32) / folded[:, None]).astype(contents[name].dtype)
-        return changed
+        return changed | {_FOLDED: folded}
 
     def _is_kept(self, site: Site) -> bool:
         """Whether an earlier run left the results of all that is assigned at a site."""
