@@ -93,8 +93,10 @@ def quantize_matrix(matrix: Matrix, method: Method, gathered: Gathered | None, p
 
 
 def plain_note(note: Any) -> Any:
-    """A note as Python's own number, string, bool or tuple of these."""
-    return note.item() if isinstance(note, jax.Array | np.ndarray | np.generic) else note
+    """A note, traced once or read from JSON, as Python's own number, string, bool or tuple of these."""
+    if isinstance(note, jax.Array | np.ndarray | np.generic):
+        note = np.asarray(note).tolist()
+    return tuple(map(plain_note, note)) if isinstance(note, tuple | list) else note
 
 
 def quantize_matrices(

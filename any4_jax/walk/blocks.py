@@ -16,7 +16,7 @@ from any4_jax.models.base import Decoder, Site
 from any4_jax.models.fold import is_foldable, scale_channels
 from any4_jax.statistics import Gathered, Statistic
 from any4_jax.walk.capture import positions_of, run_block
-from any4_jax.walk.records import Captured, Contents, Kept, contents_of, with_contents
+from any4_jax.walk.records import Captured, Contents, Kept, contents_of, site_units, with_contents
 from any4_jax.weights import ScaleInput, is_operator
 
 
@@ -75,7 +75,8 @@ class WalkedBlock:
         if not wanted:
             return {}
         seen = {name: self._empty(site, contents, needs[name]) for name, site in wanted.items()}
-        outputs = self.keep_outputs and self.captured.outputs is None
+        untouched = all(leaf is self.own[name] for name, leaf in contents.items())
+        outputs = self.keep_outputs and untouched and self.captured.outputs is None
         ys, seen = self._run(contents, self.inputs, seen, outputs)
         if outputs:
             self.captured.outputs = ys
@@ -100,10 +101,9 @@ class WalkedBlock:
         result = BlockResult(contents, {})
         # Sites from the last to the first: what a factor is folded into is then still float.
         for site in reversed(self.sites):
-            mine = [path for path in site.linears if path in paths and path not in single]
-            for method in dict.fromkeys(self.assigned[path] for path in mine):
-                chosen = [path for path in mine if self.assigned[path] == method]
-                made = self._quantize_site(result.contents, site, chosen, method, stats[chosen[0]])
+            mine = {path: self.assigned[path] for path in site.linears if path in paths}
+            for unit, chosen in site_units(site, mine).items():
+                made = self._quantize_site(result.contents, site, f"{self.path}.{unit}", chosen, stats[chosen[0]])
                 result = BlockResult(made.contents, {**result.notes, **made.notes})
         made = self._quantize_matrices(result.contents, single, stats)
         return BlockResult(made.contents, {**result.notes, **made.notes})
@@ -133,13 +133,13 @@ class WalkedBlock:
         return BlockResult({**contents, **new}, {path: results[path].notes for path in paths})
 
     def _quantize_site(
-        self, contents: Contents, site: Site, paths: list[str], method: Any, stats: Gathered | None
+        self, contents: Contents, site: Site, unit: str, paths: list[str], stats: Gathered | None
     ) -> BlockResult:
-        unit = f"{self.path}.{site.name}"
         found = self.kept.results.get(unit)
         if found is None:
             weights = {path: jnp.asarray(contents[f"{path}.kernel"], jnp.float32).T for path in paths}
             foldable = is_foldable(self.module_of(contents), site)
+            method: Any = self.assigned[paths[0]]
             made = apply_site(SiteWeights(weights, site.repeat, site.width, foldable), method, stats, unit)
             changed = self._placed(contents, site, made.results, made.input_scale)
             found = Result(changed, {path: dict(result.notes) for path, result in made.results.items()})
@@ -174,12 +174,11 @@ class WalkedBlock:
         """Whether a run before this one left all that is to be made of a site."""
         if self.watch:
             return False
-        units = {
-            f"{self.path}.{path if scope_of(self.assigned[path]) == 'matrix' else site.name}"
-            for path in site.linears
-            if path in self.assigned
-        }
-        return units <= set(self.kept.results)
+        mine = {path: self.assigned[path] for path in site.linears if path in self.assigned}
+        if not mine or any(scope_of(method) == "block" for method in mine.values()):
+            return False
+        units = [path for path, method in mine.items() if scope_of(method) == "matrix"] + [*site_units(site, mine)]
+        return all(f"{self.path}.{unit}" in self.kept.results for unit in units)
 
     def _empty(self, site: Site, contents: Contents, needs: tuple[Statistic, ...]) -> Gathered:
         kernel = contents[f"{site.linears[0]}.kernel"]

@@ -7,18 +7,25 @@ from typing import Any
 from any4_jax.methods.base import AnyMethod, scope_of
 from any4_jax.methods.matrices import digest_arrays
 from any4_jax.models.base import Decoder
+from any4_jax.statistics import Gathered
 from any4_jax.surgery import nnx_modules, trees
 from any4_jax.walk.batches import Batch
-from any4_jax.walk.records import contents_of
+from any4_jax.walk.records import block_unit, contents_of, site_units
 
 
 def unit_keys(
-    decoder: Decoder, assigned: Mapping[str, AnyMethod], batches: list[Batch], sequential: bool
+    decoder: Decoder,
+    assigned: Mapping[str, AnyMethod],
+    batches: list[Batch],
+    given: Mapping[str, Gathered],
+    sequential: bool,
 ) -> dict[str, str]:
-    """A key for each linear, site and block that `assigned` has quantized, from the calibration tokens, the arrays and
-    the methods that its result follows from: those of its own block and of all before, not of later ones.
+    """A key for each linear, site and block that `assigned` has quantized, from the calibration tokens or the
+    statistics in hand, the arrays and the methods that its result follows from: those of its own block and of all
+    before, not of later ones.
 
-    Statistics are not part of a key: they follow from the rest, and those of a block may be gigabytes.
+    Statistics that a walk gathers are not part of a key: they follow from the rest, and those of a block may be
+    gigabytes.
     """
     digest = hashlib.sha256(repr((type(decoder).__name__, decoder.config, str(decoder.dtype), sequential)).encode())
     prefixes = [f"{decoder.block_path(index)}." for index in range(len(decoder.blocks))]
@@ -27,19 +34,20 @@ def unit_keys(
         for name, leaf in trees.leaves(nnx_modules.contents(decoder)).items()
         if not name.startswith(tuple(prefixes))
     }
-    digest_arrays(digest, (batches, outside))
+    digest.update(repr({path: tuple(gathered) for path, gathered in sorted(given.items())}).encode())
+    digest_arrays(digest, (batches, dict(given), outside))
     keys: dict[str, str] = {}
     for index, (block, prefix) in enumerate(zip(decoder.blocks, prefixes, strict=True)):
         mine = {path.removeprefix(prefix): method for path, method in assigned.items() if path.startswith(prefix)}
         digest_arrays(digest, contents_of(block))
         digest.update(_described(mine))
         units = [path for path, method in mine.items() if scope_of(method) == "matrix"]
-        for site in decoder.sites(index):
-            if any(scope_of(mine[path]) == "site" for path in site.linears if path in mine):
-                units.append(site.name)
+        units += [unit for site in decoder.sites(index) for unit in site_units(site, mine)]
         keys |= {f"{prefix}{unit}": _key(digest, unit) for unit in units}
-        if any(scope_of(method) == "block" for method in mine.values()):
-            keys[prefix.rstrip(".")] = _key(digest, "")
+        whole = {path: method for path, method in mine.items() if scope_of(method) == "block"}
+        for method in dict.fromkeys(whole.values()):
+            unit = block_unit(prefix.rstrip("."), [path for path in whole if whole[path] == method])
+            keys[unit] = _key(digest, unit)
     for path, method in assigned.items():
         if path not in keys and not path.startswith(tuple(prefixes)):
             digest.update(_described({path: method}))
