@@ -89,7 +89,7 @@ def _pack_plane(values: jax.Array, width: int) -> jax.Array:
     per_byte = 8 // width
     short = -values.shape[-1] % per_byte
     values = jnp.pad(values, [(0, 0)] * (values.ndim - 1) + [(0, short)])
-    values = values.reshape(*values.shape[:-1], -1, per_byte)
+    values = values.reshape(*values.shape[:-1], values.shape[-1] // per_byte, per_byte)
     packed = values[..., 0]
     for i in range(1, per_byte):
         packed = packed | (values[..., i] << (width * i))
@@ -101,4 +101,4 @@ def _unpack_plane(plane: jax.Array, width: int) -> jax.Array:
         return plane
     shifts = jnp.arange(0, 8, width, dtype=jnp.uint8)
     values = (plane[..., None] >> shifts) & jnp.uint8(2**width - 1)
-    return values.reshape(*plane.shape[:-1], -1)
+    return values.reshape(*plane.shape[:-1], plane.shape[-1] * (8 // width))

@@ -93,13 +93,17 @@ CALIBRATION = [
     (lambda: calibrate(random_llama(), np.ones((1, 4), int), sequential=True), ValueError, "sequential=True pass"),
     (lambda: calibrate(random_llama(), np.ones((1, 4), int), seqlen=0), ValueError, "seqlen=0 at least 1"),
     (lambda: calibrate(random_llama(), np.ones((1, 4), int), batch_size=0), ValueError, "batch_size=0 at least 1"),
+    (lambda: calibrate(random_llama(), [[], []]), ValueError, "no calibration text or tokens"),
+    (lambda: calibrate(random_llama(), [[2**32 + 1]]), ValueError, "to 4294967297 vocabulary use"),
+    (lambda: quantize_model(random_llama(), NF4(), data=[[1]], batch_size=-1), ValueError, "batch_size=-1 at least 1"),
+    (lambda: quantize_model(random_llama(), NF4(), data=[[1]], seqlen=0), ValueError, "seqlen=0 at least 1"),
     (lambda: calibrate({"w": X}, "text"), TypeError, "dict from_activations"),
 ]
 CHECKPOINTS = [
     (lambda path: save(path, [X]), TypeError, "list NNX dict"),
-    (lambda path: save(path, {"a.b": X}), ValueError, "'a.b' strings without rename"),
+    (lambda path: save(path, {"a.b": X}), ValueError, "'a.b' string without rename"),
     (lambda path: save(path, {"a": {"b/c": X}}), ValueError, "'b/c' 'a' rename"),
-    (lambda path: save(path, {1: X}), ValueError, "key 1 strings rename"),
+    (lambda path: save(path, {1: X}), ValueError, "key 1 string rename"),
     (lambda path: save(path, {"a": None}), TypeError, "'a' NoneType pass"),
     (lambda path: load(path), FileNotFoundError, "checkpoint"),
 ]

@@ -108,6 +108,14 @@ def test_sequential_respects_rules(model) -> None:
     np.testing.assert_array_equal(stats[path][MOMENTS].second_moment, offline[path][MOMENTS].second_moment)
 
 
+def test_sequential_takes_the_rules_of_quantize_model(model) -> None:
+    tokens = random_tokens(1, 12)
+    stats = calibrate(model, tokens, NF, sequential=True, rules=[("embed_tokens", NF)])
+    path = "layers.1.self_attn.q_proj"
+    without = calibrate(model, tokens, NF, sequential=True)
+    np.testing.assert_array_equal(stats[path][MOMENTS].second_moment, without[path][MOMENTS].second_moment)
+
+
 def test_sequential_is_the_methods_choice(model) -> None:
     assert Any4.paper().sequential and not Any4().sequential
     tokens = random_tokens(1, 12)

@@ -47,6 +47,11 @@ def test_a_lookup_gives_the_rows_of_the_dequantized_matrix(rng: np.random.Genera
         assert narrow.dtype == jnp.bfloat16
 
 
+def test_a_lookup_of_no_rows_gives_none(rng: np.random.Generator) -> None:
+    for name, w in operators(rng).items():
+        assert lookup(w, jnp.zeros((2, 0), jnp.int32)).shape == (2, 0, 40), name
+
+
 def test_a_lookup_decodes_no_other_row(rng: np.random.Generator) -> None:
     leaf = quantize(jnp.asarray(rng.normal(size=(1000, 40)), jnp.float32), NF4(group_size=16))
     text = jax.jit(lookup).lower(leaf, jnp.arange(3)).as_text()

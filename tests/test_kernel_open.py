@@ -15,6 +15,7 @@ from any4_jax.clustering import backends, kmeans, kmeans_1d
 from any4_jax.methods import NF4, Int
 from any4_jax.product import plan
 from any4_jax.product.backends.base import Backend, arrays_of, why_no_codes
+from any4_jax.weights import Operator, operator, product
 
 M, N, K, G = 3, 10, 56, 16
 
@@ -95,6 +96,35 @@ def test_a_kernel_is_explained(calls: list) -> None:
     refused = str(a4.explain(inputs(), weight(NF4(group_size=G)))).splitlines()[0]
     assert refused == f"toy: codes have 4 bits in groups of {G}, it takes 3 in groups of {G}, with offsets"
     assert calls == []
+
+
+@operator()
+class Jitted(Operator):
+    """One whose product is a jitted function of its own."""
+
+    inner: Any
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.inner.shape
+
+
+@product.register
+def _(w: Jitted, x, backend=None):
+    return _jitted_product(w.inner, x)
+
+
+@jax.jit
+def _jitted_product(w, x):
+    return product(w, x)
+
+
+def test_what_is_traced_to_explain_is_never_run_nor_the_other_way_round() -> None:
+    x, w = inputs(), weight(Int(4, group_size=G))
+    words = a4.explain(x, w)
+    assert a4.explain(x, Jitted(w)) == words
+    np.testing.assert_array_equal(a4.matmul(x, Jitted(w)), a4.matmul(x, w))
+    assert a4.explain(x, Jitted(w)) == words
 
 
 def test_a_kernel_that_can_not_is_passed_over_or_refused_by_name(calls: list) -> None:

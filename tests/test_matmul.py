@@ -177,6 +177,7 @@ def test_gradients_of_float32_tables_equal_finite_differences() -> None:
 def test_empty_batch_and_single_row(shape: tuple[int, ...]) -> None:
     x = rows(*shape)
     assert matmul(x, operator("4 bits")).shape == (*shape, N)
+    assert matmul(x, INTEGERS).shape == (*shape, N)
 
 
 @pytest.mark.parametrize("per", ["token", "tensor"])

@@ -92,3 +92,5 @@ def test_a_wrong_input_is_told_as_by_matmul() -> None:
         matmul_each(inputs(1, 3), weights(NF4, NF4))
     with pytest.raises(TypeError, match="need a floating dtype"):
         matmul_each(jnp.ones((1, 200), jnp.int32), weights(NF4, NF4))
+    with pytest.raises(ValueError, match=r"got x of shape \(\) "):
+        matmul_each(jnp.float32(1), weights(NF4, NF4))

@@ -1,4 +1,4 @@
-"""The walk: how often a block runs, what is held, methods of every scope, killed runs, experts."""
+"""The walk: how often a block runs, what is held, methods of every scope, experts."""
 
 import dataclasses
 import gc
@@ -12,8 +12,7 @@ from equality import assert_same
 from flax import nnx
 from toy_methods import EvenInputs, FitNorms, Nested
 
-from any4_jax.checkpoint.partial import PartialStore
-from any4_jax.methods import NF4, Int, matrices, on_block, on_site
+from any4_jax.methods import NF4, Any4, Int, matrices, on_block, on_site
 from any4_jax.methods.base import SiteWeights
 from any4_jax.models.tiny import random_llama
 from any4_jax.statistics import Gathered
@@ -22,6 +21,7 @@ from any4_jax.walk import blocks, calibrate, quantize_model
 from any4_jax.weights import ScaleInput, dequantize
 
 NF = NF4(group_size=16)
+ANY4 = Any4(group_size=16, refit=False)
 SEQUENTIAL = Nested(inner=Int(4, group_size=16))
 TOKENS = np.random.default_rng(0).integers(0, 128, (3, 12), dtype=np.int32)
 
@@ -170,45 +170,14 @@ def test_lifted_methods_give_what_the_methods_give(model) -> None:
         on_block(FitNorms())
 
 
-class Killed(BaseException):
-    """Stands for the end of a process: nothing catches it."""
-
-
-WALKS = [(SEQUENTIAL, limit) for limit in (0, 3, 8, 13)]
-# A site and a block are kept whole: one place in each of the two blocks will do.
-WALKS += [
-    (method, limit) for method in (EvenInputs(Int(8, group_size=16)), FitNorms(Nested(NF), 2)) for limit in (0, 8)
-]
-
-
-@pytest.mark.parametrize(("method", "limit"), WALKS, ids=lambda of: getattr(of, "name", of))
-def test_a_killed_walk_continues_with_equal_bytes(method, limit, model, tmp_path) -> None:
-    counts: list[str] = []
-
-    def kill(done: int, total: int, path: str) -> None:
-        counts.append(path)
-        if done > limit:
-            raise Killed
-
-    with pytest.raises(Killed), PartialStore(tmp_path / "partial") as store:
-        quantize_model(model, method, data=TOKENS, finished=store, progress=kill)
-    whole = quantize_model(model, method, data=TOKENS)
-    with PartialStore(tmp_path / "partial") as store:
-        again = quantize_model(model, method, data=TOKENS, finished=store)
-    assert store.reused > 0
-    assert_same(nnx.state(again), nnx.state(whole))
-    assert again.recipe == whole.recipe
-    with PartialStore(tmp_path / "partial") as store:
-        quantize_model(model, method, data=TOKENS + 1 - 2 * (TOKENS == 127), finished=store)
-    assert store.reused == 0, "results of other tokens are not taken"
-
-
-def test_a_continued_run_captures_nothing_for_finished_sites(model, runs, tmp_path) -> None:
-    with PartialStore(tmp_path / "partial") as store:
-        quantize_model(model, SEQUENTIAL, data=TOKENS, finished=store)
-        runs.clear()
-        quantize_model(model, SEQUENTIAL, data=TOKENS, finished=store)
-    assert runs == {("layers.0", True): 1, ("layers.1", True): 1}
+def test_a_blocks_method_that_is_not_sequential_leaves_float_outputs(model) -> None:
+    """Also where another method took some of the block's linears before."""
+    rules = [(r".*q_proj", Int(2, group_size=16))]
+    alone, after = (
+        quantized_leaves(quantize_model(model, method, data=TOKENS, rules=rules)) for method in (ANY4, on_block(ANY4))
+    )
+    path = "layers.1.self_attn.k_proj"
+    assert_same(after[path], alone[path])
 
 
 def test_what_can_not_be_walked_is_refused(model) -> None:
@@ -217,6 +186,11 @@ def test_what_can_not_be_walked_is_refused(model) -> None:
         ValueError, match="toy-even quantizes the matrices of a site together, and an NNX module has no"
     ):
         quantize_model(nnx.Sequential(linear), EvenInputs())
+    for method, scope in ((EvenInputs(), "site"), (FitNorms(), "block")):
+        with pytest.raises(
+            ValueError, match=f"embed_tokens: toy-.* of a {scope} together, and this one is in no {scope}"
+        ):
+            quantize_model(model, NF, rules=[("embed_tokens", method)], data=TOKENS)
     with pytest.raises(ValueError, match="got both data and stats"):
         quantize_model(model, NF, data=TOKENS, stats={})
     with pytest.raises(ValueError, match=r"layers\.0\..*_proj: got no data, toy-nested needs"):

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 
+from any4_jax.methods.matrices import plain_note
 from any4_jax.methods.spec import method_from_json, method_to_json
 from any4_jax.surgery import Recipe
 from any4_jax.weights import is_operator, operator_types
@@ -78,6 +79,6 @@ def recipe_from_spec(spec: Mapping[str, Any]) -> Recipe:
         method = method_from_json(entry)
         assert method is not None
         # JSON turned the tuples of notes into lists.
-        notes = {name: tuple(note) if isinstance(note, list) else note for name, note in entry["notes"].items()}
+        notes = {name: plain_note(note) for name, note in entry["notes"].items()}
         layers.append((path, method, tuple(sorted(notes.items()))))
     return Recipe(tuple((pattern, method_from_json(entry)) for pattern, entry in spec["rules"]), tuple(layers))

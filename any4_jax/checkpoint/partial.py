@@ -26,6 +26,7 @@ import uuid
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -127,7 +128,7 @@ class PartialStore:
                 "library": self._library,
                 "several": several,
                 "operators": specs,
-                "notes": jax.tree.map(plain_note, dict(result.notes)),
+                "notes": _plain(result.notes),
                 "arrays": {name: [str(array.dtype), list(array.shape)] for name, array in arrays.items()},
             }
         )
@@ -166,12 +167,7 @@ class PartialStore:
             return jnp.asarray(parts[name].view(jnp.dtype(dtype)).reshape(shape))
 
         made = {name: operator_from_spec(spec, take) for name, spec in described["operators"].items()}
-        notes = jax.tree.map(
-            lambda note: tuple(note) if isinstance(note, list) else note,
-            described["notes"],
-            is_leaf=lambda note: isinstance(note, list),
-        )
-        return Result(made if described["several"] else made[""], notes)
+        return Result(made if described["several"] else made[""], _plain(described["notes"]))
 
     def _file(self, path: str) -> Path:
         # The paths of a user's tree may hold any character, and may be too long for a file name.
@@ -188,6 +184,11 @@ class PartialStore:
             f"can't keep results in {self._root} ({error.strerror}); free some space or make it writable, or pass "
             "another output"
         )
+
+
+def _plain(notes: Mapping[str, Any]) -> dict[str, Any]:
+    """Notes of a linear, or those of several by path."""
+    return {name: _plain(note) if isinstance(note, Mapping) else plain_note(note) for name, note in notes.items()}
 
 
 def _library() -> dict[str, str]:

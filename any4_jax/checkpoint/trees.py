@@ -19,9 +19,7 @@ def describe_tree(node: Any, name: str, arrays: dict[str, Any]) -> Any:
         for key in node:
             if not isinstance(key, str) or "." in key or "/" in key:
                 where = name or "the tree"
-                raise ValueError(
-                    f"got the key {key!r} in {where!r}, and strings without '.' and '/' are needed; rename it"
-                )
+                raise ValueError(f"got the key {key!r} in {where!r}, need a string without '.' and '/'; rename it")
         return {
             "dict": {key: describe_tree(value, f"{name}.{key}" if name else key, arrays) for key, value in node.items()}
         }

@@ -22,8 +22,8 @@ from any4_jax.statistics import Gathered, Statistic
 
 Scope = Literal["matrix", "site", "block"]
 Note = Any
-"""A note on a result: a string, a bool, a number, or a tuple of numbers. Numbers may be traced scalars, as `apply` runs
-under jit; there is no `float(x)` of these."""
+"""A note on a result: a string, a bool, a number, an array of numbers, or a tuple of these. Numbers may be traced, as
+`apply` runs under jit: there is no `float(x)` of them, and none in a tuple with strings."""
 
 
 @jax.tree_util.register_pytree_node_class
@@ -40,14 +40,21 @@ class Result:
     notes: Mapping[str, Note] = dataclasses.field(default_factory=dict)
 
     def tree_flatten(self) -> tuple[Any, Any]:
-        found = {name: note for name, note in self.notes.items() if not isinstance(note, str | bool)}
-        said = tuple((name, note) for name, note in self.notes.items() if isinstance(note, str | bool))
+        found = {name: note for name, note in self.notes.items() if not _is_said(note)}
+        said = tuple((name, note) for name, note in self.notes.items() if _is_said(note))
         return (self.operator, found), said
 
     @classmethod
     def tree_unflatten(cls, said: Any, children: Any) -> "Result":
         operator, found = children
         return cls(operator, dict(said) | found)
+
+
+def _is_said(note: Note) -> bool:
+    """Whether a note is of words, which no traced value is."""
+    if isinstance(note, tuple):
+        return bool(note) and all(map(_is_said, note))
+    return isinstance(note, str | bool)
 
 
 class AnyMethod(Protocol):

@@ -96,18 +96,10 @@ def quantize_matrix(matrix: Matrix, method: Method, gathered: Gathered | None, p
 
 
 def plain_note(note: Any) -> Any:
-    """A note as a plain Python number, string, bool or tuple of these.
-
-    Raises:
-      ValueError: it is an array of several numbers.
-    """
-    if isinstance(note, tuple):
-        return tuple(map(plain_note, note))
-    if not isinstance(note, jax.Array | np.ndarray | np.generic):
-        return note
-    if note.size != 1:
-        raise ValueError(f"got an array of shape {note.shape}, need single numbers; reduce it, or leave it out")
-    return note.item()
+    """A note, traced once or read from JSON, as a plain Python number, string, bool or tuple of these."""
+    if isinstance(note, jax.Array | np.ndarray | np.generic):
+        note = np.asarray(note).tolist()
+    return tuple(map(plain_note, note)) if isinstance(note, tuple | list) else note
 
 
 def quantize_matrices(

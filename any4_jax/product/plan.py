@@ -6,6 +6,7 @@ is the reference that the others must match. Other operators are multiplied part
 
 import contextlib
 import functools
+import itertools
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from typing import Any
@@ -37,6 +38,10 @@ BACKENDS: Choice[Backend] = Choice((CUDA, PALLAS, CPU, XLA))
 
 Problem = tuple[Any, Any]
 _RECORD: ContextVar[list[Problem] | None] = ContextVar("any4_jax_planned", default=None)
+# Part of the key of all of jax's caches: what is traced while recording, such as a jitted function within an operator's
+# product, serves no other product, and none that was traced before is taken for it.
+_RECORDING = jax.make_user_context(0)
+_recordings = itertools.count(1)
 
 
 def planned(
@@ -69,8 +74,7 @@ def problems(run: Callable[..., jax.Array], x: Any, w: Any) -> list[Problem]:
     `run` is traced, and no backend runs.
     """
     with _recording() as record:
-        # A new function each time: jax would take the result for a known one from its cache.
-        jax.eval_shape(lambda x, w: run(x, w), x, w)
+        jax.eval_shape(run, x, w)
     return record
 
 
@@ -79,7 +83,8 @@ def _recording() -> Iterator[list[Problem]]:
     record: list[Problem] = []
     token = _RECORD.set(record)
     try:
-        yield record
+        with _RECORDING(next(_recordings)):
+            yield record
     finally:
         _RECORD.reset(token)
 

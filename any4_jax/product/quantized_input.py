@@ -61,9 +61,9 @@ def integer_product(x: jax.Array, w: QuantizeInput) -> jax.Array:
     q, a, z = _integer_input(x, w)
     k, group = leaf.shape[-1], min(leaf.group_size, leaf.shape[-1])
     short = -k % group
-    q8 = jnp.pad(q.astype(jnp.int8), ((0, 0), (0, short))).reshape(q.shape[0], -1, group)
+    q8 = jnp.pad(q.astype(jnp.int8), ((0, 0), (0, short))).reshape(q.shape[0], (k + short) // group, group)
     c8 = jax.lax.bitcast_convert_type(leaf.unpacked_codes() ^ jnp.uint8(128), jnp.int8)
-    c8 = jnp.pad(c8, ((0, 0), (0, short))).reshape(c8.shape[0], -1, group)
+    c8 = jnp.pad(c8, ((0, 0), (0, short))).reshape(c8.shape[0], (k + short) // group, group)
     qc = jax.lax.dot_general(q8, c8, (((2,), (2,)), ((1,), (1,))), preferred_element_type=jnp.int32)  # [groups, M, N]
     sum_q = q8.sum(axis=2, dtype=jnp.int32).T[:, :, None]
     sum_c = c8.sum(axis=2, dtype=jnp.int32).T[:, None, :]

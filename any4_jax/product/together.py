@@ -41,7 +41,7 @@ def matmul_each(x: jax.Array, ws: Sequence[Any]) -> tuple[jax.Array, ...]:
 
 
 def _alike(x: jax.Array, ws: Sequence[Any]) -> bool:
-    if len(ws) < 2 or not jnp.issubdtype(x.dtype, jnp.floating):
+    if len(ws) < 2 or x.ndim == 0 or not jnp.issubdtype(x.dtype, jnp.floating):
         return False
     leaves = [leaf_of(w) if len(w.shape) == 2 else None for w in ws]
     recipes = {leaf and (leaf.bits, leaf.group_size, leaf.shape[-1]) for leaf in leaves}

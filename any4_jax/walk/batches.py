@@ -17,8 +17,10 @@ def token_batches(model, data, batch_size: int, seqlen: int) -> list[Batch]:
 
     Raises:
       ValueError: there is no token, a token is outside of the vocabulary, the data has another form, or it is text and
-        the model has no tokenizer.
+        the model has no tokenizer; a size is below 1.
     """
+    if batch_size < 1 or seqlen < 1:
+        raise ValueError(f"got batch_size={batch_size} and seqlen={seqlen}, both must be at least 1; pass larger ones")
     seqlen = min(seqlen, getattr(model.config, "max_position_embeddings", seqlen))
     pieces = [row[i : i + seqlen] for row in _sequences(model, data) for i in range(0, len(row), seqlen)]
     if not pieces:
@@ -49,16 +51,18 @@ def _sequences(model, data) -> list[np.ndarray]:
             rows.append(np.asarray(model.tokenizer.encode(item), np.int32))
             continue
         array = np.asarray(item)
+        if array.size == 0:  # of no dtype that means anything: numpy makes floats of []
+            continue
         if not np.issubdtype(array.dtype, np.integer) or array.ndim not in (1, 2):
             raise ValueError(
                 f"got calibration data of dtype {array.dtype} and shape {array.shape}; pass texts, lists of token ids, "
                 "or [B, T] arrays of them"
             )
-        rows += list(np.atleast_2d(array).astype(np.int32))
+        rows += list(np.atleast_2d(array))
     top = max((int(row.max(initial=0)) for row in rows), default=0)
     low = min((int(row.min(initial=0)) for row in rows), default=0)
     if top >= model.config.vocab_size or low < 0:
         raise ValueError(
             f"got token ids from {low} to {top}, the vocabulary has {model.config.vocab_size}; use its tokenizer"
         )
-    return rows
+    return [row.astype(np.int32) for row in rows]

@@ -16,7 +16,7 @@ from any4_jax.models.base import Decoder, Site
 from any4_jax.models.fold import is_foldable, scale_channels
 from any4_jax.statistics import Gathered, Statistic
 from any4_jax.walk.capture import positions_of, run_block
-from any4_jax.walk.records import Captured, Contents, Kept, contents_of, with_contents
+from any4_jax.walk.records import Captured, Contents, Kept, contents_of, site_units, with_contents
 from any4_jax.weights import ScaleInput, is_operator
 
 _FOLDED = "/folded"
@@ -78,7 +78,8 @@ class WalkedBlock:
         if not wanted:
             return {}
         seen = {name: self._empty(site, contents, needs[name]) for name, site in wanted.items()}
-        outputs = self.keep_outputs and self.captured.outputs is None
+        untouched = all(leaf is self.own[name] for name, leaf in contents.items())
+        outputs = self.keep_outputs and untouched and self.captured.outputs is None
         ys, seen = self._run(contents, self.inputs, seen, outputs)
         if outputs:
             self.captured.outputs = ys
@@ -104,15 +105,16 @@ class WalkedBlock:
         result = BlockResult(contents, {})
         # From the last site to the first, so that what a factor is folded into is still float.
         for site in reversed(self.sites):
-            mine = [path for path in site.linears if path in paths and path not in single]
-            if not mine:
-                continue
-            made, folded = self._quantize_site(result.contents, site, mine, stats[mine[0]])
-            result = BlockResult(made.contents, {**result.notes, **made.notes})
-            # Matrices that another method quantizes were divided by what was folded.
-            for path in set(site.linears) & set(single):
-                own = stats[path]
-                stats[path] = own if own is None or folded is None else own.scaled(folded)
+            mine = {path: self.assigned[path] for path in site.linears if path in paths}
+            for unit, chosen in site_units(site, mine).items():
+                made, folded = self._quantize_site(
+                    result.contents, site, f"{self.path}.{unit}", chosen, stats[chosen[0]]
+                )
+                result = BlockResult(made.contents, {**result.notes, **made.notes})
+                # The site's other matrices were divided by what was folded, and read the scaled input.
+                for path in set(mine) - set(chosen):
+                    own = stats[path]
+                    stats[path] = own if own is None or folded is None else own.scaled(folded)
         made = self._quantize_matrices(result.contents, single, stats)
         return BlockResult(made.contents, {**result.notes, **made.notes})
 
@@ -141,16 +143,11 @@ class WalkedBlock:
         return BlockResult({**contents, **new}, {path: results[path].notes for path in paths})
 
     def _quantize_site(
-        self, contents: Contents, site: Site, paths: list[str], stats: Gathered | None
+        self, contents: Contents, site: Site, unit: str, paths: list[str], stats: Gathered | None
     ) -> tuple[BlockResult, jax.Array | None]:
-        """The contents with a site quantized by its method, and the factor [K] that was folded before it, if any."""
+        """The contents with linears of a site quantized by their method, and the factor [K] that was folded before the
+        site, if any."""
         method: Any = self.assigned[paths[0]]
-        if any(self.assigned[path] != method for path in paths):
-            raise ValueError(
-                f"{self.path}.{site.name}: got two methods of a site for {', '.join(paths)}, which read one input; "
-                "assign one method to them"
-            )
-        unit = f"{self.path}.{site.name}"
         found = self.kept.results.get(unit)
         if found is None:
             weights = {path: jnp.asarray(contents[f"{path}.kernel"], jnp.float32).T for path in paths}
@@ -174,30 +171,29 @@ class WalkedBlock:
         if scale is None:
             return operators
         module, leftover = scale_channels(self.module_of(contents), site, scale)
+        if leftover is not None:
+            operators = {name: ScaleInput(operator, leftover) for name, operator in operators.items()}
+            if not is_foldable(self.module_of(contents), site):
+                return operators
         folded = scale if leftover is None else scale / leftover
-        new = contents_of(module)
-        changed = {name: value for name, value in new.items() if value is not contents[name]}
-        for path in site.linears:
-            name = f"{path}.kernel"
-            if name in operators:
-                operator = operators[name]
-                changed[name] = operator if leftover is None else ScaleInput(operator, leftover)
-            elif is_operator(contents[name]):
-                changed[name] = ScaleInput(contents[name], 1 / folded)
+        changed = {name: value for name, value in contents_of(module).items() if value is not contents[name]}
+        for name in (f"{path}.kernel" for path in site.linears if f"{path}.kernel" not in operators):
+            kernel = contents[name]
+            if is_operator(kernel):
+                changed[name] = ScaleInput(kernel, 1 / folded)
             else:
-                changed[name] = (contents[name].astype(jnp.float32) / folded[:, None]).astype(contents[name].dtype)
-        return changed | {_FOLDED: folded}
+                changed[name] = (kernel.astype(jnp.float32) / folded[:, None]).astype(kernel.dtype)
+        return changed | operators | {_FOLDED: folded}
 
     def _is_kept(self, site: Site) -> bool:
         """Whether an earlier run left the results of all that is assigned at a site."""
         if self.watch:
             return False
-        units = {
-            f"{self.path}.{path if scope_of(self.assigned[path]) == 'matrix' else site.name}"
-            for path in site.linears
-            if path in self.assigned
-        }
-        return units <= set(self.kept.results)
+        mine = {path: self.assigned[path] for path in site.linears if path in self.assigned}
+        if not mine or any(scope_of(method) == "block" for method in mine.values()):
+            return False
+        units = [path for path, method in mine.items() if scope_of(method) == "matrix"] + [*site_units(site, mine)]
+        return all(f"{self.path}.{unit}" in self.kept.results for unit in units)
 
     def _empty(self, site: Site, contents: Contents, needs: tuple[Statistic, ...]) -> Gathered:
         kernel = contents[f"{site.linears[0]}.kernel"]

@@ -15,7 +15,7 @@ from any4_jax.methods.matrices import Progress
 from any4_jax.models.base import Decoder
 from any4_jax.models.hf_flax import is_hf_flax
 from any4_jax.statistics import Gathered
-from any4_jax.surgery import Rules, linears, resolve
+from any4_jax.surgery import Rules, nnx_modules, resolve
 from any4_jax.surgery.linen_modules import is_pair
 from any4_jax.walk.batches import token_batches
 from any4_jax.walk.driver import Plan, walk
@@ -68,12 +68,12 @@ def calibrate(
         sequential = method is not None and method.sequential
     if sequential and method is None:
         raise ValueError("got sequential=True without a method, it quantizes as it goes; pass the method to be used")
-    if batch_size < 1 or seqlen < 1:
-        raise ValueError(f"got batch_size={batch_size} and seqlen={seqlen}, both must be at least 1; pass larger ones")
     methods = [m for m in (method, *(m for _, m in rules or ())) if m is not None]
     needs = tuple(dict.fromkeys((*statistics.DEFAULT, *(statistic for m in methods for statistic in m.needs))))
     if isinstance(model, Decoder):
-        assigned = resolve(linears(model), method, rules) if sequential else {}
+        found = nnx_modules.matrices(model)
+        by_name = {path for path, matrix in found.items() if matrix.by_name}
+        assigned = resolve(found, method, rules, by_name) if sequential else {}
         plan = Plan(assigned, token_batches(model, data, batch_size, seqlen), watch=needs, sequential=sequential)
         return walk(
             model, plan if progress is None else dataclasses.replace(plan, on_block=_counting(model, progress))

@@ -22,7 +22,7 @@ from any4_jax.walk.batches import Batch
 from any4_jax.walk.blocks import WalkedBlock
 from any4_jax.walk.capture import embed, gather_head
 from any4_jax.walk.keys import unit_keys
-from any4_jax.walk.records import Kept, contents_of
+from any4_jax.walk.records import Kept, block_unit, contents_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +68,12 @@ class Walked:
 
 
 def walk(decoder: Decoder, plan: Plan) -> Walked:
-    """Quantizes the linears of `plan.assigned`, gathers what `plan.watch` asks for, or both."""
+    """Quantizes the linears of `plan.assigned`, gathers what `plan.watch` asks for, or both.
+
+    Raises:
+      ValueError: a method of sites for a linear of no site, or a method of blocks for one outside of all blocks.
+    """
+    _check_scopes(decoder, plan.assigned)
     kept = _kept(decoder, plan)
     done = Walked([], {}, {}, {})
     masks = [mask for _, mask in plan.batches]
@@ -111,6 +116,21 @@ def walk(decoder: Decoder, plan: Plan) -> Walked:
     return done
 
 
+def _check_scopes(decoder: Decoder, assigned: Mapping[str, AnyMethod]) -> None:
+    blocks = [decoder.block_path(index) for index in range(len(decoder.blocks))]
+    sited = {
+        f"{path}.{linear}" for i, path in enumerate(blocks) for site in decoder.sites(i) for linear in site.linears
+    }
+    inside = tuple(f"{path}." for path in blocks)
+    for path, method in assigned.items():
+        scope = scope_of(method)
+        if (scope == "site" and path not in sited) or (scope == "block" and not path.startswith(inside)):
+            raise ValueError(
+                f"{path}: {method.name} quantizes the matrices of a {scope} together, and this one is in no {scope}; "
+                "name a method of one matrix for it in a rule"
+            )
+
+
 def _quantize_block(block: WalkedBlock, sequential: bool) -> BlockResult:
     """Quantizes a block's linears, first by the methods of a matrix or a site, then by the methods of a block."""
     whole = {path: method for path, method in block.assigned.items() if scope_of(method) == "block"}
@@ -128,13 +148,14 @@ def _quantize_block(block: WalkedBlock, sequential: bool) -> BlockResult:
 
 
 def _quantize_whole(block: WalkedBlock, method: BlockMethod | Any) -> BlockResult:
-    found = block.kept.results.get(block.path)
+    unit = block_unit(block.path, block.assigned)
+    found = block.kept.results.get(unit)
     if found is None:
         # What the method tries on the way is neither kept nor counted.
         made = method.apply(dataclasses.replace(block, kept=Kept(), count=lambda path: None))
         changed = {name: value for name, value in made.contents.items() if value is not block.contents.get(name)}
         found = Result(changed, {path: dict(notes) for path, notes in made.notes.items()})
-        block.kept.put(block.path, found)
+        block.kept.put(unit, found)
     for path in block.assigned:
         block.count(f"{block.path}.{path}")
     return BlockResult({**block.contents, **found.operator}, found.notes)
@@ -178,8 +199,8 @@ def _kept(decoder: Decoder, plan: Plan) -> Kept:
     """What earlier runs left; all of it is looked up before anything is computed."""
     if plan.finished is None:
         return Kept()
-    if plan.batches:
-        keys = unit_keys(decoder, plan.assigned, plan.batches, plan.sequential)
+    if plan.batches or any(scope_of(method) != "matrix" for method in plan.assigned.values()):
+        keys = unit_keys(decoder, plan.assigned, plan.batches, plan.given, plan.sequential)
     else:
         matrices = nnx_modules.matrices(decoder)
         keys = {path: job_key(matrices[path], method, plan.given.get(path)) for path, method in plan.assigned.items()}

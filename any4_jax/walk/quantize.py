@@ -178,21 +178,14 @@ def _recipe(
 ) -> Recipe:
     """The record of how a model is quantized now, on top of what was done to it before."""
     earlier = recipe_of(model)
-    decided = [(path, m, _plain(path, notes.get(path, {}))) for path, m in chosen.items()]
+    decided = [
+        (path, m, tuple(sorted((name, plain_note(note)) for name, note in notes.get(path, {}).items())))
+        for path, m in chosen.items()
+    ]
     return Recipe(
         rules=tuple((pattern, m) for pattern, m in (*(rules or ()), *DEFAULT_RULES, (r".*", method))),
         layers=tuple(sorted((*(earlier.layers if earlier else ()), *decided), key=itemgetter(0))),
     )
-
-
-def _plain(path: str, notes: Mapping[str, Note]) -> tuple[tuple[str, Note], ...]:
-    plain = []
-    for name, note in sorted(notes.items()):
-        try:
-            plain.append((name, plain_note(note)))
-        except ValueError as error:
-            raise ValueError(f"{path}, note {name!r}: {error}") from None
-    return tuple(plain)
 
 
 def _counting(total: int, progress: Progress | None) -> Callable[[str], None]:

@@ -1,14 +1,15 @@
 """A block's contents by name, what a killed run left, and what runs of a block have shown."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
 from flax import nnx
 
-from any4_jax.methods.base import Result
+from any4_jax.methods.base import AnyMethod, Result, scope_of
 from any4_jax.methods.matrices import Finished
+from any4_jax.models.base import Site
 from any4_jax.models.fold import module_at
 from any4_jax.statistics import Gathered
 from any4_jax.surgery import nnx_modules, trees
@@ -37,9 +38,31 @@ def with_contents(block: nnx.Module, own: Contents, contents: Contents) -> nnx.M
     return new
 
 
+def site_units(site: Site, methods: Mapping[str, AnyMethod]) -> dict[str, list[str]]:
+    """The linears that each site method of a site quantizes together, by a name for this work within the block.
+
+    Args:
+      site: of the block.
+      methods: of linears, by path in the block; those of other scopes and other sites are passed over.
+    """
+    mine = {path: methods[path] for path in site.linears if path in methods and scope_of(methods[path]) == "site"}
+    together = [[path for path in mine if mine[path] == method] for method in dict.fromkeys(mine.values())]
+    return {_unit(site.name, paths): paths for paths in together}
+
+
+def block_unit(block: str, paths: Iterable[str]) -> str:
+    """A name for the work of a block's method on the linears at `paths`; `block` is the block's own path."""
+    return _unit(block, paths)
+
+
+def _unit(name: str, paths: Iterable[str]) -> str:
+    # No linear's path looks like this, and no two units of a site or a block have a linear in common.
+    return f"{name}({', '.join(paths)})"
+
+
 @dataclasses.dataclass
 class Kept:
-    """What a killed run left: results by the path of a unit of work, which is a linear, a site or a block.
+    """What a killed run left: results by the path of a linear or the name of one of `site_units` or a `block_unit`.
 
     Attributes:
       keys: the key of every unit of work, by path; empty where nothing is kept.
