@@ -36,7 +36,7 @@ def test_every_case_can_run_and_is_one_of_its_kind(study: str) -> None:
 
 
 def test_the_command_measures_and_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
-    """nf4 in smaller groups loses less; the case that needs a text is left out with a note."""
+    """nf4 in smaller groups loses less; the case that needs a text is skipped with a note."""
 
     def study(g: int) -> list:
         fixed = CASES.Case("nf4, small groups", NF4(group_size=8), calibrated=False)
@@ -55,7 +55,7 @@ def test_the_command_measures_and_writes(tmp_path: Path, monkeypatch: pytest.Mon
     assert (first["study"], second["case"], second["calibration"]) == ("reference", "nf4, small groups", "none")
     assert first["share_recovered"] == 0 < second["share_recovered"] < 1
     assert second["error_q_proj"] < first["error_q_proj"] < 0.1
-    assert result.settings["windows"] == 4 and "nf4 of a text: left out" in result.notes[0]
+    assert result.settings["windows"] == 4 and "nf4 of a text: skipped" in result.notes[0]
     assert "small" in capsys.readouterr().out
 
 
