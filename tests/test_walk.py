@@ -14,8 +14,9 @@ from toy_methods import EvenInputs, FitNorms, Nested
 
 from any4_jax.methods import NF4, Any4, Int, matrices, on_block, on_site
 from any4_jax.methods.base import SiteWeights
+from any4_jax.models.fold import fold
 from any4_jax.models.tiny import random_llama
-from any4_jax.statistics import Gathered
+from any4_jax.statistics import AbsMax, Gathered
 from any4_jax.surgery import quantized_leaves
 from any4_jax.walk import blocks, calibrate, quantize_model
 from any4_jax.weights import ScaleInput, dequantize
@@ -137,6 +138,19 @@ def test_linears_that_a_rule_leaves_float_are_divided_where_their_input_is_scale
     new = quantize_model(model, EvenInputs(Int(8, group_size=16)), data=TOKENS, rules=[(r".*(q_proj|gate_proj)", None)])
     assert np.abs(outputs(new) - outputs(model)).max() < 0.03 * np.abs(outputs(model)).max()
     assert not any("q_proj" in path for path in quantized_leaves(new))
+
+
+def test_the_rest_of_a_site_is_quantized_by_statistics_of_its_scaled_input(model) -> None:
+    rules = [(r".*\.q_proj", EvenInputs(Int(8, group_size=16))), (r".*\.[kv]_proj", ANY4)]
+    stats = calibrate(model, TOKENS)["layers.0.self_attn.k_proj"]
+    folded = nnx.clone(model)
+    folded.layers[0], leftover = fold(model.layers[0], model.sites(0)[0], 1 / jnp.sqrt(stats[AbsMax()]))
+    assert leftover is None
+    mixed, apart = (
+        quantized_leaves(quantize_model(m, None, rules=rules[-n:], data=TOKENS)) for m, n in ((model, 2), (folded, 1))
+    )
+    for path in ("layers.0.self_attn.k_proj", "layers.0.self_attn.v_proj"):
+        assert_same(mixed[path], apart[path])
 
 
 def test_a_block_method_is_given_targets_and_a_function_to_train(model) -> None:

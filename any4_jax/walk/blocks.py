@@ -104,6 +104,9 @@ class WalkedBlock:
             mine = {path: self.assigned[path] for path in site.linears if path in paths}
             for unit, chosen in site_units(site, mine).items():
                 made = self._quantize_site(result.contents, site, f"{self.path}.{unit}", chosen, stats[chosen[0]])
+                mine = {path: method for path, method in mine.items() if path not in chosen}
+                if _is_scaled(site, result.contents, made.contents):
+                    stats |= self._gathered_again(made.contents, site, mine)
                 result = BlockResult(made.contents, {**result.notes, **made.notes})
         made = self._quantize_matrices(result.contents, single, stats)
         return BlockResult(made.contents, {**result.notes, **made.notes})
@@ -147,6 +150,14 @@ class WalkedBlock:
         for path in paths:
             self.count(f"{self.path}.{path}")
         return BlockResult({**contents, **found.operator}, found.notes)
+
+    def _gathered_again(self, contents: Contents, site: Site, rest: Mapping[str, AnyMethod]) -> dict[str, Gathered]:
+        """The statistics of a site's scaled input, for those of its linears that are still to be quantized."""
+        needs = tuple(dict.fromkeys(statistic for method in rest.values() for statistic in method.needs))
+        if not needs:
+            return {}
+        apart = dataclasses.replace(self, watch=(), captured=Captured(), keep_outputs=False)
+        return dict.fromkeys(rest, apart.gather(contents, {site.name: needs}).get(site.name))  # type: ignore[arg-type]
 
     def _placed(
         self, contents: Contents, site: Site, results: Mapping[str, Result], scale: jax.Array | None
@@ -196,3 +207,10 @@ class WalkedBlock:
             y, seen = run_block(type(self.decoder).block, graphdef, state, x, cache, mask, seen, outputs)
             ys.append(y)
         return ys, seen
+
+
+def _is_scaled(site: Site, before: Contents, after: Contents) -> bool:
+    """Whether what is before a site has been changed, and with it the site's input."""
+    return site.after is not None and any(
+        after[name] is not leaf for name, leaf in before.items() if name.startswith(f"{site.after}.")
+    )
