@@ -157,7 +157,8 @@ class WalkedBlock:
         if not needs:
             return {}
         apart = dataclasses.replace(self, watch=(), captured=Captured(), keep_outputs=False)
-        return dict.fromkeys(rest, apart.gather(contents, {site.name: needs}).get(site.name))  # type: ignore[arg-type]
+        gathered = apart.gather(contents, {site.name: needs})
+        return dict.fromkeys(rest, gathered[site.name]) if gathered else {}
 
     def _placed(
         self, contents: Contents, site: Site, results: Mapping[str, Result], scale: jax.Array | None
