@@ -1,4 +1,4 @@
-# Every target makes the virtual environment it needs and installs into it; nothing is done by hand.
+# Every target creates the virtual environment that it needs and installs into it; nothing is done by hand.
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -6,26 +6,27 @@ SHELL := /bin/sh
 
 INSTALL_INPUTS := pyproject.toml CMakeLists.txt $(filter-out %.md,$(wildcard cuda_ffi/csrc/*/*.*)) \
 	$(wildcard cuda_ffi/csrc/xla/ffi/api/*.h)
-# Most of a test's time is XLA compiling, much of it the same programs in several files: a file stays on one worker, and
-# the workers share a cache that lives for the run (an older one might be of another processor). Bytecode goes there too,
-# since where Python may not write any each process compiles jax's modules anew, in seven seconds.
-# LLVM's least optimisation compiles a program in two thirds of the time, and in jax 0.10.2, the last for Python 3.11, the
-# emitters without MLIR in two thirds of that; the second run takes those that users have. What is in XLA_FLAGS wins.
+# A test spends most of its time in XLA's compiler, often on programs that other files compile too. So a file stays on
+# one worker, and the workers share a cache that exists for this run only (an older one might be for another processor).
+# Bytecode goes there too: if Python may not write any, each process compiles jax's modules again, in seven seconds.
+# LLVM's lowest optimisation level compiles a program in two thirds of the time. In jax 0.10.2, the last for Python
+# 3.11, the emitters without MLIR take two thirds of that; the second run uses the emitters that users have. XLA_FLAGS
+# from the environment takes precedence.
 XLA = --xla_backend_optimization_level=0 \
 	$$($(1) -c 'import sys; print("--xla_cpu_use_fusion_emitters=false" * (sys.version_info < (3, 12)))')
 PYTEST = cache=$$(mktemp -d) && trap 'rm -rf "$$cache"' EXIT && JAX_PLATFORMS=cpu XLA_FLAGS="$(XLA) $$XLA_FLAGS" \
 	JAX_COMPILATION_CACHE_DIR="$$cache/xla" JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0 \
 	PYTHONDONTWRITEBYTECODE= PYTHONPYCACHEPREFIX="$$cache/python" $(1) -m pytest -n auto --dist loadfile
-# What depends on the versions of jax and flax.
+# The tests that depend on the versions of jax and flax.
 CORE := $(patsubst %,tests/test_%.py,formats scaling packing weights matmul statistics clustering methods any4 surgery \
-	attention cache_open llama generate checkpoint_model linen swapping nnx pallas_kernel)
+	attention cache_open llama generate checkpoint_model linen swapping dense_layers nnx nnx_axes pallas_kernel)
 PIP := -m pip --disable-pip-version-check --quiet --quiet
 
-# Without a GPU the CUDA library is only loaded, for which machine code for one will do; for all it takes a minute more.
+# Without a GPU the CUDA library is only loaded, so machine code for one architecture is enough; all take a minute more.
 ONE_GPU := $(if $(shell nvidia-smi -L 2>/dev/null),,-C cmake.define.CMAKE_CUDA_ARCHITECTURES=90)
 
 # $(call find_python,NAMES,LEAST): prints the first interpreter of at least that sys.hexversion, from PATH, then
-# from pyenv. Each is run, since the shims of pyenv exist for versions that they then refuse to start.
+# from pyenv. Each is run, because pyenv has shims for versions that it then refuses to start.
 find_python = { printf '%s\n' $(1); ls -d "$$(pyenv root 2>/dev/null)"/versions/*/bin/python3 2>/dev/null | sort -rV; } \
 	| while read -r candidate; do \
 	    if "$$candidate" -c 'import ensurepip, sys, venv; sys.exit(sys.hexversion < $(2))' </dev/null >/dev/null 2>&1; \
@@ -33,7 +34,7 @@ find_python = { printf '%s\n' $(1); ls -d "$$(pyenv root 2>/dev/null)"/versions/
 	  done
 FIND_ANY := $(call find_python,python3 python3.11 python3.12 python3.13 python3.14,0x030B0000)
 FIND_NEWEST := $(call find_python,python3.14 python3.13 python3.12,0x030C0000)
-# The second run of the tests adds nothing where .venv is itself on Python 3.12 or newer.
+# The second run of the tests adds nothing if .venv itself is on Python 3.12 or newer.
 NEWEST_IF_OTHER := if .venv/bin/python -c 'import sys; sys.exit(sys.hexversion >= 0x030C0000)'; then $(FIND_NEWEST); fi
 
 help:
@@ -46,7 +47,7 @@ help:
 demo: .venv/demo.stamp
 	@.venv/bin/any4 demo
 
-# With --jobs=2 what here is one core's work, unpacking packages and checking types, goes beside the compilers.
+# With --jobs=2, the work that uses one core (unpacking packages, checking types) runs beside the compilers.
 test: lint .venv/native.stamp newest
 	@[ -n "$$($(NEWEST_IF_OTHER))" ] || echo "one run only: no Python 3.12 or newer was found beside the one of .venv"
 	@$(call PYTEST,.venv/bin/python)
@@ -58,7 +59,7 @@ newest: .venv/bin/python
 test-newest: .venv-newest/dev.stamp
 	@$(call PYTEST,.venv-newest/bin/python) -m "not slow and not sanitize" $(CORE)
 
-# Two minutes of compiling that a change of Python code doesn't need.
+# Two minutes of compiling, which a change of Python code doesn't need.
 sanitize: .venv/dev.stamp
 	@.venv/bin/python -m pytest -m sanitize tests/test_native_build.py tests/test_cuda_sanitizers.py
 
@@ -80,14 +81,14 @@ clean:
 .venv-newest/bin/python:
 	@"$$($(FIND_NEWEST))" -m venv --clear .venv-newest
 
-# Editable, so that an edit needs no new installation and data files are read where they lie.
+# Editable, so that an edit needs no new installation and data files are read in place.
 .venv/demo.stamp: $(INSTALL_INPUTS) | .venv/bin/python
 	@echo "installing any4_jax into .venv"
 	@.venv/bin/python $(PIP) install $(ONE_GPU) -e .
 	@touch $@
 
-# Without bytecode, of which tests need little: a minute less. Without the native libraries, which lint doesn't need;
-# .venv-newest tests the XLA backends, which the first run seldom takes.
+# Without bytecode, of which tests need little, this takes a minute less. Without the native libraries, because lint
+# doesn't need them and .venv-newest tests the XLA backends, which the first run seldom uses.
 %/dev.stamp: $(INSTALL_INPUTS) | %/bin/python
 	@echo "installing any4_jax and its development tools into $*"
 	@$*/bin/python $(PIP) install --no-compile -C wheel.cmake=false -e '.[dev]'

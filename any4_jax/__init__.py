@@ -1,6 +1,6 @@
 """any4_jax: learned 4-bit weights for language models in JAX."""
 
-from any4_jax import clustering, data, evaluation, methods, models, nn, statistics, surgery, weights
+from any4_jax import clustering, data, evaluation, kv_cache, methods, models, nn, statistics, surgery, weights
 from any4_jax.checkpoint import from_arrays, load, save, to_arrays
 from any4_jax.generate import generate
 from any4_jax.methods import quantize
@@ -25,6 +25,7 @@ __all__ = [
     "explain",
     "from_arrays",
     "generate",
+    "kv_cache",
     "load",
     "matmul",
     "matmul_each",

@@ -1,7 +1,7 @@
-"""Choosing among implementations of one function: the first that works on the platform a program is lowered for.
+"""Choice among the implementations of a function: the first that works on the platform a program is lowered for.
 
-The product, the table solver and the refit each have a `Choice`. Its last option runs everywhere and is the truth that
-the others must match.
+The product, the table solver and the refit each have a `Choice`. Its last option runs everywhere, and is the reference
+that the others must match.
 """
 
 import dataclasses
@@ -24,8 +24,8 @@ class Option(Protocol):
 
     @property
     def supports(self) -> Callable[..., str | None]:
-        """(*problem, platform) -> None, or the reason in words why it can't. It looks at shapes, dtypes and options
-        only, so it works while tracing."""
+        """(*problem, platform) -> None, or the reason why it can't, in words. It looks only at shapes, dtypes and
+        options, so it works while tracing."""
         ...
 
 
@@ -35,7 +35,7 @@ class Backend:
 
     Attributes:
       name: what `backend=` calls it.
-      supports: (*problem, platform) -> None, or the reason in words why it can't.
+      supports: (*problem, platform) -> None, or the reason why it can't, in words.
       run: the function.
     """
 
@@ -49,10 +49,10 @@ O = TypeVar("O", bound=Option)  # noqa: E741 (of Option)
 
 @dataclasses.dataclass(frozen=True)
 class Choice(Generic[O]):
-    """Options in the order in which they are tried.
+    """The implementations to choose from.
 
     Attributes:
-      options: the last one supports every problem on every platform.
+      options: in the order in which they are tried; the last one supports every problem on every platform.
     """
 
     options: tuple[O, ...]
@@ -61,19 +61,19 @@ class Choice(Generic[O]):
         """The option of that name.
 
         Raises:
-          ValueError: no option has that name; the sentence lists those there are.
+          ValueError: no option has that name; the message lists the names.
         """
         for option in self.options:
             if option.name == name:
                 return option
         known = ", ".join(repr(option.name) for option in self.options)
-        raise ValueError(f"got backend={name!r}, there are {known}; pass one of them, or None to let it be chosen")
+        raise ValueError(f"got backend={name!r}, need one of {known}; pass one of these, or None to let it be chosen")
 
     def required(self, name: str, *problem: Any, platform: str) -> O:
-        """The option of that name, which the caller asked for, so it has to work.
+        """The option that the caller asked for by name, which must be able to solve the problem.
 
         Raises:
-          ValueError: no option has that name, or it can't solve the problem; the sentence gives its reason.
+          ValueError: no option has that name, or it can't solve the problem; the message gives the reason.
         """
         option = self.named(name)
         reason = option.supports(*problem, platform)
@@ -82,19 +82,20 @@ class Choice(Generic[O]):
         return option
 
     def first(self, *problem: Any, platform: str) -> O:
-        """The first option that can solve a problem on a platform."""
+        """The first option that can solve the problem on the platform."""
         return next(option for option in self.options if option.supports(*problem, platform) is None)
 
     def choose(self, name: str | None, *problem: Any, arrays: tuple[Any, ...]) -> str | None:
-        """The name of the option that a program of `arrays` uses, or None while they are traced: `lowered` then decides
-        for each platform.
+        """The name of the option that a program of `arrays` uses. While they are traced it is None, and `lowered`
+        decides for each platform.
 
         Args:
-          name: of an option that the caller asked for, or None for the first that works where the arrays lie. Once that
-            is known, no other option need be traced.
+          name: the option that the caller asked for, or None for the first that works where the arrays are. With a
+            name, no other option is traced.
+          arrays: the operands; Tracers, numpy arrays and None are allowed.
 
         Raises:
-          ValueError: as `required`.
+          ValueError: as in `required`.
         """
         if name is not None:
             return self.required(name, *problem, platform=platform_of(*arrays)).name
@@ -105,10 +106,13 @@ class Choice(Generic[O]):
     def lowered(
         self, call: Callable[[O], Callable[..., Any]], *problem: Any, name: str | None = None
     ) -> Callable[..., Any]:
-        """What `call` makes of the named option; without a name, a function that runs, on each platform that it is
-        lowered for, what `call` makes of the first option that works there.
+        """The function that `call` returns for the named option. Without a name: a function that, on each platform it
+        is lowered for, runs what `call` returns for the first option that works there.
 
-        Where that is the last option on all platforms, no other is traced.
+        If that is the last option on all platforms, no other is traced.
+
+        Raises:
+          ValueError: no option has that name.
         """
         if name is not None:
             return call(self.named(name))
@@ -122,15 +126,15 @@ class Choice(Generic[O]):
 
 
 def default_platform() -> str:
-    """The platform of a program whose arrays are tied to no device: that of `jax.default_device` where it is set, else
-    that of this process."""
+    """The platform of a program whose arrays are committed to no device: that of `jax.default_device` where it is set,
+    else this process's default."""
     device = jax.default_device.value
     return _platform(jax.devices(device)[0] if device is None or isinstance(device, str) else device)
 
 
 def platform_of(*arrays: Any) -> str:
-    """The platform that a program of these arrays runs on: where the arrays lie that were put on a device, else the
-    default, as for traced arrays and numpy's."""
+    """The platform that a program of these arrays runs on: that of the first array committed to a device, else the
+    default. Traced arrays and numpy arrays are committed to none."""
     for array in arrays:
         placed = isinstance(array, jax.Array) and not isinstance(array, jax.core.Tracer)
         if placed and array.committed:
@@ -139,7 +143,7 @@ def platform_of(*arrays: Any) -> str:
 
 
 def _platform(device: Any) -> str:
-    """One of PLATFORMS: jax calls a GPU of either make "gpu"."""
+    """A device's name in PLATFORMS: jax calls GPUs of both makers "gpu"."""
     if device.platform != "gpu":
         return device.platform
     return "rocm" if "rocm" in device.client.platform_version.lower() else "cuda"

@@ -1,7 +1,7 @@
 """Low-bit formats: how many bits a code has, which levels its table holds, and how a group is scaled onto them.
 
-Every format is a table. They differ in where the levels come from (`levels`, or learned from the weights) and in
-how a group of weights is scaled onto the table (`rule`, see `scaling.group_scales`), and in nothing else.
+Every format is a table. Formats differ only in where the levels come from (`levels`, or learned from the weights) and
+in how a group of weights is scaled onto the table (`rule`, see `scaling.group_scales`).
 """
 
 import dataclasses
@@ -24,6 +24,9 @@ class Format:
       bits: width of a code.
       levels: the table, ascending; None where it is learned from the weights.
       rule: how the scale (and offset) of a group is found.
+
+    Raises:
+      ValueError: there are not 2**bits levels, or they don't ascend.
     """
 
     bits: int
@@ -76,13 +79,13 @@ def af4_levels(block_size: int) -> tuple[float, ...]:
     """The AF4 table for blocks of `block_size` weights (arXiv 2306.06965).
 
     It minimises E|X - q(X)| where X = Z / max|Z| over a block of independent Z ~ N(0, 1): every free level is the
-    median of its cell. As published, the two halves are solved apart, with -1 and 1 held and a cell border at zero,
-    and zero is added as the sixteenth level; this reproduces the paper's table for blocks of 64. (That zero then
-    takes half a cell from each neighbour, which the optimisation did not see: E|X - q(X)| at 64 is 0.0293, NF4's
-    0.0284.)
+    median of its cell. As in the paper, the two halves are solved separately, with -1 and 1 fixed and a cell border at
+    zero, and zero is then added as the sixteenth level. This reproduces the paper's table for blocks of 64. (The added
+    zero takes half a cell from each neighbour, which the optimisation does not account for: for blocks of 64,
+    E|X - q(X)| is 0.0293, and NF4's is 0.0284.)
 
     Raises:
-      ValueError: a block of fewer than 2 weights has no distribution besides +-1.
+      ValueError: block_size is below 2: every weight of such a block is +-1.
     """
     if block_size < 2:
         raise ValueError(
@@ -111,10 +114,10 @@ def _median_levels(levels, ends, held, grid, cdf) -> np.ndarray:
 def _block_scaled_normal_cdf(block_size: int) -> tuple[np.ndarray, np.ndarray]:
     """CDF on [-1, 1] of one weight over its block's absmax, given that it is not the absmax itself.
 
-    Given max|Z| = m the others are normals truncated to [-m, m]; m has the density of a maximum of half-normals.
+    Given max|Z| = m, the others are normals truncated to [-m, m]; m is distributed as the maximum of half-normals.
     """
     phi = np.vectorize(lambda t: 0.5 * (1.0 + math.erf(t / math.sqrt(2.0))))
-    # Gauss-Legendre on [0, 8]: 100 nodes give blocks of 2 to 16384 to 1e-9.
+    # Gauss-Legendre on [0, 8]: 100 nodes are accurate to 1e-9 for blocks of 2 to 16384 weights.
     nodes, mass = np.polynomial.legendre.leggauss(100)
     m = 4.0 * (nodes + 1.0)
     inside = 2.0 * phi(m) - 1.0
@@ -155,11 +158,11 @@ def nearest(values: jax.Array, table: jax.Array, *, uniform: bool = False) -> ja
     Args:
       values: [..., N, K], any float dtype.
       table: [..., N or 1, 2**bits], ascending.
-      uniform: the table is an arithmetic ramp; the code is then found by rounding (half to even) instead of search.
+      uniform: the table is an arithmetic ramp; codes are then found by rounding (half to even) instead of search.
 
     Returns:
-      uint8 [..., N, K]. A value midway between two levels takes the one farther from zero, as the MX
-      specification's reference quantizer does.
+      uint8 [..., N, K]. Without `uniform`, a value midway between two levels takes the one farther from zero, as in
+      the MX specification's reference quantizer.
     """
     table = table.astype(jnp.float32)
     values = values.astype(jnp.float32)

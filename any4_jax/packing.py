@@ -1,9 +1,9 @@
 """Codes to bytes and back, in the one canonical layout.
 
-A code of 3, 5 or 6 bits is split into planes, its low bits in the first plane: 3 = 2 + 1, 5 = 4 + 1, 6 = 4 + 2, so
-that the stored bits are the claimed bits. In a plane of width b, code k occupies bits b * (k mod 8/b) and up of byte
-k // (8/b): the first code of a byte sits in its lowest bits. The last byte is filled up with zero codes.
-Kernels that want another order derive it from this one when a weight is put on a device.
+A code of 3, 5 or 6 bits is split into planes (3 = 2 + 1, 5 = 4 + 1, 6 = 4 + 2), with its low bits in the first plane,
+so that a code takes no more bits than it has. In a plane of width b, code k occupies bits b * (k mod 8/b) and up of
+byte k // (8/b): the first code of a byte sits in its lowest bits. Zero codes fill the last byte.
+Every kernel reads this layout as it is stored.
 """
 
 import functools
@@ -30,12 +30,16 @@ def plane_bytes(count: int, width: int) -> int:
 
 
 def padding(count: int, bits: int) -> int:
-    """Zero codes that fill the last byte of the first plane."""
+    """Number of zero codes that fill the last byte of the first plane.
+
+    Raises:
+      ValueError: codes can't have so many bits.
+    """
     width = _widths(bits)[0]
     return plane_bytes(count, width) * 8 // width - count
 
 
-# Outside of a program one that is compiled, in place of a dozen for each new shape.
+# Jitted, so that a call outside of a program compiles one function for a new shape instead of a dozen operations.
 @functools.partial(jax.jit, static_argnames="bits", inline=True)
 def pack(codes: jax.Array, bits: int) -> Planes:
     """Packs codes.
@@ -45,10 +49,10 @@ def pack(codes: jax.Array, bits: int) -> Planes:
       bits: 1, 2, 3, 4, 5, 6 or 8.
 
     Returns:
-      uint8 [..., ceil(K * width / 8)] for each plane of the width's table.
+      uint8 [..., ceil(K * width / 8)] for each width in PLANES[bits]: one array, or a tuple where there are several.
 
     Raises:
-      ValueError: bits has no plane table.
+      ValueError: codes can't have so many bits.
       TypeError: codes are not uint8.
     """
     if codes.dtype != jnp.uint8:
@@ -63,7 +67,11 @@ def pack(codes: jax.Array, bits: int) -> Planes:
 
 @functools.partial(jax.jit, static_argnames=("bits", "count"), inline=True)
 def unpack(planes: Planes, bits: int, count: int) -> jax.Array:
-    """The inverse of `pack`: uint8 [..., count] codes from uint8 planes."""
+    """The inverse of `pack`: uint8 [..., count] codes from uint8 planes.
+
+    Raises:
+      ValueError: codes can't have so many bits, or there are too few or too many planes.
+    """
     arrays = planes if isinstance(planes, tuple) else (planes,)
     shift = 0
     codes = None

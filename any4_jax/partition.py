@@ -7,18 +7,18 @@ import jax.numpy as jnp
 
 
 def partition(tree, mask=None) -> tuple[Any, Any]:
-    """Splits a tree into (chosen, rest), each of its structure with None where the other has the array.
+    """Splits a tree into (chosen, rest). Both have the tree's structure, with None where the other has the array.
 
-    Without a mask the floating-point leaves are chosen (lut, scales, offsets, low-rank factors, input scales, dense
-    weights), what gradients and optimisers may see, and the rest are the integers (codes, e8m0 exponents,
-    permutations), what they never see.
+    Without a mask, the floating-point leaves are chosen: lut, scales, offsets, low-rank factors, input scales and dense
+    weights, which gradients and optimisers may see. The rest are the integers, which they never see: codes, e8m0
+    exponents and permutations.
 
     Args:
       tree: arrays, in operators or not.
-      mask: bools in the structure of `tree`, True for a leaf that is chosen; any4_jax.trainable makes them.
+      mask: bools in the structure of `tree`, True for a leaf that is chosen; any4_jax.trainable makes such masks.
 
     Raises:
-      ValueError: a mask of another structure; the message is jax's, which says where.
+      ValueError: the mask has another structure; the message is jax's, and says where.
     """
     if mask is None:
         mask = jax.tree.map(lambda leaf: jnp.issubdtype(leaf.dtype, jnp.inexact), tree)

@@ -10,8 +10,8 @@ With n bits and h = 2^(n-1), a group is mapped by u = (w - offset) / scale onto 
     e8m0_*        scale = 2^e, e from max|w|                     no offset                       u in about [-6, 6]
     none          scale = 1                                      no offset                       u = w
 
-All arithmetic is float32 whatever the weight's dtype. The results are rounded to their stored dtype here, so that
-whoever chooses codes or tables next sees what will be stored.
+All arithmetic is in float32, whatever the dtype of the weights. Results are rounded to their stored dtype here, so that
+codes and tables are chosen for the scales that are stored.
 """
 
 from typing import NamedTuple
@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from any4_jax.formats import ScaleRule
 
 _FLOOR = 1e-6
-"""Smallest range of a group; keeps constant groups away from a division by zero (arXiv 2507.04610, its code)."""
+"""Smallest range of a group, as in the code of arXiv 2507.04610. It keeps a constant group from dividing by zero."""
 
 
 class GroupScales(NamedTuple):
@@ -33,8 +33,8 @@ class GroupScales(NamedTuple):
 
 
 def rounded(values: jax.Array, dtype) -> jax.Array:
-    """float32 values in a stored dtype, really rounded: XLA may drop a cast to bfloat16 that is followed by one back
-    to float32, and codes would then be chosen for values that are not the stored ones."""
+    """float32 values rounded to the dtype in which they are stored. A cast alone is not enough: XLA may drop a cast to
+    bfloat16 that is followed by one back to float32, and codes would then be chosen for values that aren't stored."""
     info = jnp.finfo(dtype)
     return jax.lax.reduce_precision(values, info.nexp, info.nmant).astype(dtype)
 
@@ -51,7 +51,7 @@ def check_group_size(group_size: int) -> None:
 
 
 def check_stored_dtype(field: str, dtype: str) -> None:
-    """Raises ValueError unless `dtype` names a float dtype of 16 or 32 bits, which tables, scales and offsets have."""
+    """Raises ValueError unless `dtype` names a dtype for tables, scales and offsets: a float of 16 or 32 bits."""
     if dtype not in ("bfloat16", "float16", "float32"):
         raise ValueError(f"got {field}={dtype!r}, need 'bfloat16', 'float16' or 'float32'; choose one of these")
 
@@ -64,7 +64,7 @@ def to_groups(w: jax.Array, group_size: int) -> jax.Array:
 
 
 def expand(per_group: jax.Array, group_size: int, k: int) -> jax.Array:
-    """[..., ceil(K/G)] to [..., K]: each group's value for each of its weights."""
+    """[..., ceil(K/G)] to [..., K]: repeats each group's value for each of its weights."""
     return jnp.repeat(per_group, group_size, axis=-1)[..., :k]
 
 
@@ -112,8 +112,8 @@ def _asymmetric(groups: jax.Array, bits: int, dtype, *, integer_zero: bool) -> G
 def _e8m0_exponent(absmax: jax.Array, *, round_mantissa: bool) -> jax.Array:
     """Biased exponent of the group's power of two, so that max|w| lands in e2m1's top binade [4, 8).
 
-    The OCP rule takes floor(log2 absmax); "round" first rounds absmax to a power of two's mantissa, half up, so
-    that a maximum of 1.5 or more binades moves up instead of saturating at 6. A zero group gets exponent 0.
+    The OCP rule takes floor(log2 absmax). "round" first rounds absmax to a power of two, halves up, so that a maximum
+    of at least 1.5 times a power of two moves up a binade instead of saturating at 6. A zero group gets exponent 0.
     """
     bits = jax.lax.bitcast_convert_type(absmax, jnp.int32)
     if round_mantissa:
@@ -124,13 +124,19 @@ def _e8m0_exponent(absmax: jax.Array, *, round_mantissa: bool) -> jax.Array:
 def scale_values(scales: jax.Array) -> jax.Array:
     """Stored scales as float32; uint8 scales are e8m0 exponents, 2^(e - 127)."""
     if scales.dtype == jnp.uint8:
-        # 2^-127 is subnormal and XLA may flush it to zero; only groups of zeros carry it, for which zero is right too.
+        # 2^-127 is subnormal, and XLA may flush it to zero. Only groups of zeros have it, and zero is right for them.
         return jax.lax.bitcast_convert_type(scales.astype(jnp.int32) << 23, jnp.float32)
     return scales.astype(jnp.float32)
 
 
 def normalize(w: jax.Array, scales: jax.Array, offsets: jax.Array | None, group_size: int) -> jax.Array:
-    """u = (w - offset) / scale in float32, [..., N, K]; groups whose scale is zero give zero."""
+    """u = (w - offset) / scale, float32 [..., N, K]; a group whose scale is zero gives zeros.
+
+    Args:
+      w: [..., N, K], any float dtype.
+      scales, offsets: stored ones [..., N, ceil(K/G)], see `group_scales`; offsets may be None.
+      group_size: G.
+    """
     k = w.shape[-1]
     values = scale_values(scales)
     u = w.astype(jnp.float32)

@@ -19,23 +19,23 @@ _NOTHING = {
 
 
 def trainable(tree: Any, what: Literal["floats", "tables", "lora"] = "floats") -> Any:
-    """The tree of bools that marks what is to be trained: a mask for `any4_jax.partition` and for optax.
+    """Marks what to train, in a tree of bools: a mask for `any4_jax.partition` and for optax.
 
-    What is no parameter is never marked: integers (codes, e8m0 exponents, permutations) and what an operator was
-    registered with as a constant, such as the scale of a LowRank, and the table of a uniform leaf (integer formats),
-    which products may take for the ramp that it is.
+    Three things are never marked: integers (codes, e8m0 exponents, permutations); arrays that an operator registered
+    as constants, such as the scale of a LowRank; and the table of a uniform leaf (integer formats), because products
+    may rely on its being a ramp.
 
     Args:
       tree: arrays, in operators or not: the params of a Linen or Hugging Face model, or one operator.
-      what: "floats" marks all other floating-point leaves; "tables" and "lora" the arrays that
-        operators were registered with as such, wherever they are: the lut, scales and offsets of each
-        QuantizedTensor, and the a and b of each LowRank.
+      what: "floats" marks all other floating-point leaves. "tables" and "lora" mark the arrays that operators
+        registered as such, wherever they are: the lut, scales and offsets of each QuantizedTensor, and the a and b of
+        each LowRank.
 
     Returns:
-      True or False in the place of each leaf of `tree`.
+      The structure of `tree`, with True or False for each leaf.
 
     Raises:
-      ValueError: another name, or a tree that has no such leaf.
+      ValueError: `what` is another name, or the tree has no such leaf.
     """
     if what not in _NOTHING:
         known = ", ".join(repr(name) for name in _NOTHING)
@@ -72,24 +72,24 @@ def add_lora(
 ) -> Any:
     """The model with low-rank updates: each quantized layer's operator q becomes Sum((q, LowRank(a, b, scale))).
 
-    It computes what it did before, since b starts at zero (LoRA, arXiv 2106.09685, section 4.1). The entries of a are
-    drawn from N(0, 1/K): normal as in the paper, and of the variance that makes a x as large as x for every K, so that
-    one learning rate suits layers of all widths.
+    The new model computes what the old one did, since b starts at zero (LoRA, arXiv 2106.09685, section 4.1). The
+    entries of a are drawn from N(0, 1/K): normal as in the paper, with the variance that makes a x as large as x for
+    every K, so that one learning rate suits layers of all widths.
 
     Args:
-      model: any model that `quantize_model` gives.
+      model: any model that `quantize_model` returns.
       rank: R >= 1.
-      alpha: the update is scaled by alpha / rank; None means rank, a scale of 1.
-      seed: of the random numbers; a layer's follow from it and from the layer's path, not from the other layers.
-      pattern: regex of the whole paths of the layers meant.
-      dtype: of a and b. float32 keeps an optimiser's small steps, and products run in the dtype of x all the same.
+      alpha: the update is scaled by alpha / rank; None means alpha = rank, a scale of 1.
+      seed: for the random numbers. Those of a layer depend on the seed and the layer's path, not on other layers.
+      pattern: regex that the whole path of a layer must match for it to get an update.
+      dtype: of a and b. float32 keeps the small steps of an optimiser; products still run in the dtype of x.
 
     Returns:
       A new model of the same kind, over the same quantized arrays.
 
     Raises:
-      ValueError: a rank below 1, an alpha that is not positive and finite, no quantized layer, a pattern that matches
-        none, or a layer with a low-rank update already.
+      ValueError: rank is below 1, alpha is not positive and finite, the model has no quantized layer, the pattern
+        matches none, or a layer already has a low-rank update.
     """
     if rank < 1:
         raise ValueError(f"got rank={rank}, a low-rank update needs at least 1; pass a larger rank")
@@ -97,11 +97,11 @@ def add_lora(
     if not 0 < alpha < math.inf:
         raise ValueError(f"got alpha={alpha}, need a positive finite number; pass one, or None for alpha = rank")
     if not quantized_leaves(model):
-        raise ValueError("got a model without quantized layers, add_lora puts updates over these; quantize it first")
+        raise ValueError("got a model without quantized layers, which add_lora needs; quantize it first")
 
     def with_update(path: str, operator: Any) -> Sum:
         if any(place.trained == "lora" for place, _ in places(operator)):
-            raise ValueError(f"{path} has a low-rank update already, add_lora gives one; train it, or pass a pattern")
+            raise ValueError(f"{path} already has a low-rank update; train it, or pass a pattern that leaves it out")
         *stack, n, k = operator.shape
         key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(path.encode()))
         a = (jax.random.normal(key, (*stack, rank, k)) * k**-0.5).astype(dtype)

@@ -1,9 +1,10 @@
-"""Teach a 4-bit model a new kind of text: low-rank updates (LoRA) over frozen NF4 weights, as QLoRA does.
+"""Teach a 4-bit model a new kind of text: low-rank updates (LoRA, arXiv:2106.09685) over frozen NF4 weights, as in
+QLoRA (arXiv:2305.14314).
 
 Run: python examples/lora.py [MODEL]
 
-MODEL is a Hugging Face folder, a hub id or a GGUF file. Without it the bundled model, which knows nothing but stories
-for small children, reads essays.
+MODEL is a Hugging Face folder, a hub id or a GGUF file. By default, the bundled model, which knows only stories for
+small children, learns to read essays.
 """
 
 import sys

@@ -2,9 +2,9 @@
 
 Run: python examples/orbax_roundtrip.py [FOLDER]
 
-The first way keeps your checkpoints as they are: the weights are a nested dict of plain arrays beside whatever else
-you save, and Orbax alone reads them back. The second writes one folder that is replaced as a whole or not at all,
-with a checksum of every byte.
+The first keeps your checkpoints as they are: the weights are a nested dict of plain arrays next to whatever else you
+save, and Orbax alone restores them. The second is one folder, which is replaced as a whole or not at all, and has
+checksums of every byte.
 """
 
 import json
@@ -27,7 +27,7 @@ params = net.init(jax.random.key(1), x)
 module, small = a4.quantize_model((net, params), a4.methods.NF4(group_size=64))
 y = module.apply(small, x)
 
-# Your own checkpoint. The spec is JSON: which arrays are one weight, and how it was quantized.
+# Your own checkpoint. The spec is JSON that says which arrays form one weight, and how it was quantized.
 arrays, spec = a4.to_arrays((module, small))
 (folder / "spec.json").write_text(json.dumps(spec))
 with ocp.PyTreeCheckpointer() as checkpointer:

@@ -1,7 +1,7 @@
-"""Hugging Face's FlaxLlama in 4 bits: one call, and generate() goes on as before.
+"""Hugging Face's FlaxLlama in 4 bits: one call, and generate() works as before.
 
 pip install "any4_jax[hf-flax]"
-python examples/swap_hf_llama.py                # the bundled model of 260 thousand parameters
+python examples/swap_hf_llama.py                # the bundled model of 260,000 parameters
 python examples/swap_hf_llama.py path/to/llama  # a Hugging Face folder, a hub id or a GGUF file
 """
 
@@ -18,20 +18,20 @@ PROMPT = "Once upon a time, there was a little"
 
 
 def size(tree) -> int:
-    """Bytes of the arrays of a tree, codes and tables as they are stored."""
+    """The bytes of a tree's arrays; codes and tables count as they are stored."""
     return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
 
 
 def continued(model) -> str:
-    """The prompt and 32 more tokens, the likeliest each time."""
+    """The prompt continued by 32 tokens, the likeliest each time."""
     prompt = jnp.asarray([model.tokenizer.encode(PROMPT)])
     end = model.generation_config.eos_token_id
-    end = end[0] if isinstance(end, list) else end  # transformers' Flax generate() stops at one token only
+    end = end[0] if isinstance(end, list) else end  # transformers' Flax generate() stops only at a single token
     made = model.generate(prompt, max_new_tokens=32, do_sample=False, eos_token_id=end, pad_token_id=end)
     return model.tokenizer.decode(made.sequences[0].tolist())
 
 
-hf = a4.models.load_hf_flax(source)  # or any Flax model of transformers that you have in hand
+hf = a4.models.load_hf_flax(source)  # or any Flax model of transformers that you have
 small = a4.quantize_model(hf, method)  # the head and the embedding stay as they are
 
 print(a4.explain(small))

@@ -1,8 +1,8 @@
-"""A Flax Linen model of your own: train it, then put its Dense layers in 4 bits with one call.
+"""Your own Flax Linen model in 4 bits: train it, then quantize its Dense layers with one call.
 
 Run: python examples/swap_your_own_linen.py
 
-The model predicts the next character of some essays from the eight before it. Its code knows nothing of any4.
+The model predicts the next character of some essays from the eight before it. Its code doesn't mention any4.
 """
 
 import jax

@@ -1,4 +1,4 @@
-"""A Flax NNX model of your own in 4 bits: train it, quantize it with one call, then train its tables on top.
+"""Your own Flax NNX model in 4 bits: train it, quantize it with one call, then train the tables as well.
 
 Run: python examples/swap_your_own_nnx.py (needs optax; less than a minute on two cores)
 """
@@ -52,7 +52,7 @@ windows = np.lib.stride_tricks.sliding_window_view(tokens.astype(np.int32), CONT
 model = NextCharacter(len(letters), rngs=nnx.Rngs(0))
 train(model, nnx.Optimizer(model, optax.adam(1e-3), wrt=nnx.Param), 300)
 show("float32", model)
-# Float32 tables, since bfloat16 would round small steps away; adafactor's steps are in proportion to the values.
+# Float32 tables, because bfloat16 would round small steps away; adafactor's steps are proportional to the values.
 small = a4.quantize_model(model, a4.methods.Any4(group_size=32, table_dtype="float32", scale_dtype="float32"))
 show("any4", small)
 train(small, nnx.Optimizer(small, optax.adafactor(1e-3), wrt=Tables), 50)

@@ -1,9 +1,9 @@
-"""Train what a low-bit weight keeps besides its codes: tables, scales and offsets, towards the float model's answers.
+"""Train all of a low-bit weight except its codes, that is tables, scales and offsets, to match the float model.
 
 Run: python examples/train_tables.py [MODEL]
 
-MODEL is a Hugging Face folder, a hub id or a GGUF file; the bundled one otherwise. The text is only what both models
-read: the loss is how far the 4-bit model's distribution of the next token is from the float model's.
+MODEL is a Hugging Face folder, a hub id or a GGUF file; by default, the bundled model. The text serves only as input to
+both models: the loss is the divergence of the 4-bit model's next-token distribution from the float model's.
 """
 
 import sys
@@ -23,7 +23,7 @@ model = a4.models.load(name)
 tokens = np.asarray(model.tokenizer.encode(a4.data.essays()), np.int32)
 train, test = tokens[:-HELD_OUT], tokens[-HELD_OUT:]
 
-# In bfloat16, as they are stored otherwise, most steps of the optimiser would round to nothing.
+# In bfloat16, the default, most of the optimizer's steps would round to nothing.
 method = a4.methods.NF4(group_size=32, table_dtype="float32", scale_dtype="float32")
 small = a4.quantize_model(model, method)
 tuned = nnx.clone(small)

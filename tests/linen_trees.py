@@ -1,8 +1,9 @@
-"""Parameters of Linen models for tests: random, quantized, and back as floats."""
+"""Parameters of Linen models for tests: random, quantized, and back as floats; a small module to put into others."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import linen
 
 import any4_jax as a4
 
@@ -33,3 +34,11 @@ def floats(params, transposed=True):
         return jnp.matrix_transpose(a4.dequantize(node)) if transposed else a4.dequantize(node)
 
     return jax.tree.map(dense, params, is_leaf=lambda node: isinstance(node, a4.QuantizedTensor))
+
+
+class Child(linen.Module):
+    """A module whose one Dense layer is called `up`."""
+
+    @linen.compact
+    def __call__(self, x):
+        return linen.Dense(32, name="up")(x)

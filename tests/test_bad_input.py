@@ -102,9 +102,9 @@ CALIBRATION = [
 ]
 CHECKPOINTS = [
     (lambda path: save(path, [X]), TypeError, "list NNX dict"),
-    (lambda path: save(path, {"a.b": X}), ValueError, "'a.b' strings without rename"),
+    (lambda path: save(path, {"a.b": X}), ValueError, "'a.b' string without rename"),
     (lambda path: save(path, {"a": {"b/c": X}}), ValueError, "'b/c' 'a' rename"),
-    (lambda path: save(path, {1: X}), ValueError, "key 1 strings rename"),
+    (lambda path: save(path, {1: X}), ValueError, "key 1 string rename"),
     (lambda path: save(path, {"a": None}), TypeError, "'a' NoneType pass"),
     (lambda path: load(path), FileNotFoundError, "checkpoint"),
 ]

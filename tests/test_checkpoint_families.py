@@ -77,7 +77,10 @@ def test_a_family_from_outside_is_saved_and_rebuilt(tmp_path: Path, monkeypatch:
     with pytest.raises(ValueError, match="it holds a Toy of this library and `into` is an NNX module .Llama.; leave"):
         a4.load(tmp_path / "c", into=random_llama())
     monkeypatch.delitem(families.FAMILIES, "toy")
-    with pytest.raises(ValueError, match=r"c: got family 'toy', known are llama; register it, or upgrade any4_jax$"):
+    with pytest.raises(
+        ValueError,
+        match=r"c: got family 'toy', and the registered families are llama; register it, or upgrade any4_jax$",
+    ):
         a4.load(tmp_path / "c")
 
 
@@ -91,7 +94,7 @@ def test_no_family_has_the_name_of_another_kind_of_content() -> None:
 def test_a_decoder_that_no_family_has_is_refused_before_anything_is_written(tmp_path: Path) -> None:
     model = Loud(random_llama().config, rngs=nnx.Rngs(0))
     for function in (lambda model: a4.save(tmp_path / "c", model), a4.to_arrays):
-        with pytest.raises(TypeError, match="got a Loud, which is the class of no family") as error:
+        with pytest.raises(TypeError, match="got a Loud, which belongs to no family") as error:
             function(model)
         assert "\n" not in str(error.value)
     assert not (tmp_path / "c").exists()
@@ -130,7 +133,7 @@ def widen(content: dict) -> None:
 )
 def test_a_decoder_that_contradicts_itself_is_refused(edit, said: str, saved: Path, tmp_path: Path) -> None:
     with pytest.raises(
-        ValueError, match=rf"not those of a Llama of its config \(.*{said}.*contradicts itself"
+        ValueError, match=rf"don't fit a Llama of its own config \(.*{said}.*contradicts itself"
     ) as error:
         a4.load(copied(saved, tmp_path / "c", edit))
     assert "\n" not in str(error.value) and str(tmp_path) in str(error.value)

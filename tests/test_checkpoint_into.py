@@ -132,9 +132,9 @@ def test_a_llama_goes_into_a_llama_of_its_config(tmp_path) -> None:
     abstract = nnx.eval_shape(lambda: type(model)(model.config, rngs=nnx.Rngs(0)))
     assert_same_contents(a4.load(tmp_path / "c", into=abstract), model)
     other = dataclasses.replace(model.config, rope_theta=5.0)
-    with pytest.raises(ValueError, match=r"its Llama has rope_theta=10000\.0 and `into` has 5\.0"):
+    with pytest.raises(ValueError, match=r"its Llama has rope_theta=10000\.0, and `into` has 5\.0"):
         a4.load(tmp_path / "c", into=nnx.eval_shape(lambda: type(model)(other, rngs=nnx.Rngs(0))))
-    with pytest.raises(ValueError, match=r"a Llama of this library and `into` is a tree of arrays \(dict\)"):
+    with pytest.raises(ValueError, match=r"a Llama of this library, and `into` is a tree of arrays \(dict\)"):
         a4.load(tmp_path / "c", into={})
     arrays, spec = a4.to_arrays(model)
     assert_same_contents(a4.from_arrays(arrays, spec, into=abstract), model)

@@ -18,7 +18,7 @@ from any4_jax.checkpoint import store
 from any4_jax.checkpoint.into import placement
 from any4_jax.methods import Int, quantize
 from any4_jax.surgery import container_of
-from any4_jax.weights import ScaleInput, Sum
+from any4_jax.weights import ScaleInput, Sparse, Sum
 
 
 def shapes(**changes) -> dict:
@@ -66,8 +66,26 @@ def test_an_operator_where_no_dense_layer_is_does_not_fit(tmp_path) -> None:
     contents = container_of(embedding).tree(embedding)
     contents["norm"]["scale"] = quantize(jnp.ones((24, 16)), NF)
     a4.save(tmp_path / "c", contents)
-    with pytest.raises(ValueError, match=r"norm\.scale is quantized and no kernel of a dense layer"):
+    with pytest.raises(ValueError, match=r"norm\.scale is quantized and is not the kernel of a dense layer"):
         a4.load(tmp_path / "c", into=embedding)
+
+
+def test_matrices_of_few_entries_are_saved_and_loaded(tree, tmp_path) -> None:
+    made, _ = tree
+    rows, columns = jnp.array([0, 7, 3, 3]), jnp.array([23, 0, 5, 5])
+    few = Sparse(rows, columns, jnp.array([0.5, -2, 1, 0], jnp.bfloat16), n=8, k=24)
+    leaf = made["a"]["kernel"]
+    stack = jax.tree.map(lambda *entries: jnp.stack(entries), few, few)
+    for operator in (few, Sum((leaf, few)), stack, jax.tree.map(lambda a: a[:0], few)):
+        contents = {"a": {"kernel": operator, "bias": made["a"]["bias"]}, "c": made["c"]}
+        a4.save(tmp_path / "c", contents)
+        loaded = a4.load(tmp_path / "c")
+        assert_same_contents(loaded, contents)
+        assert loaded["a"]["kernel"].shape == operator.shape
+        if operator is not stack:
+            assert_same_contents(a4.load(tmp_path / "c", into=shapes()), contents)
+    with pytest.raises(ValueError, match=r"a\.kernel is \[8, 24\], need \[9, 24\]"):
+        a4.load(tmp_path / "c", into=shapes(a=jax.ShapeDtypeStruct((24, 9), jnp.float32)))
 
 
 def test_operators_are_split_as_the_kernels_that_they_replace(tree) -> None:

@@ -36,7 +36,9 @@ CHOICE = Choice((FAST, NATIVE, PLAIN))
 
 def test_an_option_by_name() -> None:
     assert CHOICE.named("native") is NATIVE
-    with pytest.raises(ValueError, match="got backend='best', there are 'fast', 'native', 'plain'; pass one of them"):
+    with pytest.raises(
+        ValueError, match="got backend='best', need one of 'fast', 'native', 'plain'; pass one of these"
+    ):
         CHOICE.named("best")
 
 

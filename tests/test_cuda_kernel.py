@@ -215,7 +215,7 @@ def test_shards_of_a_weight_stay_where_they_are() -> None:
         (dict(lut=jnp.float32), "the table is float32, it needs one that bfloat16 holds"),
         (dict(lut=jnp.float16), "the table is float16, it needs one that bfloat16 holds"),
         (dict(g=48), "groups have 48 inputs, it takes powers of two from 16 on, or the whole row"),
-        (dict(uniform=False), "the table of 256 entries is no ramp"),
+        (dict(uniform=False), "the table of 256 entries is not a ramp"),
         (dict(platform="cpu"), "it runs on cuda, not on cpu"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_clustering import ROWS, least_error, make_rows, make_weights, partition_error, same
+from kmeans_rows import ROWS, least_error, make_rows, make_weights, partition_error, same
 
 from any4_jax.clustering import backends, kmeans_1d
 from cuda_ffi import kmeans_cuda, registration
@@ -136,7 +136,7 @@ def test_vmap_stays_one_call(shape) -> None:
     [
         ("cpu", "exact", "it runs on cuda, not on cpu"),
         ("rocm", "exact", "it runs on cuda, not on rocm"),
-        ("cuda", "lloyd", "it solves exactly"),
+        ("cuda", "lloyd", "it has only the exact solver"),
     ],
 )
 def test_what_it_declines_it_says(platform: str, solver: str, words: str) -> None:

@@ -218,7 +218,7 @@ def test_misuse_is_refused(model, block: Block) -> None:
         with pytest.raises(ValueError, match=r"shape \(3,\), and site mlp_out has K=88 inputs"):
             function(block, site, np.ones(3, np.float32))
     quantized = quantize_model(model, NF4(group_size=8)).blocks[0]
-    with pytest.raises(ValueError, match="mlp.down_proj is no nnx.Linear but Any4Linear; fold before"):
+    with pytest.raises(ValueError, match="mlp.down_proj is not an nnx.Linear but Any4Linear; fold before"):
         fold(quantized, site, np.ones(88, np.float32))
     with pytest.raises(TypeError, match="got layer MLP, which has no scale_outputs"):
         scale_outputs(module_at(block, "mlp"), lambda array: array)

@@ -3,10 +3,10 @@
 import shutil
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 from flax import nnx
+from float_models import NNXNet
 
 import any4_jax as a4
 from any4_jax.checkpoint import store
@@ -18,22 +18,6 @@ from any4_jax.weights import LowRank, Sum
 GOLDEN = Path(__file__).parent / "golden"
 OUTPUTS = np.load(GOLDEN / "schema1_outputs.npz")
 NAMES = ("own", "hf_flax", "nnx_lora")
-
-
-class Net(nnx.Module):
-    """The class of tests/golden/make_checkpoints.py."""
-
-    def __init__(self, rngs: nnx.Rngs) -> None:
-        self.first = nnx.Linear(24, 24, rngs=rngs)
-        self.rest = nnx.List([self.first, nnx.Linear(24, 7, use_bias=False, rngs=rngs)])
-        self.norm = nnx.BatchNorm(24, use_running_average=True, rngs=rngs)
-        self.dropout = nnx.Dropout(0.5, rngs=rngs)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        x = self.norm(self.first(x))
-        for layer in self.rest:
-            x = layer(nnx.relu(x))
-        return x
 
 
 @pytest.fixture(scope="module")
@@ -75,14 +59,15 @@ def test_a_hugging_face_model_gives_equal_tokens(unpacked: dict[str, Path]) -> N
 
 
 def test_an_nnx_module_with_low_rank_updates_gives_equal_outputs(unpacked: dict[str, Path]) -> None:
-    model = a4.load(unpacked["nnx_lora"], into=nnx.eval_shape(lambda: Net(nnx.Rngs(1))))
+    # The class that tests/golden/make_checkpoints.py saved, by another name.
+    model = a4.load(unpacked["nnx_lora"], into=nnx.eval_shape(lambda: NNXNet(nnx.Rngs(1))))
     for operator in quantized_leaves(model).values():
         assert isinstance(operator, Sum) and isinstance(operator.terms[1], LowRank)
         assert np.any(np.asarray(operator.terms[1].b))
     np.testing.assert_allclose(model(OUTPUTS["nnx_lora_x"]), OUTPUTS["nnx_lora"], rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ("own", "hf_flax"))
+@pytest.mark.parametrize("name", NAMES)
 def test_they_can_be_inspected(name: str, unpacked: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", str(unpacked[name])]) == 0
     assert "layers quantized" in capsys.readouterr().out

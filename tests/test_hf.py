@@ -1,4 +1,4 @@
-"""Hugging Face configs, names, folders; the tiny model; degrid."""
+"""Hugging Face names, tensors, folders; the tiny model."""
 
 import json
 from pathlib import Path
@@ -8,51 +8,17 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from hf_folders import BASE, CONFIG, write_folder
 from safetensors.numpy import save_file
 
 from any4_jax import models
 from any4_jax.data import bundled
 from any4_jax.models import hf
-from any4_jax.models.config import RopeScaling
-from any4_jax.models.degrid import degrid
 from any4_jax.models.hf import read_config
 from any4_jax.models.llama_family import LLAMA
-from any4_jax.models.tiny import random_llama, random_tensors, tiny
+from any4_jax.models.tiny import random_tensors, tiny
 
 SHARED = Path(__file__).parents[2] / "shared"
-BASE = {
-    "architectures": ["LlamaForCausalLM"],
-    "vocab_size": 64,
-    "hidden_size": 24,
-    "intermediate_size": 20,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 4,
-    "attention_bias": True,
-    "mlp_bias": True,
-}
-CONFIG = read_config(BASE)
-LLAMA3 = {
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
-}
-
-
-def write_folder(folder: Path, tensors: dict[str, np.ndarray], shards: int = 1) -> Path:
-    """A Hugging Face folder of BASE, its tensors in one file or dealt out to shards."""
-    (folder / "config.json").write_text(json.dumps(BASE))
-    if shards == 1:
-        save_file(tensors, folder / "model.safetensors")
-        return folder
-    parts: dict[str, list[str]] = {f"model-{i}.safetensors": sorted(tensors)[i::shards] for i in range(shards)}
-    for file, names in parts.items():
-        save_file({name: tensors[name] for name in names}, folder / file)
-    index = {"weight_map": {name: file for file, names in parts.items() for name in names}}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    return folder
 
 
 def test_tiny_has_the_loss_measured_in_torch() -> None:
@@ -72,64 +38,6 @@ def test_tiny_has_the_loss_measured_in_torch() -> None:
     inner = np.arange(2, tokens.shape[1] + 1) < np.array([[len(ids)] for ids in rows])
     assert losses[counted].mean() == pytest.approx(1.264, abs=0.002)
     assert losses[inner].mean() == pytest.approx(1.26644, abs=1e-4)
-
-
-def test_config_of_transformers_4_and_5_are_one() -> None:
-    old = {
-        **BASE,
-        "rope_theta": 5e5,
-        "rope_scaling": {**LLAMA3, "rope_type": "llama3"},
-        "torch_dtype": "bfloat16",
-    }
-    older = {**BASE, "rope_theta": 5e5, "rope_scaling": {**LLAMA3, "type": "llama3"}}
-    new = {
-        **BASE,
-        "rope_parameters": {**LLAMA3, "rope_type": "llama3", "rope_theta": 5e5},
-        "dtype": "bfloat16",
-    }
-    assert read_config(old) == read_config(older) == read_config(new)
-    assert read_config(new).rope_theta == 5e5
-    assert read_config(new).rope_scaling == RopeScaling(
-        factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192
-    )
-
-
-@pytest.mark.parametrize(
-    "change, generation, field, expected",
-    [
-        ({"head_dim": None}, None, "head_dim", 6),
-        ({"num_key_value_heads": None}, None, "num_key_value_heads", 4),
-        ({"eos_token_id": 7}, None, "eos_token_ids", (7,)),
-        ({"eos_token_id": [7, 8]}, None, "eos_token_ids", (7, 8)),
-        ({"eos_token_id": None}, None, "eos_token_ids", ()),
-        ({"eos_token_id": 7}, {"eos_token_id": [9, 7]}, "eos_token_ids", (9, 7)),
-        ({"eos_token_id": 7}, {}, "eos_token_ids", (7,)),
-        ({"rope_scaling": {"rope_type": "default"}}, None, "rope_scaling", None),
-        ({"rope_scaling": None}, None, "rope_theta", 10000.0),
-        ({}, None, "rms_norm_eps", 1e-6),
-    ],
-)
-def test_config_defaults(change: dict, generation: dict | None, field: str, expected: object) -> None:
-    assert getattr(read_config({**BASE, **change}, generation), field) == expected
-
-
-@pytest.mark.parametrize(
-    "change, words",
-    [
-        ({"architectures": ["MixtralForCausalLM"]}, "MixtralForCausalLM is not supported"),
-        ({"architectures": None, "model_type": "gemma"}, "'gemma'"),
-        ({"hidden_act": "gelu"}, "'gelu' is not supported"),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "'linear'"),
-        ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "'yarn'"),
-        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "lacks low_freq_factor"),
-        ({"num_key_value_heads": 3}, "num_attention_heads=4 is no multiple"),
-        ({"vocab_size": None}, "lacks vocab_size"),
-        ({"quantization_config": {"quant_method": "gptq"}}, "gptq"),
-    ],
-)
-def test_config_refuses_by_name(change: dict, words: str) -> None:
-    with pytest.raises(ValueError, match=words):
-        read_config({**BASE, **change})
 
 
 def test_names_and_tensors_round_trip() -> None:
@@ -233,7 +141,7 @@ def damage(folder: Path, kind: str, tensors: dict[str, np.ndarray]) -> None:
         ("outside", "file names without a folder"),
         ("index", "no readable weight_map"),
         ("pickle", "only pytorch_model.bin, a pickle"),
-        ("config", "config.json is no JSON"),
+        ("config", "config.json is not JSON"),
     ],
 )
 def test_damaged_folders_are_one_sentence(tmp_path: Path, kind: str, words: str) -> None:
@@ -247,10 +155,10 @@ def test_damaged_folders_are_one_sentence(tmp_path: Path, kind: str, words: str)
 def test_sources_that_are_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(FileNotFoundError, match="has no config.json"):
         models.load(tmp_path)
-    with pytest.raises(FileNotFoundError, match="is no file or folder here"):
+    with pytest.raises(FileNotFoundError, match="is not a file or folder here"):
         models.load(tmp_path / "absent")
     (tmp_path / "weights.bin").write_bytes(b"")
-    with pytest.raises(ValueError, match="is no .gguf file"):
+    with pytest.raises(ValueError, match="is not a .gguf file"):
         models.load(tmp_path / "weights.bin")
 
     def refuse(*_: object, **__: object) -> str:
@@ -264,41 +172,3 @@ def test_sources_that_are_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     with bundled("stories260k") as folder:
         monkeypatch.setattr(hub, "snapshot_download", lambda *_, **__: str(folder))
         assert models.load("some/model").config == models.load("tiny").config
-
-
-def test_degrid_keeps_the_function_and_moves_the_weights() -> None:
-    model = random_llama(CONFIG)
-    moved = degrid(model, seed=3)
-    tokens = jnp.asarray(np.random.default_rng(1).integers(0, model.config.vocab_size, (2, 9)))
-    logits = np.asarray(model(tokens))
-    assert np.abs(np.asarray(moved(tokens)) - logits).max() < 2e-5 * np.abs(logits).max()
-    before, after = hf.tensors_of(model), hf.tensors_of(moved)
-    for name in before:
-        bias = name.endswith(".bias") and not name.endswith(("v_proj.bias", "up_proj.bias"))
-        touched = "model.layers" in name and not bias
-        assert np.array_equal(before[name], after[name]) != touched, name
-
-
-def test_degrid_factors_are_the_documented_draws() -> None:
-    model = random_llama(CONFIG)
-    tensors, moved = hf.tensors_of(model), hf.tensors_of(degrid(model, scale_range=1.2, seed=0))
-    rng = np.random.default_rng(0)
-    draws = [np.exp(rng.uniform(-np.log(1.2), np.log(1.2), n)).astype(np.float32) for n in (24, 24, 8, 20)]
-    layer = "model.layers.0"
-    after_v = np.repeat(draws[2].reshape(2, 4), 2, axis=0).reshape(-1)
-    expected = {
-        f"{layer}.input_layernorm.weight": lambda w: w / draws[0],
-        f"{layer}.self_attn.q_proj.weight": lambda w: w * draws[0],
-        f"{layer}.post_attention_layernorm.weight": lambda w: w / draws[1],
-        f"{layer}.mlp.gate_proj.weight": lambda w: w * draws[1],
-        f"{layer}.self_attn.v_proj.weight": lambda w: w * draws[0] * draws[2][:, None],
-        f"{layer}.self_attn.v_proj.bias": lambda b: b * draws[2],
-        f"{layer}.self_attn.o_proj.weight": lambda w: w / after_v,
-        f"{layer}.mlp.up_proj.weight": lambda w: w * draws[1] * draws[3][:, None],
-        f"{layer}.mlp.up_proj.bias": lambda b: b * draws[3],
-        f"{layer}.mlp.down_proj.weight": lambda w: w / draws[3],
-    }
-    for name, by_hand in expected.items():
-        np.testing.assert_array_equal(moved[name], by_hand(tensors[name]), name)
-    with pytest.raises(ValueError, match="scale_range=1.0"):
-        degrid(model, scale_range=1.0)

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from any4_jax.weights import operator_types
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 PACKAGES = ("any4_jax", "pallas_kernels", "cuda_ffi")
 
@@ -47,6 +49,11 @@ FORBIDDEN_AT_IMPORT = frozenset(
 
 # Code that may depend on one family of models. Everything else is written for a Decoder and a Family.
 OF_FAMILIES = ("any4_jax/models/", "any4_jax/data/", "any4_jax/benchmarks/")
+
+# A list of operators in an isinstance is closed to those registered elsewhere.
+MAY_LIST_OPERATORS = "any4_jax/weights/operator.py"
+FEW_OPERATORS = 2
+OPERATORS = frozenset({"Operator", *operator_types()})
 
 SOURCES = {
     path.relative_to(REPOSITORY).as_posix(): ast.parse(path.read_text(encoding="utf-8"), str(path))
@@ -166,6 +173,31 @@ def family_faults(source: str, tree: ast.AST) -> list[str]:
     return faults
 
 
+def operator_faults(source: str, tree: ast.AST) -> list[str]:
+    """One line for each isinstance that lists operators, in a tuple or a union."""
+    faults = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "isinstance":
+            classes = {ast.unparse(name).split(".")[-1] for name in ast.walk(node.args[1])}
+            if len(classes & OPERATORS) > FEW_OPERATORS and source != MAY_LIST_OPERATORS:
+                faults.append(f"{source}:{node.lineno}: {ast.unparse(node)}; dispatch on the type instead")
+    return faults
+
+
+@pytest.mark.parametrize(
+    "code, faults",
+    [
+        ("isinstance(w, Sum)", 0),
+        ("isinstance(w, QuantizedTensor | Slice | jax.Array)", 0),
+        ("isinstance(w, QuantizedTensor | Slice | Sum)", 1),
+        ("isinstance(w, (weights.Sum, weights.Sparse, weights.LowRank))", 1),
+    ],
+)
+def test_operator_rule_itself(code: str, faults: int) -> None:
+    assert len(operator_faults("any4_jax/product/plan.py", ast.parse(code))) == faults
+    assert operator_faults(MAY_LIST_OPERATORS, ast.parse(code)) == []
+
+
 @pytest.mark.parametrize("source", [s for s in SOURCES if s.startswith("any4_jax/")])
 def test_no_module_but_the_models_names_a_family(source: str) -> None:
     assert source.startswith(OF_FAMILIES) or family_faults(source, SOURCES[source]) == []
@@ -190,7 +222,7 @@ def test_family_rule_itself(code: str, faults: int) -> None:
 def test_module_keeps_the_rules(source: str) -> None:
     tree = SOURCES[source]
     rule = direction_faults if source.startswith("any4_jax/") else kernel_faults
-    assert rule(source, tree) + forbidden_faults(source, tree) == []
+    assert rule(source, tree) + forbidden_faults(source, tree) + operator_faults(source, tree) == []
 
 
 def test_package_init_holds_public_names_only() -> None:

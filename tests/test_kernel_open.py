@@ -175,7 +175,7 @@ def plain_exact(rows, weights, tol, numbers, options) -> tuple[jax.Array, jax.Ar
 
 def _solves(solver: str, platform: str) -> str | None:
     del platform
-    return None if solver == "exact" else f"it solves exactly, and solver={solver!r} is asked for"
+    return None if solver == "exact" else f"it has only the exact solver, got solver={solver!r}"
 
 
 SOLVER = choice.Backend("toy", _solves, plain_exact)
@@ -211,5 +211,5 @@ def test_a_solver_is_chosen_and_matches_xla(traced: list) -> None:
 def test_a_solver_that_can_not_is_passed_over_or_refused_by_name(traced: list) -> None:
     rows = np.random.default_rng(3).normal(size=(2, 23)).astype(np.float32)
     assert kmeans_1d(rows, 4, solver="lloyd").centroids.shape == (2, 4) and traced == []
-    with pytest.raises(ValueError, match="'toy' can't do this: it solves exactly"):
+    with pytest.raises(ValueError, match="'toy' can't do this: it has only the exact solver"):
         kmeans_1d(rows, 4, solver="lloyd", backend="toy")

@@ -207,6 +207,6 @@ def test_bad_tokens_are_refused(model: Llama, tokens: np.ndarray, kind: type[Exc
 def test_more_tokens_than_slots_are_refused() -> None:
     cache = DenseCache.create(0, 1, 4, 2, 8, jnp.zeros(1, jnp.int32), jnp.float32)
     new = jnp.zeros((1, 5, 2, 8))
-    with pytest.raises(ValueError, match="5 tokens do not fit a cache of 4 slots"):
+    with pytest.raises(ValueError, match="5 tokens don't fit in a cache of 4 slots"):
         cache.append(new, new, jnp.arange(5)[None], Rope(8, 10000.0))
     assert isinstance(cache, Cache)

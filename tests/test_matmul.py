@@ -270,7 +270,7 @@ def test_integer_products_are_explained_as_they_run(platform: str) -> None:
         (low_rank(), "cpu", "the weight is a LowRank"),
         (Sum((rows(N), low_rank())), "cpu", "the weight is a Sum"),
         (Sum((leaf(4), low_rank())), "cuda", "it runs on cuda, not on cpu"),
-        (low_rank(), "magic", "there are 'cuda', 'pallas', 'cpu', 'xla'"),
+        (low_rank(), "magic", "need one of 'cuda', 'pallas', 'cpu', 'xla'"),
     ],
     ids=lambda value: value if isinstance(value, str) else type(value).__name__,
 )

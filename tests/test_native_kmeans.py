@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_clustering import METHODS, ROWS, least_error, make_rows, make_weights, partition_error, same
+from kmeans_rows import METHODS, ROWS, least_error, make_rows, make_weights, partition_error, same
 
 from any4_jax.clustering import backends, inits, kmeans_1d
 from cuda_ffi import kmeans, registration

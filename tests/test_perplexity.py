@@ -124,7 +124,7 @@ def test_paired_difference_is_sharper_than_unpaired():
         (random_ids(99), {"seqlen": 20, "windows": 0}, ValueError, "4 windows"),
         (random_ids(99), {"seqlen": 1}, ValueError, "at least 2"),
         (random_ids(99), {"seqlen": 65}, ValueError, "context of 64"),
-        ("a text", {"seqlen": 2}, TypeError, "without tokenizer"),
+        ("a text", {"seqlen": 2}, TypeError, "without a tokenizer"),
         (random_ids(99).reshape(3, 33), {"seqlen": 5}, TypeError, "one row"),
         ([0.5, 1.5, 2.5], {"seqlen": 2}, TypeError, "integers"),
     ],

@@ -22,6 +22,9 @@ import any4_jax
 REPOSITORY = Path(__file__).resolve().parent.parent
 PACKAGES = ["any4_jax", "pallas_kernels", "cuda_ffi"]
 FOLDERS = {*PACKAGES, "examples", "tests"}
+SOURCE_SUFFIXES = {".py", ".cc", ".cu", ".cuh", ".h"}
+VENDORED = REPOSITORY / "cuda_ffi" / "csrc" / "xla"
+MOST_LINES = 300
 
 # Run where the only platform allowed doesn't exist, so that any use of a device fails.
 IMPORT_ALL = """
@@ -69,6 +72,14 @@ def test_root_file_says(name: str, text: str) -> None:
 def test_top_level_folders() -> None:
     folders = {line.split("/")[0] for line in git("ls-files") if "/" in line}
     assert {name for name in folders if not name.startswith(".")} <= FOLDERS
+
+
+def test_sources_are_short_and_named_by_what_they_hold() -> None:
+    paths = [path for folder in FOLDERS for path in (REPOSITORY / folder).rglob("*") if path.suffix in SOURCE_SUFFIXES]
+    assert paths
+    assert [path for path in paths if "utils" in (path.stem, path.parent.name)] == []
+    lengths = {path: path.read_text(encoding="utf-8").count("\n") for path in paths if VENDORED not in path.parents}
+    assert {path: lines for path, lines in lengths.items() if lines > MOST_LINES} == {}
 
 
 def test_no_packaged_file_is_ignored_by_git() -> None:

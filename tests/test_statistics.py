@@ -150,6 +150,20 @@ def test_experts_have_the_statistics_of_the_tokens_that_reached_them() -> None:
     check(twice, np.concatenate([x[routed[0] & mask]] * 2))
 
 
+def test_scaled_statistics_are_those_of_the_scaled_input() -> None:
+    x, factor = tokens(50), np.exp(np.linspace(-2, 2, K)).astype(np.float32)
+    wanted = (*BOTH, Hessian(), Sample(8))
+    ours, theirs = (
+        from_activations(x, statistics=wanted).scaled(factor),
+        from_activations(x * factor, statistics=wanted),
+    )
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-6, atol=1e-5)
+    routed = np.random.default_rng(1).random((3, 50)) < 0.6
+    stacked = update(statistics.empty(K, wanted, experts=3), x, None, routed)
+    check(stacked.scaled(factor).of_expert(1), (x * factor)[routed[1]], rtol=2e-6)
+
+
 def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(ValueError, match="inputs of shape \\(3, 7\\) for statistics of K=6"):
         statistics.update(statistics.empty(K, BOTH), np.ones((3, 7), np.float32))

@@ -42,7 +42,7 @@ def test_the_head_is_skipped_until_it_is_named() -> None:
     assert resolve(["model/lm_head/kernel", "a.embed_tokens.x", "my_lm_head"], NF, None) == {"my_lm_head": NF}
 
 
-@pytest.mark.parametrize("pattern,message", [("up_proj", "matches none of the 4"), ("(", "no regular expression")])
+@pytest.mark.parametrize("pattern,message", [("up_proj", "matches none of the 4"), ("(", "not a regular expression")])
 def test_a_rule_that_cannot_work_is_refused(pattern: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         resolve(PATHS, NF, [(pattern, INT)])

@@ -47,7 +47,7 @@ def test_bos_as_asked_for(files: dict[str, bytes]) -> None:
     assert tokenizer.encode("<s>Once upon", add_bos=True) == spelled
     silent = Tokenizer.from_files(with_settings(files, bos_token=None))
     assert silent.bos_id is None
-    with pytest.raises(ValueError, match="names none"):
+    with pytest.raises(ValueError, match="the tokenizer has none"):
         silent.encode("Once", add_bos=True)
 
 
@@ -89,7 +89,7 @@ def test_tokens_known_to_the_settings_only(files: dict[str, bytes]) -> None:
     [
         ({VOCABULARY: None}, "tokenizer.json is needed"),
         ({VOCABULARY: b"{"}, "tokenizer.json can't be read"),
-        ({SETTINGS: b"{"}, "tokenizer_config.json is no JSON"),
+        ({SETTINGS: b"{"}, "tokenizer_config.json is not JSON"),
         ({SETTINGS: b"[]"}, "holds a list"),
         ({SETTINGS: b'{"eos_token": "<never>"}'}, "'<never>'"),
     ],

@@ -187,7 +187,7 @@ def test_a_pattern_chooses_layers() -> None:
         (tree, dict(rank=2, alpha=0), "got alpha=0.0, need a positive finite number"),
         (tree, dict(rank=2, pattern="sideways"), "'sideways' matches none of the 1"),
         (lambda: {"weight": matrix()}, dict(rank=2), "got a model without quantized layers"),
-        (lambda: add_lora(tree(), 2), dict(rank=2), r"block\.up\.weight has a low-rank update already"),
+        (lambda: add_lora(tree(), 2), dict(rank=2), r"block\.up\.weight already has a low-rank update"),
     ],
 )
 def test_add_lora_refuses(model, arguments: dict, message: str) -> None:

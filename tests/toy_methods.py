@@ -68,10 +68,9 @@ class EvenInputs:
     def apply(self, site, gathered) -> SiteResult:
         k = next(iter(site.weights.values())).shape[1]
         size = jnp.ones(k) if gathered is None else jnp.sqrt(jnp.maximum(gathered[AbsMax()], 1e-5))
-        # Channels that share one before the site share a factor.
-        by_head = size.reshape(-1, site.repeat, site.width)
-        size = jnp.broadcast_to(by_head.mean(axis=1, keepdims=True), by_head.shape).reshape(-1)
-        made = {path: self.inner.apply(w * size, None) for path, w in site.weights.items()}
+        size = site.shared(size)
+        scaled = None if gathered is None else gathered.scaled(1 / size)
+        made = {path: self.inner.apply(w * size, scaled) for path, w in site.weights.items()}
         noted = {path: Result(one.operator, {"largest": size.max()}) for path, one in made.items()}
         return SiteResult(noted, 1 / size)
 

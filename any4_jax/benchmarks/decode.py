@@ -1,4 +1,4 @@
-"""Tokens per second of greedy decoding with one row, after a prompt: several models in one run, in turns."""
+"""Tokens per second of greedy decoding of one row after a prompt. Several models take turns in one run."""
 
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -20,11 +20,11 @@ class Contestant:
     """A model on an engine.
 
     Attributes:
-      run: (prompt, number of new tokens) -> the new tokens, in chunks as they come; the first chunk is the one token
-        that follows from the prompt.
-      read_bytes: bytes of weights that each token needs.
+      run: (prompt, number of new tokens) -> the new tokens, in chunks as they are decoded; the first chunk is the one
+        token that follows the prompt.
+      read_bytes: bytes of weights that each token reads.
       vocabulary: token ids are below this.
-      facts: for its row: the model, the method, ...
+      facts: columns of its row: the model, the method, ...
     """
 
     run: Callable[[np.ndarray, int], Iterator[list[int]]]
@@ -34,10 +34,10 @@ class Contestant:
 
 
 def contestant(name: str, model: Decoder) -> Contestant:
-    """A model of this library, on the loop that `generate` runs; its row shows the last part of a path."""
+    """A model of this library, decoded by the loop of `generate`; its row shows the last part of its path."""
 
     def chunks(prompt: np.ndarray, tokens: int) -> Iterator[list[int]]:
-        # eos=(): an end-of-text token doesn't stop it, so that all decode as many.
+        # eos=(): an end-of-text token doesn't stop the loop, so that all contestants decode equally many tokens.
         return (chunk[0] for chunk in generate_tokens(model, [prompt], max_new_tokens=tokens, eos=()))
 
     layers = () if model.recipe is None else model.recipe.layers
@@ -47,7 +47,8 @@ def contestant(name: str, model: Decoder) -> Contestant:
 
 
 def read_bytes(model: Decoder) -> int:
-    """Bytes of weights that a token needs: all but embeddings that aren't the head too, of which it reads a row."""
+    """Bytes of weights that a token reads: all weights except embeddings that don't serve as the head, of which it
+    reads one row."""
     looked_up = [
         node
         for path, node in nnx.iter_modules(model)
@@ -65,20 +66,22 @@ def run(
     stream: StreamingRead,
     progress: Callable[[int, int, str], None] = lambda done, total, what: None,
 ) -> list[dict[str, Any]]:
-    """A row for each contestant: medians over rounds, in which every contestant has one turn.
+    """One row per contestant, with medians over rounds; in each round every contestant has one turn.
 
-    The prompt is random and the same for all. The first of the new tokens counts as the prompt's, so that `tokens` - 1
+    The prompt is random, and the same for all. The first new token counts towards the prompt, so `tokens` - 1 tokens
     are decoded.
 
     Args:
-      contestants: by name; speeds are told against the first.
-      prompt_tokens, tokens: of the prompt, and new ones, 2 or more.
-      rounds: at least 1, after one that compiles and is not counted.
+      contestants: by name; speeds are compared with the first.
+      prompt_tokens: tokens of the prompt, at least 1.
+      tokens: new tokens, at least 2.
+      rounds: at least 1; one more round before these compiles, and is not counted.
       stream: measured before each round.
-      progress: called as (done, total, what is next).
+      progress: called with (done, total, what is next).
 
     Raises:
-      ValueError: a number is too small, or a model's context too short.
+      ValueError: a number is too small, or a model's context is too short.
+      RuntimeError: a contestant stopped early.
     """
     for name, value, least in (("prompt_tokens", prompt_tokens, 1), ("tokens", tokens, 2), ("rounds", rounds, 1)):
         if value < least:
@@ -119,7 +122,7 @@ def run(
 
 
 def _timed(chunks: Iterator[list[int]], tokens: int) -> tuple[float, float]:
-    """Seconds to the first token, and of all others."""
+    """Seconds to the first token, and from there to the last."""
     begin = time.perf_counter()
     count = len(next(chunks))
     first = time.perf_counter()

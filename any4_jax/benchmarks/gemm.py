@@ -1,7 +1,7 @@
-"""Microseconds of one product x W^T: dense in XLA against a weight of few bits on every backend that can.
+"""Microseconds of one product x W^T: dense in XLA, and with a few-bit weight on every backend that can compute it.
 
-Letters: N outputs, K inputs, M rows of x. Weights are random, since no product's time depends on their values, and
-every candidate's result is checked before it is timed.
+Letters: N outputs, K inputs, M rows of x. Weights are random, because the time of a product doesn't depend on their
+values. The result of every candidate is checked before it is timed.
 """
 
 import dataclasses
@@ -20,8 +20,8 @@ from any4_jax.benchmarks.timing import Candidate, StreamingRead, interleaved, si
 from any4_jax.product import BACKENDS, matmul
 from any4_jax.weights import QuantizedTensor, dequantize
 
-# [N, K] of the linears of a block; "-together" those of one input as one matrix (q, k, v; o; gate, up; down), and the
-# head.
+# [N, K] of the linears of a block. "-together" joins those with the same input into one matrix (q, k, v; o; gate, up;
+# down), and adds the head.
 SHAPES: dict[str, tuple[tuple[int, int], ...]] = {
     "smollm2-135m": ((576, 576), (192, 576), (1536, 576), (576, 1536)),
     "llama-3.2-1b": ((2048, 2048), (512, 2048), (8192, 2048), (2048, 8192)),
@@ -33,11 +33,11 @@ SHAPES: dict[str, tuple[tuple[int, int], ...]] = {
 }
 DTYPES = ("float32", "bfloat16")
 DENSE = ("dense x @ W[N, K].T", "dense x @ W[K, N]")
-# Of the norm of the right result: float32 sums of 10,000 terms stay below 1e-5, results rounded to bfloat16 below 1e-2.
+# Relative to the norm of the exact result: float32 sums of 10,000 terms stay below 1e-5, bfloat16 results below 1e-2.
 TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2}
-# More copies of a small matrix than these cost more memory for their handles than for their values.
+# With more copies of a small matrix than this, their handles take more memory than their values.
 MOST_COPIES = 512
-# The result is checked in float64 by this many rows of W at a time.
+# The result is checked in float64, this many rows of W at a time.
 CHECKED_ROWS = 1024
 
 
@@ -48,10 +48,10 @@ class Gemm:
     Attributes:
       shapes: pairs of N and K.
       m: numbers of rows of x.
-      bits, group_size: of the weight; each row has a table of its own, scales and offsets are bfloat16, as any4's.
+      bits, group_size: of the weight, which is in any4's form: a table for each row, bfloat16 scales and offsets.
       rounds: turns of each candidate.
-      rotate_mb: a candidate's calls go through copies of its weight of so many bytes together, in units of 10**6,
-        so that they come from memory and not from a cache.
+      rotate_mb: total size, in units of 10**6 bytes, of the copies of its weight through which a candidate's calls
+        rotate, so that weights come from memory and not from a cache.
     """
 
     shapes: tuple[tuple[int, int], ...]
@@ -64,7 +64,7 @@ class Gemm:
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """Rows, settings and notes of a result."""
+    """The rows, settings and notes of a `Result`."""
 
     rows: list[dict[str, Any]]
     settings: dict[str, Any]
@@ -73,7 +73,7 @@ class Measured:
 
 @dataclasses.dataclass(frozen=True)
 class _Product:
-    """One way to compute x W^T: a compiled function of x and one of `copies`, and the matrix that it stands for."""
+    """One way to compute x W^T: a compiled function of x and one of `copies`, and the W that each copy stands for."""
 
     name: str
     dtype: str
@@ -87,10 +87,10 @@ def run(config: Gemm, progress: Callable[[int, int, str], None] = lambda done, t
 
     Args:
       config: what to measure.
-      progress: called as (done, total, what is next).
+      progress: called with (done, total, what is next).
 
     Raises:
-      RuntimeError: a candidate's result is wrong.
+      RuntimeError: the result of a candidate is wrong.
     """
     where = platform()
     stream = StreamingRead(where)
@@ -100,7 +100,7 @@ def run(config: Gemm, progress: Callable[[int, int, str], None] = lambda done, t
     for done, ((n, k), m) in enumerate(pairs):
         progress(done, len(pairs), f"{n} x {k}, {m} rows")
         stream.measure()
-        # No name is bound to the copies: they are gone before those of the next shape are made.
+        # No name is bound to the copies, so they are freed before those of the next shape are created.
         rows += _measured(
             _products(config, n, k, m, where, notes.setdefault), n, k, m, config.rounds, overlap=where != "cpu"
         )
@@ -145,7 +145,7 @@ def _measured(products: list[_Product], n: int, k: int, m: int, rounds: int, ove
 
 
 def _products(config: Gemm, n: int, k: int, m: int, where: str, note: Callable[[str], object]) -> list[_Product]:
-    """All ways to compute one product here; `note` is told what is left out."""
+    """All ways to compute one product here; `note` is called with a sentence for each thing that is left out."""
     w = jnp.asarray(np.random.default_rng(0).standard_normal((n, k), np.float32) * k**-0.5)
     q = random_weight(n, k, config.bits, config.group_size)
     able: dict[str, list[str]] = {}
@@ -156,18 +156,18 @@ def _products(config: Gemm, n: int, k: int, m: int, where: str, note: Callable[[
         else:
             note(f"no product on the backend {backend.name}: {reason}")
 
-    # Each of these keeps its own copies: two layouts in two dtypes, and the weight for each backend.
+    # Each of these has copies of its own: two layouts in two dtypes, and the quantized weight on each backend.
     rotate = config.rotate_mb * 10**6
     room = available_bytes()
     if room is not None and rotate * (4 + len(able)) > room // 2:
         rotate = room // 2 // (4 + len(able))
-        note(f"{n} x {k}: copies take {rotate // 10**6} MB a candidate, half of the free memory for all of them")
+        note(f"{n} x {k}: copies take {rotate // 10**6} MB per candidate, half of the free memory for all of them")
 
     def copies(weight: Any) -> list[Any]:
         number = -(-rotate // tree_bytes(weight))
         if number > MOST_COPIES:
             total = MOST_COPIES * tree_bytes(weight) // 10**6
-            note(f"{n} x {k}: {MOST_COPIES} copies of {tree_bytes(weight) / 1e6:.2f} MB make {total} MB and no more")
+            note(f"{n} x {k}: {MOST_COPIES} copies of {tree_bytes(weight) / 1e6:.2f} MB make only {total} MB")
         return [_copy(weight) for _ in range(max(2, min(MOST_COPIES, number)))]
 
     products = []
@@ -185,7 +185,7 @@ def _products(config: Gemm, n: int, k: int, m: int, where: str, note: Callable[[
 
 
 def random_weight(n: int, k: int, bits: int, group_size: int) -> QuantizedTensor:
-    """A weight of the form that any4 makes, of random codes and tables; its values are about 1 / sqrt(K)."""
+    """A weight [N, K] in any4's form, with random codes and tables; its values are about 1 / sqrt(K)."""
     rng = np.random.default_rng(1)
     groups = -(-k // group_size)
     size = (15 / (2**bits - 1)) * k**-0.5
@@ -201,7 +201,7 @@ def random_weight(n: int, k: int, bits: int, group_size: int) -> QuantizedTensor
     )
 
 
-# HIGHEST, as models of this library compute: a GPU would round float32 to 10 bits.
+# HIGHEST, as in this library's models: by default a GPU would round float32 to 10 bits.
 @jax.jit
 def _dense_transposed(x: jax.Array, w: jax.Array) -> jax.Array:
     return jnp.matmul(x, w.T, precision=jax.lax.Precision.HIGHEST)
@@ -217,10 +217,10 @@ def _copy(tree: Any) -> Any:
 
 
 def _error(product: _Product, x: jax.Array) -> float:
-    """The error's norm over the right result's, which numpy computes in float64 from what the product is given.
+    """The norm of the error over that of the exact result, which numpy computes in float64 from the product's inputs.
 
     Raises:
-      RuntimeError: it is more than rounding.
+      RuntimeError: the error exceeds rounding.
     """
     wide = np.asarray(x, np.float64)
     exact = np.asarray(product.exact, np.float32)
@@ -230,7 +230,7 @@ def _error(product: _Product, x: jax.Array) -> float:
     limit = TOLERANCE[product.dtype]
     if not error <= limit:
         raise RuntimeError(
-            f"{product.name}, {product.dtype}: the result is off by {error:.1e} of itself, and at most {limit:.0e} is "
-            "rounding; the kernel is wrong, so it isn't timed"
+            f"{product.name}, {product.dtype}: the relative error of the result is {error:.1e}, and rounding explains "
+            f"at most {limit:.0e}; the kernel is wrong, so it isn't timed"
         )
     return float(error)

@@ -1,7 +1,8 @@
 """Microseconds of one product x W^T on an NVIDIA GPU, where launching a kernel takes as long as a small product.
 
-So each is timed twice: by itself, as a call from Python, and as one of many in a compiled loop, whose launches XLA
-captures in CUDA graphs; that is how a jitted decoding loop runs it, and what peers' captured graphs are compared with.
+So each product is timed twice: as a single call from Python, and as one of many in a compiled loop, whose launches XLA
+captures in CUDA graphs. The loop is how jitted decoding runs the product, and is compared with the captured graphs of
+peers.
 Letters: N outputs, K inputs, M rows of x.
 """
 
@@ -27,34 +28,34 @@ from any4_jax.product.backends.pallas import PALLAS
 from any4_jax.weights import dequantize
 
 ROWS = (1, 2, 4, 8, 16, 32, 64, 512, 2048)
-# Weights of a kind, each in one product of a loop's body: enough that what else the body does is lost among them, few
-# enough to compile soon.
+# Copies of a weight, each of which is in one product of the loop's body: enough of them that the body's other work is
+# negligible, few enough that it compiles soon.
 LEAST_COPIES, MOST_COPIES = 4, 128
 # torch's int4 product is for decoding: with 2048 rows it takes 25 times as long as a dense one.
 MOST_ROWS_OF_INT4 = 64
-# The first of these in a graph that is captured without XLA, as torch's are: in XLA's graphs a product takes half a
-# microsecond longer, and more. It is timed unchecked: the same kernel, called by XLA, has been.
+# The first of our products, in a graph that is captured without XLA, as torch's are: in XLA's graphs a product takes
+# half a microsecond longer, or more. Its result isn't checked, because that of the same kernel called by XLA is.
 ALONE = "4 bits in CUDA, a table a row, without XLA"
-# A turn of a candidate takes about so long.
+# The approximate duration of a candidate's turn.
 TURN_S = 0.006
-# And so long a trip of its loop, whose body goes through the weights more than once where they are few: from one trip
-# to the next the GPU waits some 15 us for the host, as long as two small products take.
+# The approximate duration of one trip of its loop. The body goes through the weights several times if they are few:
+# between trips the GPU waits some 15 us for the host, as long as two small products take.
 TRIP_S = 0.0005
-# Graphs for every sequence of launches, whose kernels run one after the other even where they don't depend on each
-# other: the loop is to measure a product, not how well several fill the GPU together.
+# Captures every sequence of launches in a graph, whose kernels run one after the other even if they are independent:
+# the loop measures one product, not how well several fill the GPU together.
 CAPTURED = {
     "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,DYNAMIC_SLICE_FUSION",
     "xla_gpu_graph_min_graph_size": 1,
     "xla_gpu_command_buffer_scheduling_mode": "SERIALIZE",
 }
-# Of the norm of the right result, which is of bfloat16.
+# Relative to the norm of the exact result; the measured one is bfloat16.
 TOLERANCE = 1e-2
 CHECKED = 256
 
 
 @dataclasses.dataclass(frozen=True)
 class _Product:
-    """One way to compute x W^T in JAX, and its weights, of which those of a kind share the memory."""
+    """One way to compute x W^T in JAX, and the copies of its weight. Products with weights of one kind share them."""
 
     name: str
     call: Callable[[jax.Array, Any], jax.Array]
@@ -62,10 +63,14 @@ class _Product:
 
 
 def run(config: Gemm, progress: Callable[[int, int, str], None] = lambda done, total, what: None) -> Measured:
-    """Measures every shape with every m: bfloat16 x; 4-bit weights, dense ones in XLA, and torch's where there is one.
+    """Measures every shape with every m, for bfloat16 x: few-bit weights, dense ones in XLA, and torch if installed.
+
+    Args:
+      config: what to measure.
+      progress: called with (done, total, what is next).
 
     Raises:
-      RuntimeError: the CUDA kernels can't do the product, or their result is wrong.
+      RuntimeError: the CUDA kernels can't compute the product, or their result is wrong.
     """
     stream = StreamingRead("cuda")
     rows: list[dict[str, Any]] = []
@@ -93,7 +98,7 @@ def _number(config: Gemm, size: int) -> int:
 
 
 def _ours(config: Gemm, n: int, k: int) -> dict[tuple[str, int], tuple[float, float, int]]:
-    """(product, m) -> seconds in a loop and as a call, and bytes of the weight."""
+    """(product, m) -> seconds in a loop, seconds of a call, and bytes of the weight."""
     few = _number(config, n * k * config.bits // 8)
     leaf = functools.partial(random_leaf, n=n, k=k, bits=config.bits, group_size=config.group_size)
     own, shared = ([leaf(seed, own=each) for seed in range(few)] for each in (True, False))
@@ -101,7 +106,7 @@ def _ours(config: Gemm, n: int, k: int) -> dict[tuple[str, int], tuple[float, fl
     reason = CUDA.supports(rows, own[0], "cuda")
     if reason is not None:
         raise RuntimeError(
-            f"the CUDA kernels can't do {n} x {k}: {reason}; leave --platform cuda out for other backends"
+            f"the CUDA kernels can't compute {n} x {k}: {reason}; omit --platform cuda to measure other backends"
         )
     in_cuda, in_pallas = (functools.partial(matmul, backend=backend.name) for backend in (CUDA, PALLAS))
     dense = [jax.random.normal(jax.random.key(i), (n, k), jnp.bfloat16) for i in range(_number(config, 2 * n * k))]
@@ -114,7 +119,7 @@ def _ours(config: Gemm, n: int, k: int) -> dict[tuple[str, int], tuple[float, fl
         products.insert(2, _Product(f"{config.bits} bits in Pallas, a table a row", in_pallas, own))
     inputs = {m: jax.random.normal(jax.random.key(m), (m, k), jnp.bfloat16) for m in config.m}
     jobs = [(product, m) for m in config.m for product in products]
-    # Where XLA tries kernels of its own while it compiles, it does so for one program at a time.
+    # XLA compiles these programs in parallel, except that it autotunes its own kernels for one program at a time.
     with ThreadPoolExecutor(8) as pool:
         programs = list(pool.map(lambda job: _compiled(job[0], inputs[job[1]]), jobs))
     taken = {}
@@ -123,7 +128,7 @@ def _ours(config: Gemm, n: int, k: int) -> dict[tuple[str, int], tuple[float, fl
         _check(product, x, once(x, product.copies[0]))
         call = interleaved([Candidate(functools.partial(once, x), product.copies)], 5, overlap=True)
         turns = [_seconds(loop, x, product.copies) / products_of_loop for _ in range(config.rounds + 2)]
-        # In the first two XLA captures the graphs.
+        # XLA captures the graphs in the first two turns.
         figures = float(np.median(turns[2:])), float(np.median(call)), tree_bytes(product.copies[0])
         taken[product.name, m] = figures
     return taken
@@ -140,7 +145,7 @@ def _dense(x: jax.Array, w: jax.Array) -> jax.Array:
 
 
 def _compiled(product: _Product, x: jax.Array) -> tuple[Callable[..., jax.Array], Callable[..., jax.Array], int]:
-    """The product compiled by itself, a loop of it over all weights, and how many products the loop computes."""
+    """The compiled product, a compiled loop of it over all weights, and how many products the loop computes."""
     copies = product.copies
     n, k = copies[0].shape
     guess = max(tree_bytes(copies[0]) / 2.5e12, 2 * x.shape[0] * n * k / 5e14) + 2e-6
@@ -150,7 +155,7 @@ def _compiled(product: _Product, x: jax.Array) -> tuple[Callable[..., jax.Array]
 
     def body(_: jax.Array, x: jax.Array, weights: Sequence[Any]) -> jax.Array:
         ys = [product.call(x, w) for w in weights]
-        # So that no product is the same as in the turn before, or unused.
+        # So that every product is used, and differs from that of the trip before.
         return x.at[0, 0].set(sum(y[0, 0] for y in ys) / len(ys))
 
     @functools.partial(jax.jit, compiler_options=CAPTURED)
@@ -165,7 +170,7 @@ def _check(product: _Product, x: jax.Array, y: jax.Array) -> None:
     """Compares some rows and outputs with float64.
 
     Raises:
-      RuntimeError: they differ by more than rounding.
+      RuntimeError: they differ by more than rounding does.
     """
     w = product.copies[0]
     some = np.r_[0:CHECKED, -CHECKED:0]
@@ -175,8 +180,8 @@ def _check(product: _Product, x: jax.Array, y: jax.Array) -> None:
     error = np.linalg.norm(np.asarray(y[rows][:, some], np.float64) - right) / np.linalg.norm(right)
     if not error <= TOLERANCE:
         raise RuntimeError(
-            f"{product.name}, {x.shape[0]} rows: the result is off by {error:.1e} of itself, and at most "
-            f"{TOLERANCE:.0e} is rounding; the kernel is wrong, so it isn't timed"
+            f"{product.name}, {x.shape[0]} rows: the relative error of the result is {error:.1e}, and rounding "
+            f"explains at most {TOLERANCE:.0e}; the kernel is wrong, so it isn't timed"
         )
 
 
@@ -198,9 +203,7 @@ def _theirs(
             seconds = torch.few_bits(launcher(), n, k, rows, _number(config, few), config.rounds, config.group_size)
             taken |= {(ALONE, m): (s, few + 32 * n) for m, s in zip(rows, seconds, strict=True)}
     except torch.out_of_memory():
-        notes.setdefault(
-            f"{n} x {k}: torch found too little memory beside jax's; set XLA_PYTHON_CLIENT_PREALLOCATE=false"
-        )
+        notes.setdefault(f"{n} x {k}: jax left torch too little memory; set XLA_PYTHON_CLIENT_PREALLOCATE=false")
     return taken
 
 

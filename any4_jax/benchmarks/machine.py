@@ -1,4 +1,4 @@
-"""What the figures were taken on: device, versions, memory, and the command that took them."""
+"""Where figures were measured, and how: device, versions, memory, and command line."""
 
 import os
 import platform as host
@@ -16,13 +16,13 @@ from any4_jax.choice import default_platform as platform
 
 __all__ = ["available_bytes", "command_line", "cores", "device", "platform", "result"]
 
-# Of the hundred flags of a processor, those that a product of few-bit weights can use.
+# Those of a processor's hundred flags that a product with few-bit weights can use.
 FEATURES = (
     *("avx2", "fma", "f16c", "bmi2", "avx_vnni", "avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512vbmi"),
     *("avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_int8", "amx_bf16"),
     *("asimd", "asimdhp", "asimddp", "bf16", "i8mm", "sve", "sve2"),
 )
-# Environment variables without which the same command would measure something else.
+# Environment variables that change what a command measures.
 ENVIRONMENT = ("JAX_PLATFORMS", "XLA_FLAGS", "XLA_PYTHON_CLIENT_PREALLOCATE")
 
 
@@ -35,13 +35,13 @@ def result(
     notes: Sequence[str] = (),
     packages: Sequence[str] = (),
 ) -> Result:
-    """A result of this process, now.
+    """A `Result` of this process, dated now.
 
     Args:
-      benchmark: its name.
+      benchmark: the benchmark's name.
       command: the words of the command line.
       settings, rows, notes: see `Result`.
-      packages: distributions whose versions matter besides those that every result has.
+      packages: distributions whose versions matter, besides those that every result has.
     """
     versions = {name: host.python_version() if name == "python" else _version(name) for name in VERSIONED}
     return Result(
@@ -70,14 +70,14 @@ def device() -> Device:
 
 
 def cores() -> int:
-    """Logical cores that this process may use: XLA makes as many threads."""
+    """The number of logical cores that this process may use; XLA starts as many threads."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def available_bytes() -> int | None:
-    """Bytes of memory that arrays on the default device may still take; None where that can't be known."""
+    """Bytes that are free for arrays on the default device; None if that can't be known."""
     if platform() == "cpu":
         kilobytes = _proc("meminfo").get("MemAvailable", "").removesuffix("kB").strip()
         return int(kilobytes) * 1024 if kilobytes.isdigit() else None
@@ -86,20 +86,20 @@ def available_bytes() -> int | None:
 
 
 def command_line(words: Sequence[str]) -> str:
-    """The words as one would type them, after the environment variables that matter."""
+    """The command line as one would type it, after the environment variables that matter."""
     given = {name: os.environ.get(name) for name in ENVIRONMENT}
     return " ".join([*(f"{name}={shlex.quote(value)}" for name, value in given.items() if value), shlex.join(words)])
 
 
 def _processor() -> tuple[str, frozenset[str]]:
-    """Its name and its flags."""
+    """The processor's name and flags."""
     facts = _proc("cpuinfo")
     name = facts.get("model name") or host.processor() or host.machine()
     return name, frozenset((facts.get("flags") or facts.get("Features") or "").split())
 
 
 def _proc(name: str) -> dict[str, str]:
-    """The first "key: value" of each key in a file of /proc; nothing where the system has none."""
+    """The first "key: value" of each key in a file of /proc; empty if there is no such file."""
     path = Path("/proc") / name
     facts: dict[str, str] = {}
     if path.exists():

@@ -1,7 +1,7 @@
-"""What PyTorch does with the same product on the same GPU, where it is installed: cuBLAS, and its own int4 kernel.
+"""The same product on the same GPU in PyTorch, if it is installed: cuBLAS, and PyTorch's own int4 kernel.
 
-They are timed as replays of a captured CUDA graph, in which launching costs next to nothing; so is this library's CUDA
-product, beside what it takes in XLA's graphs. Letters: N outputs, K inputs, M rows of x.
+They are timed as replays of a captured CUDA graph, in which a launch costs next to nothing. This library's CUDA product
+is timed in the same way, in addition to its time in XLA's graphs. Letters: N outputs, K inputs, M rows of x.
 """
 
 import importlib
@@ -10,15 +10,15 @@ from typing import Any
 
 import numpy as np
 
-# Of replays that are launched at once: so the GPU waits for the host before the first of them alone.
+# The duration of replays that are launched together, so that the GPU waits for the host only before the first.
 TURN_MS = 2.0
 
 
 class Torch:
-    """PyTorch's products of bfloat16 x with rotating weights [N, K], on its GPU.
+    """PyTorch's products of bfloat16 x with rotating weights [N, K] on its GPU.
 
     Raises:
-      RuntimeError: torch isn't installed, or sees no GPU; in one sentence.
+      RuntimeError: torch isn't installed, or finds no GPU; the message is one sentence.
     """
 
     def __init__(self) -> None:
@@ -30,14 +30,14 @@ class Torch:
             raise RuntimeError("this torch sees no GPU, so cuBLAS and torch's int4 product are not measured")
 
     def cublas(self, n: int, k: int, rows: tuple[int, ...], copies: int, rounds: int) -> list[float]:
-        """Seconds of x @ w.T for each number of rows: the median of `rounds` turns through all copies of w."""
+        """Seconds of x @ w.T for each number of rows: the median over `rounds` turns, each through all copies of w."""
         torch = self._torch
         weights = [torch.randn(n, k, device="cuda", dtype=torch.bfloat16) for _ in range(copies)]
         product = torch.nn.functional.linear
         return self._timed(lambda x, w: product(x, w), k, rows, weights, rounds)
 
     def int4(self, n: int, k: int, rows: tuple[int, ...], copies: int, rounds: int, group_size: int) -> list[float]:
-        """The same of `_weight_int4pack_mm`: integers of 4 bits with a scale and a zero a group."""
+        """The same for `_weight_int4pack_mm`: 4-bit integers with a scale and a zero point per group."""
         torch = self._torch
         codes = torch.randint(0, 256, (n, k // 2), device="cuda", dtype=torch.uint8)
         packed = torch.ops.aten._convert_weight_to_int4pack(codes, 8)
@@ -59,11 +59,8 @@ class Torch:
         rounds: int,
         group_size: int,
     ) -> list[float]:
-        """The same of this library's product of 4 bits, with a table a row and offsets.
-
-        Args:
-          launch: of `any4_jax.product.backends.cuda.launcher`.
-        """
+        """The same for this library's 4-bit product, with a table per row and offsets; `launch` is what
+        `any4_jax.product.backends.cuda.launcher` returns."""
         torch = self._torch
 
         def array(*shape: int) -> Any:
@@ -100,7 +97,7 @@ class Torch:
                 with torch.cuda.graph(graph):
                     for w in weights:
                         product(x, w)
-                # The first replays load what later ones find loaded.
+                # The first replays load what later ones find already loaded.
                 milliseconds = min(self._replayed(graph, 1) for _ in range(2))
                 replays = max(1, round(TURN_MS / milliseconds))
                 turns = [self._replayed(graph, replays) for _ in range(rounds)]
@@ -112,7 +109,7 @@ class Torch:
         return seconds
 
     def _replayed(self, graph: Any, times: int) -> float:
-        """Milliseconds."""
+        """Milliseconds of `times` replays."""
         torch = self._torch
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         begin.record()
@@ -123,5 +120,5 @@ class Torch:
         return begin.elapsed_time(end)
 
     def out_of_memory(self) -> type[Exception]:
-        """What torch raises where jax has left it too little of the GPU."""
+        """The exception that torch raises if jax has left it too little GPU memory."""
         return self._torch.cuda.OutOfMemoryError

@@ -1,4 +1,4 @@
-"""A drawing of how fast products are beside a dense one, as SVG: text, so that it needs no library to draw it."""
+"""Plots how fast products are relative to a dense one, as SVG, which is text and so needs no plotting library."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -6,28 +6,28 @@ from html import escape
 from typing import Any
 
 WIDTH, HEIGHT, LEFT, TOP, LEGEND = 860, 460, 60, 40, 200
-# Told apart by most people, also those who see fewer colours (Okabe and Ito's palette).
+# Okabe and Ito's palette, which colour-blind readers can distinguish too.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 
 
 def speed_plot(rows: Sequence[Mapping[str, Any]], product: str, ratio: str, title: str) -> str:
-    """SVG of a product's speed over the number of rows of x, a line for each shape; both axes are logarithmic.
+    """An SVG plot of a product's speed against the number of rows of x, one line per shape; both axes are logarithmic.
 
     Args:
-      rows: of `any4 bench gemm`, on a GPU.
-      product: which rows to draw, by their "product".
-      ratio: the rows' key of what is drawn, such as "speed_ratio_to_cublas"; rows where it is None are left out.
-      title: above the drawing.
+      rows: the rows of `any4 bench gemm` on a GPU.
+      product: the "product" of the rows to plot.
+      ratio: the key of the value to plot, such as "speed_ratio_to_cublas"; rows in which it is None are left out.
+      title: the text above the plot.
 
     Raises:
-      ValueError: no row is left to draw.
+      ValueError: no row is left to plot.
     """
     lines: dict[str, list[tuple[int, float]]] = {}
     for row in rows:
         if row["product"] == product and row[ratio] is not None:
             lines.setdefault(f"{row['n']} x {row['k']}", []).append((row["m"], row[ratio]))
     if not lines:
-        raise ValueError(f"no row of {product!r} has a {ratio}, and the drawing needs one; measure it first")
+        raise ValueError(f"no row of {product!r} has a {ratio}, and the plot needs one; measure it first")
     points = [point for line in lines.values() for point in line]
     counts = sorted({m for m, _ in points})
     bottom, top = (

@@ -1,4 +1,4 @@
-"""Seconds to quantize the linears of a model's shape: normal random weights, any method."""
+"""Seconds to quantize linears with the shapes of a model's, by any method; weights are random and normal."""
 
 import dataclasses
 import resource
@@ -17,7 +17,7 @@ from any4_jax.methods import Method, quantize
 
 LAYERS = {"smollm2-135m": 30, "llama-3.2-1b": 16, "llama-3.1-8b": 32}
 A_LAYER = (2, 2, 2, 1)
-"""How often each of a model's `gemm.SHAPES` is in a layer: q and o, k and v, gate and up, down."""
+"""How many linears of a layer have each of the model's `gemm.SHAPES`: q and o, k and v, gate and up, down."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Quantize:
     Attributes:
       model: a key of `LAYERS`.
       method: any method; it gets statistics of random inputs.
-      matrices: at most so many of each shape are quantized, and the others reckoned to take as long; None for all.
+      matrices: the most matrices of each shape to quantize; the others are assumed to take as long. None means all.
     """
 
     model: str
@@ -38,17 +38,17 @@ class Quantize:
 def run(
     config: Quantize, progress: Callable[[int, int, str], None] = lambda done, total, what: None
 ) -> list[dict[str, Any]]:
-    """A row for each shape.
+    """One row per shape.
 
-    The first matrix of a shape is quantized once more before, which compiles; it is told apart as `compile_s`. Each
-    matrix is made on the device right before its turn, which isn't timed.
+    Before the timed matrices of a shape, one more is quantized to compile; `compile_s` is the time that this adds. Each
+    matrix is created on the device right before its turn, and creating it isn't timed.
 
     Args:
-      config: see `Quantize`.
-      progress: called as (rows of weights done, rows in all, what is next).
+      config: what to measure.
+      progress: called with (rows of weights done, rows in total, what is next).
 
     Raises:
-      ValueError: no such model, or a number of matrices below 1.
+      ValueError: there is no such model, or `matrices` is below 1.
     """
     if config.model not in LAYERS:
         raise ValueError(f"got model={config.model!r}, need one of {', '.join(LAYERS)}; choose one of these")
@@ -88,7 +88,7 @@ def run(
 
 
 def peak_gb() -> float:
-    """The most memory that this process has held, in units of 10**9 bytes: of the device, or of the host on a CPU."""
+    """The peak memory of this process in units of 10**9 bytes: of the device, or of the host on a CPU."""
     stats = jax.devices()[0].memory_stats() or {}
     held = stats.get("peak_bytes_in_use") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return significant(held / 1e9)

@@ -1,7 +1,7 @@
 """The file that a benchmark writes: what ran, where, with which versions, and the figures in rows.
 
-It is one JSON object of `Result`'s fields and "schema", the number of this form. `write` and `read` both check it, so a
-file that is there is one that can be read.
+It is one JSON object with the fields of `Result`, and "schema", the version of this format. `write` and `read` both
+check it, so every file that was written can be read.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ from typing import Any
 
 SCHEMA = 1
 VERSIONED = ("any4_jax", "jax", "jaxlib", "python")
-# A float's name has one of these among its words: `us`, `gb_per_s`, `share_of_streaming_read`.
+# The name of a float contains one of these words: `us`, `gb_per_s`, `share_of_streaming_read`.
 UNITS = frozenset(
     {"us", "ms", "s", "seconds", "bits", "bytes", "mb", "gb", "tokens", "nats", "perplexity"}
     | {"ratio", "share", "error", "percent"}
@@ -25,13 +25,13 @@ UNITS = frozenset(
 
 @dataclasses.dataclass(frozen=True)
 class Device:
-    """What it ran on.
+    """The device that a benchmark ran on.
 
     Attributes:
-      name: the processor's or GPU's model.
+      name: the model of the processor or GPU.
       platform: "cpu", "cuda", "rocm" or "tpu".
-      cores: logical cores that the process might use, of the host where the device is a GPU.
-      features: instruction sets, or a GPU's compute capability.
+      cores: the logical cores of the host that the process may use.
+      features: instruction sets, or the compute capability of a GPU.
     """
 
     name: str
@@ -46,13 +46,13 @@ class Result:
 
     Attributes:
       benchmark: its name.
-      command: what to type to run it again, with the environment variables that matter.
-      date: UTC, "2026-01-31T23:59:59Z".
+      command: the command line that runs it again, with the environment variables that matter.
+      date: UTC, such as "2026-01-31T23:59:59Z".
       device: see `Device`.
       versions: of python, jax, jaxlib, any4_jax and whatever else was measured.
-      settings: what held for all rows, of the same types.
-      notes: sentences: what could not be measured, and why.
-      rows: the figures: texts, numbers, booleans; all have the same keys, and None stands where a value doesn't apply.
+      settings: the values that held for all rows; they have the same types as values of rows.
+      notes: sentences that say what could not be measured, and why.
+      rows: the figures: strings, numbers, booleans, or None if a value doesn't apply; all rows have the same keys.
     """
 
     benchmark: str
@@ -66,7 +66,7 @@ class Result:
 
 
 def check(result: Result) -> None:
-    """Raises ValueError with the first thing that is not as the classes say, in one sentence."""
+    """Raises ValueError, in one sentence, for the first field that isn't as the classes say."""
     for name in ("benchmark", "command", "date"):
         _check_text(name, getattr(result, name))
     _check_date(result.date)
@@ -80,22 +80,22 @@ def check(result: Result) -> None:
     for note in result.notes:
         _check_text("a note", note)
     if not result.rows:
-        raise ValueError("there are no rows, and at least one is needed; write nothing where nothing was measured")
+        raise ValueError("there are no rows, and at least one is needed; write no file if nothing was measured")
     for number, row in enumerate(result.rows, 1):
         _check_scalars(f"row {number}", row)
         differing = sorted(set(row) ^ set(result.rows[0]))
         if differing:
             raise ValueError(
-                f"row {number} and row 1 differ in the keys {', '.join(differing)}, and all rows need the same; "
-                "give null where a value doesn't apply"
+                f"row {number} and row 1 differ in the keys {', '.join(differing)}, and all rows need the same keys; "
+                "use null if a value doesn't apply"
             )
 
 
 def write(path: str | Path, result: Result) -> None:
-    """Checks a result and writes it, whole or not at all.
+    """Checks a result, and writes it as a whole or not at all.
 
     Raises:
-      ValueError: see `check`; the sentence starts with the path.
+      ValueError: see `check`; the message starts with the path.
       OSError: the file can't be written.
     """
     path = Path(path)
@@ -113,16 +113,19 @@ def write(path: str | Path, result: Result) -> None:
 
 
 def read(path: str | Path) -> Result:
-    """The result in a file, checked.
+    """The checked result in a file.
 
     Raises:
-      ValueError: it is none of this form; the sentence starts with the path.
+      ValueError: the file doesn't have this format; the message starts with the path.
+      OSError: the file can't be read.
     """
     path = Path(path)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path}: got no JSON ({error}), need a benchmark's result; run the benchmark again") from None
+        raise ValueError(
+            f"{path}: it is not JSON ({error}), and a benchmark's result is needed; run the benchmark again"
+        ) from None
     number = content.get("schema") if isinstance(content, dict) else None
     if number != SCHEMA:
         raise ValueError(f"{path}: got schema {number!r}, need {SCHEMA}; run the benchmark again, or upgrade any4_jax")
@@ -148,24 +151,24 @@ def _check_for(path: Path, result: Result) -> None:
 
 
 def _of(cls: type, content: Any, where: str) -> Any:
-    """The dataclass from a JSON object that has exactly its fields."""
+    """The dataclass of a JSON object that has exactly its fields."""
     fields = {field.name for field in dataclasses.fields(cls)}
     got = set(_mapping(where, content))
     if got != fields:
         faults = [f"lacks {name}" for name in sorted(fields - got)] + [f"has {name}" for name in sorted(got - fields)]
-        raise ValueError(f"{where} {', '.join(faults)}, and needs exactly {', '.join(sorted(fields))}; mend it")
+        raise ValueError(f"{where} {', '.join(faults)}, and needs exactly {', '.join(sorted(fields))}; fix it")
     return cls(**content)
 
 
 def _mapping(name: str, value: Any) -> Mapping:
     if not isinstance(value, Mapping):
-        raise ValueError(f"{name} is of type {type(value).__name__}, and an object is needed; mend it")
+        raise ValueError(f"{name} has type {type(value).__name__}, and an object is needed; fix it")
     return value
 
 
 def _list(name: str, value: Any) -> tuple:
     if not isinstance(value, list):
-        raise ValueError(f"{name} is of type {type(value).__name__}, and a list is needed; mend it")
+        raise ValueError(f"{name} has type {type(value).__name__}, and a list is needed; fix it")
     return tuple(value)
 
 

@@ -1,4 +1,4 @@
-"""Models of well-known shapes with random weights, made on the device: their speed doesn't depend on the values."""
+"""Models of well-known shapes with random weights, created on the device: speed doesn't depend on the values."""
 
 import dataclasses
 import functools
@@ -41,7 +41,8 @@ CONFIGS = {"llama-3.2-1b": _LLAMA_32_1B, "llama-3.1-8b": _LLAMA_31_8B}
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3, 4, 5))
 def random_leaf(seed: int, n: int, k: int, bits: int, group_size: int, own: bool = True) -> QuantizedTensor:
-    """A weight [N, K] of random codes in bfloat16: any4's form, or where not `own` nf4's, one table and no offsets."""
+    """A weight [N, K] with random codes and bfloat16 tables. It has any4's form; without `own` nf4's, which has one
+    table and no offsets."""
     keys = jax.random.split(jax.random.key(seed), 4)
     groups = (n, -(-k // group_size))
     return QuantizedTensor(
@@ -57,12 +58,13 @@ def random_leaf(seed: int, n: int, k: int, bits: int, group_size: int, own: bool
 
 
 def dense(shape: str) -> Llama:
-    """A model in bfloat16; `shape` is a key of `CONFIGS`."""
+    """A bfloat16 model with random weights; `shape` is a key of `CONFIGS`."""
     return Llama(CONFIGS[shape], dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
 
 
 def few_bits(model: Llama, group_size: int) -> Llama:
-    """The same model, whose blocks' linears are of random 4-bit codes in any4's form; it shares all other arrays."""
+    """A copy of the model in which the blocks' linears have random 4-bit codes in any4's form; it shares all other
+    arrays."""
     coded = nnx.merge(*nnx.split(model))
     layers: list[tuple[str, Any4, tuple[tuple[str, str], ...]]] = []
     for i, block in enumerate(coded.blocks):

@@ -1,4 +1,5 @@
-"""Timing that a shared machine disturbs little: candidates in turns, cold weights, a streaming read beside them."""
+"""Timing that a shared machine disturbs little: candidates take turns, weights are cold, and a streaming read is
+measured alongside."""
 
 import dataclasses
 import math
@@ -13,9 +14,9 @@ import numpy as np
 
 from any4_jax.benchmarks.machine import cores
 
-# A candidate's turn: long against the clock and against the switch of caches and clocks between candidates.
+# The duration of a turn: long compared with the clock's resolution, and with refilling caches after a switch.
 TURN_S = 0.02
-# Beyond any last-level cache; a GPU reads 512 MiB in less time than it takes to launch and wait.
+# Larger than any last-level cache. A GPU needs more: it reads 512 MiB in less time than it takes to launch and wait.
 STREAM_BYTES = {"cpu": 2**29}
 STREAM_BYTES_ELSEWHERE = 2**32
 
@@ -25,8 +26,8 @@ class Candidate:
     """One of several programs that are compared.
 
     Attributes:
-      call: the compiled program, of one of `copies`.
-      copies: weights that are equal and lie in different memory; calls take one after the other.
+      call: the compiled program, a function of one of `copies`.
+      copies: equal weights in different memory; successive calls take successive copies.
     """
 
     call: Callable[[Any], jax.Array]
@@ -34,16 +35,16 @@ class Candidate:
 
 
 def interleaved(candidates: Sequence[Candidate], rounds: int, overlap: bool) -> np.ndarray:
-    """Seconds a call of each candidate in each round, [candidates, rounds].
+    """Seconds per call of each candidate in each round, float64 [candidates, rounds].
 
-    Each round gives every candidate one turn, so that whatever else the machine does meets all of them; who begins
-    changes from round to round.
+    In each round every candidate has one turn, so that other load on the machine affects all of them; a different
+    candidate begins each round.
 
     Args:
       candidates: what to time; they have been called before.
       rounds: at least 1.
-      overlap: wait at the end of a turn only. Right for a device that works in order (a GPU); a CPU would run
-        several calls at once, so there each call is waited for.
+      overlap: whether to wait only at the end of a turn, instead of after each call. True suits a device that works in
+        order (a GPU); a CPU would run several calls at once.
     """
     calls = [_calls(candidate, overlap) for candidate in candidates]
     seconds = np.zeros((len(candidates), rounds))
@@ -55,7 +56,7 @@ def interleaved(candidates: Sequence[Candidate], rounds: int, overlap: bool) -> 
 
 
 def _calls(candidate: Candidate, overlap: bool) -> int:
-    """How many calls make a turn."""
+    """How many calls make up a turn."""
     once = min(_turn(candidate, first, 1, overlap) for first in range(3))
     return max(1, min(len(candidate.copies), round(TURN_S / once)))
 
@@ -72,11 +73,11 @@ def _turn(candidate: Candidate, first: int, calls: int, overlap: bool) -> float:
 
 
 class StreamingRead:
-    """The rate at which the device reads memory in order: what no product of cold weights can pass.
+    """The rate at which the device reads memory sequentially: an upper bound for products with cold weights.
 
     Attributes:
-      gb_per_s: the best so far of all ways and repeats, in units of 10**9.
-      way: how the best was taken, in words.
+      gb_per_s: the best rate so far over all ways and repeats, in units of 10**9 bytes per second.
+      way: how the best rate was measured, in words.
     """
 
     def __init__(self, platform: str) -> None:
@@ -93,7 +94,7 @@ class StreamingRead:
             read()
 
     def measure(self, repeats: int = 3) -> None:
-        """Reads on, and keeps the best; called between other measurements, it meets the machine as they do."""
+        """Reads again, and keeps the best rate. Call it between other measurements, to see the machine as they do."""
         for name, read in list(self._ways.items()) * repeats:
             begin = time.perf_counter()
             read()
@@ -102,15 +103,15 @@ class StreamingRead:
                 self.gb_per_s, self.way = rate, f"{name} of {self._bytes / 1e6:.0f} MB"
 
     def settings(self) -> dict[str, str | float]:
-        """For a result's settings."""
+        """The rate and the way, for the settings of a result."""
         return {"stream_gb_per_s": significant(self.gb_per_s), "stream_way": self.way}
 
 
 def tree_bytes(tree: Any) -> int:
-    """Bytes of the arrays of a tree."""
+    """The bytes of a tree's arrays."""
     return sum(math.prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree))
 
 
 def significant(value: float) -> float:
-    """Four digits: more is noise."""
+    """Rounds to four significant digits; more would be noise."""
     return float(f"{value:.4g}")

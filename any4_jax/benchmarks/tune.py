@@ -1,4 +1,4 @@
-"""The fastest configuration of a Pallas kernel for a product, found by timing all that are worth it."""
+"""Finds the fastest configuration of a Pallas kernel for a product, by timing every promising one."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -16,7 +16,7 @@ from any4_jax.product import matmul
 from any4_jax.product.backends import pallas
 from any4_jax.weights import QuantizedTensor
 
-# Between them copies of a weight leave no cache that a GPU has (an H100: 50 MB) anything to keep.
+# The copies of a weight together exceed every cache that a GPU has (an H100: 50 MB).
 ROTATE_BYTES = 2 * 10**8
 TURNS = 5
 
@@ -24,13 +24,18 @@ TURNS = 5
 def run(
     shapes: tuple[tuple[int, int], ...], counts: tuple[int, ...], bits: int, group_size: int
 ) -> Iterator[dict[str, Any]]:
-    """For each shape [N, K] and number of rows of x, bfloat16, the fastest configuration as a row of tuned.json, with
-    its microseconds (`us`) and those of the configuration that the rule gives (`rule_us`).
+    """The fastest configuration for each shape and number of rows of a bfloat16 x, as rows of tuned.json.
 
-    A configuration that doesn't compile or fit is passed over; one that is wrong is an error.
+    A row also has the microseconds of this configuration (`us`) and of the one that the rule gives (`rule_us`). A
+    configuration that doesn't compile or fit is skipped; one that computes a wrong result is an error.
+
+    Args:
+      shapes: pairs of N and K.
+      counts: numbers of rows of x.
+      bits, group_size: of the weight.
 
     Raises:
-      RuntimeError: the backend can't do the product here, or a result is wrong.
+      RuntimeError: the backend can't compute the product here, or a result is wrong.
     """
     for n, k in shapes:
         w = random_weight(n, k, bits, group_size)
@@ -50,7 +55,7 @@ def run(
                     continue
                 error = np.linalg.norm(np.asarray(program(x, copies)[1], np.float32) - truth) / np.linalg.norm(truth)
                 if not error < 1e-2:
-                    raise RuntimeError(f"{row['kernel']} with {row['config']} is wrong by {error:.1e} of the result")
+                    raise RuntimeError(f"{row['kernel']} with {row['config']} has a relative error of {error:.1e}")
                 timed.append((_seconds(program, x, copies), row))
             seconds, best = min(timed, key=lambda pair: pair[0])
             yield {**best, "us": significant(1e6 * seconds), "rule_us": significant(1e6 * timed[0][0])}
@@ -62,15 +67,15 @@ _Program = Callable[[jax.Array, list[QuantizedTensor]], tuple[jax.Array, jax.Arr
 def _compiled(
     product: Callable[[jax.Array, QuantizedTensor], jax.Array], x: jax.Array, copies: list[QuantizedTensor]
 ) -> _Program | None:
-    """A program that does one product after the other with each copy, and also gives the first; None where it doesn't
-    compile."""
+    """A program that computes one product with each copy, one after the other, and also returns the first product; None
+    if it doesn't compile."""
 
     @jax.jit
     def program(x, copies):
         products = []
         for w in copies:
             products.append(product(x, w))
-            # Each waits for the one before, or XLA would run several at once.
+            # Each product depends on the one before; otherwise XLA would run several at once.
             x = x + 0 * products[-1][:, :1]
         return x, products[0]
 
@@ -81,7 +86,7 @@ def _compiled(
 
 
 def _seconds(program: _Program, x: jax.Array, copies: list[QuantizedTensor]) -> float:
-    """Of one of the products of a program that has run before."""
+    """Seconds per product of a program that has run before."""
     turns = []
     for _ in range(TURNS):
         begin = time.perf_counter()

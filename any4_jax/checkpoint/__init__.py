@@ -1,4 +1,4 @@
-"""Checkpoints: Orbax arrays and a JSON manifest in one directory that changes as a whole or not at all."""
+"""Checkpoints: Orbax arrays and a JSON manifest in one directory, which is replaced as a whole or not at all."""
 
 from any4_jax.checkpoint.manifest import Manifest
 from any4_jax.checkpoint.model import load, save

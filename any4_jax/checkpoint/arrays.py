@@ -1,14 +1,14 @@
 """Named arrays in an Orbax directory: written by Orbax, read back block by block, checked against digests.
 
 Format: one Orbax PyTree checkpoint (OCDBT, zarr v2, zstd) of a flat dict {name: array}. A plain Orbax user
-restores it with `PyTreeCheckpointer().restore(directory)` on any device topology, since the arrays go in as
-host arrays. The keys are flat because Orbax joins nested ones with ".": {"a.b": {"c": x}} and
-{"a": {"b.c": y}} would share one place. Orbax refuses zero-size arrays and tensorstore has no uint4:
-zero-size arrays live in the manifest alone, and 4-bit integer types are stored as bytes of one value each.
+restores it with `PyTreeCheckpointer().restore(directory)` on any device topology, because the arrays are saved
+as host arrays. The keys are flat because Orbax joins nested ones with ".": {"a.b": {"c": x}} and
+{"a": {"b.c": y}} would collide. Orbax refuses zero-size arrays, so those are in the manifest alone; tensorstore
+has no uint4, so 4-bit integers are stored one per byte.
 
-Reading goes to tensorstore, the layer under Orbax. Orbax restores whole arrays that jax then copies, and it
-casts silently on a dtype mismatch; here each array is decoded straight into memory that jax adopts uncopied.
-For three random arrays of 100 MB resident memory grew by 1.12x of them that way, by 1.6x through Orbax.
+Reading uses tensorstore, the layer below Orbax. Orbax restores whole arrays, which jax then copies, and it
+casts silently when dtypes differ; here each array is decoded straight into memory that jax adopts without a copy.
+For three random arrays of 100 MB, resident memory grew by 1.12x their size this way and by 1.6x through Orbax.
 """
 
 import hashlib
@@ -26,14 +26,14 @@ from any4_jax.checkpoint.manifest import ArrayEntry
 Sharding = jax.sharding.Sharding
 ShardingRule = Sharding | Callable[[str, jax.ShapeDtypeStruct], Sharding | None] | None
 
-# What one digest of the manifest covers; part of the format, like the order of the bytes.
+# How many bytes one digest of the manifest covers; part of the format, like the order of the bytes.
 BLOCK_BYTES = 64 << 20
-# A band is what decoding stages besides the result; whole chunks of it, so that none is decoded twice.
+# Decoding stages one band at a time beside the result. A band is whole chunks, so that no chunk is decoded twice.
 _CHUNK_BYTES = 1 << 20
 _BAND_BYTES = 4 << 20
 # XLA's CPU client adopts host memory only at this alignment; numpy's own is 16.
 _ALIGNMENT = 64
-# Enough for OCDBT's index: without it every array's read walks the index from disk again.
+# Enough for OCDBT's index: without it, each array that is read walks the index from disk again.
 _INDEX_CACHE_BYTES = 2 << 20
 
 _AS_STORED = (
@@ -48,16 +48,16 @@ def check_array(name: str, array: object) -> None:
         raise TypeError(f"array {name!r} is a {type(array).__name__}; pass a jax or numpy array")
     if str(array.dtype) not in _STORED_DTYPE:
         raise ValueError(
-            f"array {name!r} has dtype {array.dtype}, a checkpoint holds {' '.join(_STORED_DTYPE)}; cast it"
+            f"array {name!r} has dtype {array.dtype}, and a checkpoint holds {' '.join(_STORED_DTYPE)}; cast it"
         )
     if isinstance(array, jax.Array) and not array.is_fully_addressable:
-        raise ValueError(f"array {name!r} is spread over devices of other processes; gather it on this one first")
+        raise ValueError(f"array {name!r} is spread over devices of other processes; gather it on this process first")
 
 
 def to_host(array: jax.Array | np.ndarray) -> np.ndarray:
-    """`array` as a C-contiguous host array in its stored dtype; a view where the bytes are there already."""
+    """`array` as a C-contiguous host array in its stored dtype; a view if its bytes are on the host already."""
     if isinstance(array, jax.Array) and not _is_on_host(array):
-        # np.asarray of the whole would keep that host copy alive inside the array for as long as it lives.
+        # np.asarray of the whole array would keep the host copy alive inside it for as long as the array lives.
         host = np.empty(array.shape, array.dtype)
         for shard in array.addressable_shards:
             if shard.replica_id == 0:
@@ -79,9 +79,12 @@ def array_entry(array: jax.Array | np.ndarray, host: np.ndarray) -> ArrayEntry:
 
 
 def save_arrays(directory: Path, arrays: Mapping[str, np.ndarray]) -> None:
-    """Write stored-form arrays to a new Orbax checkpoint `directory`; none at all where nothing has bytes.
+    """Write arrays, each in its stored dtype, to a new Orbax checkpoint `directory`.
 
-    Raises OSError where Orbax can't write it.
+    If all arrays are empty, nothing is written.
+
+    Raises:
+      OSError: Orbax can't write it.
     """
     import orbax.checkpoint as ocp
 
@@ -94,37 +97,44 @@ def save_arrays(directory: Path, arrays: Mapping[str, np.ndarray]) -> None:
         try:
             checkpointer.save(directory.absolute(), args=ocp.args.PyTreeSave(tree, save_args=save_args))
         except ValueError as error:
-            # So tensorstore reports a write that failed (disk full, file too large).
+            # This is how tensorstore reports a failed write (disk full, file too large).
             raise OSError(_first_line(error)) from error
 
 
 def load_arrays(
     directory: Path, entries: Mapping[str, ArrayEntry], sharding: ShardingRule
 ) -> Iterator[tuple[str, jax.Array]]:
-    """Yield (name, array) for `entries`, placed as `sharding` says; ValueError names the array that is bad.
+    """Yield (name, array) for `entries`, placed as `sharding` says.
 
-    Largest first: placing an array on several devices holds it twice for a moment, best while little is held.
+    The largest come first: while an array is placed on several devices it exists twice, which costs least while few
+    others are loaded.
+
+    Raises:
+      ValueError: an array has an unknown dtype, is damaged, or doesn't fit its sharding; the message names it.
     """
     for name, entry in entries.items():
         if entry.dtype not in _STORED_DTYPE:
-            raise ValueError(f"array {name!r} has dtype {entry.dtype!r}, which this any4_jax does not know")
+            raise ValueError(f"array {name!r} has dtype {entry.dtype!r}, which this any4_jax doesn't know")
     stores = _open(directory, {name: entry for name, entry in entries.items() if 0 not in entry.shape})
     for name in sorted(entries, key=lambda name: -math.prod(entries[name].shape)):
         yield name, _place(name, _load(name, entries[name], stores.get(name)), sharding)
 
 
 def _load(name: str, entry: ArrayEntry, store: Any) -> np.ndarray:
-    """One array in its true dtype, checked; `store` is None for one without bytes."""
+    """One array in its own dtype, its digests checked; `store` is None if the array is empty."""
     host = _aligned_empty(entry.shape, jnp.dtype(_STORED_DTYPE[entry.dtype]))
     if store is not None:
         _fill(name, host, store)
     if _digests(host) != entry.sha256:
-        raise ValueError(f"array {name!r} does not match its sha256 in any4.json")
+        raise ValueError(f"array {name!r} doesn't match its sha256 in any4.json")
     return host.astype(jnp.dtype(entry.dtype), copy=False)
 
 
 def _open(directory: Path, entries: Mapping[str, ArrayEntry]) -> dict[str, Any]:
-    """The store of each array, shape and dtype compared; opened at once, as one by one costs milliseconds."""
+    """The store of each array, its shape and dtype checked.
+
+    All stores are opened concurrently: one after the other, each would cost milliseconds.
+    """
     import tensorstore as ts
 
     context = ts.Context({"cache_pool": {"total_bytes_limit": _INDEX_CACHE_BYTES}})
@@ -154,7 +164,7 @@ def _open(directory: Path, entries: Mapping[str, ArrayEntry]) -> dict[str, Any]:
 
 
 def _fill(name: str, host: np.ndarray, store: Any) -> None:
-    """Decode `store` into `host` in bands of whole chunk rows, so that only a band's chunks are staged."""
+    """Decode `store` into `host` in bands of whole rows of chunks, so that only one band is staged at a time."""
     import tensorstore as ts
 
     try:
@@ -178,7 +188,7 @@ def _place(name: str, host: np.ndarray, rule: ShardingRule) -> jax.Array:
         return jax.device_put(host, sharding)
     except ValueError as error:
         raise ValueError(
-            f"array {name!r} of shape {list(host.shape)} does not fit {sharding} ({_first_line(error)})"
+            f"array {name!r} of shape {list(host.shape)} doesn't fit {sharding} ({_first_line(error)})"
         ) from None
 
 
@@ -190,7 +200,7 @@ def _aligned_empty(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
 
 
 def _digests(host: np.ndarray) -> tuple[str, ...]:
-    """Hex sha256 of each BLOCK_BYTES of a C-contiguous array's bytes; none for a zero-size array."""
+    """Hex sha256 of each BLOCK_BYTES of a C-contiguous array's bytes; none for an empty array."""
     data = host.reshape(-1).view(np.uint8).data
     return tuple(
         hashlib.sha256(data[start : start + BLOCK_BYTES]).hexdigest() for start in range(0, data.nbytes, BLOCK_BYTES)

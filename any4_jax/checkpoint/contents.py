@@ -1,16 +1,16 @@
-"""What a manifest says of a model, and the model that it says.
+"""Describes a model in a manifest, and rebuilds the model from its description.
 
 The content of a manifest (schema 2) is a JSON object with these keys, whatever the model is:
 
-    family   of a decoder, its name in any4_jax.models.families; of others "hf_flax", "nnx", "linen" or "tree"
-    config   of a decoder, its config; of a Hugging Face model, its config.json; of others null
-    dtype    of the activations of these two; of others null
+    family   for a decoder, its name in any4_jax.models.families; otherwise "hf_flax", "nnx", "linen" or "tree"
+    config   for a decoder, its config; for a Hugging Face model, its config.json; otherwise null
+    dtype    the dtype of the activations of these two; otherwise null
     tree     arrays and operators by name: nested {"dict": {...}}, {"list": [...]} and {"leaf": ...}; a leaf is an
              operator with its fields, or {"array": its name}
-    recipe   how it was quantized, or null
-    model    what else is known: its "class", of a Hugging Face model "generation" and "repaired" too; of trees null
+    recipe   how the model was quantized, or null
+    model    its "class", and for a Hugging Face model also "generation" and "repaired"; for a tree null
 
-Contents of schema 1 come in this form from `any4_jax.checkpoint.schema1`.
+`any4_jax.checkpoint.schema1` converts contents of schema 1 to this form.
 """
 
 import contextlib
@@ -32,11 +32,11 @@ Take = Callable[[str], Any]
 
 
 def describe(model: Any, arrays: dict[str, Any]) -> dict[str, Any]:
-    """The content that describes a model; its arrays are added to `arrays` by name, see `any4_jax.save`.
+    """The content that describes a model. Adds the model's arrays to `arrays`, named as `any4_jax.save` says.
 
     Raises:
-      TypeError: a Decoder of a class that no family has.
-      ValueError: keys that are no strings, or hold "." or "/".
+      TypeError: the model is a Decoder whose class belongs to no family.
+      ValueError: a key isn't a string, or holds "." or "/".
     """
     recipe = recipe_of(model)
     return _identity(model) | {
@@ -49,12 +49,12 @@ def build(content: Mapping[str, Any], take: Take, into: Any = None) -> Any:
     """The inverse of `describe`.
 
     Args:
-      content: of schema 2.
-      take: gives the array of a name, or a ShapeDtypeStruct in its place.
+      content: a content of schema 2.
+      take: maps a name to its array, or to a ShapeDtypeStruct that stands for it.
       into: see `any4_jax.load`.
 
     Raises:
-      ValueError: a content that is malformed or contradicts itself, or doesn't fit `into`.
+      ValueError: the content is malformed, contradicts itself, or doesn't fit `into`.
     """
     tree, recipe = contents(content, take), recipe_in(content)
     if is_decoder(content):
@@ -66,13 +66,13 @@ def build(content: Mapping[str, Any], take: Take, into: Any = None) -> Any:
 
 
 def current(content: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The content of a manifest in the form of schema 2, whichever it was written in."""
+    """The content of a manifest in the form of schema 2, whichever schema it was written in."""
     with _parsing():
         return schema1.upgraded(content)
 
 
 def contents(content: Mapping[str, Any], take: Take) -> Any:
-    """The tree of arrays and operators alone."""
+    """Only the tree of arrays and operators."""
     with _parsing():
         return build_tree(content["tree"], take)
 
@@ -90,7 +90,7 @@ def is_decoder(content: Mapping[str, Any]) -> bool:
 
 
 def _identity(model: Any) -> dict[str, Any]:
-    """All of a content but the tree and the recipe."""
+    """Everything in a content except the tree and the recipe."""
     if isinstance(model, Decoder):
         family = families.family_of(model)
         config, dtype = family.config_to_json(model.config), str(model.dtype)
@@ -107,7 +107,7 @@ def _identity(model: Any) -> dict[str, Any]:
 
 
 def _decoder(content: Mapping[str, Any], tree: Any, recipe: Recipe | None, into: Any) -> nnx.Module:
-    """The decoder of a config with the contents of `tree`, made without any float weights."""
+    """The decoder of a config with the contents of `tree`, created without float weights."""
     family = families.named(content["family"])
     with _parsing():
         config, dtype = family.config_from_json(content["config"]), jnp.dtype(content["dtype"])
@@ -115,29 +115,29 @@ def _decoder(content: Mapping[str, Any], tree: Any, recipe: Recipe | None, into:
         _check_decoder(into, family, config, dtype)
     abstract = family.abstract(config, dtype)
     try:
-        # Its weights may be of other dtypes than its activations, which the config doesn't say.
+        # The weights may differ in dtype from the activations, and the config doesn't say how.
         return nnx_modules.fill(abstract, tree, recipe, declared=False)
     except fitting.Misfit as misfit:
         raise ValueError(
-            f"its contents are not those of a {family.module.__name__} of its config ({misfit.faults}), so it "
+            f"its contents don't fit a {family.module.__name__} of its own config ({misfit.faults}), so it "
             "contradicts itself; save it again"
         ) from None
 
 
 def _check_decoder(into: Any, family: families.Family, config: Any, dtype: Any) -> None:
-    """Raises ValueError unless `into` is a decoder of this family, config and dtype."""
+    """Raises ValueError unless `into` is a decoder with this family, config and dtype."""
     name = family.module.__name__
     if type(into) is not family.module:
         raise ValueError(
-            f"it holds a {name} of this library and `into` is {container_of(into).name} ({type(into).__name__}); "
-            f"leave `into` out, or pass a {name}"
+            f"it holds a {name} of this library, and `into` is {container_of(into).name} ({type(into).__name__}); "
+            f"omit `into`, or pass a {name}"
         )
     for field in dataclasses.fields(config):
         ours, theirs = getattr(config, field.name), getattr(into.config, field.name)
         if ours != theirs:
-            raise ValueError(f"its {name} has {field.name}={ours!r} and `into` has {theirs!r}; leave `into` out")
+            raise ValueError(f"its {name} has {field.name}={ours!r}, and `into` has {theirs!r}; omit `into`")
     if into.dtype != dtype:
-        raise ValueError(f"its {name} is of {dtype} and `into` of {into.dtype}; leave `into` out")
+        raise ValueError(f"its {name} has dtype {dtype}, and `into` has {into.dtype}; omit `into`")
 
 
 @contextlib.contextmanager

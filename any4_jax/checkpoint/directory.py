@@ -1,4 +1,4 @@
-"""The directory of a checkpoint: names of its entries, its lock, flushing to disk, links out of it."""
+"""The directory of a checkpoint: the names in it, its lock, flushing it to disk, and links that lead out of it."""
 
 import contextlib
 import fcntl
@@ -17,13 +17,18 @@ _TEMPORARY_NAME = re.compile(r"any4\.json\.[0-9a-f]{12}\.tmp")
 
 @contextlib.contextmanager
 def locked(root: Path) -> Iterator[None]:
-    """Hold the lock of `root`; make `root` if missing, and remove it again if the body fails.
+    """Hold the lock of `root` during the body; create `root` if it is missing, and remove it again if the body fails.
 
-    The lock is on the directory itself: it leaves no file, and the kernel drops it with a killed process.
-    Raises FileNotFoundError, FileExistsError, BlockingIOError (another save holds it), each one sentence.
+    The lock is on the directory itself: it leaves no file behind, and the kernel releases it if the process is killed.
+
+    Raises:
+      FileNotFoundError: the parent of `root` doesn't exist.
+      FileExistsError: `root` is a file, or holds something other than a checkpoint.
+      BlockingIOError: another save holds the lock.
+      OSError: `root` can't be written or locked.
     """
     if not root.parent.is_dir():
-        raise FileNotFoundError(f"{root.parent} is no directory, so checkpoint {root} can't be made; create it first")
+        raise FileNotFoundError(f"checkpoint {root} can't be made: {root.parent} is not a directory; create it first")
     if root.exists() and not root.is_dir():
         raise FileExistsError(f"{root} is a file; pass a new or empty directory for the checkpoint")
     made = not root.exists()
@@ -39,7 +44,7 @@ def locked(root: Path) -> Iterator[None]:
         names = set(os.listdir(root))
         if names and MANIFEST_NAME not in names and not any(map(_is_leftover, names)):
             raise FileExistsError(
-                f"{root} is not empty and holds no any4_jax checkpoint; pass a new or empty directory"
+                f"{root} is not empty, and holds no any4_jax checkpoint; pass a new or empty directory"
             )
         yield
     except BaseException:
@@ -58,14 +63,14 @@ def _lock(handle: int, root: Path) -> None:
         raise BlockingIOError(f"another save to checkpoint {root} is running; wait until it is done") from None
     except OSError as error:
         raise OSError(
-            f"can't lock checkpoint {root} ({error.strerror}); pass a directory on a disk with file locks"
+            f"can't lock checkpoint {root} ({error.strerror}); pass a directory on a file system that has locks"
         ) from None
 
 
 def remove_leftovers(root: Path, keep: str) -> None:
-    """Remove what saves to `root` left there, but for any4.json and the data directory `keep`.
+    """Remove what earlier saves left in `root`, except any4.json and the data directory `keep`.
 
-    What can't be removed stays for the next save: the checkpoint is whole either way.
+    Anything that can't be removed is left to the next save: the checkpoint is whole either way.
     """
     for name in os.listdir(root):
         if not _is_leftover(name) or name == keep:
@@ -78,21 +83,21 @@ def remove_leftovers(root: Path, keep: str) -> None:
 
 
 def check_space(root: Path, needed: int) -> None:
-    """Raise OSError unless `needed` bytes are free: cheaper and clearer than a write that fails half way."""
+    """Raise OSError unless `needed` bytes are free: cheaper and clearer than a write that fails halfway."""
     free = shutil.disk_usage(root).free
     if free < needed:
-        raise OSError(f"it needs {needed / 1e6:.0f} MB and {free / 1e6:.0f} MB are free on that disk")
+        raise OSError(f"it needs {needed / 1e6:.0f} MB, and {free / 1e6:.0f} MB are free on that disk")
 
 
 def file_entry(file: Path) -> FileEntry:
-    """Size and digest of `file`, read in small pieces."""
+    """The size and digest of `file`, which is read in small pieces."""
     with open(file, "rb") as stream:
         digest = hashlib.file_digest(stream, "sha256")
         return FileEntry(os.fstat(stream.fileno()).st_size, digest.hexdigest())
 
 
 def sync_tree(directory: Path) -> dict[str, FileEntry]:
-    """Flush every file and directory under `directory` to disk; {relative path: entry} of its files."""
+    """Flush every file and directory under `directory` to disk; returns {relative path: entry} of its files."""
     entries = {}
     for folder, _, names in os.walk(directory, topdown=False):
         for name in names:
@@ -104,7 +109,7 @@ def sync_tree(directory: Path) -> dict[str, FileEntry]:
 
 
 def sync_directory(directory: Path) -> None:
-    """Flush the names in `directory` to disk: a new or renamed entry is durable only then."""
+    """Flush the names in `directory` to disk: only then is a new or renamed entry durable."""
     _sync(directory, os.O_RDONLY | os.O_DIRECTORY)
 
 
@@ -117,7 +122,11 @@ def write_synced(file: Path, raw: bytes) -> None:
 
 
 def inside(root: Path, file: Path) -> Path:
-    """`file`, or ValueError where symbolic links lead it out of `root`: a load reads what was saved only."""
+    """`file`, unless symbolic links lead out of `root`: a load reads only what was saved.
+
+    Raises:
+      ValueError: `file` lies outside `root`.
+    """
     if not file.resolve().is_relative_to(root.resolve()):
         raise ValueError(f"checkpoint {root}: {file.relative_to(root)} is a link out of it; put the file itself there")
     return file

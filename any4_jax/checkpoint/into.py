@@ -1,4 +1,4 @@
-"""Where the arrays of a checkpoint go on the devices, when they are loaded into a model that says so."""
+"""How the arrays of a checkpoint are sharded when they are loaded into a model that has shardings."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -15,17 +15,21 @@ Rule = Callable[[str, jax.ShapeDtypeStruct], NamedSharding | None]
 
 
 def placement(wanted: Mapping[str, Any], given: Mapping[str, Any], names: Mapping[str, Any]) -> Rule:
-    """The shardings of a model's own leaves, as a rule for the arrays that take their place.
+    """A sharding rule for a checkpoint's arrays, made from the shardings of the leaves that they replace.
 
-    An array, and an operator in the place of one like it, has the NamedShardings of what it replaces. The arrays of
-    an operator [*L, N, K] in the place of a float kernel [*L, K, N] are split along the axes that they share with
-    it: codes, scales and offsets along N and K, a table for each row along N. An axis whose length the mesh doesn't
-    divide is not split. The rest, and operators in the place of other operators, have a copy on each device.
+    An array takes the NamedSharding of the array that it replaces, and so do the arrays of an operator that replaces
+    an operator of the same structure. If an operator [*L, N, K] replaces a float kernel [*L, K, N], its arrays are
+    split along the axes that they share with the kernel: codes, scales and offsets along N and K, a table for each
+    row along N. An axis whose length the mesh doesn't divide is not split. All other arrays, and those of an operator
+    that replaces one of another structure, are replicated on every device.
 
     Args:
       wanted: leaves of the model by dotted path: arrays, ShapeDtypeStructs or operators.
-      given: leaves that will be put there, abstract.
-      names: the same leaves with names for arrays.
+      given: the abstract leaves that will replace them.
+      names: the leaves of `given` with names in place of arrays.
+
+    Returns:
+      A function of (array name, ShapeDtypeStruct) that returns a NamedSharding, or None for the default device.
     """
     rules: dict[str, NamedSharding | None] = {}
     for path, leaf in wanted.items():
@@ -35,7 +39,7 @@ def placement(wanted: Mapping[str, Any], given: Mapping[str, Any], names: Mappin
 
 
 def _shardings(wanted: Any, given: Any) -> list[NamedSharding | None]:
-    """One for each array of `given`."""
+    """The sharding of each array of `given`."""
     arrays, own = jax.tree.leaves(given), [_named(leaf) for leaf in jax.tree.leaves(wanted)]
     structure: Any = jax.tree.structure(wanted)
     if structure == jax.tree.structure(given):
@@ -51,7 +55,7 @@ def _shardings(wanted: Any, given: Any) -> list[NamedSharding | None]:
 
 
 def _split(sharding: NamedSharding, spec: Any, array: Any) -> NamedSharding:
-    """On the mesh of `sharding`, by those entries of `spec` that divide the array."""
+    """A sharding on the mesh of `sharding`, with those entries of `spec` that divide the array's axes."""
     mesh = sharding.mesh
     kept = []
     for size, entry in zip(array.shape, spec, strict=False):

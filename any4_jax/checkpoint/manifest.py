@@ -2,18 +2,18 @@
 
 The file is one JSON object with exactly these keys:
 
-    schema   int, at most SCHEMA; raised when an older reader could misread a newer file
-    library  {distribution: version} of the writer
-    data     name of the directory beside any4.json that holds the rest, "data-" and 12 hex digits
+    schema   int, at most SCHEMA; increased when an older reader could misread a newer file
+    library  {distribution: version} of the libraries that wrote it
+    data     name of the directory beside any4.json that holds the rest: "data-" and 12 hex digits
     arrays   {name: {"shape": [int], "dtype": str, "sha256": [hex digest of each 64 MiB of C-order bytes]}}
     files    {path under the data directory: {"size": bytes, "sha256": hex digest}}, Orbax's own included
-    content  whatever the caller describes its arrays with
+    content  the caller's own description of its arrays
     sha256   hex digest of the canonical JSON (sorted keys, no spaces, ASCII) of the other keys
 
-Schema 2 differs from 1 in the content of models alone (`any4_jax.checkpoint.contents`, `schema1`).
+Schema 2 differs from schema 1 only in the content of models (`any4_jax.checkpoint.contents`, `schema1`).
 
-The text on disk must be the encoding of what it parses to, byte for byte: a digest of parsed values alone
-would let a changed space or a duplicate key pass.
+The text on disk must equal, byte for byte, the encoding of the values that it parses to: a digest of the parsed
+values alone would not notice a changed space or a duplicate key.
 """
 
 import hashlib
@@ -31,7 +31,7 @@ _KEYS = {"schema", "library", "data", "arrays", "files", "content", "sha256"}
 
 @dataclass(frozen=True)
 class ArrayEntry:
-    """shape; dtype as numpy or ml_dtypes name it; sha256: one hex digest per block of the C-order bytes."""
+    """An array: shape; dtype as numpy or ml_dtypes name it; sha256, one hex digest per block of the C-order bytes."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -40,7 +40,7 @@ class ArrayEntry:
 
 @dataclass(frozen=True)
 class FileEntry:
-    """size in bytes; sha256: hex digest of the whole file."""
+    """A file: size in bytes; sha256, the hex digest of the whole file."""
 
     size: int
     sha256: str
@@ -48,7 +48,7 @@ class FileEntry:
 
 @dataclass(frozen=True)
 class Manifest:
-    """`any4.json`, parsed and checked; the module's docstring says what each field is."""
+    """`any4.json`, parsed and checked; the module's docstring describes each field."""
 
     library: Mapping[str, str]
     data: str
@@ -71,7 +71,11 @@ def check_name(name: object, what: str) -> None:
 
 
 def encode(manifest: Manifest) -> bytes:
-    """The bytes of `any4.json`. TypeError or ValueError where `content` is not plain JSON (NaN is not)."""
+    """The bytes of `any4.json`.
+
+    Raises:
+      TypeError, ValueError: `content` is not plain JSON; NaN is not either.
+    """
     body = {
         "schema": SCHEMA,
         "library": dict(manifest.library),
@@ -87,7 +91,11 @@ def encode(manifest: Manifest) -> bytes:
 
 
 def decode(raw: bytes) -> Manifest:
-    """The manifest in `raw`; ValueError, a phrase that continues "any4.json ...", where it is not one."""
+    """The manifest in `raw`.
+
+    Raises:
+      ValueError: it isn't a valid manifest; the message is a phrase that continues "any4.json ...".
+    """
     try:
         value = json.loads(raw.decode("utf-8"))
     except (ValueError, RecursionError) as error:
@@ -97,27 +105,30 @@ def decode(raw: bytes) -> Manifest:
     if value["schema"] > SCHEMA:
         raise ValueError(
             f"was written by a newer any4_jax (schema {value['schema']}); "
-            f"this one reads up to {SCHEMA}, upgrade any4_jax"
+            f"this one reads schemas up to {SCHEMA}, so upgrade any4_jax"
         )
     if value["schema"] < 1 or set(value) != _KEYS:
-        raise ValueError(f"is damaged: schema {value['schema']} has the keys {sorted(_KEYS)}, it has {sorted(value)}")
+        raise ValueError(
+            f"is damaged: it has schema {value['schema']} and the keys {sorted(value)}; "
+            f"schemas 1 to {SCHEMA} have the keys {sorted(_KEYS)}"
+        )
     body = {key: item for key, item in value.items() if key != "sha256"}
     if value["sha256"] != _digest(body) or _text(value) != raw:
-        raise ValueError("is damaged or was edited: its text does not match its own sha256")
+        raise ValueError("is damaged or was edited: its text doesn't match its own sha256")
     return _build(body)
 
 
 def _build(body: dict[str, Any]) -> Manifest:
-    """The typed manifest of a body whose digest holds; a digest can be forged, so every field is checked."""
+    """The typed manifest of a body whose digest matches. A digest can be forged, so every field is checked too."""
     data, library, content = body["data"], body["library"], body["content"]
     if not isinstance(data, str) or not DATA_NAME.fullmatch(data):
-        raise ValueError(f'names the data directory {data!r}; it has to be "data-" and 12 hex digits')
+        raise ValueError(f'names the data directory {data!r}, and "data-" with 12 hex digits is needed')
     if not isinstance(library, dict) or not all(isinstance(version, str) for version in library.values()):
-        raise ValueError('has a "library" that is no object of version strings')
+        raise ValueError('has a "library" that is not an object of version strings')
     if not isinstance(content, dict):
-        raise ValueError('has a "content" that is no object')
+        raise ValueError('has a "content" that is not an object')
     if not isinstance(body["arrays"], dict) or not isinstance(body["files"], dict):
-        raise ValueError('has "arrays" or "files" that are no objects')
+        raise ValueError('has "arrays" or "files" that are not objects')
     for name in body["arrays"]:
         check_name(name, "names an array: the name")
     for name in body["files"]:

@@ -1,4 +1,4 @@
-"""Save and load: a model or a tree of arrays to a checkpoint and back, never through float weights."""
+"""Save and load a model or a tree of arrays, without ever creating float weights."""
 
 import contextlib
 import os
@@ -22,29 +22,30 @@ _TOKENIZER = "tokenizer/"
 
 
 def save(path: str | os.PathLike[str], model: Any) -> None:
-    """Writes a checkpoint; replaces the one at `path` as a whole or not at all.
+    """Write a checkpoint, which replaces the one at `path` as a whole or not at all.
 
-    The manifest, any4.json, says everything that `load` needs: the model's family and config, its tokenizer's files,
-    for each quantized layer the operator, the method with all its fields and notes, and the sha256 of every array and
-    file. Arrays are named by their dotted path ("layers.0.mlp.up_proj.bias"), those of an operator
+    The manifest, any4.json, holds everything that `load` needs: the model's family and config, its tokenizer's files,
+    the operator of each quantized layer, the method with all its fields and notes, and the sha256 of every array and
+    file. Arrays are named by dotted path ("layers.0.mlp.up_proj.bias"); those of an operator are named
     "<dotted path of the matrix>/<field>" ("layers.0.mlp.up_proj.kernel/codes").
 
     Args:
       path: a directory; it may hold an older checkpoint.
-      model: quantized or not, a decoder of this library, another NNX module (the state of its random numbers is not
-        saved), a Hugging Face Flax model, a Linen pair (module, variables or params), or a dict (nested, string keys)
-        of arrays and operators. The `.tokenizer` of a decoder or Hugging Face model is saved if it is one of this
-        library.
+      model: quantized or not; a decoder of this library, another NNX module (the state of its random numbers is not
+        saved), a Hugging Face Flax model, a Linen pair (module, variables or params), or a nested dict with string
+        keys of arrays and operators. The `.tokenizer` of a decoder or a Hugging Face model is saved if it is a
+        `Tokenizer` of this library.
 
     Raises:
-      TypeError: another model; a Decoder of a class that no family has.
-      ValueError: keys or names of modules that are no strings, or hold "." or "/".
-      FileExistsError, OSError: `path` holds other things, can't be written, or another save to it is running.
+      TypeError: the model is none of these, or a Decoder whose class belongs to no family.
+      ValueError: a key or a module's name isn't a string, or holds "." or "/".
+      FileExistsError: `path` holds something other than a checkpoint.
+      OSError: `path` can't be written, or another save to it is running.
     """
     if not (isinstance(model, nnx.Module | Mapping) or is_hf_flax(model) or linen_modules.is_pair(model)):
         raise TypeError(
-            f"got a {type(model).__name__}, save takes an NNX module, a Hugging Face Flax model, a pair (Linen module, "
-            "variables) or a dict of arrays; convert it"
+            f"got a {type(model).__name__}, and save takes an NNX module, a Hugging Face Flax model, a pair (Linen "
+            "module, variables) or a dict of arrays; convert it"
         )
     arrays: dict[str, Any] = {}
     content = describe(model, arrays)
@@ -54,30 +55,30 @@ def save(path: str | os.PathLike[str], model: Any) -> None:
 
 
 def load(path: str | os.PathLike[str], *, into: Any = None, sharding: ShardingRule = None) -> Any:
-    """The model of a checkpoint, every byte checked.
+    """The model of a checkpoint, with every byte checked.
 
     Args:
-      path: what `save` wrote, in this version or an earlier one.
-      into: a model that the checkpoint's contents fit, which stays as it was. It may hold arrays or
-        ShapeDtypeStructs and be quantized or not: an NNX module (such as `nnx.eval_shape` gives), a Hugging Face Flax
-        model (made with _do_init=False, too), a pair (Linen module, abstract variables, or None for whatever the
-        checkpoint holds), or a tree of arrays. How a layer is quantized is what the checkpoint says; other arrays need
-        the dtype that `into` gives them (transformers' abstract parameters, which say float32 of everything, give
-        none). For a decoder of this library, a decoder of the same class, config and dtype.
-      sharding: one jax.sharding.Sharding for all arrays, or a function of (array name, ShapeDtypeStruct) that gives
-        one or None for the default device. None follows the NamedShardings of `into`, see
-        `any4_jax.checkpoint.into.placement`; the default device where it has none.
+      path: a checkpoint that `save` of this version or an earlier one wrote.
+      into: a model that the checkpoint's contents fit; it stays as it was. It may hold arrays or ShapeDtypeStructs,
+        and may be quantized or not: an NNX module (such as `nnx.eval_shape` returns), a Hugging Face Flax model (also
+        one made with _do_init=False), a pair of a Linen module and its abstract variables (None takes whatever the
+        checkpoint holds), or a tree of arrays. The checkpoint decides how a layer is quantized; all other arrays must
+        have the dtype that they have in `into`, except where these are transformers' abstract parameters, which are
+        always float32. A decoder of this library needs the class, config and dtype of the saved one.
+      sharding: one jax.sharding.Sharding for all arrays, or a function of (array name, ShapeDtypeStruct) that returns
+        one, or None for the default device. By default, arrays follow the NamedShardings of `into`, as
+        `any4_jax.checkpoint.into.placement` says; those without go to the default device.
 
     Returns:
-      With `into`, a new model like it. Without, a decoder, or the Hugging Face model that `load_hf_flax` once made,
-      with its tokenizer, rebuilt from the checkpoint alone; of other models you get the contents: a nested dict of
-      arrays, with operators at the key "kernel" of their layers.
+      With `into`, a new model of its kind. Without it, a decoder or a model of `load_hf_flax` is rebuilt from the
+      checkpoint alone, with its tokenizer; for other models, the contents: a nested dict of arrays, with operators at
+      the key "kernel" of their layers.
 
     Raises:
-      FileNotFoundError: no checkpoint there.
-      ValueError: a damaged one (the file is named), one of a newer version or of a family that isn't registered, or one
-        that doesn't fit `into`.
-      ImportError: a Hugging Face model, and transformers is absent or of a version without Flax models.
+      FileNotFoundError: `path` holds no checkpoint.
+      ValueError: the checkpoint is damaged (the message names the file), of a newer version, of a family that isn't
+        registered, or doesn't fit `into`.
+      ImportError: it holds a Hugging Face model, and transformers is absent or has no Flax models.
     """
     if into is not None:
         manifest = store.read_manifest(path)
@@ -94,7 +95,7 @@ def load(path: str | os.PathLike[str], *, into: Any = None, sharding: ShardingRu
 
 
 def _rule(manifest: Manifest, into: Any) -> ShardingRule:
-    """Where the arrays go; raises ValueError for a misfit, before anything is read."""
+    """How the arrays are sharded. Raises ValueError if the contents don't fit, before any array is read."""
     content = current(manifest.content)
     shapes = {name: jax.ShapeDtypeStruct(a.shape, jnp.dtype(a.dtype)) for name, a in manifest.arrays.items()}
     build(content, shapes.__getitem__, into)

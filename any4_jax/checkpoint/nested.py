@@ -1,4 +1,4 @@
-"""Models as nested dicts of arrays and a JSON spec, for Orbax checkpoints of the user's own, and back."""
+"""Converts models to nested dicts of arrays with a JSON spec, for the user's own Orbax checkpoints, and back."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,20 +11,20 @@ from any4_jax.checkpoint.contents import build, contents, current, describe
 
 
 def to_arrays(model: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-    """A quantized model as a nested dict of arrays alone, for an Orbax checkpoint of your own, and what rebuilds it.
+    """A quantized model as a nested dict of plain arrays, for your own Orbax checkpoint, and a spec that rebuilds it.
 
-    The dict has the names of the model's own tree: parameters of Linen and Hugging Face models (or the collections,
-    where these were passed), variables of an NNX module by attribute, items of lists by number. An operator is a
-    dict at the key of the matrix whose place it takes, "kernel" or, of embeddings, "embedding", by its fields:
+    The dict has the names of the model's own tree: the parameters of Linen and Hugging Face models (or the collections,
+    if these were passed), the variables of an NNX module by attribute, the items of a list by number. An operator is a
+    dict of its fields, at the key of the matrix that it replaces: "kernel", or "embedding" in an embedding.
 
         layer/kernel/codes    uint8 [*L, N, ceil(K * bits / 8)], see any4_jax.packing; for 3, 5 and 6 bits a dict of
                               planes "0" and "1"
         layer/kernel/lut      [*L, N or 1, 2**bits]
         layer/kernel/scales   [*L, N, ceil(K/G)]; quantized scales are a dict like this one
         layer/kernel/offsets  like scales; absent for symmetric formats
-        layer/bias            [*L, N], as every other array: what it was
+        layer/bias            [*L, N], unchanged, like every other array
 
-    Operators over operators nest the same way: "inner", "terms/0", and so on.
+    An operator that contains operators nests the same way: "inner", "terms/0", and so on.
 
     Args:
       model: whatever `quantize_model` takes.
@@ -33,8 +33,8 @@ def to_arrays(model: Any) -> tuple[dict[str, Any], dict[str, Any]]:
       (arrays, spec): the dict, which shares the model's arrays, and plain JSON for `from_arrays`.
 
     Raises:
-      TypeError: a Decoder of a class that no family has.
-      ValueError: keys that are no strings, or hold "." or "/".
+      TypeError: the model is a Decoder whose class belongs to no family.
+      ValueError: a key isn't a string, or holds "." or "/".
     """
     arrays: dict[str, Any] = {}
     spec = describe(model, arrays)
@@ -46,15 +46,15 @@ def from_arrays(arrays: Mapping[str, Any], spec: Mapping[str, Any], *, into: Any
 
     Args:
       arrays: the nested dict, of jax or numpy arrays.
-      spec: what `to_arrays` returned with it, as it was or after a round trip through JSON; also that of earlier
-        versions.
+      spec: the spec that `to_arrays` of this version or an earlier one returned with it; a round trip through JSON
+        does no harm.
       into: see `any4_jax.load`.
 
     Returns:
-      The nested dict of arrays and operators, or with `into` a model like it.
+      The nested dict of arrays and operators; with `into`, a model of its kind.
 
     Raises:
-      ValueError: the arrays lack one of the spec or have one that it doesn't name; the contents don't fit `into`.
+      ValueError: an array of the spec is missing, the spec doesn't name an array, or the contents don't fit `into`.
     """
     flat = {keys: _array(array) for keys, array in flatten_dict(dict(arrays)).items()}
     named: set[tuple[str, ...]] = set()
@@ -78,5 +78,5 @@ def _keys(name: str) -> tuple[str, ...]:
 
 
 def _array(array: Any) -> Any:
-    # Operators compute with jax arrays; other restorers give numpy's.
+    # Operators compute with jax arrays, and some ways to restore return numpy arrays.
     return jnp.asarray(array) if isinstance(array, np.ndarray) else array

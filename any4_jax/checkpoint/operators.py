@@ -1,4 +1,4 @@
-"""Operators and method settings as plain JSON and named arrays, and back."""
+"""Converts operators and the settings of methods to plain JSON and named arrays, and back."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -13,10 +13,10 @@ from any4_jax.weights import is_operator, operator_types
 
 
 def operator_spec(operator: Any, name: str, arrays: dict[str, jax.Array]) -> Any:
-    """JSON that describes an operator; its arrays are added to `arrays` under `name`/field.
+    """JSON that describes an operator. Adds the operator's arrays to `arrays` under `name`/field.
 
     Raises:
-      TypeError: a field that holds something else than arrays, operators, tuples of these, or plain values.
+      TypeError: a field holds something other than an array, an operator, a tuple of these, or a plain value.
     """
     if is_operator(operator):
         fields = {
@@ -30,15 +30,15 @@ def operator_spec(operator: Any, name: str, arrays: dict[str, jax.Array]) -> Any
         return operator
     if not hasattr(operator, "dtype"):
         raise TypeError(
-            f"{name}: got a {type(operator).__name__}, a checkpoint takes arrays, operators, tuples of these, numbers "
-            "and strings; register the operator with such fields"
+            f"{name}: got a {type(operator).__name__}, and a checkpoint takes arrays, operators, tuples of these, "
+            "numbers and strings; register the operator with such fields"
         )
     arrays[name] = operator
     return {"array": name}
 
 
 def operator_from_spec(spec: Any, take: Callable[[str], jax.Array]) -> Any:
-    """The inverse of `operator_spec`; `take` gives the array of a name.
+    """The inverse of `operator_spec`; `take` maps a name to its array.
 
     Raises:
       ValueError: the spec names an operator that is not registered.
@@ -52,14 +52,14 @@ def operator_from_spec(spec: Any, take: Callable[[str], jax.Array]) -> Any:
     name, known = spec["operator"], operator_types()
     if name not in known:
         raise ValueError(
-            f"got an operator {name!r}, there are {', '.join(known)}; import the module that registers it, or "
-            "upgrade any4_jax"
+            f"got an operator {name!r}, and the registered ones are {', '.join(known)}; import the module that "
+            "registers it, or upgrade any4_jax"
         )
     return known[name](**{key: operator_from_spec(value, take) for key, value in spec.items() if key != "operator"})
 
 
 def recipe_spec(recipe: Recipe) -> dict[str, Any]:
-    """How a model was quantized, as JSON: rules, and each layer's method, fields and notes."""
+    """How a model was quantized, as JSON: the rules, and the method, fields and notes of each layer."""
     return {
         "rules": [[pattern, method_to_json(method)] for pattern, method in recipe.rules],
         "layers": {
@@ -72,13 +72,13 @@ def recipe_from_spec(spec: Mapping[str, Any]) -> Recipe:
     """The inverse of `recipe_spec`.
 
     Raises:
-      ValueError: a method or a field of it that this version doesn't have.
+      ValueError: this version doesn't have the method, or one of its fields.
     """
     layers = []
     for path, entry in sorted(spec["layers"].items()):
         method = method_from_json(entry)
         assert method is not None
-        # JSON has lists for the tuples of notes.
+        # JSON turned the tuples of notes into lists.
         notes = {name: plain_note(note) for name, note in entry["notes"].items()}
         layers.append((path, method, tuple(sorted(notes.items()))))
     return Recipe(tuple((pattern, method_from_json(entry)) for pattern, entry in spec["rules"]), tuple(layers))

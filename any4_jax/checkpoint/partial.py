@@ -1,18 +1,18 @@
-"""What a run of `quantize_model` has finished, kept on disk so that a run that was killed can be continued.
+"""Keeps on disk what a run of `quantize_model` has finished, so that a killed run can continue.
 
     DIR/layer-<32 hex>.safetensors   one result; the digits are the start of the sha256 of its path
 
-A result is that of a linear, a site or a block. A file holds the bytes of its arrays as uint8 vectors. Its metadata has
-two entries:
+A result belongs to a linear, a site or a block. Its file holds the bytes of its arrays as uint8 vectors, and two
+entries of metadata:
 
-    description   JSON: path, key, library, operators (as in a checkpoint: one under the name "", or what a site or a
-                  block changed by name), notes, arrays {name: [dtype, shape]}
+    description   JSON: path, key, library, operators (as in a checkpoint: a single one under the name "", or by name
+                  those that a site or a block changed), notes, arrays {name: [dtype, shape]}
     sha256        hex digest of the description and of the arrays' bytes, in the order of their names
 
-Files are trusted for nothing: one that is cut short, damaged, of another kind, of another key (the weights, the
-data or the method's fields have changed) or of another version of the libraries counts as absent, and is computed
-again. A run that continues runs the blocks again, as quantized so far, to have their outputs; nothing that was finished
-is quantized again.
+No file is trusted. One that is truncated, damaged, of another kind, of another key (the weights, the data or the
+method's fields have changed) or from other versions of the libraries counts as absent, and its result is computed
+again. A continued run does not quantize again what was finished, but it runs the quantized blocks again for their
+outputs.
 """
 
 import contextlib
@@ -43,17 +43,22 @@ _OURS = re.compile(r"layer-[0-9a-f]{32}\.safetensors(\.[0-9a-f]{12}\.tmp)?")
 
 
 class PartialStore:
-    """Finished results in a directory; the `finished` of `quantize_model`. Safe to call from several threads.
+    """Finished results in a directory, to be passed to `quantize_model` as `finished`. Its methods are thread-safe.
 
-    Used as a context manager: within it the directory is there and locked against other runs, and at its end the
-    directory stays only if it holds something.
+    It is a context manager: on entry the directory is created and locked against other runs; on exit it is removed if
+    it is empty.
 
     Attributes:
-      reused: how many results `get` has given so far.
+      reused: how many results `get` has returned so far.
     """
 
     def __init__(self, directory: str | os.PathLike[str], *, resume: bool = True) -> None:
-        """`directory` is made on entry, in a folder that exists; without `resume`, what is kept there is removed."""
+        """The store is created on entry.
+
+        Args:
+          directory: where results are kept; its parent exists.
+          resume: whether to use the results that are there; if False, they are removed on entry.
+        """
         self._root = Path(directory)
         self._resume = resume
         self._library = _library()
@@ -61,7 +66,11 @@ class PartialStore:
         self.reused = 0
 
     def __enter__(self) -> "PartialStore":
-        """Raises OSError, one sentence, where the directory can't be written or another run is using it."""
+        """Creates and locks the directory.
+
+        Raises:
+          OSError: the directory can't be written, or another run is using it.
+        """
         try:
             self._root.mkdir(exist_ok=True)
             self._handle = os.open(self._root, os.O_RDONLY | os.O_DIRECTORY)
@@ -81,15 +90,15 @@ class PartialStore:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        # A directory with layers, or with files of someone else's, can't be removed by rmdir, and so stays.
+        # rmdir leaves a directory that holds layers or someone else's files.
         with contextlib.suppress(OSError):
             self._root.rmdir()
         os.close(self._handle)
 
     def get(self, path: str, key: str) -> Result | None:
-        """The result that was put for a path under the same key, its arrays on the default device.
+        """The result that was put for this path and key, with its arrays on the default device.
 
-        None where there is no whole, undamaged file of this path, this key and these versions of the libraries.
+        None if there is no undamaged file for this path, this key and these versions of the libraries.
         """
         try:
             result = self._read(path, key)
@@ -100,11 +109,11 @@ class PartialStore:
         return result
 
     def put(self, path: str, key: str, result: Result) -> None:
-        """Keeps a result, in the place of what was kept for this path.
+        """Keeps a result, which replaces any earlier one for this path.
 
         Raises:
-          OSError: the directory is full or can't be written.
-          TypeError, ValueError: an array that a checkpoint couldn't hold either.
+          OSError: the disk is full, or the directory can't be written.
+          TypeError, ValueError: a checkpoint can't hold one of the result's arrays.
         """
         arrays: dict[str, jax.Array] = {}
         several = isinstance(result.operator, Mapping)
@@ -128,7 +137,7 @@ class PartialStore:
         file = self._file(path)
         temporary = file.with_name(f"{file.name}.{uuid.uuid4().hex[:12]}.tmp")
         try:
-            # Not synced to disk: after a power cut a file that is not whole fails its digest, which costs one layer.
+            # Not synced to disk: a file that a power cut truncates fails its digest, which costs one layer.
             temporary.write_bytes(raw)
             os.replace(temporary, file)
         except OSError as error:
@@ -137,8 +146,8 @@ class PartialStore:
             raise self._unwritable(error) from None
 
     def clear(self) -> None:
-        """Removes all that is kept, once the checkpoint that they were for is saved."""
-        with contextlib.suppress(OSError):  # what can't be removed is only in the way, the checkpoint is whole
+        """Removes all results, once the checkpoint that they were for is saved."""
+        with contextlib.suppress(OSError):  # a file that can't be removed does no harm: the checkpoint is whole
             self._remove()
 
     def _read(self, path: str, key: str) -> Result:
@@ -161,7 +170,7 @@ class PartialStore:
         return Result(made if described["several"] else made[""], _plain(described["notes"]))
 
     def _file(self, path: str) -> Path:
-        # Paths of a user's tree may hold any character, and may be too long for a file's name.
+        # The paths of a user's tree may hold any character, and may be too long for a file name.
         return self._root / f"layer-{hashlib.sha256(path.encode()).hexdigest()[:32]}.safetensors"
 
     def _remove(self, *, temporary_only: bool = False) -> None:
@@ -172,8 +181,8 @@ class PartialStore:
 
     def _unwritable(self, error: OSError) -> OSError:
         return OSError(
-            f"can't keep results in {self._root} ({error.strerror}); make room and a writable folder there, "
-            "or pass another output"
+            f"can't keep results in {self._root} ({error.strerror}); free some space or make it writable, or pass "
+            "another output"
         )
 
 
@@ -183,7 +192,7 @@ def _plain(notes: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _library() -> dict[str, str]:
-    """What decides the last bits of a result besides its inputs."""
+    """What determines the last bits of a result besides its inputs."""
     try:
         own = version("any4_jax")
     except PackageNotFoundError:

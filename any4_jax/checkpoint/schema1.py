@@ -1,9 +1,9 @@
-"""Contents of manifests of schema 1, which had one form for decoders and another for the rest, as schema 2 has them.
+"""Converts manifest contents of schema 1, which had one form for decoders and another for the rest, to schema 2.
 
     {"kind": "llama", "config", "dtype", "parameters": [names], "layers": {path: operator}, "recipe"}
     {"kind": "tree", "tree", "recipe", "model": null or {"kind", "class", and "config", "dtype", ... of "hf_flax"}}
 
-Names of arrays stay: the operator of a decoder's layer had its arrays at "<path of the layer>/<field>".
+The names of arrays stay the same: in a decoder, the arrays of an operator were named "<path of the layer>/<field>".
 """
 
 from collections.abc import Mapping
@@ -13,12 +13,12 @@ from any4_jax.models import families
 
 # Schema 1 knew one family of decoders.
 _FAMILY = "llama"
-# The one layer of it whose matrix wasn't called "kernel".
+# The only one of its layers whose matrix wasn't called "kernel".
 _EMBEDDING = "embed_tokens"
 
 
 def upgraded(content: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What a content of schema 1 says in the form of schema 2; any other content as it is."""
+    """A content of schema 1 in the form of schema 2; any other content unchanged."""
     if content.get("kind") == _FAMILY:
         return _decoder(content)
     if content.get("kind") == "tree":
@@ -43,7 +43,7 @@ def _decoder(content: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _other(content: Mapping[str, Any]) -> dict[str, Any]:
-    # The first checkpoints of trees had neither.
+    # The earliest checkpoints of trees had neither.
     model, recipe = content.get("model"), content.get("recipe")
     known = dict(model or {"kind": "tree"})
     return {

@@ -1,14 +1,14 @@
-"""Arrays, small files and a manifest in one directory, replaced as a whole; knows nothing of models.
+"""Arrays, small files and a manifest in one directory, which is replaced as a whole. Nothing here depends on models.
 
     DIR/any4.json               the manifest (`any4_jax.checkpoint.manifest`), which names the data directory
     DIR/data-<12 hex>/arrays/   the arrays, as `any4_jax.checkpoint.arrays` stores them
     DIR/data-<12 hex>/files/    the caller's files (tokenizer and the like)
 
-A save writes a new data directory, syncs it to disk, then renames a new any4.json over the old one: that is
-the one moment at which the checkpoint changes. Killed before it, a save leaves the old checkpoint; after it,
-the new. The next save that succeeds removes what killed ones left behind; loading never removes anything.
-A second save to the same directory while one runs is refused. A load during a save gets the old or the new,
-or says that it was overtaken.
+A save writes a new data directory, syncs it to disk, then renames a new any4.json over the old one. The checkpoint
+changes at that rename alone: a save that is killed before it leaves the old checkpoint, one that is killed after it
+leaves the new one. The next save that succeeds removes what killed saves left behind; a load never removes anything.
+While a save runs, another save to the same directory is refused, and a load returns the old or the new checkpoint, or
+raises an error that says that the checkpoint was replaced.
 """
 
 import os
@@ -43,12 +43,20 @@ def write(
     manifest: Mapping[str, Any],
     files: Mapping[str, bytes] | None = None,
 ) -> None:
-    """Write a checkpoint to the directory `path`, or replace the one there, as a whole.
+    """Write a checkpoint to the directory `path`, or replace the one there as a whole.
 
-    arrays: any shapes, scalars and empty ones too; names are relative paths ("layers.0.q_proj/codes").
-    manifest: plain JSON (tuples come back as lists). files: relative path -> bytes.
-    Raises TypeError or ValueError for what can't be stored, FileExistsError where `path` holds other things,
-    OSError where it can't be written or another save to it is running: the old checkpoint stays as it was.
+    If it raises, the old checkpoint stays as it was.
+
+    Args:
+      path: a directory; it may hold an older checkpoint.
+      arrays: of any shape, also scalar or empty; names are relative paths ("layers.0.q_proj/codes").
+      manifest: plain JSON; tuples come back as lists.
+      files: relative path -> bytes.
+
+    Raises:
+      TypeError, ValueError: an array, a name or the manifest can't be stored.
+      FileExistsError: `path` holds something other than a checkpoint.
+      OSError: `path` can't be written, or another save to it is running.
     """
     root = Path(path)
     for name, array in arrays.items():
@@ -69,21 +77,24 @@ def write(
         except OSError as error:
             reason = error.strerror or str(error)
             raise OSError(
-                f"can't write checkpoint {root} ({reason}); make room there or pass another directory"
+                f"can't write checkpoint {root} ({reason}); free some space there or pass another directory"
             ) from error
 
 
 def read_manifest(path: str | os.PathLike[str]) -> Manifest:
-    """The checked manifest of the checkpoint at `path`; no array or file of it is touched.
+    """The checked manifest of the checkpoint at `path`; its arrays and files are not read.
 
-    Raises FileNotFoundError where `path` holds no checkpoint, ValueError where any4.json is damaged or newer.
+    Raises:
+      FileNotFoundError: `path` holds no checkpoint.
+      OSError: any4.json can't be read.
+      ValueError: any4.json is damaged, or of a newer version.
     """
     root = Path(path)
     try:
         raw = directory.inside(root, root / MANIFEST_NAME).read_bytes()
     except (FileNotFoundError, NotADirectoryError):
         raise FileNotFoundError(
-            f"{root} holds no {MANIFEST_NAME}, so it is no any4_jax checkpoint; pass the directory of one"
+            f"{root} holds no {MANIFEST_NAME}, so it is not an any4_jax checkpoint; pass the directory of one"
         ) from None
     except OSError as error:
         raise OSError(
@@ -96,9 +107,11 @@ def read_manifest(path: str | os.PathLike[str]) -> Manifest:
 
 
 def verify(path: str | os.PathLike[str]) -> Manifest:
-    """The manifest, after every file it lists was found with its size and sha256.
+    """The manifest, after checking the size and sha256 of every file that it lists.
 
-    Raises as `read_manifest` does, and ValueError that names the first file that is missing or damaged.
+    Raises:
+      FileNotFoundError, OSError: see `read_manifest`.
+      ValueError: as `read_manifest`, or a file is missing or damaged; the message names the first such file.
     """
     root = Path(path)
     manifest = read_manifest(root)
@@ -113,7 +126,7 @@ def verify(path: str | os.PathLike[str]) -> Manifest:
                 continue
             fault = f"has {found.size} bytes and needs {wanted.size}"
             if found.size == wanted.size:
-                fault = "is damaged (its sha256 is another)"
+                fault = "is damaged (its sha256 differs)"
         raise ValueError(f"checkpoint {root}: {manifest.data}/{name} {fault}; restore the checkpoint from a copy")
     return manifest
 
@@ -121,12 +134,19 @@ def verify(path: str | os.PathLike[str]) -> Manifest:
 def read(
     path: str | os.PathLike[str], *, sharding: ShardingRule = None, paths: Collection[str] | None = None
 ) -> tuple[dict[str, jax.Array], dict[str, Any], dict[str, bytes]]:
-    """(arrays, manifest, files) as given to `write`, names in sorted order, every byte checked by its digest.
+    """The (arrays, manifest, files) that were given to `write`, names in sorted order, every byte checked.
 
-    sharding: None (the default device), one Sharding for all arrays, or a function of (name,
-    ShapeDtypeStruct) that gives one of these. paths: names of the arrays to read, all where None.
-    Host memory beyond the result is a few MiB, or one array where the result is not on one CPU device.
-    Raises as `verify` does, and ValueError for unknown `paths` or a sharding that does not fit an array.
+    Besides the result it needs a few MiB of host memory, or that of one array if the result isn't on one CPU device.
+
+    Args:
+      path: the directory of a checkpoint.
+      sharding: None for the default device, one Sharding for all arrays, or a function of (name, ShapeDtypeStruct)
+        that returns either.
+      paths: names of the arrays to read; None reads all.
+
+    Raises:
+      FileNotFoundError, OSError: see `verify`; OSError also if a save replaced the checkpoint while it was read.
+      ValueError: as `verify`, or `paths` has an unknown name, or a sharding doesn't fit an array.
     """
     root = Path(path)
     manifest = verify(root)
@@ -149,7 +169,7 @@ def read(
 
 
 def _refuse_if_overtaken(root: Path, manifest: Manifest) -> None:
-    """Raise OSError where a save has replaced `manifest`, and so removed its files, since it was read."""
+    """Raise OSError if a save has replaced `manifest`, and so removed its files, since it was read."""
     if read_manifest(root).data != manifest.data:
         raise OSError(f"checkpoint {root} was replaced by a save while it was read; read it again")
 
@@ -160,7 +180,7 @@ def _replace(
     content: dict[str, Any],
     files: Mapping[str, bytes],
 ) -> None:
-    """Write the new data directory and manifest beside the old ones, swap them in, remove what is left."""
+    """Write the new data directory and manifest beside the old ones, swap them in, and remove leftovers."""
     token = uuid.uuid4().hex[:12]
     data, temporary = root / f"data-{token}", root / f"{MANIFEST_NAME}.{token}.tmp"
     try:

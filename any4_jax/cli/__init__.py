@@ -1,4 +1,4 @@
-"""The command `any4`: one thin file a command, each around one public function."""
+"""The command `any4`: one thin file per command, each around one public function."""
 
 import argparse
 import os
@@ -16,7 +16,7 @@ DONE, FAILED, WRONG, INTERRUPTED = 0, 1, 2, 130
 
 
 class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, where argparse prints the usage first."""
+    """Says what is wrong in one line, without the usage that argparse prints first."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(WRONG, f"any4: error: {message}; see {self.prog} --help\n")
@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
     try:
         args = _parser(argv).parse_args(argv)
-    except SystemExit as stop:  # argparse's way out, of --help too
+    except SystemExit as stop:  # how argparse ends, also after --help
         return DONE if stop.code is None else int(stop.code)
     try:
         return args.run(args)
@@ -35,8 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("any4: interrupted", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:
-        # The reader of the output has gone (any4 ... | head). The interpreter flushes stdout once more at exit,
-        # which must not complain.
+        # The reader of the output is gone (any4 ... | head). The interpreter flushes stdout again at exit, and that
+        # must not fail.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
     except Exception as error:
@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
-    # --debug is taken before the command and after it; without SUPPRESS the second would reset the first.
+    # --debug may come before the command or after it; without SUPPRESS the second parser would reset the first's value.
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument(
         "--debug", action="store_true", default=argparse.SUPPRESS, help="show the traceback of an error"

@@ -17,7 +17,7 @@ from any4_jax.models.base import Decoder
 
 
 def add(commands: Any, common: argparse.ArgumentParser, argv: Sequence[str]) -> None:
-    """`argv` is the command that results tell how to repeat."""
+    """Adds the command; `argv` is its command line, which results record so that they can be repeated."""
     parser = commands.add_parser(
         "bench", parents=[common], help="how fast products, decoding and quantizing are here", allow_abbrev=False
     )
@@ -39,15 +39,15 @@ def _add_decode(parser: argparse.ArgumentParser) -> None:
         nargs="*",
         default=[],
         metavar="MODEL",
-        help=f"a checkpoint, {MODEL_HELP}; several are timed in turns and told against the first (default: tiny)",
+        help=f"a checkpoint, {MODEL_HELP}; several are timed in turns and compared with the first (default: tiny)",
     )
     parser.add_argument(
         "--shape",
         choices=shapes.CONFIGS,
-        help="take a model of this shape with random weights instead: in bfloat16, and with linears of 4 bits",
+        help="time a model of this shape with random weights instead: in bfloat16, and with 4-bit linears",
     )
     parser.add_argument("--prompt-tokens", type=count, default=32, metavar="N", help="(default: 32)")
-    parser.add_argument("--tokens", type=count, default=128, metavar="N", help="new ones, 2 or more (default: 128)")
+    parser.add_argument("--tokens", type=count, default=128, metavar="N", help="new tokens, 2 or more (default: 128)")
     add_common(parser, rounds=5)
     parser.set_defaults(run=run_decode)
 
@@ -57,10 +57,13 @@ def _add_quantize(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
         "--shape",
         choices=quantize.LAYERS,
         default="llama-3.1-8b",
-        help="the model whose linears' shapes are taken, with random weights (default: llama-3.1-8b)",
+        help="the model whose linears give the shapes; weights are random (default: llama-3.1-8b)",
     )
     parser.add_argument(
-        "--matrices", type=count, metavar="N", help="time at most N of each shape, reckon the rest (default: all)"
+        "--matrices",
+        type=count,
+        metavar="N",
+        help="time at most N of each shape and extrapolate to the rest (default: all)",
     )
     add_machine(parser)
     add_method(parser, argv)
@@ -70,7 +73,7 @@ def _add_quantize(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
 def run_decode(args: argparse.Namespace) -> int:
     check(args)
     if len(set(args.models)) < len(args.models):
-        raise CommandLineError(f"got the models {' '.join(args.models)}, one of them twice; give each once")
+        raise CommandLineError(f"got the models {' '.join(args.models)}, some more than once; give each once")
     if args.tokens < 2:
         raise CommandLineError(f"got --tokens {args.tokens}, and the first comes from the prompt; give 2 or more")
     if args.shape is not None and args.models:
@@ -119,7 +122,7 @@ def run_quantize(args: argparse.Namespace) -> int:
 
 
 def decode_table(rows: Sequence[Any], facts: Sequence[str]) -> str:
-    """The rows of `decode.run`, with some of the contestants' facts."""
+    """A table of the rows of `decode.run`, with these facts of the contestants."""
     return table(
         [*facts, "MB/token", "prefill ms", "tokens/s", "best", "ms/token", "times", "GB/s", "of the stream"],
         [

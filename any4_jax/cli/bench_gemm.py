@@ -1,4 +1,4 @@
-"""`any4 bench gemm`: one product, of few bits and dense."""
+"""`any4 bench gemm`: one product, with quantized weights and with dense ones."""
 
 import argparse
 from collections.abc import Sequence
@@ -33,9 +33,9 @@ def add_gemm(parser: argparse.ArgumentParser) -> None:
         type=count,
         default=400,
         metavar="MB",
-        help="each candidate goes through so much of weights, to read memory and not a cache (default: 400)",
+        help="each candidate cycles through this much of weights, so that it reads memory, not a cache (default: 400)",
     )
-    parser.add_argument("--plot", metavar="FILE.svg", help="on cuda: draw the speed over the number of rows here")
+    parser.add_argument("--plot", metavar="FILE.svg", help="on cuda: plot the speed against the number of rows here")
     parser.add_argument(
         "--tune", action="store_true", help="find the fastest configuration of the Pallas kernels here instead"
     )

@@ -1,4 +1,4 @@
-"""What the benchmarks' commands share: options, the check before the work, the end of the output."""
+"""Shared by the benchmark commands: options, checks before the work, and the end of the output."""
 
 import argparse
 from pathlib import Path
@@ -21,9 +21,9 @@ def add_machine(parser: argparse.ArgumentParser) -> None:
 
 
 def check(args: argparse.Namespace) -> None:
-    """Refuses before the work what would fail after it."""
+    """Refuses, before the work, arguments that would fail after it."""
     if args.out is not None and not Path(args.out).absolute().parent.is_dir():
-        raise WorkError(f"{args.out} can't be written, its folder is missing; make it first")
+        raise WorkError(f"{args.out} can't be written because its folder is missing; create it first")
     here = machine.platform()
     if args.platform not in (None, here):
         raise CommandLineError(

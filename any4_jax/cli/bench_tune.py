@@ -9,7 +9,7 @@ from any4_jax.cli.errors import WorkError
 
 
 def run_tune(args: argparse.Namespace, shapes: tuple[tuple[int, int], ...], counts: tuple[int, ...]) -> int:
-    """Prints each row as it is found; with --out all of them are written as the JSON list that tuned.json is."""
+    """Prints each row as it is found; with --out, also writes all rows as a JSON list, the form of tuned.json."""
     rows = []
     try:
         for row in tune.run(shapes, counts, args.bits, args.group_size):

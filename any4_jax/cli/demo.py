@@ -1,4 +1,4 @@
-"""`any4 demo`: the main job on a real small model, from float weights to a checkpoint that writes text."""
+"""`any4 demo`: the whole path on a real small model, from float weights to a checkpoint that generates text."""
 
 import argparse
 import time
@@ -21,7 +21,7 @@ from any4_jax.surgery import linears, quantized_leaves, resolve
 from any4_jax.walk import calibrate, quantize_model
 
 SEQLEN = 256
-# Three quarters of the bundled text: enough for an error well below the differences, in three minutes on two cores.
+# Three quarters of the bundled text: the error is well below the differences, and it takes three minutes on two cores.
 WINDOWS = 16
 NEW_TOKENS = 24
 COLUMNS = "{:<8}{:>12}{:>9}{:>10}{:>20}{:>24}"
@@ -29,7 +29,7 @@ COLUMNS = "{:<8}{:>12}{:>9}{:>10}{:>20}{:>24}"
 
 @dataclass(frozen=True)
 class _Subject:
-    """The model that is shown, with a text and a prompt of the kind it knows."""
+    """The model of the demo, with a text and a prompt of the kind that it was trained on."""
 
     model: Any
     name: str
@@ -39,7 +39,16 @@ class _Subject:
 
 @dataclass(frozen=True)
 class _Result:
-    """One line of the comparison: stored bytes of the linears, seconds to quantize them, what it wrote."""
+    """One line of the comparison.
+
+    Attributes:
+      label: the name of the method.
+      stored: bytes of the linears as they are stored.
+      weights: number of their weights.
+      seconds: to quantize them; None for the float model.
+      measured: the perplexity.
+      tokens: what the model generated.
+    """
 
     label: str
     stored: int
@@ -199,7 +208,7 @@ def _line(result: _Result, base: _Result | None) -> str:
 
 
 def _verdict(results: list[_Result]) -> str:
-    """How the last result stands against the best of those before it, on the same windows."""
+    """Compares the last result with the best of those before it, on the same windows."""
     *others, last = results
     best = min(others, key=lambda result: result.measured.nll)
     difference = paired_difference(last.measured, best.measured)

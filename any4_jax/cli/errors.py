@@ -1,20 +1,20 @@
-"""What a command may raise, and the exit code and sentence that come of it."""
+"""The errors that a command may raise, with their exit codes and messages."""
 
 
 class CommandLineError(Exception):
-    """The command line asks for something that cannot be: exit code 2."""
+    """The command line is wrong: exit code 2."""
 
 
 class WorkError(Exception):
-    """The work cannot be done, for a reason told in one sentence: exit code 1."""
+    """The work can't be done, for a reason that the message gives in one sentence: exit code 1."""
 
 
 def sentence(error: BaseException) -> str:
-    """The one line shown for an error that a command did not handle itself."""
+    """The one line that is shown for an error."""
     text = " ".join(str(error).split())
     if isinstance(error, OSError) and error.strerror and error.filename:
         return f"{error.filename}: {error.strerror}"
     if isinstance(error, (CommandLineError, WorkError, ValueError, TypeError, OSError, RuntimeError)) and text:
         return text
-    # A KeyError's text alone ("'x'") is no sentence.
+    # The text of a KeyError alone ("'x'") is not a sentence.
     return f"{type(error).__name__}: {text}; run again with --debug for the traceback"

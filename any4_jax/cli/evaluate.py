@@ -1,4 +1,4 @@
-"""`any4 eval`: perplexity of a model or checkpoint."""
+"""`any4 eval`: the perplexity of a model or checkpoint."""
 
 import argparse
 import json
@@ -28,7 +28,7 @@ def run(args: argparse.Namespace) -> int:
     if not args.tasks and args.text is None:
         raise CommandLineError("nothing to measure on; give --text FILE, --tasks wikitext-2, or both")
     if args.out is not None and not Path(args.out).absolute().parent.is_dir():
-        raise WorkError(f"{args.out} can't be written, its folder is missing; make it first")
+        raise WorkError(f"{args.out} can't be written because its folder is missing; create it first")
     sources = {task: TASKS[task]() for task in args.tasks}
     if args.text is not None:
         sources[args.text] = read_text(args.text)
@@ -68,12 +68,12 @@ def _wikitext2() -> str:
         import datasets
     except ImportError:
         raise WorkError(
-            "the task wikitext-2 needs the package datasets, which is not installed; "
+            "the task wikitext-2 needs the package datasets, which isn't installed; "
             "run pip install 'any4_jax[eval]', or give the text as --text FILE"
         ) from None
     try:
         rows = datasets.load_dataset("Salesforce/wikitext", "wikitext-2-raw-v1", split="test")
-    except Exception as error:  # the package raises dozens of types for the one fact
+    except Exception as error:  # the package raises dozens of types for this one failure
         raise WorkError(
             f"wikitext-2 can't be fetched ({type(error).__name__}); connect to the network, or give --text FILE"
         ) from error

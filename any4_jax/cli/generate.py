@@ -1,4 +1,4 @@
-"""`any4 generate`: text from a model or checkpoint, as it comes."""
+"""`any4 generate`: text from a model or checkpoint, printed as it is generated."""
 
 import argparse
 import sys
@@ -23,7 +23,9 @@ def add(commands: Any, common: argparse.ArgumentParser) -> None:
         "--temperature", type=float, default=0.0, metavar="T", help="0 takes the likeliest token (default)"
     )
     parser.add_argument("--top-k", type=int, metavar="K", help="sample among the K likeliest tokens")
-    parser.add_argument("--top-p", type=float, metavar="P", help="sample among tokens that hold this probability")
+    parser.add_argument(
+        "--top-p", type=float, metavar="P", help="sample among the likeliest tokens that together have this probability"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the sampling (default: 0)")
     parser.set_defaults(run=run)
 
@@ -52,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
             warm_count = count
     text.finish()
     print()
-    # The first chunks contain the compilation of the prefill and of the loop: the rate is that of the rest.
+    # The first two chunks include compiling the prefill and the loop, so the rate is that of the others.
     line = f"{count} tokens in {clock[-1] - clock[0]:.1f} s"
     if len(clock) > 3 and count > warm_count:
         rate = (count - warm_count) / (clock[-1] - clock[2])

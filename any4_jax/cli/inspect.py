@@ -1,4 +1,4 @@
-"""`any4 inspect`: what a checkpoint holds, after every byte of it was checked."""
+"""`any4 inspect`: what a checkpoint holds, after checking every byte of it."""
 
 import argparse
 import math
@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _operators(content: Mapping[str, Any], manifest: Manifest) -> dict[str, Any]:
-    """Place in the tree and operator of each quantized layer, with shapes in the place of its arrays."""
+    """The operator of each quantized layer, with shapes in place of arrays, by its place in the tree."""
 
     def abstract(name: str) -> Any:
         entry = manifest.arrays[name]
@@ -66,27 +66,28 @@ def _operators(content: Mapping[str, Any], manifest: Manifest) -> dict[str, Any]
 
 
 def _subject(content: Mapping[str, Any]) -> str:
-    """What the checkpoint is of. A caller of `checkpoint.write` may have described its arrays in a way of its own."""
+    """The model's family and class. A caller of `checkpoint.write` may describe its arrays without either."""
     made = (content.get("model") or {}).get("class")
     return f"family {content.get('family')}" + (f" ({made})" if made else "")
 
 
 def _names(place: str) -> tuple[str, ...]:
-    """What a recipe may call the layer whose operator is at this place of the tree."""
+    """The names that a recipe may use for the layer whose operator is at this place in the tree."""
     inner = place.removeprefix("params.")
     return place, inner, inner.rpartition(".")[0]
 
 
 def _shown(place: str, content: Mapping[str, Any]) -> str:
-    """The layer's path where the model has one, the place in the tree of Linen variables and plain trees."""
+    """The name to show: the layer's path; for Hugging Face models, Linen variables and plain trees, the place in the
+    tree."""
     if content["family"] in ("hf_flax", "linen", "tree"):
         return place
     return place.rpartition(".")[0] or place
 
 
 def _settings(entries: Iterable[Mapping[str, Any]]) -> list[str]:
-    """A line for each method with its fields and what its "auto" settings came to; numbers that were found, such as a
-    searched exponent, which differ from layer to layer, as the range that they span."""
+    """One line per method, with its fields and the values that its "auto" settings resolved to. Numbers that differ
+    from layer to layer, such as a searched exponent, are shown as the range that they span."""
     found: dict[str, dict[str, list[float]]] = {}
     for entry in entries:
         numbers = {name: _numbers(note) for name, note in entry["notes"].items()}
@@ -100,7 +101,7 @@ def _settings(entries: Iterable[Mapping[str, Any]]) -> list[str]:
 
 
 def _fields(entry: Mapping[str, Any]) -> str:
-    """The fields of a method; those of a method in a field in parentheses."""
+    """The fields of a method as text; the fields of an inner method are in parentheses."""
     shown = {
         name: f"{value['method']}({_fields(value)})" if isinstance(value, Mapping) else value
         for name, value in entry["fields"].items()
@@ -109,7 +110,7 @@ def _fields(entry: Mapping[str, Any]) -> str:
 
 
 def _numbers(note: Any) -> list[float]:
-    """The numbers that a note is; none where it is a word or a bool."""
+    """The number or numbers of a note; empty if it is a word or a bool."""
     values = note if isinstance(note, list) else [note]
     return values if all(type(value) in (int, float) for value in values) else []
 

@@ -1,5 +1,5 @@
-"""`--method NAME` and the flags of its fields; a method inside of it has flags that start with its field's name:
-`--method gptq --inner any4 --inner-bits 3`."""
+"""`--method NAME` and the flags of its fields. The flags of an inner method start with the name of the field that
+holds it: `--method gptq --inner any4 --inner-bits 3`."""
 
 import argparse
 import dataclasses
@@ -13,7 +13,7 @@ DEFAULT = "any4"
 
 
 def add_method(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
-    """Adds --method and the flags of the methods that `argv` names, which is looked at beforehand."""
+    """Adds --method, and the flags of the methods that `argv` names; `argv` is scanned before it is parsed."""
     parser.add_argument(
         "--method", default=DEFAULT, choices=sorted(CATALOGUE), help=f"how to quantize (default: {DEFAULT})"
     )
@@ -34,8 +34,12 @@ def _add_fields(parser: argparse.ArgumentParser, argv: Sequence[str], cls: Any, 
 
 
 def method_from(args: argparse.Namespace, name: str | None = None, **fixed: Any) -> Any:
-    """The method that the command line describes; or the one of another name, with those of the given fields that it
-    has too, but for the `fixed` ones.
+    """The method that the command line describes.
+
+    Args:
+      args: the parsed command line.
+      name: another method to build instead; it takes those of the given fields that it has too.
+      fixed: values of fields, which override those of the command line.
 
     Raises:
       CommandLineError: the method refuses the values.
@@ -44,7 +48,8 @@ def method_from(args: argparse.Namespace, name: str | None = None, **fixed: Any)
 
 
 def _described(args: argparse.Namespace, cls: type, held: Any, prefix: str, fixed: dict[str, Any]) -> Any:
-    """A method of a class: `held`, where that is of the class, or the default, with the fields that were given."""
+    """A method of class `cls` with the fields that were given; the others come from `held` if that is of the class,
+    else from the defaults."""
     start = held if type(held) is cls else cls()
     inner = {}
     for field, method in _methods_in(start).items():
@@ -54,13 +59,13 @@ def _described(args: argparse.Namespace, cls: type, held: Any, prefix: str, fixe
 
 
 def _methods_in(method: Any) -> dict[str, Any]:
-    """The fields of a method that hold methods, with these."""
+    """The fields of a method that hold methods, with the methods that they hold."""
     held = {field.name: getattr(method, field.name) for field in dataclasses.fields(method)}
     return {name: value for name, value in held.items() if getattr(value, "name", None) in CATALOGUE}
 
 
 def _named(argv: Sequence[str], flag: str) -> str | None:
-    """The method that a command line gives for a flag, where it gives one that exists."""
+    """The method that a command line gives for a flag; None if it gives none, or one that doesn't exist."""
     scan = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     scan.add_argument(flag, dest="name")
     try:

@@ -1,4 +1,4 @@
-"""Command line flags from the fields of a dataclass, so that a new method needs no code here."""
+"""Creates command-line flags from the fields of a dataclass, so that a new method needs no code here."""
 
 import argparse
 import dataclasses
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from any4_jax.cli.errors import CommandLineError
 
-# Flags are stored under names that no positional argument or option of a command has.
+# Flags are stored under names with this prefix, which no other argument of a command has.
 _PREFIX = "field."
 
 
@@ -21,12 +21,12 @@ def add_fields(parser: argparse._ActionsContainer, config: type, prefix: str = "
     """Adds a flag for each field of the dataclass `config`.
 
     int, float and str take a value; bool becomes --x / --no-x; Literal becomes choices; `X | None` also takes
-    "none"; a str field named ..._dtype takes the name of a dtype. Help is the field's entry under "Attributes:"
-    in the docstring. A field whose default is a dataclass itself (a method inside a method) is left to
-    any4_jax.cli.methods, which calls this for its fields with a `prefix` for their flags, "inner-".
+    "none"; a str field named ..._dtype takes the name of a dtype. The help text is the field's entry under
+    "Attributes:" in the docstring. A field whose default is itself a dataclass (a method in a method) is skipped:
+    any4_jax.cli.methods calls this function for its fields, with a `prefix` for their flags, such as "inner-".
 
     Raises:
-      TypeError: a field of a type with no meaning on a command line.
+      TypeError: a field has a type that a flag can't give.
     """
     hints, described = typing.get_type_hints(config), _attributes(config)
     for field in dataclasses.fields(config):
@@ -35,7 +35,7 @@ def add_fields(parser: argparse._ActionsContainer, config: type, prefix: str = "
             continue
         common: dict[str, Any] = {
             "dest": _PREFIX + prefix + field.name,
-            "default": argparse.SUPPRESS,  # what was not given is left to the dataclass
+            "default": argparse.SUPPRESS,  # the dataclass has the default
             "help": _help(described.get(field.name, ""), default),
         }
         flag = f"--{prefix}{field.name}".replace("_", "-")
@@ -50,11 +50,13 @@ def add_fields(parser: argparse._ActionsContainer, config: type, prefix: str = "
 
 
 def build(config: Any, args: argparse.Namespace, prefix: str = "", **fixed: Any) -> Any:
-    """A dataclass with the fields that were given on the command line by flags with this prefix, but for those `fixed`
-    here; flags of other dataclasses are left out.
+    """A dataclass with the fields that were given on the command line; flags of other dataclasses are ignored.
 
     Args:
-      config: the dataclass, or an instance of it from which the fields that were not given are taken.
+      config: the dataclass, or an instance that provides the fields that were not given.
+      args: the parsed command line.
+      prefix: the prefix of the flags, as for `add_fields`.
+      fixed: values of fields, which override those of the command line.
 
     Raises:
       CommandLineError: the dataclass refuses the values.
@@ -68,10 +70,10 @@ def build(config: Any, args: argparse.Namespace, prefix: str = "", **fixed: Any)
 
 
 def checked(method: Any, stats_given: bool) -> Any:
-    """The method, whose fields don't contradict each other.
+    """The method, after checking that its fields don't contradict each other.
 
     Raises:
-      CommandLineError: they do, or they need the statistics that are not to be given.
+      CommandLineError: they do, or they need statistics and `stats_given` is False.
     """
     try:
         method.check(stats_given)
@@ -81,7 +83,7 @@ def checked(method: Any, stats_given: bool) -> Any:
 
 
 def _attributes(config: type) -> dict[str, str]:
-    """Field name -> text, from the "Attributes:" section of a docstring."""
+    """Field name -> text, from the "Attributes:" section of a class's docstring."""
     _, _, section = (inspect.getdoc(config) or "").partition("Attributes:\n")
     if not section:
         return {}
@@ -116,7 +118,7 @@ def _converter(hint: Any, name: str, config: type) -> tuple[Callable[[str], Any]
     if hint in (int, float, str):
         return hint, hint.__name__.upper()
     raise TypeError(
-        f"the field {config.__name__}.{name} is of type {hint}, which no flag can give; "
+        f"the field {config.__name__}.{name} has type {hint}, which no flag can give; "
         "use int, float, str, bool, Literal, or one of these or None"
     )
 
@@ -134,7 +136,7 @@ def _or_none(convert: Callable[[str], Any]) -> Callable[[str], Any]:
     def converted(text: str) -> Any:
         return None if text == "none" else convert(text)
 
-    # argparse names the converter where it refuses a value ("invalid int value: ...").
+    # When argparse refuses a value, it names the converter ("invalid int value: ...").
     converted.__name__ = convert.__name__
     return converted
 

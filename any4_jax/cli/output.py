@@ -1,4 +1,4 @@
-"""How commands talk: aligned tables on stdout, progress on stderr."""
+"""The output of commands: aligned tables on stdout, progress on stderr."""
 
 import sys
 from collections.abc import Iterator, Sequence
@@ -8,7 +8,7 @@ from tqdm import tqdm
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns aligned by spaces, the first to the left and the others to the right."""
+    """A table whose columns are aligned by spaces: the first to the left, the others to the right."""
     lines = [list(header), *map(list, rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
     return "\n".join(
@@ -21,12 +21,12 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def megabytes(count: int) -> str:
-    """Bytes in units of 10**6."""
+    """A number of bytes, as text in units of 10**6."""
     return f"{count / 1e6:.{3 if count < 1e6 else 1}f}"
 
 
 class Progress:
-    """Called with (done, total) or (done, total, what): moves a bar."""
+    """Moves a bar when called with (done, total) or (done, total, what)."""
 
     def __init__(self, bar: tqdm) -> None:
         self._bar = bar
@@ -39,6 +39,6 @@ class Progress:
 
 @contextmanager
 def progress(title: str, unit: str) -> Iterator[Progress]:
-    """A bar on stderr, shown only on a terminal and wiped at the end."""
+    """A bar on stderr, shown only on a terminal and erased at the end."""
     with tqdm(desc=title, unit=unit, file=sys.stderr, disable=None, leave=False) as bar:
         yield Progress(bar)

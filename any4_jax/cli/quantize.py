@@ -1,4 +1,4 @@
-"""`any4 quantize`: a model in, a checkpoint of 4-bit weights out."""
+"""`any4 quantize`: reads a model, writes a checkpoint of 4-bit weights."""
 
 import argparse
 import os
@@ -22,12 +22,14 @@ from any4_jax.walk import quantize_model
 
 
 def add(commands: Any, common: argparse.ArgumentParser, argv: Sequence[str]) -> None:
-    """`argv` is looked at beforehand for --method, whose fields become flags."""
+    """Adds the command; `argv` is scanned for --method, whose fields become flags, before it is parsed."""
     parser = commands.add_parser(
         "quantize", parents=[common], help="quantize a model, write a checkpoint", allow_abbrev=False
     )
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
-    parser.add_argument("out", metavar="OUT", help="folder of the checkpoint; one that is there is replaced at the end")
+    parser.add_argument(
+        "out", metavar="OUT", help="folder of the checkpoint; an older one there is replaced at the end"
+    )
     parser.add_argument(
         "--calibrate",
         metavar="prompt|FILE|none",
@@ -40,17 +42,17 @@ def add(commands: Any, common: argparse.ArgumentParser, argv: Sequence[str]) -> 
         type=_rule,
         default=[],
         metavar="REGEX=METHOD",
-        help="layers whose path matches take METHOD, or stay as they are for none; "
-        "may be repeated, the first match counts, and --method serves the rest; "
-        "METHOD takes those fields below that it has too, and int8 is int of 8 bits; the embedding, which is the head "
-        "of many models, is quantized only so: embed_tokens=int8",
+        help="layers whose path matches take METHOD, or stay as they are if it is none; "
+        "may be repeated: the first match counts, and --method serves the other layers; "
+        "METHOD takes those of the fields below that it has, and int8 is int with 8 bits; only a rule quantizes the "
+        "embedding, which is the head of many models: embed_tokens=int8",
     )
     parser.add_argument(
         "--no-resume",
         dest="resume",
         action="store_false",
-        help="compute every layer anew; else the layers that an interrupted run of the same arguments left in "
-        "OUT.partial are taken from there",
+        help="compute every layer from scratch; by default, layers that an interrupted run with the same arguments "
+        "left in OUT.partial are reused",
     )
     add_method(parser, argv)
     parser.set_defaults(run=run)
@@ -66,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
     rules = [(pattern, None if name is None else method_from(args, name, **bits)) for pattern, name, bits in args.rules]
 
     begin = time.perf_counter()
-    # abspath takes off a trailing slash, which would put the folder inside OUT.
+    # abspath removes a trailing slash, which would put the folder inside OUT.
     with PartialStore(os.path.abspath(args.out) + ".partial", resume=args.resume) as finished:
         model = models.load(args.model)
         with progress("quantize", "layer") as bar:
@@ -85,7 +87,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _telling(finished: PartialStore, bar: Progress) -> Callable[[int, int, str], None]:
-    """Moves `bar`, and says once how many layers were found done: all are looked for before the first step."""
+    """A function that moves `bar`, and says once how many layers were finished before: all are looked up before the
+    first step."""
 
     def step(done: int, total: int, path: str) -> None:
         if done == 1 and finished.reused:
@@ -96,7 +99,7 @@ def _telling(finished: PartialStore, bar: Progress) -> Callable[[int, int, str],
 
 
 def _rule(text: str) -> tuple[str, str | None, dict[str, int]]:
-    """The pattern, the method's name or None, and the bits where the name gives them ("int8")."""
+    """The pattern, the method's name or None, and the bits if the name gives them ("int8")."""
     pattern, separator, name = text.rpartition("=")
     if separator and name == "none":
         return pattern, None, {}

@@ -1,4 +1,4 @@
-"""What a command line names: models, checkpoints, texts, output folders."""
+"""Opens what a command line names: models, checkpoints, texts, output folders."""
 
 from pathlib import Path
 from typing import Any
@@ -17,17 +17,21 @@ def is_checkpoint(path: str | Path) -> bool:
 
 
 def open_any(name: str) -> Any:
-    """What a checkpoint holds, or the float model of anything else that `models.load` takes."""
+    """The model of a checkpoint, or the float model of any other source that `models.load` takes."""
     return checkpoint.load(name) if is_checkpoint(name) else models.load(name)
 
 
 def open_model(name: str) -> models.Decoder:
-    """The same, for commands that run a decoder of this library."""
+    """As `open_any`, for commands that run a decoder of this library.
+
+    Raises:
+      WorkError: it holds another model.
+    """
     model = open_any(name)
     if not isinstance(model, models.Decoder):
         raise WorkError(
-            f"{name} holds a {type(model).__name__}, and this command runs a decoder of this library; load it in "
-            "Python, with any4_jax.load"
+            f"{name} holds a {type(model).__name__}, and this command needs a decoder of this library; load it in "
+            "Python with any4_jax.load"
         )
     return model
 
@@ -40,21 +44,26 @@ def calibration_text(source: str) -> str:
 
 
 def read_text(path: str) -> str:
-    """The UTF-8 text of a file."""
+    """The UTF-8 text of a file.
+
+    Raises:
+      OSError: it can't be read.
+      WorkError: it is not UTF-8, or is empty.
+    """
     try:
         text = Path(path).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise WorkError(f"{path} is no UTF-8 text ({error.reason} at byte {error.start}); convert it first") from error
+        raise WorkError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}); convert it first") from error
     if not text.strip():
         raise WorkError(f"{path} holds no text; give a file with at least a few sentences")
     return text
 
 
 def check_output(path: str) -> None:
-    """Refuses an output folder that the save at the end would refuse, before the work is done.
+    """Refuses, before the work, an output folder that the save at the end would refuse.
 
     Raises:
-      OSError: it holds other things, is a file, or can't be made.
+      OSError: it holds something other than a checkpoint, is a file, or can't be created.
     """
     out = Path(path)
     made = not out.exists()

@@ -1,4 +1,4 @@
-"""The solver's backends, and why one is or isn't taken."""
+"""The solver's backends, and where each of them can run."""
 
 import functools
 
@@ -21,7 +21,7 @@ _STARTS = {
 
 def _cuda_supports(solver: str, platform: str) -> str | None:
     if solver != "exact":
-        return f"it solves exactly, and solver={solver!r} is asked for"
+        return f"it has only the exact solver, got solver={solver!r}"
     from cuda_ffi import registration
 
     return registration.why_not("cuda", platform)
@@ -53,7 +53,7 @@ def _cpu_run(rows, weights, tol, numbers, options: Options) -> Clusters:
     return kmeans.lloyd(rows, weights, numbers, tol, k=options.k, start=start, max_iter=options.max_iter)
 
 
-# Each supports (solver, platform) and runs as `xla.solve` does.
+# The problem that they support or not is (solver, platform); each runs with the arguments of `xla.solve`.
 BACKENDS = Choice(
     (
         Backend("cuda", _cuda_supports, _cuda_run),
@@ -65,6 +65,6 @@ BACKENDS = Choice(
 
 @functools.partial(jax.jit, static_argnames=("options", "backend"))
 def solve(rows, weights, tol, numbers, *, options: Options, backend: str | None) -> Clusters:
-    """Clusters by the named backend; None takes the one for the platform that the program is lowered for."""
+    """Clusters by the named backend; None takes the first that works on the platform the program is lowered for."""
     run = BACKENDS.lowered(lambda b: functools.partial(b.run, options=options), options.solver, name=backend)
     return run(rows, weights, tol, numbers)

@@ -9,7 +9,7 @@ by matrix searching", 1991; Gronlund et al., "Fast exact k-means, k-medians and 
 2017). The row is cut into blocks of B values. When the minimisers at the ends of all blocks are known, those inside
 block b lie between its neighbours', and a staircase of fewer than 2 * P / B square tiles (block of j, block of i)
 covers every candidate. A layer costs P * P / B additions for the ends and 2 * P * B errors for the tiles, all dense
-arithmetic; Wu's O(P) needs memory accesses one after another that vectors cannot make.
+arithmetic. Wu's method takes O(P), but its memory accesses depend on one another and don't vectorise.
 """
 
 from collections.abc import Callable
@@ -29,7 +29,7 @@ def _errors(lefts: jax.Array, rights: jax.Array, first: jax.Array, last: jax.Arr
     """Errors of the intervals from element `first` to element `last`: the indices' broadcast shape.
 
     lefts, rights: [levels, 3, ...], moments of first and of last at the levels at which these elements are joined; they
-    broadcast. The error is infinite where first > last and of no meaning where they are equal.
+    broadcast. The error is infinite where first > last, and meaningless where they are equal.
     """
     level = cut_level(first, last)
     left, right = lefts[0], rights[0]
@@ -60,8 +60,8 @@ def _block_errors(cut: jax.Array) -> tuple[jax.Array, jax.Array]:
 def _least(count: int, term: Callable[[jax.Array], jax.Array]) -> jax.Array:
     """Elementwise minimum of term(0), ..., term(count - 1).
 
-    A loop over arrays: XLA's reduction on CPU takes one element at a time (two to three times slower), and more than
-    four terms at once only compile slower.
+    A loop over whole arrays, since XLA's reduction on a CPU takes one element at a time, which is two to three times
+    slower. Unrolling more than four terms only takes longer to compile.
     """
     start = jnp.full(jax.eval_shape(term, jnp.int32(0)).shape, jnp.inf)
     return jax.lax.fori_loop(0, count, lambda i, least: jnp.minimum(least, term(i)), start, unroll=min(4, count))
@@ -74,8 +74,8 @@ def _tile_minimum(cut: jax.Array, before: jax.Array, ends: jax.Array, own: jax.A
     blocks of the minimisers at the blocks' ends.
     """
     blocks, size = before.shape
-    # Tile (b, a) has number a + b: a block's first tile is in the column of the previous block's last one, so that
-    # each number is used by at most one tile of the staircase.
+    # Tile (b, a) has number a + b. A block's first tile is in the column of the previous block's last one, so at most
+    # one tile of the staircase has each number.
     tile = jnp.arange(2 * blocks - 1, dtype=jnp.int32)
     last_tile = ends + tile[:blocks]
     b = jnp.minimum(jnp.sum((last_tile[:, None] < tile).astype(jnp.int32), 0), blocks - 1)

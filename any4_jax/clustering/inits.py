@@ -1,8 +1,8 @@
 """First centroids for Lloyd's iteration: functions of a sorted row x [P], weights w [P], k and numbers.
 
 Weights are non-negative and not all zero; values without weight (padding among them) are never drawn. Each function
-gives [k] float32, ascending. The numbers, random or not, are the same for every row, so that a row's result does not
-depend on its place; they are made by numpy, whose generator needs no compiling.
+returns float32 [k], ascending. The numbers, random or not, are the same for every row, so that a row's result does not
+depend on its place; numpy makes them, because its generator needs no compilation.
 """
 
 import math
@@ -36,7 +36,7 @@ def _at_mass(mass: jax.Array, fraction: jax.Array) -> jax.Array:
 
 
 def _plus_plus(x: jax.Array, w: jax.Array, k: int, draws: jax.Array) -> jax.Array:
-    """Greedy k-means++ (Arthur and Vassilvitskii, 2007): of 2 + ln k draws by w * d^2, the best one."""
+    """Greedy k-means++ (Arthur and Vassilvitskii, 2007): each centroid is the best of 2 + ln k draws by w * d^2."""
     first = x[_at_mass(running_sum(w), draws[0, :1])]
 
     def add(squared: jax.Array, fraction: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -69,8 +69,8 @@ def _quantile(x: jax.Array, w: jax.Array, k: int, fractions: jax.Array) -> jax.A
 
 
 def numbers(init: str, length: int, k: int, seed: int) -> np.ndarray:
-    """What the start named `init` takes for rows padded to `length` values, float32: random for "kmeans++" and
-    "random", places or fractions for the others."""
+    """The float32 numbers that the start named `init` takes, for rows padded to `length` values: random ones for
+    "kmeans++" and "random", places or fractions for the others."""
     rng = np.random.default_rng(seed)
     if init == "kmeans++":
         return rng.random((k, 2 + int(math.log(k))), np.float32)

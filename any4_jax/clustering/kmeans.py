@@ -30,7 +30,7 @@ class KMeans:
 
 
 def _check(rows: jax.Array, k: int, sample_weight: jax.Array | None, solver: str, init: str | None) -> None:
-    """Refuse what shapes, dtypes and options alone show to be wrong."""
+    """Refuses what shapes, dtypes and options alone show to be wrong."""
     if rows.ndim != 2 or rows.shape[1] == 0:
         raise ValueError(f"rows has shape {rows.shape}; kmeans_1d needs [R, K] with K >= 1.")
     if not jnp.issubdtype(rows.dtype, jnp.floating):
@@ -53,7 +53,7 @@ def _check(rows: jax.Array, k: int, sample_weight: jax.Array | None, solver: str
 
 
 def _check_values(name: str, values: jax.Array, *, signed: bool) -> None:
-    """Refuse NaN, infinities and, unless signed, negative numbers in an array that is not being traced."""
+    """Refuses NaN, infinities and, unless signed, negative numbers in an array that is not being traced."""
     if isinstance(values, jax.core.Tracer) or values.size == 0:
         return
     low, high = _extremes(values)
@@ -92,9 +92,9 @@ def kmeans_1d(
       sample_weight: [K] or [R, K], at least 0, or None. A row whose weights are all zero is clustered unweighted.
       solver: "exact" finds the least inertia, "lloyd" a local minimum from `init`.
       init: "kmeans++" (what None means), "random", "int" (evenly spaced), "nf4" (k = 16) or "quantile"; only for Lloyd.
-      max_iter: the most steps of Lloyd's.
-      tol: Lloyd's steps stop when the centroids' squared shift is at most tol times the row's weighted variance.
-      seed: of Lloyd's random numbers, which are the same for every row.
+      max_iter: the most steps that Lloyd's iteration takes.
+      tol: Lloyd's iteration stops when the centroids' squared shift is at most tol times the row's weighted variance.
+      seed: for Lloyd's random numbers, which are the same for every row.
       chunk_rows: how many rows "xla" solves together; None chooses the number from K. It bounds memory and changes no
         bit of the result.
       backend: "cuda" (NVIDIA GPUs, the exact solver alone), "cpu" (C++) or "xla" (everywhere); None takes the first

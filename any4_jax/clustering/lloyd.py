@@ -39,9 +39,9 @@ def _worst(table: Intervals, centroids: jax.Array) -> tuple[jax.Array, jax.Array
 def lloyd_centroids(table: Intervals, start: jax.Array, max_iter: int, tol: jax.Array) -> jax.Array:
     """Centroids [k] float32, ascending, after Lloyd's steps from `start` [k].
 
-    The steps end when the centroids' squared shift is at most tol * the row's weighted variance, and at
-    max_iter. A cluster without weight is then moved to the value with the largest weighted error and the
-    steps go on, so that no cluster stays empty while another value has an error.
+    The steps end when the centroids' squared shift is at most tol * the row's weighted variance, or after max_iter
+    of them. A cluster without weight is then moved to the value with the largest weighted error, and the steps go on,
+    so that no cluster stays empty while some value has an error.
     """
     limit = tol * table.head[2, -1] / table.head[0, -1]
 
@@ -62,5 +62,5 @@ def lloyd_centroids(table: Intervals, start: jax.Array, max_iter: int, tol: jax.
 
     first = _State(start, jnp.int32(0), jnp.bool_(True))
     centroids = jax.lax.while_loop(lambda s: s.running, settle_and_fill, first).centroids
-    # Rounding of two neighbouring means may exchange them by one unit in the last place.
+    # Rounding may put two neighbouring means out of order by one unit in the last place.
     return jnp.sort(centroids)

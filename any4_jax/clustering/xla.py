@@ -1,4 +1,4 @@
-"""The solver in jax.numpy: it runs on every platform, and is the truth that the other backends must match."""
+"""The solver in jax.numpy: it runs on every platform, and is the reference that the other backends must match."""
 
 import dataclasses
 
@@ -10,7 +10,7 @@ from any4_jax.clustering.inits import INITS, running_sum
 from any4_jax.clustering.intervals import build
 from any4_jax.clustering.lloyd import lloyd_centroids
 
-# Bytes of temporaries of one chunk of rows.
+# Bytes that the temporaries of one chunk of rows may take.
 _CHUNK_BYTES = 32 << 20
 
 Clusters = tuple[jax.Array, jax.Array, jax.Array]
@@ -19,7 +19,7 @@ Clusters = tuple[jax.Array, jax.Array, jax.Array]
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Those of `kmeans_1d`'s arguments that are known while tracing."""
+    """The arguments of `kmeans_1d` that are known while tracing."""
 
     k: int
     solver: str
@@ -35,7 +35,7 @@ def _power_of_two(values: jax.Array) -> jax.Array:
 
 
 def _nearest(x: jax.Array, centroids: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Code (uint8) of each value and its distance to that centroid: shape of x each."""
+    """Code (uint8) of each value and its distance to that centroid, both of the shape of x."""
 
     def closer(index: jax.Array, best: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         code, distance = best
@@ -94,8 +94,8 @@ def default_chunk(rows: int, length: int) -> int:
 
     A remainder is compiled as a second program of its own.
     """
-    # What the exact solver holds of a row, and once more for what is derived from it: float32 errors to block ends and
-    # within blocks, and three moments a level.
+    # What the exact solver holds for a row (float32 errors to block ends and within blocks, and three moments a level),
+    # twice: once more for what is derived from it.
     size = block_size(length)
     bytes_of_row = 8 * length * (length // size + size + 3 * length.bit_length())
     most = max(1, min(rows, _CHUNK_BYTES // bytes_of_row))

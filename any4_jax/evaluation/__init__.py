@@ -1,4 +1,4 @@
-"""Judging a model: perplexity, its error, and differences between models on the same text."""
+"""Evaluation: perplexity, its error, and the difference between models on the same text."""
 
 from any4_jax.evaluation.perplexity import Difference, Perplexity, paired_difference, perplexity
 

@@ -1,7 +1,7 @@
 """Perplexity over fixed windows of one token stream, with its sampling error.
 
-The protocol is the one of the tables in the GPTQ (arXiv:2210.17323), AWQ (arXiv:2306.00978) and any4
-(arXiv:2507.04610) papers. It is not comparable with perplexity per word, nor with sliding windows.
+The protocol is that of the tables in the GPTQ (arXiv:2210.17323), AWQ (arXiv:2306.00978) and any4
+(arXiv:2507.04610) papers. The result is not comparable with perplexity per word, nor with sliding windows.
 """
 
 import math
@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-# Short windows go through the model together until a batch holds this many tokens: the program
-# dequantizes the weights once a call, which would dominate windows of a few hundred tokens.
+# Short windows are batched up to this many tokens: the program dequantizes the weights once per call, which would
+# dominate windows of a few hundred tokens.
 _BATCH_TOKENS = 2048
 
 
@@ -23,8 +23,9 @@ _BATCH_TOKENS = 2048
 class Perplexity:
     """What `perplexity` measured.
 
-    window_nll: float64 [windows], the mean cross-entropy of each window, nats per token.
-    seqlen: tokens in a window, of which seqlen - 1 are predicted.
+    Attributes:
+      window_nll: float64 [windows], the mean cross-entropy of each window in nats per token.
+      seqlen: tokens in a window; seqlen - 1 of them are predicted.
     """
 
     window_nll: np.ndarray
@@ -32,7 +33,7 @@ class Perplexity:
 
     @cached_property
     def nll(self) -> float:
-        """Mean of the window means, nats per token."""
+        """The mean of the window means, in nats per token."""
         return float(self.window_nll.mean())
 
     @property
@@ -42,16 +43,16 @@ class Perplexity:
 
     @property
     def tokens(self) -> int:
-        """How many tokens were predicted."""
+        """The number of tokens that were predicted."""
         return len(self.window_nll) * (self.seqlen - 1)
 
     def bootstrap(self, n: int = 2000, seed: int = 0) -> float:
-        """Standard error of `value`, from n resamplings of the windows (0 for one window)."""
+        """The standard error of `value`, from n resamplings of the windows; 0 if there is one window."""
         return float(np.exp(_resampled_means(self.window_nll, n, seed)).std())
 
 
 class Difference(NamedTuple):
-    """Mean difference and its standard error, nats per token."""
+    """A mean difference and its standard error, in nats per token."""
 
     mean: float
     error: float
@@ -65,23 +66,22 @@ def perplexity(
     windows: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Perplexity:
-    """Perplexity of `model` on a text.
+    """The perplexity of `model` on a text.
 
-    The whole text is tokenized once and cut into floor(tokens / seqlen) windows that do not overlap; the
-    rest is dropped. A window's loss is the mean cross-entropy of its last seqlen - 1 tokens, each given
-    those before it; the result is exp of the mean over windows. Softmax in float32.
+    The whole text is tokenized once and cut into floor(tokens / seqlen) windows that don't overlap; the rest is
+    dropped. A window's loss is the mean cross-entropy of its last seqlen - 1 tokens, each given those before it; the
+    perplexity is exp of the mean over windows. The softmax is computed in float32.
 
     Args:
-      model: maps int32 tokens [B, T] to logits [B, T, V]. Text needs its `.tokenizer`.
-      text_or_ids: a text, or token ids [tokens].
+      model: maps int32 tokens [B, T] to logits [B, T, V]. A text needs its `.tokenizer`.
+      text_or_ids: a text, or integer token ids [tokens].
       seqlen: tokens in a window, at least 2.
-      windows: use the first so many windows; None takes all.
-      progress: called with (windows done, windows in all).
+      windows: how many windows to use, from the first on; None takes all.
+      progress: called with (windows done, windows in total).
 
     Raises:
-      ValueError: the text is shorter than the windows asked for, or a window longer than the model's
-        context.
-      TypeError: ids that are no integers, or a text for a model without tokenizer.
+      ValueError: the text is too short for the windows, `seqlen` is below 2, or a window exceeds the model's context.
+      TypeError: the ids are not one row of integers, or a text is given for a model without a tokenizer.
     """
     ids = _token_ids(model, text_or_ids)
     _check_seqlen(model, seqlen)
@@ -97,7 +97,7 @@ def perplexity(
 
     window_nll = np.empty(wanted, np.float64)
     for first in range(0, wanted, batch):
-        # The last batch repeats a window rather than being shorter, so that one program serves all.
+        # The last batch repeats a window instead of being shorter, so that one program serves all batches.
         index = np.minimum(np.arange(first, first + batch), wanted - 1)
         tokens = jnp.asarray(rows[index])
         losses = np.asarray(_cross_entropy(model(tokens), tokens), np.float64)  # [batch, seqlen - 1]
@@ -108,14 +108,13 @@ def perplexity(
 
 
 def paired_difference(a: Perplexity, b: Perplexity, n: int = 2000, seed: int = 0) -> Difference:
-    """How many nats per token `a` loses against `b`, window by window, with its bootstrap error.
+    """How many nats per token `a` loses against `b`, window by window, and the bootstrap error of that.
 
-    Windows of one text differ far more from each other than two models do on the same window, so this
-    error is much smaller than that of either perplexity. It is meaningful only for the same text and
-    tokenizer.
+    The windows of a text differ far more from each other than two models do on one window, so this error is much
+    smaller than that of either perplexity. It is meaningful only if the text and the tokenizer are the same.
 
     Raises:
-      ValueError: the two were not measured over the same number of windows of the same length.
+      ValueError: the two were not measured on equally many windows of equal length.
     """
     if a.window_nll.shape != b.window_nll.shape or a.seqlen != b.seqlen:
         raise ValueError(
@@ -130,7 +129,7 @@ def paired_difference(a: Perplexity, b: Perplexity, n: int = 2000, seed: int = 0
 def _cross_entropy(logits: jax.Array, tokens: jax.Array) -> jax.Array:
     """-log p(tokens[:, t + 1]) from logits[:, t]: [B, T, V], [B, T] -> float32 [B, T - 1]."""
     predicted = logits[:, :-1].astype(jnp.float32)
-    # Two reductions instead of log_softmax: no second array as large as the logits is made.
+    # Two reductions instead of log_softmax, which would create a second array as large as the logits.
     log_total = jax.nn.logsumexp(predicted, axis=-1)
     chosen = jnp.take_along_axis(predicted, tokens[:, 1:, None], axis=-1)[..., 0]
     return log_total - chosen
@@ -140,7 +139,7 @@ def _token_ids(model: Any, text_or_ids: Any) -> np.ndarray:
     if isinstance(text_or_ids, str):
         tokenizer = getattr(model, "tokenizer", None)
         if tokenizer is None:
-            raise TypeError("got a text for a model without tokenizer; pass token ids instead")
+            raise TypeError("got a text for a model without a tokenizer; pass token ids instead")
         return np.asarray(tokenizer.encode(text_or_ids), np.int32)
     ids = np.asarray(text_or_ids)
     if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer):
@@ -150,13 +149,13 @@ def _token_ids(model: Any, text_or_ids: Any) -> np.ndarray:
 
 def _check_seqlen(model: Any, seqlen: int) -> None:
     if seqlen < 2:
-        raise ValueError(f"seqlen={seqlen}, and a window needs at least 2 tokens to predict one")
+        raise ValueError(f"seqlen={seqlen}, and a window needs at least 2 tokens to predict one; pass a larger seqlen")
     context = getattr(getattr(model, "config", None), "max_position_embeddings", None)
     if context is not None and seqlen > context:
         raise ValueError(f"seqlen={seqlen} is longer than the model's context of {context}; pass a smaller seqlen")
 
 
 def _resampled_means(values: np.ndarray, n: int, seed: int) -> np.ndarray:
-    """Means of n resamplings with replacement: [windows] -> [n]."""
+    """The means of n resamplings with replacement: [windows] -> [n]."""
     index = np.random.default_rng(seed).integers(0, len(values), (n, len(values)))
     return values[index].mean(axis=1)

@@ -1,4 +1,4 @@
-"""Text from a model: jitted prefill and decoding, sampling, streaming."""
+"""Generates text: jitted prefill and decoding, sampling, streaming."""
 
 from any4_jax.generate.loop import generate_tokens
 from any4_jax.generate.text import generate

@@ -1,7 +1,7 @@
-"""The loop behind `generate`: a jitted prefill, then a jitted program that decodes a chunk of tokens a call.
+"""The loop behind `generate`: a jitted prefill, then a jitted program that decodes a chunk of tokens per call.
 
 Letters: B rows, T prompt tokens after padding. Prompts are padded on the left to a common length, so that
-every row writes the same cache slot (see `kv_cache.base`).
+every row writes to the same cache slot (see `kv_cache.base`).
 """
 
 import dataclasses
@@ -21,9 +21,9 @@ from any4_jax.models.base import Decoder
 # similar length share their programs.
 PROMPT_BUCKET = 32
 CACHE_BUCKET = 64
-# The loop's output buffer. Between chunks the host looks at the tokens; 16 steps hide that cost.
+# The size of the loop's output buffer. Between chunks the host reads the tokens; 16 steps hide that cost.
 CHUNK = 16
-# End-of-text ids are padded to this many with -1, which no token equals: their number is no shape.
+# End-of-text ids are padded to this many with -1, which no token equals, so that programs don't depend on their number.
 EOS_SLOTS = 8
 
 TokenIds = Sequence[int] | np.ndarray
@@ -31,22 +31,22 @@ TokenIds = Sequence[int] | np.ndarray
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Program:
-    """What a compiled step depends on of a model beside its arrays: compared once, and equal ones are one object.
+    """The static part of a model, on which a compiled step depends. Equal programs are one object.
 
-    For 32 layers that takes 10 ms, which jax would spend on every call: as long as some steps take. (`nnx.split` takes
-    50, and to hash what it gives 6.)
+    So jax compares them by identity. For 32 layers a comparison takes 10 ms, as long as some steps, and jax would
+    repeat it on every call. (`nnx.split` takes 50 ms, and hashing its result 6 ms.)
     """
 
     treedef: Any
 
     @classmethod
     def of(cls, model: Decoder) -> tuple["Program", list[jax.Array]]:
-        """The program of a model, and the model's arrays."""
+        """The program of a model, and its arrays."""
         leaves, treedef = jax.tree.flatten(model)
         return _program(treedef), leaves
 
     def model(self, leaves: list[jax.Array]) -> Decoder:
-        """The model again, with these arrays."""
+        """Rebuilds the model with these arrays."""
         return jax.tree.unflatten(self.treedef, leaves)
 
 
@@ -66,11 +66,11 @@ def generate_tokens(
     cache: CacheFactory = DenseCache,
     chunk: int = CHUNK,
 ) -> Iterator[list[list[int]]]:
-    """Yield the new tokens of every row as they come: lists of at most `chunk` ids, one list a row.
+    """Yields the new tokens of every row as they are decoded: one list of at most `chunk` ids per row.
 
-    A row that met an end-of-text id yields empty lists from then on; the iterator ends when all rows did, or
-    after max_new_tokens. The first item holds one token a row: its time is the time to the first token.
-    Arguments and errors are those of `generate`; the checks run at the first `next`.
+    After a row meets an end-of-text id, its lists are empty; the iterator ends when all rows have met one, or after
+    `max_new_tokens`. The first item holds one token per row, so its time is the time to the first token. The other
+    arguments and the errors are those of `generate`; the checks run at the first `next`.
     """
     rows = [_checked_row(model, row) for row in prompts]
     if not rows:
@@ -132,7 +132,7 @@ def _prefill(
     sampler: Sampler,
     ends: jax.Array,
 ) -> tuple[jax.Array, jax.Array, list[Cache]]:
-    """Tokens [B, T] -> the first new token [B], which rows are done [B], the caches of `slots` slots."""
+    """int32 tokens [B, T] -> the first new token int32 [B], which rows are done bool [B], caches of `slots` slots."""
     model = program.model(leaves)
     batch, length = tokens.shape
     positions = jnp.arange(length, dtype=jnp.int32) - start[:, None]
@@ -156,10 +156,10 @@ def _decode(
     sampler: Sampler,
     ends: jax.Array,
 ) -> tuple[jax.Array, jax.Array, list[Cache], jax.Array]:
-    """At most `steps` more tokens; stops when all rows are done.
+    """Decodes at most `steps` more tokens; stops when all rows are done.
 
-    `count` new tokens exist already; `token` [B], the last of them, is not in the caches yet and belongs in
-    slot `length + count - 1`. Returns the last token, done, the caches, and the tokens in [B, CHUNK].
+    There are `count` new tokens already. The last of them, `token` int32 [B], is not in the caches yet and belongs in
+    slot `length + count - 1`. Returns the last token, done, the caches, and the tokens int32 [B, CHUNK].
     """
     model = program.model(leaves)
 
@@ -188,14 +188,14 @@ def _checked_row(model: Decoder, row: TokenIds) -> np.ndarray:
         raise TypeError(f"a prompt holds {ids.dtype}, and integer token ids are needed; encode the text first")
     if ids.min() < 0 or ids.max() >= model.config.vocab_size:
         raise ValueError(
-            f"token ids lie in {ids.min()}..{ids.max()}, and the vocabulary is "
+            f"token ids are in {ids.min()}..{ids.max()}, and the vocabulary is "
             f"0..{model.config.vocab_size - 1}; use the model's own tokenizer"
         )
     return ids
 
 
 def _eos_ids(model: Decoder, eos: int | Sequence[int] | None) -> np.ndarray:
-    """int32 [EOS_SLOTS or more], padded with -1."""
+    """The ids that end a row: int32 [EOS_SLOTS or more], padded with -1."""
     if eos is None:
         own = set(model.config.eos_token_ids)
         ids = own | set(model.tokenizer.eos_ids) if model.tokenizer is not None else own
@@ -207,7 +207,7 @@ def _eos_ids(model: Decoder, eos: int | Sequence[int] | None) -> np.ndarray:
 
 
 def _until_eos(fresh: np.ndarray, ended: np.ndarray, ends: np.ndarray) -> list[list[int]]:
-    """The rows of fresh [B, n] up to their end; marks in `ended` the rows that met it."""
+    """The rows of fresh [B, n], each up to its end-of-text id; marks in `ended` the rows that have met one."""
     rows = []
     for b, row in enumerate(fresh):
         stops = np.flatnonzero(np.isin(row, ends))

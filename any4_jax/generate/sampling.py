@@ -1,4 +1,4 @@
-"""Choosing the next token from logits: greedy, temperature, top-k, top-p."""
+"""Chooses the next token from logits: greedy, temperature, top-k, top-p."""
 
 import dataclasses
 import functools
@@ -15,15 +15,15 @@ import numpy as np
 )
 @dataclasses.dataclass(frozen=True)
 class Sampler:
-    """How to sample. All fields but `greedy` are traced scalars: one program is greedy, another serves all settings.
+    """How to sample. All fields but `greedy` are traced scalars: one program is greedy, one other serves all settings.
 
     Attributes:
         temperature: float32 > 0.
-        top_k: int32; only this many likeliest tokens stay, the vocabulary's size keeps all.
-        top_p: float32; only the likeliest tokens that together hold this probability stay, 1 keeps all.
+        top_k: int32; only this many likeliest tokens stay. The vocabulary's size keeps all.
+        top_p: float32; only the likeliest tokens that together have this probability stay. 1 keeps all.
         seed: uint32.
-        greedy: the likeliest token, whatever the rest says; static, since compiling the sampler takes as long as
-            compiling a small model.
+        greedy: take the likeliest token, whatever the other fields say. Static, because compiling the sampler takes as
+            long as compiling a small model.
     """
 
     temperature: np.ndarray | jax.Array
@@ -34,7 +34,7 @@ class Sampler:
 
     @classmethod
     def of(cls, vocabulary: int, temperature: float, top_k: int | None, top_p: float | None, seed: int) -> "Sampler":
-        """Check a user's settings; None means no limit, temperature 0 is greedy.
+        """A sampler from a user's settings; None means no limit, temperature 0 is greedy.
 
         Raises:
             ValueError: temperature is negative or not finite, top_k < 1, or top_p is outside (0, 1].
@@ -54,20 +54,20 @@ class Sampler:
         )
 
     def sample(self, logits: jax.Array, step: jax.Array | int) -> jax.Array:
-        """float32 logits [B, V] -> int32 tokens [B]; the same seed and step draw the same tokens."""
+        """float32 logits [B, V] -> int32 tokens [B]; equal seeds and steps draw equal tokens."""
         if self.greedy:
             return jnp.argmax(logits, axis=-1).astype(jnp.int32)
         scaled = logits / self.temperature
         limited = (self.top_k < logits.shape[-1]) | (self.top_p < 1)
-        # A branch, since the sort behind it costs more than the rest of sampling together.
+        # A branch, because the sort behind it costs more than the rest of sampling together.
         scaled = jax.lax.cond(limited, self._limit, lambda scaled: scaled, scaled)
         key = jax.random.fold_in(jax.random.key(self.seed), step)
         return jax.random.categorical(key, scaled, axis=-1).astype(jnp.int32)
 
     def _limit(self, scaled: jax.Array) -> jax.Array:
-        """Set all but the top-k and top-p tokens of scaled logits [B, V] to -inf.
+        """Sets all scaled logits [B, V] except those of the top-k and top-p tokens to -inf.
 
-        Top-p (arXiv:1904.09751) is taken over what top-k leaves, and always leaves the likeliest token.
+        Top-p (arXiv:1904.09751) applies to the tokens that top-k keeps, and always keeps the likeliest token.
         """
         order = jnp.argsort(scaled, axis=-1, descending=True)
         ranked = jnp.take_along_axis(scaled, order, axis=-1)
@@ -75,7 +75,7 @@ class Sampler:
         ranked = jnp.where(rank < self.top_k, ranked, -jnp.inf)
         probability = jax.nn.softmax(ranked, axis=-1)
         before = jnp.cumsum(probability, axis=-1) - probability
-        # float32 sums may pass 1 before the last token: top_p = 1 must still keep everything.
+        # A float32 sum may reach 1 before the last token, and top_p = 1 must still keep every token.
         stays = (rank == 0) | (before < self.top_p) | (self.top_p >= 1)
         ranked = jnp.where(stays, ranked, -jnp.inf)
         return jnp.put_along_axis(scaled, order, ranked, axis=-1, inplace=False)

@@ -1,16 +1,16 @@
-"""Token ids to text, piece by piece."""
+"""Converts token ids to text, piece by piece."""
 
 from collections.abc import Callable, Sequence
 
-# What decoders put for bytes that are no complete UTF-8 character (yet).
+# What decoders emit for bytes that are not, or not yet, a complete UTF-8 character.
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
 class TextStream:
-    """Text of a growing continuation, handed on as soon as its characters are complete.
+    """The text of a growing continuation, emitted as soon as its characters are complete.
 
-    Tokens are decoded together with their prompt, since many tokenizers drop the space before a text's first
-    word: only the context shows that the continuation starts with one.
+    Tokens are decoded together with their prompt, because many tokenizers drop the space before the first word of a
+    text: only the context shows that the continuation starts with a space.
     """
 
     def __init__(
@@ -29,14 +29,14 @@ class TextStream:
         return after[len(before) :] if after.startswith(before) else decode([*tokens])
 
     def extend(self, tokens: Sequence[int]) -> None:
-        """Add tokens; emit what is complete."""
+        """Adds tokens, and emits the text that is complete."""
         self._tokens.extend(tokens)
         text = self.whole(self._decode, self._prompt, self._tokens)
         # A character may span tokens: its first bytes decode to REPLACEMENT at the end until the rest comes.
         self._send(text.rstrip(REPLACEMENT))
 
     def finish(self) -> str:
-        """Emit what was held back; returns the whole text."""
+        """Emits the text that was held back, and returns the whole text."""
         text = self.whole(self._decode, self._prompt, self._tokens)
         self._send(text)
         return text

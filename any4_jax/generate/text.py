@@ -1,4 +1,4 @@
-"""`generate`: prompts in any form to continuations in the same form."""
+"""`generate`: continues prompts of any form, and returns continuations of the same form."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,7 +11,7 @@ from any4_jax.generate.streaming import TextStream
 from any4_jax.kv_cache import CacheFactory, DenseCache
 from any4_jax.models.base import Decoder
 
-# Streamed text comes in smaller pieces: a reader notices 16 tokens at once, but not 4.
+# Streamed text comes in smaller chunks: a reader notices when 16 tokens come at once, but not 4.
 STREAM_CHUNK = 4
 
 Prompt = str | Sequence[str] | TokenIds | Sequence[TokenIds]
@@ -30,28 +30,28 @@ def generate(
     stream: Callable[[str], None] | None = None,
     cache: CacheFactory = DenseCache,
 ) -> Any:
-    """Continue one prompt or several.
+    """Continues one prompt or several.
 
     Args:
-        model: the model; for text it needs its `tokenizer`.
+        model: the model; a text prompt needs its `tokenizer`.
         prompt: a text, a list of texts, token ids, or a list of token ids (of any lengths).
-        max_new_tokens: at most so many new tokens a row.
-        temperature: 0 takes the likeliest token; above 0 samples from softmax(logits / temperature).
-        top_k: sample among so many likeliest tokens; None for all.
-        top_p: sample among the likeliest tokens that hold this probability; None for all.
+        max_new_tokens: the most new tokens per row.
+        temperature: 0 takes the likeliest token; above 0, tokens are sampled from softmax(logits / temperature).
+        top_k: sample among this many likeliest tokens; None means all.
+        top_p: sample among the likeliest tokens that together have this probability; None means all.
         seed: of the sampling; equal seeds give equal tokens.
         eos: ids that end a row; None takes the model's own, () never stops early.
-        stream: called with each piece of text as it comes; one text prompt only.
-        cache: what makes the key/value caches (see `kv_cache.CacheFactory`).
+        stream: called with each piece of text as it is decoded; needs a single text prompt.
+        cache: creates the key/value caches (see `kv_cache.CacheFactory`).
 
     Returns:
-        The continuation without the prompt, the end-of-text token and what follows it: str for a text,
+        The continuation, without the prompt, the end-of-text token and anything after it: str for a text,
         list[str] for texts, list[int] for token ids, list[list[int]] for a list of token ids.
 
     Raises:
-        TypeError: the prompt is neither text nor integer token ids, or `cache` neither a pytree nor hashable.
-        ValueError: a prompt is empty, or longer than the context with what is to come, a token id is outside
-            the vocabulary, the model has no tokenizer for a text, or a sampling setting is out of range.
+        TypeError: the prompt is neither text nor integer token ids, or `cache` is neither a pytree nor hashable.
+        ValueError: a prompt is empty, a prompt with its new tokens exceeds the context, a token id is outside the
+            vocabulary, the model has no tokenizer for a text, or a sampling setting is out of range.
     """
     rows, is_text, is_batch = _rows(model, prompt)
     if stream is not None and (not is_text or is_batch):
@@ -83,7 +83,7 @@ def generate(
 
 
 def _rows(model: Decoder, prompt: Prompt) -> tuple[list[Any], bool, bool]:
-    """The prompt as rows of token ids; whether it was text; whether it was a batch."""
+    """The prompt as rows of token ids, whether it was text, and whether it was a batch."""
     if isinstance(prompt, str):
         return [_encode(model, prompt)], True, False
     if not isinstance(prompt, Sequence | np.ndarray | jax.Array):

@@ -1,4 +1,4 @@
-"""Key/value caches: what attention remembers of the tokens before."""
+"""Key/value caches: what attention keeps of earlier tokens."""
 
 from any4_jax.kv_cache.attention import ReadBlock, attention, attention_by_blocks
 from any4_jax.kv_cache.base import Cache, CacheFactory, Rope, rotated, traceable

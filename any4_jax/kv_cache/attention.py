@@ -1,7 +1,7 @@
-"""The mathematics of attention, in one place for all caches.
+"""The mathematics of attention, shared by all caches.
 
 Letters: B rows of the batch, T queries, S slots, H query heads, Hkv key/value heads, G = H / Hkv, D head size.
-`kv_cache.base` says what slots and positions are.
+`kv_cache.base` defines slots and positions.
 
 `attention` takes keys and values as arrays; `attention_by_blocks` reads one block of slots at a time.
 """
@@ -14,20 +14,20 @@ import jax.numpy as jnp
 
 from any4_jax.kv_cache.settings import PLAIN, AttentionSettings
 
-# `attention` holds up to this many scores (B * H * T * S of them, 64 MiB in float32); above it goes by blocks.
+# The most scores (B * H * T * S) that `attention` holds at once, 64 MiB in float32; with more it goes block by block.
 MAX_SCORES = 2**24
-# Measured on two cores of a CPU: the fastest sizes for D = 64; with D = 128 blocks of half the size take a third less.
+# The fastest sizes for D = 64, measured on two CPU cores; for D = 128, blocks of half the size take a third less time.
 BLOCK_QUERIES = 256
 BLOCK_SLOTS = 512
 
-# The score of a slot that the query doesn't see. It is finite, so that a padding query, which sees no slot, averages
+# The score of a slot that the query doesn't see. It is finite so that a padding query, which sees no slot, averages
 # over some slots instead of dividing zero by zero.
 MASKED = float(jnp.finfo(jnp.float32).min) / 2
 
 ReadBlock = Callable[[jax.Array], tuple[jax.Array, jax.Array]]
-"""`read(first)` gives keys [B * Hkv, D, block] and values [B * Hkv, block, D] of the slots first..first + block - 1.
+"""`read(first)` returns keys [B * Hkv, D, block] and values [B * Hkv, block, D] of slots first..first + block - 1.
 
-`first` is a traced int32 scalar; every call gives the same shapes.
+`first` is a traced int32 scalar; every call returns the same shapes.
 """
 
 
@@ -39,7 +39,7 @@ def attention(
     start: jax.Array,
     settings: AttentionSettings = PLAIN,
 ) -> jax.Array:
-    """Causal attention over arrays of keys and values, by blocks where there are more than MAX_SCORES scores.
+    """Causal attention over arrays of keys and values; it goes block by block if there are more than MAX_SCORES scores.
 
     Args:
         queries: [B, T, H, D], rotated; H is a multiple of Hkv.
@@ -50,11 +50,12 @@ def attention(
         settings: scale, softcap and window.
 
     Returns:
-        [B, T, H, D] in the queries' dtype, the softmax in float32. Rows of padding are finite and mean nothing.
+        [B, T, H, D] in the queries' dtype; the softmax is computed in float32. Rows of padding are finite but
+        meaningless.
     """
     batch, tokens, heads, _ = queries.shape
     slots = keys.shape[-1]
-    # The scores of one token take less memory than the keys do.
+    # The scores of one token take less memory than the keys.
     if tokens > 1 and batch * heads * tokens * slots > MAX_SCORES:
         return attention_by_blocks(queries, slices(keys, values, BLOCK_SLOTS), slots, positions, start, settings)
     rows = _rows(queries, keys.shape[0] // batch)
@@ -77,18 +78,18 @@ def attention_by_blocks(
     """`attention` over blocks of slots, equal to it within float32 rounding.
 
     Only one block of scores, keys and values exists at a time (arXiv:2112.05682, with the running softmax of
-    arXiv:2205.14135, algorithm 1), so a quantized cache may decode its slots block by block. Blocks that no query sees
-    are not read. The gradient computes the scores again.
+    arXiv:2205.14135, algorithm 1), so a quantized cache can decode its slots block by block. Blocks that no query sees
+    are not read. The gradient recomputes the scores.
 
     Args:
         queries, positions, start, settings: as for `attention`.
-        read: gives one block. Its `first` is a multiple of the block's size if `slots` is one; otherwise the last block
-            starts earlier and ends with the last slot.
+        read: reads one block. `first` is a multiple of the block's size; but if `slots` is not, the last block starts
+            earlier, so that it ends with the last slot.
         slots: S.
-        block_queries: how many of the T queries go together.
+        block_queries: how many of the T queries are processed together.
 
     Returns:
-        As `attention`.
+        The same as `attention`.
 
     Raises:
         ValueError: a block is larger than `slots`.
@@ -107,7 +108,7 @@ def attention_by_blocks(
     count = -(-tokens // block_queries)
 
     def split(x: jax.Array) -> jax.Array:
-        # Copies of the last query fill the last block: they see no slots that the others don't.
+        # Copies of the last query pad the last block: they see no slot that the others don't.
         padding = [(0, 0), (0, count * block_queries - tokens)] + [(0, 0)] * (x.ndim - 2)
         x = jnp.pad(x, padding, mode="edge").reshape(batch, count, block_queries, *x.shape[2:])
         return jnp.moveaxis(x, 1, 0)
@@ -117,7 +118,7 @@ def attention_by_blocks(
 
 
 def slices(keys: jax.Array, values: jax.Array, block: int) -> ReadBlock:
-    """Reads blocks of `block` slots (of all if there are fewer) from keys [B * Hkv, D, S], values [B * Hkv, S, D]."""
+    """A `ReadBlock` of keys [B * Hkv, D, S] and values [B * Hkv, S, D]; a block has min(`block`, S) slots."""
     block = min(block, keys.shape[-1])
 
     def read(first: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -130,7 +131,7 @@ def slices(keys: jax.Array, values: jax.Array, block: int) -> ReadBlock:
 
 
 class _Running(NamedTuple):
-    """The softmax over the slots so far, its sums divided by exp(highest).
+    """The softmax over the slots so far; its sums are divided by exp(highest).
 
     Attributes:
         highest: float32 [B * Hkv, G * T], the highest score.
@@ -153,7 +154,7 @@ def _running_softmax(
     start: jax.Array,
     settings: AttentionSettings,
 ) -> jax.Array:
-    """Attention of one block of queries, as a scan over blocks of `block` slots; `groups` is Hkv."""
+    """Attention for one block of queries, as a scan over blocks of `block` slots; `groups` is Hkv."""
     rows = _rows(queries, groups)
     own = positions + start[:, None]
     newest = own.max()
@@ -163,7 +164,7 @@ def _running_softmax(
         first = jnp.minimum(index * block, slots - block)
         keys, values = read(first)
         here = first + jnp.arange(block, dtype=jnp.int32)
-        # The last block may start within the one before it.
+        # The last block may overlap the one before it.
         seen = _seen(here, positions, start, settings) & (here >= index * block)
         scores = _scores(rows, keys, seen, settings).reshape(*rows.shape[:2], block)
         highest = jnp.maximum(running.highest, scores.max(axis=-1))
@@ -177,7 +178,7 @@ def _running_softmax(
         total = running.total * fade + weights.sum(axis=-1)
         return _Running(highest, total, running.mixed * fade[..., None] + new)
 
-    # A scan of conditionals, since a loop over just the needed blocks has no reverse-mode gradient.
+    # A scan with a conditional in each step, because a loop over the needed blocks alone has no reverse-mode gradient.
     @jax.checkpoint
     def step(running: _Running, index: jax.Array) -> tuple[_Running, None]:
         needed = (index * block <= newest) & ((index + 1) * block > oldest)
@@ -186,26 +187,26 @@ def _running_softmax(
     nothing = jnp.zeros(rows.shape[:2], jnp.float32)
     running = _Running(nothing + MASKED, nothing, jnp.zeros(rows.shape, jnp.float32))
     running, _ = jax.lax.scan(step, running, jnp.arange(-(-slots // block), dtype=jnp.int32))
-    # No total is 0: the newest query's own block is always read, and the weight of the highest score is 1.
+    # No total is 0: the newest query's own block is always read, and the highest score has weight 1.
     return _heads((running.mixed / running.total[..., None]).astype(queries.dtype), queries.shape)
 
 
 def _rows(queries: jax.Array, groups: int) -> jax.Array:
-    """Queries [B, T, H, D] -> [B * Hkv, G * T, D]: those that share keys are rows of one product, with the tokens."""
+    """Queries [B, T, H, D] -> [B * Hkv, G * T, D]: all queries that share keys become rows of one product."""
     batch, tokens, heads, size = queries.shape
     rows = queries.reshape(batch, tokens, groups, heads // groups, size)
     return rows.transpose(0, 2, 3, 1, 4).reshape(batch * groups, -1, size)
 
 
 def _heads(rows: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """[B * Hkv, G * T, D] -> [B, T, H, D], of this shape: `_rows` undone."""
+    """The inverse of `_rows`: [B * Hkv, G * T, D] -> [B, T, H, D], which is `shape`."""
     batch, tokens, _, size = shape
     groups = rows.shape[0] // batch
     return rows.reshape(batch, groups, -1, tokens, size).transpose(0, 3, 1, 2, 4).reshape(shape)
 
 
 def _seen(slots: jax.Array, positions: jax.Array, start: jax.Array, settings: AttentionSettings) -> jax.Array:
-    """Which of the slots int32 [S] each query sees: bool [B, T, S]."""
+    """Which of the slots, int32 [S], each query sees: bool [B, T, S]."""
     own = (positions + start[:, None])[:, :, None]
     seen = (slots >= start[:, None, None]) & (slots <= own)
     return seen if settings.window is None else seen & (slots > own - settings.window)

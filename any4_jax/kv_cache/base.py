@@ -3,15 +3,15 @@
 Letters: B rows of the batch, T new tokens, S slots of the cache, H query heads, Hkv key/value heads, D head
 size.
 
-A *slot* is a place in the cache; all rows of a batch write the same slots. Prompts of unequal length are
-padded on the left, so row b's first token lies in slot `start[b]` and
+A *slot* is a place in the cache; all rows of a batch write to the same slots. Prompts of unequal length are
+padded on the left, so the first token of row b is in slot `start[b]`, and the rotary embedding uses
 
     position = slot - start[b]
 
-is what the rotary embedding sees. A negative position marks padding.
+A negative position marks padding.
 
-Attention hands over keys and queries *before* their rotation, because a cache may want to store keys
-unrotated (their channels then keep a steady scale, which quantizes better) and rotate them when it reads them.
+Attention passes keys and queries *before* their rotation, because a cache may store keys unrotated (each channel
+then keeps a steady scale, which quantizes better) and rotate them when it reads them.
 """
 
 import dataclasses
@@ -27,12 +27,12 @@ class Rope(Protocol):
     """A rotary position embedding."""
 
     def rotate(self, x: jax.Array, positions: jax.Array) -> jax.Array:
-        """Rotate x [B, T, heads, D] by the angles of positions int32 [B, T]; same shape and dtype as x."""
+        """Rotate x [B, T, heads, D] by the angles of positions int32 [B, T]; returns the shape and dtype of x."""
         ...
 
 
 def rotated(x: jax.Array, positions: jax.Array, rope: Rope | None) -> jax.Array:
-    """x [B, T, heads, D] rotated by `rope`, or x itself where the model has none."""
+    """x [B, T, heads, D] rotated by `rope`; x itself if the model has no rope."""
     return x if rope is None else rope.rotate(x, positions)
 
 
@@ -41,7 +41,7 @@ class Cache(Protocol):
     """The keys and values of one layer: an immutable pytree whose shapes never change."""
 
     def append(self, keys: jax.Array, values: jax.Array, positions: jax.Array, rope: Rope | None) -> Self:
-        """A cache that also holds T new tokens.
+        """A cache that holds T new tokens as well.
 
         Args:
             keys, values: [B, T, Hkv, D], keys not rotated.
@@ -49,28 +49,35 @@ class Cache(Protocol):
             rope: the rotation that belongs to these keys; None in a model without one.
 
         Raises:
-            ValueError: T is more than the slots of the cache. How many of them are used is only known when
-                the program runs, so the caller answers for the sum of all appends.
+            ValueError: T exceeds the number of slots. How many slots are in use is known only when the program runs,
+                so the caller must see to it that all appends together fit.
         """
         ...
 
     def attend(
         self, queries: jax.Array, positions: jax.Array, rope: Rope | None, settings: AttentionSettings = PLAIN
     ) -> jax.Array:
-        """Causal attention of queries [B, T, H, D] (not rotated) at `positions` over all that was appended.
+        """Causal attention over all tokens that were appended; `kv_cache.attention` has the mathematics.
 
         A query sees the tokens of its row whose position is at most its own, or the last `settings.window` of them.
-        Returns [B, T, H, D] in the queries' dtype; rows of padding are finite and mean nothing. H is a multiple of Hkv.
-        `kv_cache.attention` has the mathematics.
+
+        Args:
+            queries: [B, T, H, D], not rotated; H is a multiple of Hkv.
+            positions: int32 [B, T], of the queries.
+            rope: the rotation of queries and keys; None in a model without one.
+            settings: scale, softcap and window.
+
+        Returns:
+            [B, T, H, D] in the queries' dtype. Rows of padding are finite but meaningless.
         """
         ...
 
 
 class CacheFactory(Protocol):
-    """What makes the caches of a model, one for each layer: a cache class, or an object with settings and tables.
+    """Creates the caches of a model, one for each layer: a cache class, or an object with settings and tables.
 
     A factory that holds arrays is a pytree, usually a frozen dataclass registered with
-    `jax.tree_util.register_dataclass`. Its arrays are traced, so new tables need no new program; its settings are
+    `jax.tree_util.register_dataclass`. Its arrays are traced, so new tables need no recompilation; its settings are
     static fields. A factory without arrays may be any hashable object.
     """
 
@@ -79,10 +86,10 @@ class CacheFactory(Protocol):
     ) -> Cache:
         """The empty cache of one layer.
 
-        Layers share one compiled program where their caches have equal structure, shapes and dtypes.
+        Layers share one compiled program if their caches have equal structure, shapes and dtypes.
 
         Args:
-            layer: its index, from 0.
+            layer: the index of the layer, from 0.
             batch: B.
             length: S, the slots.
             heads: Hkv.
@@ -96,7 +103,7 @@ class CacheFactory(Protocol):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class StaticFactory:
-    """A pytree without arrays around a factory that is no pytree."""
+    """A pytree without arrays that wraps a factory which is not a pytree."""
 
     factory: CacheFactory = dataclasses.field(metadata=dict(static=True))
 
@@ -106,7 +113,7 @@ class StaticFactory:
 
 
 def traceable(factory: CacheFactory) -> CacheFactory:
-    """The factory as an argument of a jitted function: its arrays are traced, all else is static.
+    """The factory in a form that a jitted function takes: its arrays are traced, all else is static.
 
     Raises:
         TypeError: the factory has no `create`, or is neither a pytree nor hashable.

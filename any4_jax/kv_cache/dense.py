@@ -15,11 +15,12 @@ from any4_jax.kv_cache.settings import PLAIN, AttentionSettings
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class DenseCache:
-    """Keys and values as they are; see `kv_cache.base` for slots, positions and the letters.
+    """Keys and values, stored unquantized; see `kv_cache.base` for slots, positions and the letters.
 
     Attributes:
-        keys: [B * Hkv, D, S], rotated when appended. Both products then read the cache as it lies: with slots before
-            heads XLA transposes all of it on a CPU, each step and layer; with B and Hkv apart it writes a copy.
+        keys: [B * Hkv, D, S], rotated when appended. In this layout both products read the cache in place. With slots
+            before heads, XLA on a CPU transposes the whole cache at each step and layer; with B and Hkv as separate
+            axes it writes a copy.
         values: [B * Hkv, S, D].
         length: int32 scalar, the slots in use; the next token goes there.
         start: int32 [B], the first slot of each row that holds no padding.
@@ -34,16 +35,21 @@ class DenseCache:
     def create(
         cls, layer: int, batch: int, length: int, heads: int, head_dim: int, start: jax.Array, dtype: DTypeLike
     ) -> Self:
-        """An empty cache, alike for every layer: zeros, so that slots not yet written are finite behind their mask."""
+        """An empty cache, the same for every layer. It holds zeros, so that masked slots that were never written are
+        finite."""
         keys = jnp.zeros((batch * heads, head_dim, length), dtype)
         values = jnp.zeros((batch * heads, length, head_dim), dtype)
         return cls(keys, values, jnp.zeros((), jnp.int32), start)
 
     def append(self, keys: jax.Array, values: jax.Array, positions: jax.Array, rope: Rope | None) -> Self:
-        """Write keys and values [B, T, Hkv, D] into the next T slots."""
+        """Write keys and values [B, T, Hkv, D] to the next T slots.
+
+        Raises:
+            ValueError: T exceeds the number of slots.
+        """
         tokens, slots = keys.shape[1], self.keys.shape[-1]
         if tokens > slots:
-            raise ValueError(f"{tokens} tokens do not fit a cache of {slots} slots; create a longer cache")
+            raise ValueError(f"{tokens} tokens don't fit in a cache of {slots} slots; create a longer cache")
 
         def write(slab: jax.Array, new: jax.Array, axis: int) -> jax.Array:
             new = new.reshape(-1, *new.shape[2:]).astype(slab.dtype)

@@ -1,4 +1,4 @@
-"""What distinguishes the attention of one model, or layer, from another's."""
+"""The settings in which the attention of models and layers differs."""
 
 import dataclasses
 import math
@@ -6,16 +6,16 @@ import math
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AttentionSettings:
-    """How one layer of a model attends; hashable, hence static under jit.
+    """How one layer of a model attends; hashable, so it can be static under jit.
 
-    A query q mixes the values of the tokens that it sees by a softmax over the scores of their keys k:
+    A query q weights the values of the tokens that it sees by a softmax over the scores of their keys k:
 
         score = softcap * tanh(scale * q @ k / softcap)
 
     Attributes:
-        scale: None means D**-0.5.
-        softcap: bound of the scores' size (Gemma 2, arXiv:2408.00118, section 2); None means that a score is
-            scale * q @ k.
+        scale: factor of q @ k; None means D**-0.5.
+        softcap: bound on the magnitude of a score (Gemma 2, arXiv:2408.00118, section 2); None means no bound, and
+            a score is scale * q @ k.
         window: a query sees the last `window` tokens, its own included (Mistral, arXiv:2310.06825, section 2); None
             means all tokens up to its own.
 
@@ -39,4 +39,4 @@ class AttentionSettings:
 
 
 PLAIN = AttentionSettings()
-"""Causal attention as most families have it: no bound, no window."""
+"""Causal attention as in most families: no softcap, no window."""

@@ -1,4 +1,4 @@
-"""Quantization methods: each a frozen dataclass that is configuration, flags and manifest entry at once."""
+"""Quantization methods. Each is a frozen dataclass that is configuration, flags and manifest entry at once."""
 
 from any4_jax.methods.any4 import Any4
 from any4_jax.methods.apply import quantize

@@ -17,13 +17,13 @@ Init = Literal["kmeans++", "random", "int", "nf4", "quantile"]
 SampleWeight = Literal["auto", "second_moment", "mean_abs", "abs_mean"]
 
 _BINS = 1 << 14
-"""A table for a whole matrix is learned on this many bins of equal count: sorting is exact, the solver then sees
+"""A table for a whole matrix is learned from this many bins of equal count. Sorting is exact; the solver then sees
 means and weights of neighbours that differ by a ten-thousandth of the range."""
 
 _CHUNK_ROWS, _CHUNK_ROWS_ON_GPU = 64, 1024
-"""Rows worked on at a time: a few float32 temporaries of so many rows, whatever the matrix's size. A GPU takes more,
-since each row has a block of threads, of which it runs hundreds. The numbers are the same for every matrix, since XLA
-may order sums and fuse products differently for others, and a row's bits must not depend on its company."""
+"""Rows worked on at a time: a few float32 temporaries of this many rows, whatever the matrix's size. A GPU takes more,
+because each row has a block of threads, and a GPU runs hundreds of blocks. The numbers are the same for every matrix:
+for another number XLA may order sums and fuse products differently, and a row's bits must not depend on other rows."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,28 +37,29 @@ class Any4:
 
     Attributes:
       bits: 4, 3 or 2.
-      group_size: G; larger than K means the row; None means no scaling at all (the table holds weights).
-      symmetric: scale by max|w| without an offset.
-      per_row: a table for each row; False: one for the matrix.
-      solver: "exact" (optimal), "lloyd" (k-means as published) or "gradient": after clustering, and the refit where it
-        is on, Adam trains each row's table on the layer's output for a sample of tokens (gradient.py), or without
-        statistics on the weights' own error.
-      init: where Lloyd starts; None is k-means++. The gradient starts after one step of Lloyd from there, for None at
-        the exact solution. The exact solver has no start.
-      sample_weight: h: "second_moment" E[x^2], "mean_abs" E|x|, "abs_mean" |E x|, None for 1; "auto" is the second
-        moment where statistics are given and None where not.
+      group_size: G; larger than K means the whole row; None means no scaling at all (the table holds weights).
+      symmetric: scale by max|w|, without an offset.
+      per_row: True for a table for each row, False for one for the matrix.
+      solver: "exact" (optimal), "lloyd" (k-means as in the paper) or "gradient". With "gradient", after the clustering
+        and the refit (if on), Adam trains each row's table on the layer's output for a sample of tokens (gradient.py),
+        or without statistics on the error of the weights themselves.
+      init: where Lloyd's iteration starts; None means k-means++. "gradient" starts from one step of Lloyd's from there,
+        or with None from the exact solution. The exact solver has no start.
+      sample_weight: h: "second_moment" is E[x^2], "mean_abs" E|x|, "abs_mean" |E x|, None is 1; "auto" is
+        "second_moment" with statistics and None without.
       scale_weighting: p, the power of the group scale in the weight of a sample.
-      max_iter: steps of Lloyd and of the gradient, and rounds of the refit, at most.
-      sample_tokens: size of the gradient's sample of tokens (statistics.Sample).
-      tol: when Lloyd stops, relative to the row's variance.
-      seed: of the random starts; every row draws the same numbers.
-      keep_outliers: the table's ends are put on the row's smallest and largest scaled weight, and refit leaves them.
+      max_iter: the most steps of Lloyd's iteration and of the gradient, and the most rounds of the refit.
+      sample_tokens: the number of tokens in the gradient's sample (statistics.Sample).
+      tol: Lloyd's iteration stops at this squared shift, relative to the row's variance.
+      seed: for the random starts; every row draws the same numbers.
+      keep_outliers: put the table's ends on the row's smallest and largest scaled weight; the refit leaves them there.
       bias_pow: cluster sign(u)|u|^bias_pow about the middle of the table, and transform back.
-      refit: alternate least-squares updates of table, scales and offsets with new codes, on the stored dtypes, until
-        they stop paying. A shared table is left as it is; without scaling there is nothing to alternate.
-      scale_search: so many rounds of the refit begin with a search for each group's scale; 0 for none.
-      sequential: gather statistics on the model as quantized so far.
-      scale_dtype, table_dtype: stored dtypes.
+      refit: alternate between least-squares updates of table, scales and offsets, in their stored dtypes, and choosing
+        the codes again, until the gain is small. A table shared by all rows stays as it is. Without scaling there is
+        nothing to alternate.
+      scale_search: how many rounds of the refit begin with a search for each group's scale; 0 for none.
+      sequential: gather statistics from the model as quantized so far.
+      scale_dtype, table_dtype: the dtypes in which scales, offsets and tables are stored.
     """
 
     name: ClassVar[str] = "any4"
@@ -84,8 +85,8 @@ class Any4:
 
     @classmethod
     def paper(cls, **fields) -> "Any4":
-        """The published recipe: Lloyd from k-means++, samples weighted by |mean x| times the group scale, statistics
-        gathered on the model as quantized so far, tables as they were learned. `fields` override it."""
+        """The published recipe: Lloyd's iteration from k-means++, samples weighted by |mean x| times the group scale,
+        statistics of the model as quantized so far, and tables without a refit. `fields` override it."""
         published = cls(
             solver="lloyd",
             init="kmeans++",
@@ -140,7 +141,7 @@ class Any4:
         return (*moments, Sample(self.sample_tokens)) if self.solver == "gradient" else moments
 
     def resolved_weight(self, gathered: bool) -> str | None:
-        """What "auto" means where there are statistics, or none."""
+        """`sample_weight`, with "auto" replaced by what it means with (`gathered`) or without statistics."""
         if self.sample_weight != "auto":
             return self.sample_weight
         return "second_moment" if gathered else None
@@ -162,7 +163,7 @@ class Any4:
         return Result(leaf, {"sample_weight": str(self.resolved_weight(gathered is not None))})
 
     def _map_rows(self, f, w: jax.Array) -> weights.QuantizedTensor:
-        """f over chunks of rows; the last chunk is filled up with copies of the last row, which are cut off after."""
+        """f over chunks of rows. Copies of the last row pad the last chunk, and are cut off afterwards."""
         n, k = w.shape
         size = _CHUNK_ROWS_ON_GPU if jax.default_backend() == "gpu" else _CHUNK_ROWS
         chunks = -(-n // size)

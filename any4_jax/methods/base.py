@@ -1,31 +1,39 @@
 """What a quantization method is: three scopes, one record of results.
 
-A method is a frozen dataclass, which is at once its configuration, the command line's flags and the manifest's entry:
-its fields are numbers, strings, booleans, None, or methods (`GPTQ(inner=Any4())`). Its scope is what it has to see at
-once: one matrix, the matrices that read one input, or a whole block. `lifts.py` lifts the first two to a block.
+A method is a frozen dataclass that serves as configuration, as flags of the command line and as entry of the manifest.
+Its fields are numbers, strings, booleans, None, tuples of these, or methods (`GPTQ(inner=Any4())`). Its scope is what
+it has to see at once: one matrix, the matrices that read one input, or a whole block. `lifts.py` lifts the first two to
+a block. Manifests and the command line know a method of your own once it is in the catalogue:
+`a4.methods.CATALOGUE[Mine.name] = Mine`.
+
+The statistics that a method can ask for are in `any4_jax.statistics`: `Moments()` (mean, mean_abs, second_moment),
+`AbsMax()`, `Hessian()` (mean), `Sample(tokens)` (x). `gathered[Moments()].second_moment` is E[x^2]. The matrix that a
+result stands for is `any4_jax.dequantize(result.operator)`.
 """
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
+from typing import Any, ClassVar, Literal, Protocol, get_args, runtime_checkable
 
 import jax
+import jax.numpy as jnp
 
 from any4_jax.statistics import Gathered, Statistic
 
 Scope = Literal["matrix", "site", "block"]
 Note = Any
-"""Of a result: a number, a string, a bool, or a tuple of numbers, of strings and bools, or of such tuples."""
+"""A note on a result: a string, a bool, a number, an array of numbers, or a tuple of these. Numbers may be traced, as
+`apply` runs under jit: there is no `float(x)` of them, and none in a tuple with strings."""
 
 
 @jax.tree_util.register_pytree_node_class
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """What a method makes of one matrix.
+    """The result of a method for one matrix.
 
     Attributes:
-      operator: of shape [N, K].
-      notes: what it found, for the manifest: strings and bools are static, numbers may be traced scalars.
+      operator: an operator of shape [N, K].
+      notes: what the method found, for the manifest. Strings and bools are static; numbers may be traced scalars.
     """
 
     operator: Any
@@ -50,28 +58,28 @@ def _is_said(note: Note) -> bool:
 
 
 class AnyMethod(Protocol):
-    """What methods of all scopes have."""
+    """What methods of all scopes have in common."""
 
     name: ClassVar[str]
 
     @property
     def sequential(self) -> bool:
-        """Whether its statistics come from the model as quantized so far; else all come from the float model."""
+        """Whether its statistics come from the model as quantized so far, or from the float model."""
         ...
 
     @property
     def needs(self) -> tuple[Statistic, ...]:
-        """The statistics that it uses where there are activations."""
+        """The statistics that it uses where there is calibration data."""
         ...
 
     def check(self, gathered: bool) -> None:
-        """Raises ValueError where its fields contradict each other, or need statistics and there are none."""
+        """Raises ValueError if its fields contradict each other, or need statistics and none are `gathered`."""
         ...
 
 
 @runtime_checkable
 class Method(AnyMethod, Protocol):
-    """A method that looks at one matrix and its input's statistics."""
+    """A method that looks at one matrix and the statistics of its input."""
 
     def apply(self, w: jax.Array, gathered: Gathered | None) -> Result:
         """The operator for w float32 [N, K]. Pure, traced under jit with the method static."""
@@ -85,9 +93,9 @@ class SiteWeights:
 
     Attributes:
       weights: float32 [N, K] by the path of its linear in the block; N differs, K is the same.
-      repeat, width: see `any4_jax.models.Site`: input channels that come from one channel of what precedes the site
-        come in runs of `width`, each `repeat` times (static).
-      foldable: whether a factor for each input channel can be folded into what precedes the site (static).
+      repeat, width: the input channels are those of the module before the site, in runs of `width`, each run `repeat`
+        times; see `any4_jax.models.Site` (static).
+      foldable: whether a factor for each input channel can be folded into the module before the site (static).
     """
 
     weights: Mapping[str, jax.Array]
@@ -95,16 +103,29 @@ class SiteWeights:
     width: int = dataclasses.field(default=1, metadata={"static": True})
     foldable: bool = dataclasses.field(default=True, metadata={"static": True})
 
+    def shared(self, factor: jax.Array) -> jax.Array:
+        """A factor [K] with its mean over the repeats of each channel in their places: what can be folded.
+
+        A factor that differs among the repeats is kept in a `ScaleInput`.
+        """
+        runs = factor.reshape(-1, self.repeat, self.width)
+        return jnp.broadcast_to(runs.mean(axis=1, keepdims=True), runs.shape).reshape(-1)
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class SiteResult:
-    """What a site method makes of a site.
+    """The result of a site method for a site.
+
+    With a factor s for each input channel, the method quantizes W * s, and the input is multiplied by 1 / s:
+
+        SiteResult({path: inner.apply(w * s, gathered.scaled(1 / s)) ...}, input_scale=1 / s)
 
     Attributes:
-      results: by the paths of the `SiteWeights`. The operators stand for the matrices that multiply the scaled input.
-      input_scale: float32 [K], by which each input channel is to be multiplied before the operators; None for none.
-        It is folded into the norm or linear before the site, or kept as a `ScaleInput` where that can't be.
+      results: for every path of the `SiteWeights`. The operators stand for the matrices that multiply the scaled input.
+      input_scale: float32 [K], what the input channels are multiplied by before the operators: positive and finite;
+        None for none. It is folded into the norm or linear before the site, or kept in a `ScaleInput` where that is
+        impossible.
     """
 
     results: Mapping[str, Result]
@@ -118,7 +139,10 @@ class SiteMethod(AnyMethod, Protocol):
     scope: ClassVar[Literal["site"]]
 
     def apply(self, site: SiteWeights, gathered: Gathered | None) -> SiteResult:
-        """Pure, traced under jit with the method static. `gathered` are the statistics of the site's input."""
+        """The operators for a site. Pure, traced under jit with the method static.
+
+        `gathered` holds the statistics of the site's input.
+        """
         ...
 
 
@@ -126,13 +150,13 @@ class Block(Protocol):
     """One block of a decoder as a method sees it: arrays by name, and functions of them.
 
     Attributes:
-      contents: arrays and operators by dotted name in the block; the matrix of a linear at `path` is at
-        "path.kernel", float [K, N] until it is an operator [N, K].
-      assigned: the linears that the method is to quantize, by path, each with its method.
+      contents: arrays and operators by dotted name in the block. The matrix of a linear at `path` is "path.kernel", a
+        float [K, N] until it becomes an operator [N, K].
+      assigned: the method of each linear to quantize, by path.
       sites: the block's `any4_jax.models.Site`s, in the order in which they run.
-      inputs: what enters the block, [B, T, E] a batch: outputs of the blocks before, as quantized where the method is
-        sequential. Empty where there is no data.
-      masks: bool [B, T] a batch, False on padding.
+      inputs: what enters the block, [B, T, E] for each batch: the outputs of the block before, of the quantized one
+        where the method is sequential. Empty where there is no data.
+      masks: bool [B, T] for each batch, False on padding.
     """
 
     contents: Mapping[str, Any]
@@ -142,15 +166,23 @@ class Block(Protocol):
     masks: list[Any]
 
     def run(self, contents: Mapping[str, Any], x: jax.Array) -> jax.Array:
-        """The block's output for one input under other contents. Pure: it may be traced and differentiated."""
+        """The output [B, T, E] of the block with these contents for an input [B, T, E].
+
+        Pure: it may be traced and differentiated.
+        """
         ...
 
     def targets(self) -> list[jax.Array]:
-        """The outputs of the float block on the float model's own activations, a batch each."""
+        """The outputs of the float block for the float model's activations, [B, T, E] for each batch."""
         ...
 
     def gather(self, contents: Mapping[str, Any], needs: Mapping[str, tuple[Statistic, ...]]) -> dict[str, Gathered]:
-        """Statistics by site, of the sites and kinds that are named, with the block run under these contents."""
+        """Runs the block with these contents and gathers statistics by site.
+
+        Args:
+          contents: as the attribute.
+          needs: by the name of a site, the statistics to gather.
+        """
         ...
 
     def reassigned(self, method: AnyMethod) -> "Block":
@@ -160,13 +192,19 @@ class Block(Protocol):
     def quantize(
         self, contents: Mapping[str, Any], paths: list[str], gathered: Mapping[str, Gathered]
     ) -> "BlockResult":
-        """The contents with some of the `assigned` linears quantized, each by its own method, and the notes."""
+        """The contents with some of the `assigned` linears quantized, each by its own method, and the notes.
+
+        Args:
+          contents: as the attribute.
+          paths: the linears to quantize.
+          gathered: statistics by the name of a site.
+        """
         ...
 
 
 @dataclasses.dataclass(frozen=True)
 class BlockResult:
-    """New contents of a block, and notes by the path of a linear in it."""
+    """New contents of a block, and the notes on each linear by its path in the block."""
 
     contents: Mapping[str, Any]
     notes: Mapping[str, Mapping[str, Note]]
@@ -174,20 +212,27 @@ class BlockResult:
 
 @runtime_checkable
 class BlockMethod(AnyMethod, Protocol):
-    """A method that sees a block as a whole: it may run it, and train it against its float outputs.
+    """A method that sees a block as a whole: it may run the block, and train it against its float outputs.
 
     Attributes:
-      targets: whether it asks for `Block.targets`, for which the float model is run beside the quantized one.
+      targets: whether it calls `Block.targets`, for which the float model runs beside the quantized one.
     """
 
     scope: ClassVar[Literal["block"]]
     targets: ClassVar[bool]
 
     def apply(self, block: Block) -> BlockResult:
-        """The block quantized. What it leaves float in `assigned` stays so."""
+        """The block quantized. The linears of `assigned` that it leaves float stay float."""
         ...
 
 
 def scope_of(method: AnyMethod) -> Scope:
-    """What a method has to see at once."""
-    return getattr(method, "scope", "matrix")
+    """What a method has to see at once.
+
+    Raises:
+      ValueError: its `scope` is none of the three.
+    """
+    scope: Any = getattr(method, "scope", "matrix")
+    if scope not in get_args(Scope):
+        raise ValueError(f"got {method.name} of scope {scope!r}, need one of {get_args(Scope)}; correct the method")
+    return scope

@@ -1,8 +1,8 @@
 """Tables trained by gradient descent on the layer's output: the neural variant of any4.
 
-The clustering and the refit take inputs as uncorrelated. Here they are a sample of tokens, so that errors which cancel
-in the products are free to be large. A sample must be large beside K for that: trained on the 157 tokens of one prompt,
-SmolLM2-135M loses 0.104 nats a token, where the exact tables that the training starts from lose 0.084.
+The clustering and the refit take inputs as uncorrelated. Here the inputs are a sample of tokens, so that errors may be
+large where they cancel in the products. The sample must be large compared to K for that: trained on the 157 tokens of
+one prompt, SmolLM2-135M loses 0.104 nats a token, where the exact tables that the training starts from lose 0.084.
 """
 
 import jax
@@ -12,7 +12,7 @@ import optax
 from any4_jax import formats, scaling
 
 LEARNING_RATE = 3e-3
-"""Adam's, for tables scaled to [-1, 1], where neighbours of 16 entries are about 0.1 apart."""
+"""For Adam, on tables scaled to [-1, 1], where neighbours among 16 entries are about 0.1 apart."""
 
 HIGHEST = jax.lax.Precision.HIGHEST
 
@@ -29,20 +29,20 @@ def train_tables(
     steps: int,
     entries: slice = slice(None),
 ) -> jax.Array:
-    """Tables of lower or equal error for each row: |sample (w - w^)^T|^2 by Adam, w^ the nearest codes' values.
+    """Lowers the error |sample (w - w^)^T|^2 of each row by Adam; w^ are the values of the nearest codes.
 
-    The codes are chosen anew at each step and the gradient passes to the chosen entries alone. The learning rate decays
-    to zero over `steps` (cosine); the best table seen, rounded to its dtype, is kept.
+    The codes are chosen again at each step, and the gradient passes to the chosen entries alone. The learning rate
+    decays to zero over `steps` (cosine). The best table seen, rounded to its dtype, is kept, so no error rises.
 
     Args:
       w: float32 [R, K].
       start: tables [R, entries] in the dtype to be stored, ascending.
-      scales, offsets: stored ones [R, ceil(K/G)], offsets may be None; they stay.
+      scales, offsets: [R, ceil(K/G)] in stored dtypes, offsets may be None; they stay as they are.
       group_size: G.
-      importance: float32 [K]; where there is no sample the error is sum_k importance_k (w_k - w^_k)^2.
+      importance: float32 [K]; without a sample the error is sum_k importance_k (w_k - w^_k)^2.
       sample: inputs of the layer, float32 [S, K], or None.
-      steps: of Adam.
-      entries: those of a table that may change.
+      steps: the number of Adam's steps.
+      entries: the table entries that may change.
 
     Returns:
       [R, entries] in the dtype of `start`, ascending.
@@ -50,7 +50,7 @@ def train_tables(
     k, dtype = w.shape[1], start.dtype
     u = scaling.normalize(w, scales, offsets, group_size)
     s = scaling.expand(scaling.scale_values(scales), group_size, k)
-    # Rows and inputs are brought to a size of one, so that Adam's epsilon is small beside every gradient.
+    # Rows and inputs are scaled to a size of one, so that Adam's epsilon is small compared to every gradient.
     peak = jnp.abs(s).max(axis=1, keepdims=True)
     s = s / jnp.where(peak == 0, 1.0, peak)
     seen = jnp.sqrt(importance)[None] if sample is None else sample

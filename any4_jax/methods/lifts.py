@@ -1,4 +1,4 @@
-"""Methods lifted to a wider scope: of one matrix to a site, of a matrix or a site to a block."""
+"""Lifts of a method to a wider scope: from a matrix to a site, from a matrix or a site to a block."""
 
 import dataclasses
 from typing import Any, ClassVar, Literal
@@ -21,7 +21,7 @@ Order = Literal["at_once", "by_site"]
 
 @dataclasses.dataclass(frozen=True)
 class _Lifted:
-    """A method that stands for another."""
+    """What lifted methods take from the method that they lift."""
 
     inner: AnyMethod
 
@@ -41,6 +41,11 @@ class _Lifted:
         self.inner.check(gathered)
 
 
+def unlifted(method: AnyMethod) -> AnyMethod:
+    """The method that a lifted one lifts; any other is itself."""
+    return unlifted(method.inner) if isinstance(method, _Lifted) else method
+
+
 @dataclasses.dataclass(frozen=True)
 class _OnSite(_Lifted):
     scope: ClassVar[Literal["site"]] = "site"
@@ -57,11 +62,11 @@ def on_site(method: Method) -> SiteMethod:
 
 @dataclasses.dataclass(frozen=True)
 class OnBlock:
-    """The block method that quantizes each of a block's linears by the method that it is assigned.
+    """The block method that quantizes each linear of a block by the method assigned to it.
 
     Attributes:
-      order: "at_once": statistics of all sites are gathered in one run of the block as it came; "by_site": those of a
-        site with the sites before it quantized already, as published GPTQ and any4 do.
+      order: with "at_once", one run of the unchanged block gathers the statistics of all sites. With "by_site", those
+        of a site are gathered after the sites before it are quantized, as published GPTQ and any4 do.
     """
 
     order: Order
@@ -82,7 +87,7 @@ class OnBlock:
 
 
 def needs_of(block: Block, site) -> tuple[Statistic, ...]:
-    """All statistics of a site's input that the methods assigned to its linears use, each once."""
+    """The statistics that the methods assigned to a site's linears need of its input, each once."""
     methods = [block.assigned[path] for path in site.linears if path in block.assigned]
     return tuple(dict.fromkeys(statistic for method in methods for statistic in method.needs))
 
@@ -98,11 +103,14 @@ class _OnBlock(_Lifted):
 
 
 def on_block(method: Method | SiteMethod, order: Order | None = None) -> BlockMethod:
-    """The block method that quantizes all linears that it is assigned by `method`; see `OnBlock` for the order. None is
-    "by_site" where the method is sequential.
+    """The block method that quantizes all linears assigned to it by `method`.
+
+    Args:
+      method: a method of one matrix or of a site.
+      order: see `OnBlock`; None means "by_site" if the method is sequential, else "at_once".
 
     Raises:
-      ValueError: a method of a block.
+      ValueError: `method` is a block's method already.
     """
     if scope_of(method) == "block":
         raise ValueError(f"got {method.name}, which is a block's method already; use it as it is")

@@ -1,4 +1,4 @@
-"""Many matrices, each with its own method: work shared among threads, and kept for a run that starts again."""
+"""Quantizing many matrices, each by its own method: work is shared among threads, and kept for a run that restarts."""
 
 import dataclasses
 import hashlib
@@ -23,10 +23,10 @@ class Matrix:
     """The weight of a linear.
 
     Attributes:
-      array: [*L, K, N] where `transposed`, as Flax keeps kernels, else [*L, N, K]; L are blocks stacked for a scan, or
+      array: [*L, K, N] if `transposed`, as Flax keeps kernels, else [*L, N, K]; L are blocks stacked for a scan, or
         experts.
       transposed: see `array`.
-      by_name: whether it is quantized only where a rule of the caller's names it: it is no linear's.
+      by_name: whether only a rule of the caller that names it has it quantized, as it belongs to no linear.
     """
 
     array: jax.Array
@@ -42,12 +42,12 @@ class Matrix:
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """A matrix to be quantized.
+    """A matrix to quantize.
 
     Attributes:
-      matrix, method: what, and how.
+      matrix, method: what to quantize, and how.
       gathered: statistics of its input, or None.
-      key: what the result follows from; see `job_key`.
+      key: digest of all that determines the result, see `job_key`; "" where results are not kept.
     """
 
     matrix: Matrix
@@ -57,10 +57,10 @@ class Job:
 
 
 class Finished(Protocol):
-    """Where results are kept, for a run that starts again; called by several threads at once."""
+    """Where results are kept for a run that restarts. Several threads call it at once."""
 
     def get(self, path: str, key: str) -> Result | None:
-        """The result at `path`, where it was put under the same key."""
+        """The result at `path`, if it was put there under the same key; else None."""
         ...
 
     def put(self, path: str, key: str, result: Result) -> None:
@@ -72,7 +72,10 @@ def quantize_matrix(matrix: Matrix, method: Method, gathered: Gathered | None, p
     """The operator [*L, N, K] of one linear, and the method's notes.
 
     The matrices of a stack are quantized one by one: experts with the statistics of their own tokens, blocks all with
-    the same. A note that differs among them is the tuple of all.
+    the same statistics. Where a note differs among them, it becomes the tuple of all their values.
+
+    Raises:
+      ValueError, TypeError: as in `quantize`.
     """
     array = matrix.array
     if array.ndim <= 2:
@@ -93,7 +96,7 @@ def quantize_matrix(matrix: Matrix, method: Method, gathered: Gathered | None, p
 
 
 def plain_note(note: Any) -> Any:
-    """A note, traced once or read from JSON, as Python's own number, string, bool or tuple of these."""
+    """A note, traced once or read from JSON, as a plain Python number, string, bool or tuple of these."""
     if isinstance(note, jax.Array | np.ndarray | np.generic):
         note = np.asarray(note).tolist()
     return tuple(map(plain_note, note)) if isinstance(note, tuple | list) else note
@@ -104,11 +107,15 @@ def quantize_matrices(
 ) -> dict[str, Result]:
     """The results of all jobs, by path.
 
-    Two matrices at a time on a CPU, where a solver's serial parts leave a core idle; one at a time elsewhere.
+    Two matrices at a time on a CPU, where the serial parts of a solver leave a core idle; one at a time elsewhere.
 
     Args:
+      jobs: the matrices to quantize, by path.
       count: called with a path as soon as its result is there.
       finished: where results are kept, under the jobs' keys.
+
+    Raises:
+      ValueError, TypeError: as in `quantize`.
     """
     done: dict[str, Result] = {}
 
@@ -129,8 +136,8 @@ def quantize_matrices(
 
 
 def _one_of_each_first(jobs: Mapping[str, Job]) -> tuple[list[str], list[str]]:
-    """A matrix for each program that will be compiled, then the others: two threads that meet the same program before
-    it is compiled would both compile it."""
+    """One matrix for each program that has to be compiled, then the others. Two threads that need the same program
+    before it is compiled would both compile it."""
     programs: dict[tuple, str] = {}
     for path, job in jobs.items():
         array = job.matrix.array
@@ -140,8 +147,8 @@ def _one_of_each_first(jobs: Mapping[str, Job]) -> tuple[list[str], list[str]]:
 
 
 def job_key(matrix: Matrix, method: AnyMethod, gathered: Gathered | None) -> str:
-    """What a result follows from where statistics are given: the hex sha256 of the weight and the statistics (dtypes,
-    shapes and bytes) and of the method's name and fields."""
+    """The key of a result where statistics are given: the hex sha256 of all that determines it. That is the weight and
+    the statistics (dtypes, shapes and bytes), and the method's name and fields."""
     digest = hashlib.sha256(repr((method.name, method, matrix.transposed)).encode())
     digest.update(repr(None if gathered is None else tuple(gathered)).encode())
     digest_arrays(digest, (matrix.array, gathered))
@@ -149,14 +156,14 @@ def job_key(matrix: Matrix, method: AnyMethod, gathered: Gathered | None) -> str
 
 
 def find_finished(keys: Mapping[str, str], finished: Finished) -> dict[str, Result]:
-    """What is kept under these keys, by path."""
+    """The results that are kept under these keys, by path."""
     with ThreadPoolExecutor(2) as pool:
         found = zip(keys, pool.map(finished.get, keys, keys.values()), strict=True)
         return {path: result for path, result in found if result is not None}
 
 
 def digest_arrays(digest: Any, tree: Any) -> None:
-    """Adds dtypes, shapes and bytes of a tree's arrays to a hashlib digest."""
+    """Adds the dtypes, shapes and bytes of a tree's arrays to a hashlib digest."""
     for leaf in jax.tree.leaves(tree):
         host = np.asarray(leaf, order="C")
         digest.update(repr((str(host.dtype), host.shape)).encode())

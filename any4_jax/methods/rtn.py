@@ -1,4 +1,4 @@
-"""Round to nearest: fixed tables, group scales from the weights alone."""
+"""Round to nearest: fixed tables, and group scales from the weights alone."""
 
 import dataclasses
 from typing import ClassVar, Literal
@@ -13,10 +13,10 @@ from any4_jax.statistics import Gathered, Statistic
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RoundToNearest:
-    """What the fixed-table methods share: scale each group, take the nearest level. Statistics are not used.
+    """What the fixed-table methods share: scale each group and take the nearest level. Statistics are not used.
 
     Attributes:
-      group_size: G; larger than K means the row.
+      group_size: G; larger than K means the whole row.
       scale_dtype: stored dtype of scales and offsets.
       table_dtype: stored dtype of the table.
     """
@@ -57,9 +57,9 @@ class Int(RoundToNearest):
 
     Attributes:
       bits: width of a code.
-      symmetric: scale by max|w|, no offset.
-      zero_point: "float": the group's minimum is a level (any4's int4). "integer": zero is a level, as GPTQ, AWQ and
-        most kernels have it. Ignored where symmetric.
+      symmetric: scale by max|w|, without an offset.
+      zero_point: with "float", the group's minimum is a level (any4's int4); with "integer", zero is a level, as in
+        GPTQ, AWQ and most kernels. Ignored if `symmetric`.
     """
 
     name: ClassVar[str] = "int"
@@ -118,10 +118,10 @@ class MX4(RoundToNearest):
     """MXFP4 (OCP Microscaling Formats v1.0): e2m1 elements under a power-of-two scale of 8 bits.
 
     Attributes:
-      scale: "round" rounds the group's max|w| before taking its exponent (as any4's reference), "ocp" takes the
-        specification's floor.
-      group_size: G; the specification's blocks have 32.
-      scale_dtype: "uint8", the exponents of OCP's e8m0; no other is possible.
+      scale: "round" rounds the group's max|w| before it takes the exponent, as any4's reference does; "ocp" takes the
+        floor, as the specification does.
+      group_size: G; the specification's blocks have 32 weights.
+      scale_dtype: "uint8", for the exponents of OCP's e8m0; nothing else is allowed.
     """
 
     name: ClassVar[str] = "mx4"

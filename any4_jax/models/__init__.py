@@ -1,4 +1,4 @@
-"""Models: decoders of the families that are registered, and how to load one."""
+"""Models: the decoders of registered families, and how to load one."""
 
 from any4_jax.models.base import Decoder, Site, Tap
 from any4_jax.models.config import LlamaConfig, RopeScaling

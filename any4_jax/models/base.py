@@ -1,4 +1,4 @@
-"""What every decoder-only language model of this library is: blocks between an embedding and a head.
+"""The base of every decoder-only language model in this library: blocks between an embedding and a head.
 
 Letters: B rows, T tokens, E hidden size (the embedding), V vocabulary, K inputs of a linear, X experts.
 """
@@ -18,14 +18,14 @@ from jax.typing import DTypeLike
 from any4_jax.kv_cache import Cache, CacheFactory, DenseCache
 
 PRECISION = "highest"
-"""Of float32 products. A GPU's default, TF32, keeps 10 bits: logits are then off by 1e-3 of their scale. Products of
-bfloat16 and float16 are the same either way."""
+"""The precision of float32 products. A GPU's default, TF32, keeps 10 bits, and logits are then off by 1e-3 of their
+scale. It doesn't affect products in bfloat16 and float16."""
 
 
 class Tap(Protocol):
-    """What a block calls with the input of each of its sites, traced values under jit.
+    """A function that a block calls with the input of each of its sites; under jit the inputs are traced.
 
-    A block may tap under names that no `Site` has; who listens passes over those it doesn't know.
+    A block may tap under names that no `Site` has; a tap ignores the names that it doesn't know.
     """
 
     def __call__(self, name: str, x: jax.Array, routed: jax.Array | None = None, /) -> None:
@@ -34,30 +34,30 @@ class Tap(Protocol):
         Args:
             name: of the site.
             x: the input [B, T, K].
-            routed: bool [X, B, T], the tokens that reach each expert, where the site's linears are stacks of experts.
+            routed: bool [X, B, T], the tokens that reach each expert, if the site's linears are stacks of experts.
         """
         ...
 
 
 def no_tap(name: str, x: jax.Array, routed: jax.Array | None = None, /) -> None:
-    """The tap that looks at nothing."""
+    """The tap that does nothing."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Site:
     """Linears that read the same input.
 
-    Channels of `after`'s output are the site's input channels, so that a factor per channel may move from one to the
-    other (see `any4_jax.models.fold`). They come in runs of `width`, and the input has each run `repeat` times: in
-    grouped-query attention the channels of a key/value head reach the output projection once for each of its query
-    heads.
+    The output channels of the layer `after` are the site's input channels, so a factor per channel can move from one
+    to the other (see `any4_jax.models.fold`). They come in runs of `width` channels, and the input repeats each run
+    `repeat` times: in grouped-query attention, the channels of a key/value head reach the output projection once for
+    each of its query heads.
 
     Attributes:
         name: what taps are called with.
-        linears: paths within the block; of the head, within the decoder.
-        after: path of the norm or linear that makes the input, whose output nothing else reads; None where there is no
-            such layer.
-        repeat: how often the input has each run of `after`'s channels.
+        linears: paths within the block; for the head, within the decoder.
+        after: path of the norm or linear that produces the input and whose output nothing else reads; None if there is
+            no such layer.
+        repeat: how many times the input has each run of `after`'s channels.
         width: channels in a run.
     """
 
@@ -69,7 +69,7 @@ class Site:
 
 
 class DecoderConfig(Protocol):
-    """What of a model's config is read outside of its own file; configs are frozen dataclasses, hashable."""
+    """The fields of a model's config that other files read; configs are frozen, hashable dataclasses."""
 
     @property
     def vocab_size(self) -> int: ...
@@ -86,13 +86,13 @@ class DecoderConfig(Protocol):
 class Decoder(nnx.Module):
     """A decoder-only language model: int32 tokens [B, T] -> float32 logits [B, T, V].
 
-    A family's class says how tokens are embedded, what its blocks are and what the head does; the caches, the loop
-    over the blocks and the call are the same for all. Its `__init__` takes what this one takes and `rngs`. Linears are
-    `nnx.Linear` with kernels [in, out], embeddings `nnx.Embed`; surgery may put any module with the same call in their
-    place.
+    The class of a family says how tokens are embedded, what its blocks are and what the head does; the caches, the
+    loop over the blocks and `__call__` are shared. Its `__init__` takes the arguments of this one, and `rngs`. Linears
+    are `nnx.Linear` with kernels [in, out], embeddings are `nnx.Embed`; surgery may replace either by any module that
+    is called in the same way.
 
     Attributes:
-        config: the shape, static.
+        config: the config of its family; static.
         dtype: of activations, and of the cache unless another is asked for.
         tokenizer: a hashable tokenizer, or None; static.
         recipe: how it was quantized (any4_jax.surgery.Recipe), or None; static.
@@ -102,7 +102,7 @@ class Decoder(nnx.Module):
     layers: Any
 
     def __init__(self, config: Any, *, dtype: DTypeLike = jnp.float32) -> None:
-        """Sets what all families have."""
+        """Sets the attributes that all families have, except `layers`."""
         self.config = config
         self.dtype = jnp.dtype(dtype)
         self.tokenizer: Any = None
@@ -110,7 +110,7 @@ class Decoder(nnx.Module):
 
     @property
     def blocks(self) -> Sequence[nnx.Module]:
-        """The blocks, first to last. A family that keeps them elsewhere overrides this and `block_path`."""
+        """The blocks, from first to last. A family that keeps them elsewhere overrides this and `block_path`."""
         return self.layers
 
     def block_path(self, index: int) -> str:
@@ -128,16 +128,16 @@ class Decoder(nnx.Module):
 
     @abc.abstractmethod
     def embed(self, tokens: jax.Array, positions: jax.Array) -> jax.Array:
-        """What enters the first block: tokens and positions int32 [B, T] -> [B, T, E].
+        """The input of the first block: tokens and positions int32 [B, T] -> [B, T, E].
 
-        Positions of padding are negative; what comes out there has to be finite.
+        Positions of padding are negative; the output there must be finite.
         """
 
     @staticmethod
     def block(
         graphdef: Any, state: Any, x: jax.Array, cache: Cache, positions: jax.Array, tap: Tap | None = None
     ) -> tuple[jax.Array, Cache]:
-        """A block as a pure function of `nnx.split(block)`; under jit the graphdef is static.
+        """Runs a block as a pure function of `nnx.split(block)`; under jit the graphdef is static.
 
         Args:
             graphdef, state: of the block.
@@ -147,13 +147,13 @@ class Decoder(nnx.Module):
             tap: called with the input of each of the block's sites.
 
         Returns:
-            The output [B, T, E] and the cache with these tokens.
+            The output [B, T, E], and the cache with these tokens added.
         """
         return nnx.merge(graphdef, state)(x, cache, positions, tap)
 
     @abc.abstractmethod
     def head_input(self, x: jax.Array) -> jax.Array:
-        """What enters the head: the last block's output [B, T, E] -> [B, T, E]. Most families normalize it."""
+        """The input of the head: the last block's output [B, T, E] -> [B, T, E]. Most families normalize it."""
 
     @abc.abstractmethod
     def head(self, x: jax.Array) -> jax.Array:
@@ -168,16 +168,24 @@ class Decoder(nnx.Module):
         dtype: DTypeLike | None = None,
         cache: CacheFactory = DenseCache,
     ) -> list[Cache]:
-        """An empty cache of `length` slots for each block; start int32 [B] (None: no padding)."""
+        """An empty cache for each block.
+
+        Args:
+            batch: B.
+            length: the number of slots.
+            start: int32 [B], the first slot of each row that holds no padding; None means no padding.
+            dtype: of keys and values; None means the model's.
+            cache: creates the caches.
+        """
         start = jnp.zeros((batch,), jnp.int32) if start is None else start
         dtype = self.dtype if dtype is None else dtype
         heads, size = self.config.num_key_value_heads, self.config.head_dim
         return [cache.create(index, batch, length, heads, size, start, dtype) for index in range(len(self.blocks))]
 
     def decode(self, tokens: jax.Array, caches: list[Cache], positions: jax.Array) -> tuple[jax.Array, list[Cache]]:
-        """All blocks, for use inside jit: tokens and positions int32 [B, T] -> ([B, T, E], the new caches).
+        """Runs all blocks, inside jit: tokens and positions int32 [B, T] -> ([B, T, E], the new caches).
 
-        What comes out has not gone through `head`, which a caller may want for the last token only.
+        It doesn't apply `head`, which a caller may want for the last token only.
         """
         run = _jitted(type(self).block)
         x, grown = self.embed(tokens, positions), []
@@ -187,10 +195,10 @@ class Decoder(nnx.Module):
         return x, grown
 
     def __call__(self, tokens: jax.Array | np.ndarray) -> jax.Array:
-        """int32 tokens [B, T], rows without padding -> float32 logits [B, T, V]; one jitted program a shape.
+        """Integer tokens [B, T], rows without padding -> float32 logits [B, T, V]; compiled once for each shape.
 
         Raises:
-            TypeError: tokens are no integers.
+            TypeError: tokens are not integers.
             ValueError: tokens are not [B, T] with T > 0.
         """
         tokens = tokens if isinstance(tokens, jax.Array) else np.asarray(tokens)
@@ -203,7 +211,7 @@ class Decoder(nnx.Module):
 
 @functools.cache
 def _jitted(block: Callable[..., tuple[jax.Array, Cache]]) -> Callable[..., tuple[jax.Array, Cache]]:
-    """A family's block under jit: inside a larger jit it is traced once for all blocks of one structure."""
+    """The jitted block of a family: inside a larger jit it is traced once for all blocks of one structure."""
     return jax.jit(block, static_argnums=0)
 
 

@@ -1,4 +1,4 @@
-"""The shape of a Llama-family model, in the words of its Hugging Face `config.json`."""
+"""The config of a Llama-family model, with the names of Hugging Face's `config.json`."""
 
 import dataclasses
 
@@ -7,8 +7,8 @@ import dataclasses
 class RopeScaling:
     """Llama 3.1's frequency scaling (`rope_type: "llama3"`).
 
-    Wavelengths longer than `original_max_position_embeddings / low_freq_factor` are stretched by `factor`,
-    those shorter than `original_max_position_embeddings / high_freq_factor` are kept, those between are blended.
+    Wavelengths longer than `original_max_position_embeddings / low_freq_factor` are stretched by `factor`, those
+    shorter than `original_max_position_embeddings / high_freq_factor` are kept, and those in between are blended.
     """
 
     factor: float
@@ -19,7 +19,7 @@ class RopeScaling:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LlamaConfig:
-    """Every number that the Llama family's forward pass depends on; hashable, so it may be static under jit."""
+    """Every number that the Llama family's forward pass depends on; hashable, so it can be static under jit."""
 
     vocab_size: int
     hidden_size: int

@@ -1,4 +1,4 @@
-"""Move dequantized weights off the grid that they were stored on, without changing what the model computes."""
+"""Moves dequantized weights off the grid on which they were stored, without changing what the model computes."""
 
 import numpy as np
 from flax import nnx
@@ -8,15 +8,15 @@ from any4_jax.models.fold import fold, inputs_of, is_foldable, module_at, repeat
 
 
 def degrid(model: Decoder, *, scale_range: float = 1.2, seed: int = 0) -> Decoder:
-    """Random factors per channel, folded into neighbouring layers so that they cancel.
+    """Scales each channel by a random factor, which is folded into two neighbouring layers so that it cancels.
 
-    Why: weights that were dequantized from a 4-bit file already lie on a 4-bit grid. Any 4-bit method reproduces them
+    Why: weights that were dequantized from a 4-bit file already lie on a 4-bit grid. A 4-bit method can reproduce them
     without error, so a comparison of methods on them would prove nothing.
 
-    Factors are drawn log-uniformly from [1 / scale_range, scale_range], in every block one for each output channel of
-    the layer before a site: first for the sites that follow a norm, whose scale is divided and whose linears are
-    multiplied by them, then for the sites that follow a linear, whose rows (and bias) are multiplied and whose linears
-    are divided. Recorded figures depend on this order.
+    The factors are log-uniform in [1 / scale_range, scale_range], one for each output channel of the layer before a
+    site. In every block, the sites that follow a norm come first: the norm's scale is divided by the factors, and the
+    site's linears are multiplied. Then come the sites that follow a linear: its rows (and bias) are multiplied, and
+    the site's linears are divided. Recorded figures depend on this order.
 
     Args:
         model: a float model; stays as it is.
@@ -24,13 +24,13 @@ def degrid(model: Decoder, *, scale_range: float = 1.2, seed: int = 0) -> Decode
         seed: of the factors; one seed gives the same factors on every machine.
 
     Returns:
-        A new model of the same function: to rounding in float32, while 16-bit weights are rounded once more.
+        A new model that computes the same function: up to rounding in float32; 16-bit weights are rounded once more.
 
     Raises:
         ValueError: scale_range is not above 1, or the model is quantized.
     """
     if not scale_range > 1:
-        raise ValueError(f"scale_range={scale_range} would draw no factors; pass one above 1, such as 1.2")
+        raise ValueError(f"got scale_range={scale_range}, and a number above 1 is needed; pass one, such as 1.2")
     rng = np.random.default_rng(seed)
     limit = np.log(scale_range)
     new = nnx.clone(model)

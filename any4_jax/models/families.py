@@ -1,6 +1,6 @@
-"""The families of decoders, by name: where loading, checkpoints and generation find all that depends on the model.
+"""The families of decoders by name: loading, checkpoints and generation find here all that depends on the model.
 
-To add a family, `register` its row: here, or from any package before the first use.
+To add a family, `register` its row, either here or in any package before its first use.
 """
 
 from collections.abc import Mapping
@@ -23,21 +23,23 @@ __all__ = [
 ]
 
 WITHOUT_FAMILY = ("hf_flax", "nnx", "linen", "tree")
-"""What checkpoints say in the place of a family for models that are no decoders of this library."""
+"""What checkpoints say in place of a family for a model that is not a decoder of this library."""
 
 FAMILIES: dict[str, Family] = {}
 """Name -> family; `register` adds to it."""
 
 
 def register(family: Family) -> Family:
-    """Makes a family known.
+    """Adds a family to FAMILIES, and returns it.
 
     Raises:
-        ValueError: its name, module, config, an architecture or a model type is another family's, or its name is one
-            of WITHOUT_FAMILY.
+        ValueError: another family has its name, module, config, or one of its architectures or model types; or its
+            name is one of WITHOUT_FAMILY.
     """
     if family.name in WITHOUT_FAMILY:
-        raise ValueError(f"got family name {family.name!r}, which checkpoints use for models of none; take another")
+        raise ValueError(
+            f"got family name {family.name!r}, which checkpoints use for models without a family; choose another"
+        )
     for other in FAMILIES.values():
         for field in ("name", "module", "config"):
             if getattr(other, field) == getattr(family, field):
@@ -54,13 +56,16 @@ def register(family: Family) -> Family:
 
 
 def named(name: str) -> Family:
-    """The family of a name.
+    """The family with this name.
 
     Raises:
-        ValueError: there is none.
+        ValueError: no family has it.
     """
     if name not in FAMILIES:
-        raise ValueError(f"got family {name!r}, known are {', '.join(FAMILIES)}; register it, or upgrade any4_jax")
+        raise ValueError(
+            f"got family {name!r}, and the registered families are {', '.join(FAMILIES)}; register it, or upgrade "
+            "any4_jax"
+        )
     return FAMILIES[name]
 
 
@@ -68,16 +73,16 @@ def family_of(model: Any) -> Family:
     """The family that a model belongs to.
 
     Raises:
-        TypeError: no family has exactly this class. A subclass is refused too: it may compute something else than its
-            base, as which it would be saved.
+        TypeError: no family has exactly this class. A subclass is refused too: it would be saved as its base, and may
+            compute something else.
     """
     for family in FAMILIES.values():
         if type(model) is family.module:
             return family
     known = ", ".join(family.module.__name__ for family in FAMILIES.values())
     raise TypeError(
-        f"got a {type(model).__name__}, which is the class of no family (known are {known}); register a family for it "
-        "with any4_jax.models.register"
+        f"got a {type(model).__name__}, which belongs to no family (the families have {known}); register a family for "
+        "it with any4_jax.models.register"
     )
 
 
@@ -85,7 +90,7 @@ def family_of_config(config: Any) -> Family:
     """The family that a config belongs to.
 
     Raises:
-        TypeError: no family has exactly this class of configs.
+        TypeError: no family has exactly this class of config.
     """
     for family in FAMILIES.values():
         if type(config) is family.config:
@@ -98,7 +103,7 @@ def by_architecture(config: Mapping[str, Any]) -> Family:
     """The family of a config.json of Hugging Face.
 
     Raises:
-        ValueError: none has its architecture or, where it names none, its model_type.
+        ValueError: no family has its architecture or, if it names none, its model_type.
     """
     names, kind = config.get("architectures"), config.get("model_type")
     for family in FAMILIES.values():
@@ -106,11 +111,11 @@ def by_architecture(config: Mapping[str, Any]) -> Family:
             return family
     if names:
         known = ", ".join(name for family in FAMILIES.values() for name in family.architectures)
-        raise ValueError(f"architecture {', '.join(names)} is not supported, only {known}; convert the model")
+        raise ValueError(f"architecture {', '.join(names)} is not supported (supported: {known}); convert the model")
     known = ", ".join(repr(name) for family in FAMILIES.values() for name in family.model_types)
     raise ValueError(
-        f"config.json names no architecture and model_type {kind!r}, which is not supported, only {known}; take the "
-        "config.json of another model"
+        f"config.json names no architecture, and its model_type {kind!r} is not supported (supported: {known}); take "
+        "the config.json of another model"
     )
 
 
@@ -118,13 +123,13 @@ def by_gguf(architecture: Any) -> tuple[Family, GGUF]:
     """The family of a GGUF file's "general.architecture", and its GGUF row.
 
     Raises:
-        ValueError: there is none.
+        ValueError: no family has this architecture.
     """
     for family in FAMILIES.values():
         if family.gguf is not None and family.gguf.architecture == architecture:
             return family, family.gguf
     known = ", ".join(repr(name) for family in FAMILIES.values() for name in _gguf_names(family))
-    raise ValueError(f"architecture {architecture!r} is not supported, only {known}; convert the model")
+    raise ValueError(f"architecture {architecture!r} is not supported (supported: {known}); convert the model")
 
 
 def _hf_names(family: Family) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""What a family of decoders is: the row of `any4_jax.models.families`."""
+"""`Family`, a row of `any4_jax.models.families`: what sets one kind of decoder apart."""
 
 import dataclasses
 import functools
@@ -16,12 +16,12 @@ from any4_jax.models.base import Decoder
 from any4_jax.models.gguf_file import GGUFFile
 
 Names = tuple[tuple[str, str], ...]
-"""Pairs of templates for the same tensors in two spellings. "{i}" stands for a number, any other word in braces for
-letters, digits and underscores; what it stands for is the same in both."""
+"""Pairs of templates that spell the names of the same tensors in two ways. "{i}" stands for a number, any other word in
+braces for letters, digits and underscores; a word stands for the same text in both templates of a pair."""
 
 
 def renamed(names: Names, name: str) -> str | None:
-    """The second spelling of a name in the first; None where no pair has it."""
+    """The second spelling of a name that is in the first spelling; None if no pair matches it."""
     for ours, theirs in names:
         if match := _pattern(ours).fullmatch(name):
             return theirs.format(**match.groupdict())
@@ -29,7 +29,7 @@ def renamed(names: Names, name: str) -> str | None:
 
 
 def matches(templates: Iterable[str], name: str) -> bool:
-    """Whether a name is one of those that the templates stand for."""
+    """Whether one of the templates matches a name."""
     return any(_pattern(template).fullmatch(name) for template in templates)
 
 
@@ -47,13 +47,13 @@ class GGUF:
     """How a family's GGUF files differ from its Hugging Face folders.
 
     Attributes:
-        architecture: what "general.architecture" says.
-        names: a GGUF name -> the Hugging Face name.
-        read_config: the file -> the config.
-        heads: (template of GGUF names, field of the config that is the number of heads) for the tensors whose rows are
-            in another order: the rotary embedding of a GGUF llama turns neighbouring channels (2i, 2i+1), that of
-            Hugging Face halves (i, i + D/2).
-        ignored: templates of names that are no weights.
+        architecture: the value of "general.architecture".
+        names: GGUF name -> Hugging Face name.
+        read_config: file -> config.
+        heads: (template of GGUF names, field of the config with the number of heads) for tensors whose rows are in
+            another order: the rotary embedding of a GGUF llama rotates neighbouring channels (2i, 2i+1), that of
+            Hugging Face rotates channels (i, i + D/2).
+        ignored: templates of names that are not weights.
     """
 
     architecture: str
@@ -63,11 +63,11 @@ class GGUF:
     ignored: tuple[str, ...] = ()
 
     def hf_name(self, name: str) -> str:
-        """The Hugging Face name of a tensor; a name that the family doesn't have comes back as it is."""
+        """The Hugging Face name of a tensor; a name that the family doesn't have is returned unchanged."""
         return renamed(self.names, name) or name
 
     def in_hf_order(self, name: str, array: np.ndarray, config: Any) -> np.ndarray:
-        """The tensor of a GGUF name with its rows in the order of Hugging Face."""
+        """The tensor of a GGUF name, with its rows in Hugging Face's order."""
         for template, field in self.heads:
             heads = getattr(config, field)
             if matches([template], name) and array.shape[0] % (2 * heads) == 0:
@@ -77,22 +77,22 @@ class GGUF:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Family:
-    """One kind of decoder: all that loading, saving and generation have to know of it.
+    """One kind of decoder: all that loading, saving and generation need to know about it.
 
     Attributes:
-        name: in checkpoints.
-        module: the decoder's class, of no other family.
-        config: the class of its config, of no other family: a frozen dataclass of plain values, tuples and further such
-            dataclasses; see `DecoderConfig` for the fields that it needs.
-        architectures, model_types: what config.json of Hugging Face calls it.
-        read_config: (config.json, generation_config.json or None) -> the config. Raises ValueError for what the family
-            doesn't compute.
-        names: the dotted path of a variable -> the Hugging Face name. Paths that end in "kernel" hold the transpose,
-            [in, out] for [out, in].
-        embedding, head: Hugging Face names; the dtype of the embedding is that of the model, and a stored head that
-            equals the embedding is left out where the model ties them.
-        ignored: templates of Hugging Face names that are no weights.
-        gguf: for families that GGUF files hold.
+        name: its name in checkpoints.
+        module: the class of the decoder; no other family has it.
+        config: the class of its config; no other family has it. A frozen dataclass of plain values, tuples and other
+            such dataclasses; `DecoderConfig` lists the fields that it needs.
+        architectures, model_types: its names in a Hugging Face config.json.
+        read_config: (config.json, generation_config.json or None) -> config. Raises ValueError for settings that the
+            family doesn't support.
+        names: dotted path of a variable -> Hugging Face name. A variable whose path ends in "kernel" is the transpose,
+            [in, out], of a stored tensor [out, in].
+        embedding, head: Hugging Face names. The stored dtype of the embedding is the model's; if the model ties the
+            two, a stored head that equals the embedding is ignored.
+        ignored: templates of Hugging Face names that are not weights.
+        gguf: how GGUF files hold this family; None if they don't.
     """
 
     name: str
@@ -108,15 +108,15 @@ class Family:
     gguf: GGUF | None = None
 
     def abstract(self, config: Any, dtype: DTypeLike) -> Decoder:
-        """The model of a config with a jax.ShapeDtypeStruct in the place of each array."""
+        """The model of a config, with a jax.ShapeDtypeStruct in place of each array."""
         make: Any = self.module
         return nnx.eval_shape(lambda: make(config, dtype=dtype, rngs=nnx.Rngs(0)))
 
     def hf_name(self, path: tuple[Any, ...]) -> str:
-        """The Hugging Face name of a variable's path.
+        """The Hugging Face name of the variable at a path.
 
         Raises:
-            ValueError: `names` has no such path.
+            ValueError: no template of `names` matches the path.
         """
         dotted = ".".join(map(str, path))
         name = renamed(self.names, dotted)
@@ -132,13 +132,13 @@ class Family:
         """The inverse of `config_to_json`.
 
         Raises:
-            KeyError, TypeError: `content` lacks a field, or has one that the config lacks.
+            KeyError, TypeError: `content` lacks a field, or has one that the config doesn't have.
         """
         return _from_json(self.config, content)
 
 
 def _from_json(cls: type, content: Mapping[str, Any]) -> Any:
-    """A dataclass of JSON values: lists become tuples, objects the dataclass of their field's type."""
+    """A dataclass from JSON values: a list becomes a tuple, an object the dataclass that is its field's type."""
     hints = typing.get_type_hints(cls)
 
     def value(name: str, given: Any) -> Any:
@@ -152,6 +152,6 @@ def _from_json(cls: type, content: Mapping[str, Any]) -> Any:
 
 
 def _dataclass_in(hint: Any) -> Any:
-    """The dataclass that a type, or one of a union, is."""
+    """The dataclass that a type is, or that a union contains."""
     options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     return next(option for option in options if dataclasses.is_dataclass(option))

@@ -1,10 +1,10 @@
 """FlaxLlamaForCausalLM of transformers 4, filled without torch and repaired.
 
-FlaxLlama as transformers 4.57 has it turns positions by frequencies of base 10000 whatever `rope_theta` and
-`rope_scaling` say, and has a head of its own even where `tie_word_embeddings` says there is none. In every attention
-layer it builds a causal mask of max_position_embeddings^2 bytes, 17 GB for the 131072 positions of Llama 3.1, and in
-every `generate` it initialises all weights again. `REPAIRS`, a head filled from the embedding and `with_params` fix
-the four without editing a class of transformers: only the module of a model made here is run differently.
+FlaxLlama in transformers 4.57 has four defects. It rotates positions by frequencies of base 10000 whatever `rope_theta`
+and `rope_scaling` say. It has a separate head even if `tie_word_embeddings` says that there is none. Every attention
+layer builds a causal mask of max_position_embeddings^2 bytes, 17 GB for the 131072 positions of Llama 3.1. Every
+`generate` initialises all weights again. `REPAIRS`, a head filled from the embedding, and `with_params` fix the four
+without editing any class of transformers: only the module of a model that is created here runs differently.
 """
 
 import copy
@@ -33,30 +33,30 @@ DEFAULT_THETA = 10000.0
 
 
 def load_hf_flax(source: str | Path, *, dtype: DTypeLike | None = None) -> Any:
-    """A FlaxLlamaForCausalLM of transformers 4 with our tokenizer in `.tokenizer` (None where the source has none).
+    """A FlaxLlamaForCausalLM of transformers 4 with our tokenizer in `.tokenizer` (None if the source has none).
 
-    Read by this library, tensor by tensor, without torch; no random weight is made. Its `config` and
-    `generation_config` are those of the source. It computes what torch's LlamaForCausalLM does: see `REPAIRS`; one
-    UserWarning names what of the config transformers would have ignored, and none comes where there is nothing.
+    This library reads it tensor by tensor, without torch and without creating random weights. Its `config` and
+    `generation_config` are those of the source. It computes what torch's LlamaForCausalLM computes (see `REPAIRS`); if
+    transformers would have ignored settings of the config, one UserWarning names them.
 
-    transformers' `generate` for Flax stops at one token id. Where a source names several in `eos_token_id`, as the
-    instruction models of Llama 3 do, it raises until it is given one: `hf.generate(..., eos_token_id=128009)`.
+    transformers' `generate` for Flax stops at a single token id. If a source names several in `eos_token_id`, as the
+    instruction models of Llama 3 do, it raises unless it is given one: `hf.generate(..., eos_token_id=128009)`.
 
     Args:
         source: whatever `any4_jax.models.load` takes.
         dtype: of all weights and activations; None keeps what is stored.
 
     Raises:
-        ImportError: transformers is absent, or of a version without Flax models.
-        FileNotFoundError, ConnectionError, ValueError: see `any4_jax.models.load`; also a ValueError for another
-            family than Llama, for biases in the MLPs and for heads of another width than hidden_size /
-            num_attention_heads, which FlaxLlama lacks.
+        ImportError: transformers is absent, or has no Flax models.
+        FileNotFoundError, ConnectionError, ValueError: see `any4_jax.models.load`. Also ValueError if the model is not
+            a Llama, or has what FlaxLlama lacks: biases in the MLPs, or heads whose width isn't hidden_size /
+            num_attention_heads.
     """
     flax_transformers()
     llama = load(source, dtype=dtype)
     if not isinstance(llama, Llama):
         raise ValueError(
-            f"{source} holds a {type(llama).__name__}, and FlaxLlama runs a Llama; use any4_jax.models.load"
+            f"{source} holds a {type(llama).__name__}, and FlaxLlama needs a Llama; use any4_jax.models.load"
         )
     config, generation = _configs(source, llama.config)
     abstract = abstract_flax_llama(config, llama.dtype)
@@ -75,23 +75,23 @@ def load_hf_flax(source: str | Path, *, dtype: DTypeLike | None = None) -> Any:
 
 
 def abstract_flax_llama(config: Mapping[str, Any], dtype: DTypeLike) -> Any:
-    """The repaired FlaxLlamaForCausalLM without weights, as `abstract_model` makes it.
+    """The repaired FlaxLlamaForCausalLM without weights, as `abstract_model` creates it.
 
     Args:
-        config: config.json's content or `hf.config.to_dict()`.
+        config: the content of config.json, or `hf.config.to_dict()`.
         dtype: of activations.
 
     Raises:
-        ImportError: transformers is absent, or of a version without Flax models.
+        ImportError: transformers is absent, or has no Flax models.
         ValueError: FlaxLlama can't compute this model, repaired or not.
     """
     shape = read_config(config)
     if shape.mlp_bias:
-        raise ValueError("FlaxLlama has no biases in its MLPs and the config says mlp_bias; use any4_jax.models.load")
+        raise ValueError("the config says mlp_bias, and FlaxLlama's MLPs have no biases; use any4_jax.models.load")
     if shape.head_dim * shape.num_attention_heads != shape.hidden_size:
         raise ValueError(
-            f"FlaxLlama's heads are {shape.hidden_size}/{shape.num_attention_heads} channels wide and the config says "
-            f"head_dim={shape.head_dim}; use any4_jax.models.load"
+            f"the config says head_dim={shape.head_dim}, and FlaxLlama's heads have {shape.hidden_size}/"
+            f"{shape.num_attention_heads} channels; use any4_jax.models.load"
         )
     return abstract_model(CLASS, config, dtype, *REPAIRS)
 
@@ -104,18 +104,18 @@ def is_repaired(hf: Any) -> bool:
 def rotary_embedding(
     next_fun: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext
 ) -> Any:
-    """Interceptor: positions turn by the rope_theta and rope_scaling of the config."""
+    """Interceptor: rotates positions by the rope_theta and rope_scaling of the config."""
     if not _is_method(context, "FlaxLlamaRotaryEmbedding", "setup", "__call__"):
         return next_fun(*args, **kwargs)
     if context.method_name == "setup":
-        return None  # A table of max_position_embeddings angles, which nobody reads.
+        return None  # It would build a table of max_position_embeddings angles, which nothing reads.
     key, query, positions = args
     rope = Rope.of(read_config(context.module.config.to_dict()))
     return rope.rotate(key, positions), rope.rotate(query, positions)
 
 
 def causal_mask(next_fun: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
-    """Interceptor: of the causal mask, the rows that are computed and the columns that are stored."""
+    """Interceptor: builds only the rows of the causal mask that are computed and the columns that are stored."""
     if not _is_method(context, "FlaxLlamaAttention", "setup", "__call__"):
         return next_fun(*args, **kwargs)
     module: Any = context.module
@@ -123,7 +123,7 @@ def causal_mask(next_fun: Callable[..., Any], args: Any, kwargs: Any, context: n
         config = module.config
         small = copy.copy(config)
         small.max_position_embeddings = 1
-        # Flax freezes modules, and its own __setattr__ would refuse.
+        # Flax freezes modules: the module's own __setattr__ would refuse.
         object.__setattr__(module, "config", small)
         try:
             return next_fun(*args, **kwargs)
@@ -134,13 +134,13 @@ def causal_mask(next_fun: Callable[..., Any], args: Any, kwargs: Any, context: n
         keys = module.get_variable("cache", "cached_key").shape[1]
         first = module.get_variable("cache", "cache_index")
     rows = first + jnp.arange(queries)
-    # The module slices its mask from row `first` on. A slice is moved back to fit, here to row 0.
+    # The module slices its mask from row `first` on. JAX moves a slice back until it fits, which here is row 0.
     object.__setattr__(module, "causal_mask", (jnp.arange(keys) <= rows[:, None])[None, None])
     return next_fun(*args, **kwargs)
 
 
 REPAIRS = (rotary_embedding, causal_mask)
-"""The interceptors that make FlaxLlama compute what its config says, in memory that its cache needs anyway."""
+"""The interceptors that make FlaxLlama compute what its config says, in the memory that its cache needs anyway."""
 
 
 def _is_method(context: nn.module.InterceptorContext, name: str, *methods: str) -> bool:
@@ -148,7 +148,7 @@ def _is_method(context: nn.module.InterceptorContext, name: str, *methods: str) 
 
 
 def _configs(source: str | Path, shape: LlamaConfig) -> tuple[dict[str, Any], Any]:
-    """config.json as a dict and, where there is a generation_config.json, transformers' GenerationConfig."""
+    """config.json as a dict, and transformers' GenerationConfig if there is a generation_config.json."""
     transformers = flax_transformers()
     path = Path(source).expanduser()
     if path.is_file() or (str(source) == "tiny" and not path.is_dir()):
@@ -162,7 +162,7 @@ def _configs(source: str | Path, shape: LlamaConfig) -> tuple[dict[str, Any], An
 
 
 def _config_of(shape: LlamaConfig) -> dict[str, Any]:
-    """Our config in the words of config.json."""
+    """Our config in the form of config.json."""
     config = dataclasses.asdict(shape)
     eos, scaling = list(config.pop("eos_token_ids")), config.pop("rope_scaling")
     config["model_type"] = "llama"
@@ -172,7 +172,7 @@ def _config_of(shape: LlamaConfig) -> dict[str, Any]:
 
 
 def _params(llama: Llama) -> dict[str, Any]:
-    """The arrays of a Llama where FlaxLlama looks for them, shared but for a tied head's."""
+    """The arrays of a Llama where FlaxLlama looks for them; all are shared except that of a tied head."""
     flat: dict[tuple[str, ...], jax.Array] = {}
     for path, variable in nnx.to_flat_state(nnx.state(llama)):
         names = tuple(map(str, path))
@@ -184,7 +184,7 @@ def _params(llama: Llama) -> dict[str, Any]:
 
 
 def _ignored(shape: LlamaConfig) -> list[str]:
-    """What of a config FlaxLlama, left alone, would compute as if it said something else."""
+    """The settings of a config that FlaxLlama without `REPAIRS` would ignore."""
     ignored = []
     if shape.rope_theta != DEFAULT_THETA:
         ignored.append(f"rope_theta={shape.rope_theta:g}")

@@ -1,8 +1,8 @@
-"""Factors per channel, moved from the input of a site into the layer before it: what a block computes stays the same.
+"""Moves a factor per channel from the input of a site into the layer before it; the block computes the same function.
 
-Where x = before(h) enters y = W x, a factor s on each channel of x cancels: s * before(h) enters W / s.
-`scale_channels` does the first half, `fold` does both. Products and quotients are computed in float32 and rounded once
-to the stored dtype, so a float32 block computes the same to rounding.
+If y = W x with x = before(h), a factor s on each channel of x cancels: y = (W / s) (s * before(h)).
+`scale_channels` scales `before`, `fold` also divides W. Products and quotients are computed in float32 and rounded once
+to the stored dtype, so a float32 block stays the same up to rounding.
 
 Letters: K inputs of a site, C outputs of the layer before it.
 """
@@ -25,10 +25,10 @@ Rescale = Callable[[jax.Array], jax.Array]
 
 @functools.singledispatch
 def scale_outputs(layer: Any, rescale: Rescale) -> None:
-    """Rescales the outputs of a layer, in place, through its arrays.
+    """Rescales the outputs of a layer by rescaling its arrays, in place.
 
-    Register the class of a layer that can be scaled: `@scale_outputs.register`. `scale_channels` leaves all others
-    alone, and the factor is left over.
+    `@scale_outputs.register` adds the class of a layer that can be scaled. `scale_channels` doesn't change a layer of
+    any other class, and returns the factor as the leftover.
 
     Raises:
         TypeError: no function is registered for the layer's class.
@@ -55,10 +55,10 @@ def _(layer: nnx.Linear, rescale: Rescale) -> None:
 
 
 def is_foldable(block: nnx.Module, site: Site) -> bool:
-    """Whether factors on the input of a site can be moved into the layer before it.
+    """Whether a factor on the input of a site can be moved into the layer before it.
 
-    They can't where there is none, where it is quantized, and where no `scale_outputs` is registered for it. (A norm of
-    flax without a scale can't hold one either.)
+    It can't if there is no such layer, if the layer is quantized, if no `scale_outputs` is registered for its class, or
+    if it is a norm of flax without a scale.
     """
     if site.after is None:
         return False
@@ -71,23 +71,24 @@ def is_foldable(block: nnx.Module, site: Site) -> bool:
 def scale_channels(
     block: nnx.Module, site: Site, factor: jax.Array | np.ndarray, *, inverse: bool = False
 ) -> tuple[nnx.Module, jax.Array | None]:
-    """Multiplies the input channels of a site, by scaling the outputs of the layer before it.
+    """Multiplies the input channels of a site by scaling the outputs of the layer before it.
 
-    What the block computes changes: the caller divides the site's linears, or has `fold` do it.
+    This changes what the block computes: the caller must divide the site's linears, or call `fold` instead.
 
     Args:
         block: stays as it is.
         site: of the block.
-        factor: [K], not zero.
+        factor: [K], nonzero.
         inverse: divide by the factor instead.
 
     Returns:
-        A block that shares all other arrays, and the leftover [K]: the part of the factor that could not be folded, 1
-        elsewhere, or None where all of it was. A channel whose repeats (see `Site`) have unequal factors is left over
-        whole. Under jit a site with repeats always has a leftover, since equality isn't known while tracing.
+        A new block that shares all other arrays, and the leftover [K]: the factor for the channels that could not be
+        folded, 1 for the others; None if all were folded. If the repeats of a channel (see `Site`) have unequal
+        factors, none of them is folded. Under jit a site with repeats always has a leftover, because equality isn't
+        known while tracing.
 
     Raises:
-        ValueError: the factor is not of shape [K].
+        ValueError: the factor doesn't have shape [K].
     """
     factor = _checked(block, site, factor)
     if not is_foldable(block, site):
@@ -101,16 +102,17 @@ def scale_channels(
 def fold(
     block: nnx.Module, site: Site, factor: jax.Array | np.ndarray, *, inverse: bool = False
 ) -> tuple[nnx.Module, jax.Array | None]:
-    """Multiplies the input channels of a site and divides its linears by the same: what the block computes stays.
+    """Multiplies the input channels of a site, and divides its linears by the same factor.
 
-    Args, returns: as for `scale_channels`; the linears are divided by what was folded, not by the leftover.
+    The block computes the same function. Arguments and results are those of `scale_channels`; the linears are divided
+    by the part of the factor that was folded, not by the leftover.
 
     Raises:
-        ValueError: the factor is not of shape [K], or a linear of the site is quantized.
+        ValueError: the factor doesn't have shape [K], or a linear of the site is quantized.
     """
     for path in site.linears:
         if not isinstance(linear := module_at(block, path), nnx.Linear):
-            raise ValueError(f"{path} is no nnx.Linear but {type(linear).__name__}; fold before quantizing")
+            raise ValueError(f"{path} is not an nnx.Linear but {type(linear).__name__}; fold before quantizing")
     factor = _checked(block, site, factor)
     new, leftover = scale_channels(block, site, factor, inverse=inverse)
     if new is block:
@@ -123,12 +125,12 @@ def fold(
 
 
 def repeated(site: Site, factor: np.ndarray) -> np.ndarray:
-    """A factor [C] on the outputs of the layer before a site as one on the site's input channels [K]."""
+    """Converts a factor [C] on the outputs of the layer before a site to a factor [K] on the site's inputs."""
     return np.repeat(factor.reshape(-1, site.width), site.repeat, axis=0).reshape(-1)
 
 
 def inputs_of(block: nnx.Module, site: Site) -> int:
-    """K, the number of the site's input channels."""
+    """K, the number of input channels of the site."""
     return module_at(block, site.linears[0]).in_features
 
 
@@ -147,7 +149,7 @@ def _checked(block: nnx.Module, site: Site, factor: jax.Array | np.ndarray) -> j
 
 
 def _split(site: Site, factor: jax.Array) -> tuple[jax.Array, jax.Array | None]:
-    """A factor [K] as one on the outputs [C] of the layer before the site, and what is left over of it."""
+    """Splits a factor [K] into one on the outputs [C] of the layer before the site, and the leftover [K] or None."""
     if site.repeat == 1:
         return factor, None
     runs = factor.reshape(-1, site.repeat, site.width)
@@ -161,7 +163,7 @@ def _split(site: Site, factor: jax.Array) -> tuple[jax.Array, jax.Array | None]:
 @functools.partial(jax.jit, static_argnames="divide")
 def _rescaled(array: jax.Array, factor: jax.Array, divide: bool) -> jax.Array:
     wide = array.astype(jnp.float32)
-    # A barrier, or XLA multiplies by the reciprocal of what is broadcast, which rounds twice.
+    # Without a barrier XLA multiplies by the reciprocal of the broadcast factor, which rounds twice.
     factor = jax.lax.optimization_barrier(jnp.broadcast_to(factor, wide.shape))
     return (wide / factor if divide else wide * factor).astype(array.dtype)
 

@@ -1,7 +1,7 @@
-"""The GGUF container: metadata and tensors of one file, without knowledge of any model.
+"""The GGUF container: the metadata and tensors of one file. Nothing here depends on the model.
 
-Layout as the GGUF specification (ggml, docs/gguf.md) has it, versions 2 and 3, little-endian: magic, version,
-counts, key-value pairs, tensor infos, then the tensors' bytes at multiples of the alignment.
+The layout is that of the GGUF specification (ggml, docs/gguf.md), versions 2 and 3, little-endian: magic, version,
+counts, key-value pairs, tensor infos, then the bytes of each tensor at multiples of the alignment.
 """
 
 import math
@@ -17,7 +17,7 @@ _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
 _SCALARS = dict(zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "BbHhIif?Qqd", strict=True))
 _STRING, _ARRAY = 8, 9
-# Stored as they are used; the rest goes through the gguf package.
+# Types that are stored as they are used; the gguf package decodes the others.
 _PLAIN = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(jnp.bfloat16)}
 _QUANTIZED = ("Q8_0", "Q4_0", "Q4_1")
 
@@ -29,15 +29,15 @@ class _Info(NamedTuple):
 
 
 class GGUFFile(Mapping[str, np.ndarray]):
-    """Name -> array under the file's own names; a tensor is read and dequantized at each access.
+    """Name -> array, under the file's own names; each access reads and dequantizes the tensor.
 
-    F32, F16 and BF16 come as they are; Q8_0, Q4_0 and Q4_1 come as float32. Shapes are row-major:
-    linears [N, K]. The `gguf` package's own reader makes several objects for each token of the vocabulary,
-    which takes seconds and more memory than a small model; this one keeps lists of plain values.
+    F32, F16 and BF16 keep their dtype; Q8_0, Q4_0 and Q4_1 become float32. Shapes are row-major: linears are [N, K].
+    The reader in the `gguf` package creates several objects for each token of the vocabulary, which takes seconds and
+    more memory than a small model; this one keeps lists of plain values.
 
     Attributes:
         path: the file.
-        metadata: key -> number, bool, string or list of these.
+        metadata: key -> number, bool, string, or a list of these.
     """
 
     def __init__(self, path: Path) -> None:
@@ -45,12 +45,12 @@ class GGUFFile(Mapping[str, np.ndarray]):
 
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: it is no GGUF file, damaged, truncated, or holds tensors of an unsupported type.
+            ValueError: it is not a GGUF file, is damaged or truncated, or holds tensors of an unsupported type.
         """
         self.path = path
         with open(path, "rb") as file:
             if file.read(4) != _MAGIC:
-                raise ValueError(f"{path} does not begin as a GGUF file does; give a .gguf file")
+                raise ValueError(f"{path} doesn't begin as a GGUF file does; give a .gguf file")
             try:
                 self._read_header(file)
             except (
@@ -66,14 +66,14 @@ class GGUFFile(Mapping[str, np.ndarray]):
 
     @property
     def architecture(self) -> Any:
-        """The kind of model, which is also the first word of its metadata's keys; None where the file names none."""
+        """The kind of model, with which the keys of its metadata begin; None if the file doesn't name it."""
         return self.metadata.get("general.architecture")
 
     def number(self, key: str, default: Any = None) -> Any:
-        """The metadata of "<architecture>.<key>"; of a list with an entry a layer, the one that all have.
+        """The metadata of "<architecture>.<key>". If it is a list with one entry per layer, the value of all entries.
 
         Raises:
-            ValueError: it is missing and there is no default, or layers differ in it.
+            ValueError: it is missing and there is no default, or the layers have different values.
         """
         full = f"{self.architecture}.{key}"
         value = self.metadata.get(full, default)
@@ -82,7 +82,7 @@ class GGUFFile(Mapping[str, np.ndarray]):
         if isinstance(value, list):
             if len(set(value)) != 1:
                 raise ValueError(
-                    f"{full} of {self.path} differs from layer to layer, and one for all is needed; use another model"
+                    f"{full} of {self.path} differs from layer to layer, and one value is needed; use another model"
                 )
             value = value[0]
         return value
@@ -128,7 +128,7 @@ class GGUFFile(Mapping[str, np.ndarray]):
     def __getitem__(self, name: str) -> np.ndarray:
         info = self._infos[name]
         stored = _stored_shape(info)
-        # Read, not mapped: mapped pages would count as resident memory next to the arrays made of them.
+        # Read, not mapped: mapped pages would count as resident memory beside the arrays that are made from them.
         raw = np.fromfile(self.path, np.uint8, math.prod(stored), offset=self._start + info.offset)
         kind = _kind_name(info.kind)
         if kind in _PLAIN:
@@ -154,7 +154,7 @@ def _kind_name(kind: int) -> str:
 
 
 def _stored_shape(info: _Info) -> tuple[int, ...]:
-    """The shape in bytes: the last axis is that of the blocks' bytes."""
+    """The shape in bytes: the last axis holds the bytes of the blocks."""
     import gguf
 
     block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(info.kind)]
@@ -183,5 +183,5 @@ def _value(file: Any, kind: int) -> Any:
             return list(_unpack(file, f"{count}{_SCALARS[element]}"))
         return [_value(file, element) for _ in range(count)]
     (scalar,) = _unpack(file, _SCALARS[kind])
-    # 1e-5 is stored as a float32: the shortest decimal that means the same float32 is what was written.
+    # 1e-5 is stored as a float32; the shortest decimal for that float32 is the number that was written.
     return float(str(np.float32(scalar))) if _SCALARS[kind] == "f" else scalar

@@ -1,4 +1,4 @@
-"""Models in GGUF files, as the parts that a Hugging Face folder would give."""
+"""Reads models from GGUF files, in the same parts that a Hugging Face folder has."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -14,9 +14,9 @@ from any4_jax.models.tokenizer import Tokenizer
 
 
 class HFTensors(Mapping[str, np.ndarray]):
-    """The tensors of a GGUF file under Hugging Face names and in their row order, read at each access.
+    """The tensors of a GGUF file under Hugging Face names and in Hugging Face's row order, read at each access.
 
-    Names that the family doesn't have stay as they are, for the caller to refuse.
+    Names that the family doesn't have stay unchanged, so that the caller can refuse them.
     """
 
     def __init__(self, file: GGUFFile, row: GGUF, config: Any) -> None:
@@ -40,8 +40,8 @@ def read_gguf(path: Path) -> tuple[Any, Mapping[str, np.ndarray], Tokenizer | No
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is damaged, or of another architecture, tensor type, rope scaling or tokenizer than is
-            supported; the sentence names which.
+        ValueError: it is damaged, or has an unsupported architecture, tensor type, rope scaling or tokenizer; the
+            message names it.
         ImportError: the gguf package is missing.
     """
     try:

@@ -1,4 +1,4 @@
-"""The tokenizer inside a GGUF file, rewritten as the tokenizer.json that Hugging Face would have."""
+"""Converts the tokenizer in a GGUF file to the tokenizer.json that Hugging Face would have."""
 
 import json
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ _LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-# tokenizer.ggml.pre -> the regular expressions that cut the text, one after the other on the pieces so far.
+# tokenizer.ggml.pre -> the regular expressions that split the text, each applied to the pieces of the one before.
 _CUTS: dict[str, tuple[str, ...]] = {
     "gpt-2": (_GPT2,),
     "smollm": (r"\p{N}", _GPT2),
@@ -27,11 +27,11 @@ _WHOLE_WORDS_FIRST = frozenset({"llama-bpe", "llama-v3", "llama3"})
 
 
 def read_tokenizer(metadata: Mapping[str, Any]) -> Tokenizer | None:
-    """The tokenizer that the metadata of a GGUF file describes; None where it describes none.
+    """The tokenizer that the metadata of a GGUF file describes; None if it describes none.
 
     Raises:
-        ValueError: a model other than "gpt2" (byte-level BPE) and "llama" (SentencePiece BPE), a
-            pre-tokenizer whose rules aren't known, or a missing list.
+        ValueError: its model is neither "gpt2" (byte-level BPE) nor "llama" (SentencePiece BPE), the rules of its
+            pre-tokenizer aren't known, or a list is missing.
     """
     kind = metadata.get("tokenizer.ggml.model")
     if kind is None:
@@ -42,7 +42,7 @@ def read_tokenizer(metadata: Mapping[str, Any]) -> Tokenizer | None:
     parts = _byte_level(metadata, tokens) if kind == "gpt2" else _sentencepiece(metadata, tokens)
     names = {f"{role}_token": metadata.get(f"tokenizer.ggml.{role}_token_id") for role in ("bos", "eos")}
     settings = {name: tokens[index] for name, index in names.items() if index is not None}
-    # SentencePiece models and Llama 3 begin a text with BOS unless the file says otherwise; others don't.
+    # SentencePiece models and Llama 3 begin a text with BOS unless the file says otherwise; other models don't.
     bos = kind == "llama" or metadata.get("tokenizer.ggml.pre") in _WHOLE_WORDS_FIRST
     vocabulary = {
         "version": "1.0",
@@ -71,7 +71,7 @@ def _needed(metadata: Mapping[str, Any], name: str) -> Any:
 
 
 def _added(metadata: Mapping[str, Any], tokens: list[str]) -> list[dict[str, Any]]:
-    """Tokens that are matched in the text before anything else: control tokens, and those a user added."""
+    """Tokens that are matched in the text before all others: control tokens, and those that a user added."""
     plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
     return [
         {"id": index, "content": tokens[index], **plain, "special": kind == _CONTROL}
@@ -116,7 +116,7 @@ def _byte_level(metadata: Mapping[str, Any], tokens: list[str]) -> dict[str, Any
     splits = [
         {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": False} for regex in _CUTS[cut]
     ]
-    # The first character of a pair may itself be a space in no vocabulary, so the first space divides.
+    # In a byte-level vocabulary no token contains a space, so the first space separates the pair.
     merges = [merge.split(" ", 1) for merge in _needed(metadata, "merges")]
     options = {"unk_token": None, "fuse_unk": False, "byte_fallback": False}
     return {
@@ -128,10 +128,10 @@ def _byte_level(metadata: Mapping[str, Any], tokens: list[str]) -> dict[str, Any
 
 
 def _sentencepiece(metadata: Mapping[str, Any], tokens: list[str]) -> dict[str, Any]:
-    """BPE over characters with bytes for unknown ones; the file has scores, from which merges are derived.
+    """BPE over characters, with bytes for unknown ones; merges are derived from the scores in the file.
 
-    SentencePiece always joins the neighbours whose union has the highest score. So every way to divide a
-    token into two tokens is a merge, ranked by the score of the union.
+    SentencePiece always joins the neighbours whose union has the highest score. So every way to split a token into
+    two tokens is a merge, ranked by the score of the union.
     """
     scores = _needed(metadata, "scores")
     ids = {token: index for index, token in enumerate(tokens)}

@@ -1,4 +1,4 @@
-"""Hugging Face folders: config.json and tensors under their names there <-> a decoder."""
+"""Converts Hugging Face folders, config.json and tensors under Hugging Face names, to decoders, and back."""
 
 import json
 from collections.abc import Mapping
@@ -22,38 +22,40 @@ _DTYPES = "float32, float16 or bfloat16"
 
 
 def read_config(config: Mapping[str, Any], generation: Mapping[str, Any] | None = None) -> Any:
-    """The config of a model, of the class that its family has.
+    """The config of a model, as an instance of its family's config class.
 
     Args:
         config: the content of config.json.
-        generation: the content of generation_config.json, whose eos_token_id wins where it has one.
+        generation: the content of generation_config.json; its eos_token_id, if it has one, takes precedence.
 
     Raises:
-        ValueError: an architecture that no family has, stored quantization, or what the family refuses.
+        ValueError: no family has the architecture, the stored weights are quantized, or the family refuses the config.
     """
     family = by_architecture(config)
     if config.get("quantization_config") is not None:
         method = config["quantization_config"].get("quant_method", "of an unnamed method")
-        raise ValueError(f"the weights are quantized already ({method}), and float weights are needed; load those")
+        raise ValueError(
+            f"the weights are quantized already ({method}), and float weights are needed; load the float model"
+        )
     return family.read_config(config, generation)
 
 
 def from_tensors(config: Any, tensors: Mapping[str, np.ndarray], dtype: DTypeLike | None = None) -> Decoder:
-    """The decoder of tensors under Hugging Face names; no random weight is ever made.
+    """Builds a decoder from tensors under Hugging Face names, without creating random weights.
 
-    Each tensor is looked up once, converted and put on the default device before the next is touched, so a
-    mapping that reads from disk needs memory for the model and one tensor.
+    Each tensor is looked up once, converted and put on the default device before the next is read, so a mapping that
+    reads from disk needs memory for the model and one tensor.
 
     Args:
-        config: of a family that is registered, see `any4_jax.models.families`.
-        tensors: name -> float32, float16 or bfloat16 array; linears [N, K].
-        dtype: of all weights and activations; None takes the dtype in which the embedding is stored. (Norms
-            of another stored dtype are converted to it: a model has one.)
+        config: the config of a registered family, see `any4_jax.models.families`.
+        tensors: name -> float32, float16 or bfloat16 array; linears are [N, K].
+        dtype: of all weights and activations; None takes the stored dtype of the embedding, to which norms of another
+            dtype are converted.
 
     Raises:
-        TypeError: a config of no family.
-        ValueError: unknown, missing or misshapen tensors, all named; tensors that are no floats; a head of
-            its own in a model that says it has none.
+        TypeError: the config belongs to no family.
+        ValueError: tensors are unknown, missing or misshapen (the message names them), a tensor isn't float, or there
+            is a head that differs from the embedding though the config ties them.
     """
     family = family_of_config(config)
     dtype = _stored_dtype(family, tensors) if dtype is None else np.dtype(dtype)
@@ -70,7 +72,7 @@ def from_tensors(config: Any, tensors: Mapping[str, np.ndarray], dtype: DTypeLik
             turn = -1 if path[-1] == "kernel" else 1
             misshapen.append(f"{name} {array.shape[::turn]} instead of {expected[::turn]}")
             continue
-        # The copy is ours alone, so that jax may keep the buffer instead of copying once more.
+        # Nobody else holds this copy, so jax may keep its buffer instead of copying again.
         own = np.array(array, dtype=dtype, order="C", copy=True)
         variables[path] = variables[path].replace(jnp.asarray(own))
     if misshapen:
@@ -80,24 +82,24 @@ def from_tensors(config: Any, tensors: Mapping[str, np.ndarray], dtype: DTypeLik
 
 
 def tensors_of(model: Decoder) -> dict[str, np.ndarray]:
-    """The float tensors of a model under Hugging Face names, linears [N, K]; undoes `from_tensors`.
+    """The float tensors of a model under Hugging Face names, linears [N, K]; the inverse of `from_tensors`.
 
     Raises:
-        TypeError: a model of no family.
-        ValueError: a layer was replaced by one that is no dense layer.
+        TypeError: the model belongs to no family.
+        ValueError: the model is quantized, or a dense layer was replaced by another module.
     """
     family, tensors = family_of(model), {}
     for path, variable in nnx.to_flat_state(nnx.state(model)):
         value, dotted = variable.get_value(), ".".join(map(str, path))
         name = renamed(family.names, dotted)
         if name is None or not isinstance(value, jax.Array):
-            raise ValueError(f"{dotted} is no dense float tensor; use the model before quantization")
+            raise ValueError(f"{dotted} is not a dense float tensor; use the model before quantization")
         tensors[name] = np.asarray(value).T if path[-1] == "kernel" else np.asarray(value)
     return tensors
 
 
 def load_folder(folder: Path, dtype: DTypeLike | None = None) -> Decoder:
-    """The model and, where there is a tokenizer.json, the tokenizer of a Hugging Face folder.
+    """The model of a Hugging Face folder, with its tokenizer if there is a tokenizer.json.
 
     Raises:
         FileNotFoundError, ValueError: see `read_config`, `SafetensorsFolder`, `from_tensors`, `Tokenizer`.
@@ -141,7 +143,7 @@ def _check_names(family: Family, tensors: Mapping[str, np.ndarray], wanted: set[
 
 
 def _list(items: list[str]) -> str:
-    """All of a few, the first of many."""
+    """The items as text: all of a few, the first of many."""
     shown = 8
     return ", ".join(items[:shown]) + (f" and {len(items) - shown} more" if len(items) > shown else "")
 
@@ -152,7 +154,7 @@ def _json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path} is no JSON ({error}); fetch it again") from error
+        raise ValueError(f"{path} is not JSON ({error}); fetch it again") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}, and an object is needed; fetch it again")
     return content

@@ -1,4 +1,4 @@
-"""What the readers of `config.json` of several families share; transformers 4 and 5 write it in different forms."""
+"""Shared by the families' readers of `config.json`, which transformers 4 and 5 write in different forms."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -9,7 +9,7 @@ _SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_posit
 
 
 def refuse_missing(config: Mapping[str, Any], keys: Iterable[str]) -> None:
-    """Raises ValueError that names the keys which config.json lacks."""
+    """Raises ValueError, which names the keys that config.json lacks."""
     missing = [key for key in keys if config.get(key) is None]
     if missing:
         raise ValueError(f"config.json lacks {', '.join(missing)}; take the file that belongs to the weights")
@@ -19,9 +19,9 @@ def rope(config: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
     """The base of the rotary frequencies and their scaling.
 
     Raises:
-        ValueError: a rope type other than "default" and "llama3", or a number of it is missing.
+        ValueError: the rope type is neither "default" nor "llama3", or one of its numbers is missing.
     """
-    # Transformers 5 keeps all of it in rope_parameters, 4 has rope_theta beside rope_scaling.
+    # transformers 5 keeps everything in rope_parameters; transformers 4 has rope_theta beside rope_scaling.
     parameters = config.get("rope_parameters") or config.get("rope_scaling") or {}
     theta = float(parameters.get("rope_theta") or config.get("rope_theta") or 10000.0)
     kind = parameters.get("rope_type", parameters.get("type", "default"))
@@ -43,11 +43,11 @@ def rope(config: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
 def eos_ids(
     config: Mapping[str, Any], generation: Mapping[str, Any] | None, default: int | None = 2
 ) -> tuple[int, ...]:
-    """The tokens that end a text; generation_config.json wins where it names any.
+    """The ids of the tokens that end a text; those in generation_config.json, if any, take precedence.
 
     Args:
         config, generation: the content of config.json and generation_config.json.
-        default: what transformers' config class takes where config.json has no eos_token_id.
+        default: the eos_token_id of transformers' config class, for a config.json without one.
     """
     ids = (generation or {}).get("eos_token_id")
     if ids is None:

@@ -1,4 +1,4 @@
-"""Hugging Face's Flax models with quantized weights: what transformers 4 offers under names starting with Flax."""
+"""Hugging Face's Flax models with quantized weights: the classes of transformers 4 whose names start with Flax."""
 
 import contextlib
 import copy
@@ -18,7 +18,7 @@ from any4_jax.weights import is_operator
 
 
 def is_hf_flax(model: Any) -> bool:
-    """Whether a model is one of transformers' Flax models. Imports nothing: whoever holds one has imported them."""
+    """Whether a model is a Flax model of transformers. Imports nothing: if there is one, its module is imported."""
     module = sys.modules.get("transformers.modeling_flax_utils")
     return module is not None and isinstance(model, module.FlaxPreTrainedModel)
 
@@ -27,7 +27,7 @@ def flax_transformers() -> ModuleType:
     """The package `transformers`, in a version that has Flax models.
 
     Raises:
-        ImportError: it is absent, or of a version that has none.
+        ImportError: it is absent, or has no Flax models.
     """
     try:
         import transformers
@@ -41,18 +41,18 @@ def flax_transformers() -> ModuleType:
 
 
 def with_params(hf: Any, params: Mapping[str, Any], *interceptors: Callable[..., Any]) -> Any:
-    """A Hugging Face model over other parameters, any of whose kernels may be quantized.
+    """A Hugging Face model with other parameters; any of the kernels may be quantized.
 
-    It is of the same class (a subclass of the same name, so isinstance holds), and the model passed in stays as it
-    was. Calling it, jit of it and `generate` work as before. Two things differ: `init_cache` makes the cache and
-    nothing else, where transformers initialises all weights in float to learn its shape, in every `generate`; and
-    `save_pretrained` refuses quantized weights.
+    The new model has a subclass of the same name, so isinstance holds; the model that is passed in stays as it was.
+    Calling it, jit and `generate` work as before. Two methods differ: `init_cache` creates the cache alone, whereas
+    transformers initialises all float weights in every `generate` to learn its shape; and `save_pretrained` refuses
+    quantized weights.
 
     Args:
         hf: a Flax model of transformers.
         params: its nested dict, with an operator [N, K] of `any4_jax.weights` in place of any dense kernel [K, N].
-        interceptors: for `flax.linen.intercept_methods`, put around every run of the module besides those that it
-            has and the one that multiplies by operators.
+        interceptors: for `flax.linen.intercept_methods`; every call of the module runs under these, in addition to
+            those that it has and the one that multiplies by operators.
 
     Raises:
         ValueError: a parameter is missing (transformers' own check).
@@ -61,36 +61,36 @@ def with_params(hf: Any, params: Mapping[str, Any], *interceptors: Callable[...,
     cls: type = type(hf)
     new.__class__ = _quantizable(cls)
     new._module = intercepted(hf._module, *interceptors, quantized_dense)
-    # Made with _do_init=False, a model would refuse to hold any parameters.
+    # A model made with _do_init=False would refuse to hold parameters.
     new._is_initialized = True
     new.params = params
     return new
 
 
 def abstract_model(name: str, config: Mapping[str, Any], dtype: DTypeLike, *interceptors: Callable[..., Any]) -> Any:
-    """A model of a class of transformers without weights, to be filled by `with_params`.
+    """A Flax model of transformers without weights, to be filled by `with_params`.
 
     Args:
         name: of the class, such as "FlaxOPTForCausalLM".
-        config: as the `config.to_dict()` of such a model gives it.
+        config: what `config.to_dict()` of such a model returns.
         dtype: of activations.
         interceptors: see `with_params`.
 
     Returns:
-        The model, with a jax.ShapeDtypeStruct for each parameter (float32, as transformers initialises).
+        The model, with a jax.ShapeDtypeStruct for each parameter (float32, as transformers initialises them).
 
     Raises:
         ImportError: see `flax_transformers`.
-        ValueError: transformers has no Flax model of this name.
+        ValueError: transformers has no Flax model with this name.
     """
     transformers = flax_transformers()
     found: Any = getattr(transformers, name, None)
     if not isinstance(found, type) or not issubclass(found, transformers.modeling_flax_utils.FlaxPreTrainedModel):
         raise ValueError(
-            f"transformers {transformers.__version__} has no Flax model {name!r}; install a version with it"
+            f"transformers {transformers.__version__} has no Flax model {name!r}; install a version that has it"
         )
     cls: Any = found
-    # The scalar type, since transformers tells float32 by identity with jnp.float32.
+    # The scalar type, because transformers recognizes float32 by identity with jnp.float32.
     scalar_type = getattr(jnp, jnp.dtype(dtype).name)
     with contextlib.ExitStack() as stack:
         for interceptor in reversed(interceptors):  # as `intercepted` does
@@ -100,28 +100,28 @@ def abstract_model(name: str, config: Mapping[str, Any], dtype: DTypeLike, *inte
 
 
 def dense_paths(hf: Any) -> dict[str, bool]:
-    """The dense layers of a model by dotted path without ".kernel"; a head tied to the embedding is none.
+    """The dense layers of a model, by dotted path without ".kernel"; a head tied to the embedding isn't one.
 
-    True where the kernel in `hf.params` is [K, N], as flax.linen.Dense keeps it; False where it is [N, K], as GPT-2's
-    layers do. Found by tracing the model's initialisation: no weights are made.
+    The value is True if the kernel in `hf.params` is [K, N], as in flax.linen.Dense, and False if it is [N, K], as in
+    GPT-2's layers. The layers are found by tracing the model's initialisation, which creates no weights.
     """
     layers = dense_layers(lambda: hf.init_weights(hf.key, hf.input_shape))
     return {".".join(path): turned for path, turned in layers.items()}
 
 
 class _Quantizable:
-    """What differs from the class of transformers that stands after it among the bases."""
+    """What differs from the class of transformers that follows it among the bases."""
 
     params: Any
 
     def init_cache(self, *args: Any, **kwargs: Any) -> Any:
-        """transformers' own cache, of zeros, from its shapes alone."""
+        """transformers' own cache: zeros, created from the shapes alone."""
         make = super().init_cache  # type: ignore[misc]
         shapes = jax.eval_shape(lambda: make(*args, **kwargs))
         return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
 
     def save_pretrained(self, save_directory: Any, params: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """transformers' own, for float weights.
+        """transformers' own `save_pretrained`, for float weights.
 
         Raises:
             ValueError: the weights are quantized.

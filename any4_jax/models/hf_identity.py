@@ -1,4 +1,4 @@
-"""What a checkpoint says of a Hugging Face Flax model besides its parameters, and the model that it says."""
+"""Describes a Hugging Face Flax model, except its parameters, in a checkpoint, and rebuilds it."""
 
 import json
 from collections.abc import Mapping
@@ -10,10 +10,10 @@ from any4_jax.models import flax_llama, hf_flax
 
 
 def identity(hf: Any) -> dict[str, Any]:
-    """JSON of the model's config, dtype of activations, class, generation config and whether it is one of
-    `load_hf_flax`, repaired."""
+    """JSON that holds the model's config, dtype of activations, class and generation config, and whether it is a
+    repaired model of `load_hf_flax`."""
     generation = json.loads(hf.generation_config.to_json_string(use_diff=False))
-    # Tells transformers that it may derive it from the config again, which would lose what was saved.
+    # This key lets transformers derive the generation config from the config again, which would lose what was saved.
     generation.pop("_from_model_config", None)
     return {
         "config": json.loads(hf.config.to_json_string(use_diff=False)),
@@ -27,13 +27,20 @@ def identity(hf: Any) -> dict[str, Any]:
 
 
 def model_for(known: Mapping[str, Any], into: Any) -> Any:
-    """The model that takes the parameters of one of this identity: `into` or, where that is None, the model of
-    `load_hf_flax` without weights; None for a model of the user's, which nothing here can rebuild.
+    """The model that receives the parameters of a model with this identity.
+
+    Args:
+        known: what `identity` returned.
+        into: the user's model, or None.
+
+    Returns:
+        `into`, unless it is None. Then, for a repaired model, the model of `load_hf_flax` without weights; for any
+        other, None, because nothing here can rebuild it.
 
     Raises:
-        ImportError: transformers is absent, or of a version without Flax models.
-        ValueError: a repaired model's parameters are to go into a Hugging Face model without the repairs.
-        KeyError, TypeError: `known` is not what `identity` gives.
+        ImportError: transformers is absent, or has no Flax models.
+        ValueError: `into` is a Hugging Face model without the repairs that the parameters need.
+        KeyError, TypeError: `known` is not what `identity` returns.
     """
     repaired = known["model"]["repaired"]
     if into is None and repaired:
@@ -42,7 +49,7 @@ def model_for(known: Mapping[str, Any], into: Any) -> Any:
         into.tokenizer = None
     elif repaired and hf_flax.is_hf_flax(into) and not flax_llama.is_repaired(into):
         raise ValueError(
-            "it was made by a FlaxLlama of any4_jax.models.load_hf_flax, and `into`, which lacks its repairs, "
-            "might compute something else; leave `into` out, or pass one of load_hf_flax"
+            "it holds a FlaxLlama of any4_jax.models.load_hf_flax, and `into`, which lacks its repairs, might compute "
+            "something else; omit `into`, or pass a model of load_hf_flax"
         )
     return into

@@ -1,8 +1,8 @@
 """The Llama family (Llama 2, 3, 3.1, 3.2 and models of their shape) as Flax NNX modules.
 
-Attribute paths are the names of Hugging Face checkpoints without the leading "model.", such as
+Attribute paths are the names in Hugging Face checkpoints without the leading "model.", such as
 `layers.3.self_attn.q_proj`.
-Linears are `nnx.Linear` with kernels [in, out]; surgery may put any module with the same call in their place.
+Linears are `nnx.Linear` with kernels [in, out]; surgery may replace one by any module that is called in the same way.
 Letters: B rows, T tokens, E hidden size (the embedding), V vocabulary, H / Hkv heads, D head size.
 """
 
@@ -20,7 +20,7 @@ from any4_jax.nn.nnx import call_each
 
 
 class Attention(nnx.Module):
-    """Grouped-query attention; the cache holds the keys, masks and attends."""
+    """Grouped-query attention (arXiv:2305.13245); the cache stores keys and values, masks and attends."""
 
     def __init__(self, config: LlamaConfig, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         def linear(inputs: int, outputs: int) -> nnx.Linear:
@@ -35,7 +35,7 @@ class Attention(nnx.Module):
         self.o_proj = linear(config.num_attention_heads * size, hidden)
 
     def __call__(self, x: jax.Array, cache: Cache, positions: jax.Array, tap: Tap = no_tap) -> tuple[jax.Array, Cache]:
-        """x [B, T, E] and positions int32 [B, T] -> ([B, T, E], the cache with these tokens)."""
+        """x [B, T, E] and positions int32 [B, T] -> ([B, T, E], the cache with these tokens added)."""
         rope = Rope.of(self.config)
 
         def heads(y: jax.Array) -> jax.Array:
@@ -72,7 +72,7 @@ class MLP(nnx.Module):
 
 
 class Block(nnx.Module):
-    """One decoder layer. Layers of one shape have equal graph definitions, hence share one program."""
+    """One decoder layer. Blocks of one shape have equal graph definitions, so they share one program."""
 
     def __init__(self, config: LlamaConfig, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         size, eps = config.hidden_size, config.rms_norm_eps
@@ -84,9 +84,9 @@ class Block(nnx.Module):
     def __call__(
         self, x: jax.Array, cache: Cache, positions: jax.Array, tap: Tap | None = None
     ) -> tuple[jax.Array, Cache]:
-        """x [B, T, E] and positions int32 [B, T] -> ([B, T, E], the cache with these tokens).
+        """x [B, T, E] and positions int32 [B, T] -> ([B, T, E], the cache with these tokens added).
 
-        `tap` is called with the input of each of `Llama.sites`.
+        `tap` is called with the input of each site of `Llama.sites`.
         """
         tap = tap or no_tap
         with jax.default_matmul_precision(PRECISION):
@@ -96,11 +96,11 @@ class Block(nnx.Module):
 
 
 class Llama(Decoder):
-    """The family's model; see `Decoder`.
+    """A model of the Llama family; see `Decoder`.
 
     Attributes:
         embed_tokens, layers, norm: the embedding, the blocks, the final norm.
-        lm_head: the head; absent where the embedding is tied.
+        lm_head: the head; absent if it is tied to the embedding.
     """
 
     config: LlamaConfig
@@ -113,10 +113,10 @@ class Llama(Decoder):
         param_dtype: DTypeLike | None = None,
         rngs: nnx.Rngs,
     ) -> None:
-        """Random weights. `nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0)))` allocates none.
+        """Creates random weights; `nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0)))` allocates none.
 
         Args:
-            config: the shape.
+            config: the shape of the model.
             dtype: of activations, and of the cache unless another is asked for.
             param_dtype: of the weights; None means `dtype`.
             rngs: the source of the random weights.
@@ -141,7 +141,7 @@ class Llama(Decoder):
             )
 
     def sites(self, index: int) -> tuple[Site, ...]:
-        """Those of any block: all are alike."""
+        """The sites of a block, which are the same for all blocks."""
         repeat = self.config.num_attention_heads // self.config.num_key_value_heads
         return (
             Site("attn_in", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "input_layernorm"),
@@ -152,12 +152,12 @@ class Llama(Decoder):
 
     @property
     def head_site(self) -> Site:
-        """`lm_head` after the final norm. A tied embedding is after nothing: tokens read its columns too."""
+        """`lm_head`, after the final norm. A tied embedding has no `after`: embedding tokens reads its columns too."""
         tied = self.config.tie_word_embeddings
         return Site("head_in", ("embed_tokens",), None) if tied else Site("head_in", ("lm_head",), "norm")
 
     def embed(self, tokens: jax.Array, positions: jax.Array) -> jax.Array:
-        """int32 tokens [B, T] -> [B, T, E], whatever the positions are."""
+        """int32 tokens [B, T] -> [B, T, E]; ignores the positions."""
         return self.embed_tokens(tokens)
 
     def head_input(self, x: jax.Array) -> jax.Array:

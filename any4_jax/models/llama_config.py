@@ -1,4 +1,4 @@
-"""A `LlamaConfig` from the files that hold models: config.json of Hugging Face, and the metadata of GGUF."""
+"""Reads a `LlamaConfig` from Hugging Face's config.json, or from the metadata of a GGUF file."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,37 +11,37 @@ from any4_jax.models.hf_config import eos_ids, refuse_missing, rope
 from any4_jax.models.rope import Rope
 
 ROPE_FACTORS = "rope_freqs.weight"
-"""Of a GGUF file: what divides the frequencies of its rotary embedding, float32 [D/2]."""
+"""The tensor of a GGUF file that divides the frequencies of its rotary embedding, float32 [D/2]."""
 
 _ACTIVATIONS = ("silu", "swish")
 _REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 
 
 def from_hf(config: Mapping[str, Any], generation: Mapping[str, Any] | None) -> LlamaConfig:
-    """Absent optional keys mean what transformers' LlamaConfig makes of them.
+    """The config of a config.json. An optional key that is absent has the default of transformers' LlamaConfig.
 
     Args:
         config: the content of config.json, in the form of transformers 4 or 5.
-        generation: the content of generation_config.json, whose eos_token_id wins where it has one.
+        generation: the content of generation_config.json; its eos_token_id, if it has one, takes precedence.
 
     Raises:
-        ValueError: an activation or rope type that is not supported; a missing or contradictory number.
+        ValueError: the activation or the rope type is not supported, or a number is missing or contradicts another.
     """
     activation = config.get("hidden_act", "silu")
     if activation not in _ACTIVATIONS:
         raise ValueError(
-            f"hidden_act {activation!r} is not supported, only {' and '.join(_ACTIVATIONS)}; take another model"
+            f"hidden_act {activation!r} is not supported, only {' and '.join(_ACTIVATIONS)} are; take another model"
         )
     refuse_missing(config, _REQUIRED)
     hidden, heads = int(config["hidden_size"]), int(config["num_attention_heads"])
     kv_heads = int(config.get("num_key_value_heads") or heads)
     if heads % kv_heads:
         raise ValueError(
-            f"num_attention_heads={heads} is no multiple of num_key_value_heads={kv_heads}; correct config.json"
+            f"num_attention_heads={heads} is not a multiple of num_key_value_heads={kv_heads}; correct config.json"
         )
     if config.get("head_dim") is None and hidden % heads:
         raise ValueError(
-            f"hidden_size={hidden} is no multiple of num_attention_heads={heads}; say head_dim in config.json"
+            f"hidden_size={hidden} is not a multiple of num_attention_heads={heads}; set head_dim in config.json"
         )
     theta, scaling = rope(config)
     return LlamaConfig(
@@ -65,11 +65,11 @@ def from_hf(config: Mapping[str, Any], generation: Mapping[str, Any] | None) -> 
 
 
 def from_gguf(file: GGUFFile) -> LlamaConfig:
-    """The config of a file of architecture llama.
+    """The config of a GGUF file whose architecture is llama.
 
     Raises:
-        ValueError: a missing number, one that differs from layer to layer, experts, or a rope scaling other than that
-            of Llama 3.1.
+        ValueError: a number is missing or differs from layer to layer, the model has experts, or its rope scaling isn't
+            that of Llama 3.1.
     """
     metadata, number = file.metadata, file.number
     if number("expert_count", 0):
@@ -119,7 +119,7 @@ def _rope_scaling(file: GGUFFile, plain: Rope) -> RopeScaling | None:
     scaling = scaling_of_factors(file[ROPE_FACTORS].astype(np.float64), plain)
     if scaling is None and np.any(file[ROPE_FACTORS] != 1):
         raise ValueError(
-            f"{ROPE_FACTORS} of {file.path} holds other factors than Llama 3.1's rule gives; take another model"
+            f"{ROPE_FACTORS} of {file.path} holds factors that Llama 3.1's rule doesn't give; take another model"
         )
     return scaling
 
@@ -127,12 +127,12 @@ def _rope_scaling(file: GGUFFile, plain: Rope) -> RopeScaling | None:
 def scaling_of_factors(factors: np.ndarray, plain: Rope) -> RopeScaling | None:
     """The Llama 3.1 scaling that divides the frequencies of a rope by these factors; None if there is none.
 
-    With c the original context, a frequency f makes n = c f / 2 pi turns in it, and 1 / factor is linear in n
-    between low and high turns. So the blended entries give c / (high - low) and low / (high - low), which
-    determine the function; low = 1, as in all published models, picks one of its equivalent spellings.
+    In an original context of c tokens, a frequency f makes n = c f / 2 pi turns, and 1 / factor is linear in n between
+    low and high turns. So the blended entries give c / (high - low) and low / (high - low), which determine the
+    function; low = 1, as in all published models, chooses one of its equivalent parametrizations.
 
     Args:
-        factors: float64 [D/2], what `ROPE_FACTORS` holds.
+        factors: float64 [D/2], the tensor `ROPE_FACTORS`.
         plain: the unscaled rope.
     """
     if factors.shape != (plain.head_dim // 2,):

@@ -1,4 +1,4 @@
-"""The row of the Llama family: what its tensors are called in the files that hold them."""
+"""The row of the Llama family: the names of its tensors in each kind of file."""
 
 from any4_jax.models.config import LlamaConfig
 from any4_jax.models.family import GGUF, Family
@@ -20,7 +20,7 @@ LLAMA = Family(
         ("norm.scale", "model.norm.weight"),
         ("lm_head.kernel", "lm_head.weight"),
     ),
-    # Tables that old checkpoints hold and that are computed here.
+    # Old checkpoints store these tables, which are computed here.
     ignored=("model.rotary_emb.inv_freq", "model.layers.{i}.self_attn.rotary_emb.inv_freq"),
     gguf=GGUF(
         architecture="llama",

@@ -1,4 +1,4 @@
-"""One entry for every kind of model source."""
+"""`load`: one entry point for every kind of model source."""
 
 import re
 from pathlib import Path
@@ -14,19 +14,19 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
 def load(source: str | Path, *, dtype: DTypeLike | None = None) -> Decoder:
-    """A decoder with its tokenizer in `.tokenizer` (None where the source has none), on the default device.
+    """A decoder on the default device, with its tokenizer in `.tokenizer` (None if the source has none).
 
     Args:
-        source: a Hugging Face folder (config.json, safetensors), a .gguf file, a hub id "org/name", or "tiny"
-            for the bundled model of 260,000 parameters. What exists on disk wins over a hub id of the same
+        source: a Hugging Face folder (config.json, safetensors), a .gguf file, a hub id "org/name", or "tiny" for the
+            bundled model of 260,000 parameters. A path that exists takes precedence over a hub id of the same
             spelling.
-        dtype: of all weights and activations; None keeps float32, float16 or bfloat16 as stored. Quantized
-            GGUF tensors come as float32.
+        dtype: of all weights and activations; None keeps the stored float32, float16 or bfloat16, and dequantizes
+            quantized GGUF tensors to float32.
 
     Raises:
-        FileNotFoundError: nothing is there, or a file of it is missing.
-        ConnectionError: a hub id, and the hub didn't give it.
-        ValueError: the model is of an unsupported kind or damaged; the sentence names what.
+        FileNotFoundError: nothing is there, or one of its files is missing.
+        ConnectionError: the source is a hub id, and the hub didn't provide it.
+        ValueError: the model is damaged, or of an unsupported kind; the message says what.
     """
     path = Path(source).expanduser()
     if path.is_dir():
@@ -38,13 +38,13 @@ def load(source: str | Path, *, dtype: DTypeLike | None = None) -> Decoder:
     if isinstance(source, str) and _HUB_ID.fullmatch(source) and path.suffix != ".gguf":
         return load_folder(_snapshot(source), dtype)
     raise FileNotFoundError(
-        f"{source} is no file or folder here; give a Hugging Face folder, a .gguf file, a hub id org/name, or tiny"
+        f"{source} is not a file or folder here; give a Hugging Face folder, a .gguf file, a hub id org/name, or tiny"
     )
 
 
 def _load_file(path: Path, dtype: DTypeLike | None) -> Decoder:
     if path.suffix.lower() != ".gguf":
-        raise ValueError(f"{path} is no .gguf file; give the folder that holds config.json and the safetensors")
+        raise ValueError(f"{path} is not a .gguf file; give the folder that holds config.json and the safetensors")
     config, tensors, tokenizer = read_gguf(path)
     model = from_tensors(config, tensors, dtype)
     model.tokenizer = tokenizer
@@ -52,15 +52,15 @@ def _load_file(path: Path, dtype: DTypeLike | None) -> Decoder:
 
 
 def _snapshot(repository: str) -> Path:
-    """The local copy of a hub repository's JSON and safetensors files, downloaded where needed."""
+    """The local copy of a hub repository's JSON and safetensors files, downloaded if needed."""
     try:
         import huggingface_hub
     except ImportError as error:
         raise ConnectionError(
-            f"{repository} is no folder here, and a hub id needs the huggingface_hub package; install it"
+            f"{repository} is not a folder here, and a hub id needs the huggingface_hub package; install it"
         ) from error
     try:
-        # Subfolders hold other formats of the same weights, code files are never wanted.
+        # Subfolders hold other formats of the same weights, and code files are never wanted.
         return Path(
             huggingface_hub.snapshot_download(
                 repository, allow_patterns=["*.safetensors", "*.json"], ignore_patterns=["*/*"]
@@ -69,6 +69,6 @@ def _snapshot(repository: str) -> Path:
     except Exception as error:  # the hub's client lets its HTTP library's own exceptions through
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ConnectionError(
-            f"{repository} is no folder here and the hub did not give it ({reason}); "
+            f"{repository} is not a folder here, and the hub did not provide it ({reason}); "
             "check the name and the network, or give a local folder"
         ) from error

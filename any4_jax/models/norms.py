@@ -7,10 +7,11 @@ from jax.typing import DTypeLike
 
 
 class RMSNorm(nnx.Module):
-    """x / rms(x) * scale (arXiv:1910.07467, eq. 4), the quotient in float32, rounded before the product."""
+    """x / rms(x) * scale (arXiv:1910.07467, eq. 4); the quotient is float32, and rounded to x's dtype before the
+    product."""
 
     def __init__(self, size: int, *, eps: float, param_dtype: DTypeLike) -> None:
-        """Of `size` channels; `eps` is added to the mean square."""
+        """A norm over `size` channels; `eps` is added to the mean square."""
         self.eps = eps
         self.scale = nnx.Param(jnp.ones((size,), param_dtype))
 

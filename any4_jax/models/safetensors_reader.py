@@ -1,4 +1,4 @@
-"""The tensors of a Hugging Face folder, single file or shards, read one at a time and without torch."""
+"""Reads the tensors of a Hugging Face folder, from one file or from shards, one at a time and without torch."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -12,17 +12,17 @@ INDEX = "model.safetensors.index.json"
 
 
 class SafetensorsFolder(Mapping[str, np.ndarray]):
-    """Name -> array, read from disk at each access; only names stay in memory.
+    """Name -> array, read from disk at each access; only the names stay in memory.
 
-    bfloat16 comes as `ml_dtypes.bfloat16`. All files are opened once when this is built, so a missing,
-    truncated or contradictory file is found before any tensor is used.
+    bfloat16 is `ml_dtypes.bfloat16`. The constructor opens every file once, so a missing, truncated or contradictory
+    file is found before any tensor is used.
     """
 
     def __init__(self, folder: Path) -> None:
-        """List the tensors of `model.safetensors`, or else of the shards that its index names.
+        """Lists the tensors of `model.safetensors` or, without that, of the shards that the index names.
 
         Raises:
-            FileNotFoundError: there is neither, or a shard is missing.
+            FileNotFoundError: there is neither file nor index, or a shard is missing.
             ValueError: a file is damaged, a tensor is in two shards, or the index and a shard disagree.
         """
         self._files: dict[str, Path] = {}
@@ -57,8 +57,8 @@ class SafetensorsFolder(Mapping[str, np.ndarray]):
     def __getitem__(self, name: str) -> np.ndarray:
         path = self._files[name]
         try:
-            # Opened at each access: an open file stays mapped, and its pages would count as resident memory
-            # next to the arrays made of them, twice the model in all.
+            # Opened at each access: an open file stays mapped, and its pages would count as resident memory beside
+            # the arrays that are made from them, twice the model in all.
             with safetensors.safe_open(path, framework="numpy") as file:
                 return np.asarray(file.get_tensor(name))
         except Exception as error:  # the reader's exceptions for types that numpy lacks share no base class
@@ -74,7 +74,7 @@ class SafetensorsFolder(Mapping[str, np.ndarray]):
 
 
 def _names(path: Path) -> list[str]:
-    """The names in one file, whose length is checked against its header."""
+    """The names in one file; its length is checked against its header."""
     try:
         with safetensors.safe_open(path, framework="numpy") as file:
             return list(file.keys())
@@ -83,7 +83,7 @@ def _names(path: Path) -> list[str]:
 
 
 def _weight_map(path: Path) -> dict[str, str]:
-    """Tensor name -> file name within the same folder."""
+    """Tensor name -> name of a file in the same folder."""
     try:
         index = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
     except (ValueError, KeyError, TypeError) as error:

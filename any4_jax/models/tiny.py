@@ -14,18 +14,17 @@ from any4_jax.models.llama import Llama
 
 
 def tiny(dtype: DTypeLike | None = None) -> Llama:
-    """The bundled stories260K (MIT): 5 layers, hidden 64, trained on TinyStories, with its tokenizer.
+    """The bundled stories260K (MIT): 5 layers, hidden size 64, trained on TinyStories, with its tokenizer.
 
-    float32 as trained, unless another dtype is asked for.
-
-    Its MLPs are 172 wide and its heads 8, so short last groups and unusual sizes come up by themselves.
+    Its weights are float32, as trained, unless another dtype is given. Its MLPs are 172 wide and its heads 8, so short
+    last groups and unusual sizes occur naturally.
     """
     with bundled("stories260k") as folder:
         return cast(Llama, load_folder(folder, dtype))
 
 
 def random_llama(config: LlamaConfig | None = None, seed: int = 0) -> Llama:
-    """A float32 Llama of random weights without a tokenizer; None is a shape of about 50,000 parameters."""
+    """A float32 Llama with random weights and no tokenizer; without a config, it has about 50,000 parameters."""
     if config is None:
         config = LlamaConfig(
             vocab_size=128,
@@ -43,7 +42,7 @@ def random_llama(config: LlamaConfig | None = None, seed: int = 0) -> Llama:
 def random_tensors(config: Any, seed: int = 0) -> dict[str, np.ndarray]:
     """Random float32 tensors under Hugging Face names, linears [N, K] of variance 1 / K, norms about 1.
 
-    Drawn by numpy: nothing is compiled, and a seed means the same weights with every version of jax.
+    numpy draws them: nothing is compiled, and a seed gives the same weights with every version of jax.
 
     Args:
         config: of any family.

@@ -1,4 +1,4 @@
-"""Text to token ids and back, from the files that Hugging Face models carry."""
+"""Converts text to token ids and back, with the tokenizer files of Hugging Face models."""
 
 import hashlib
 import json
@@ -11,8 +11,8 @@ import tokenizers
 VOCABULARY = "tokenizer.json"
 SETTINGS = "tokenizer_config.json"
 
-# Of these classes `transformers` replaces the post-processor by what add_bos_token and add_eos_token say;
-# of all others it uses the post-processor of tokenizer.json and ignores the two.
+# For these classes, `transformers` replaces the post-processor by one that follows add_bos_token and add_eos_token;
+# for all others it ignores the two and uses the post-processor of tokenizer.json.
 _REBUILDING_CLASSES = frozenset(
     {"LlamaTokenizer", "LlamaTokenizerFast", "CodeLlamaTokenizer", "CodeLlamaTokenizerFast"}
 )
@@ -21,14 +21,14 @@ _REBUILDING_CLASSES = frozenset(
 class Tokenizer:
     """A tokenizer of the `tokenizers` library with the settings of its model; immutable.
 
-    Only JSON is read: no Python code of a model repository ever runs. Equality and hash are those of the
-    files' content, so a tokenizer may be static data of a compiled function.
+    Only JSON is read: Python code of a model repository never runs. Equality and hash are those of the files' content,
+    so a tokenizer can be static data of a compiled function.
 
     Attributes:
-        files: name -> content of all that is needed to build it again with `from_files`.
-        bos_id: the token that begins a text, or None.
-        eos_ids: the tokens that end one, possibly none.
-        vocab_size: number of ids, added tokens included.
+        files: name -> content of every file that `from_files` needs to rebuild it.
+        bos_id: the id of the token that begins a text, or None.
+        eos_ids: the ids of the tokens that end a text; may be empty.
+        vocab_size: the number of ids, including added tokens.
     """
 
     def __init__(self, files: Mapping[str, bytes]) -> None:
@@ -46,7 +46,7 @@ class Tokenizer:
         except Exception as error:  # the library raises bare Exception
             raise ValueError(f"{VOCABULARY} can't be read ({error}); fetch the file again") from error
         settings = _settings(self._files)
-        # Stored limits are those of the last training run; `transformers` drops them too.
+        # The stored limits are those of the last training run; `transformers` ignores them too.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         _add_missing(self._tokenizer, settings)
@@ -63,16 +63,16 @@ class Tokenizer:
 
     @classmethod
     def from_files(cls, files: Mapping[str, bytes]) -> "Tokenizer":
-        """From file contents: `tokenizer.json`, and `tokenizer_config.json` where there is one.
+        """A tokenizer from file contents: `tokenizer.json`, and optionally `tokenizer_config.json`.
 
         Raises:
-            ValueError: tokenizer.json is missing, or a file is damaged, or the two contradict each other.
+            ValueError: tokenizer.json is missing, a file is damaged, or the two contradict each other.
         """
         return cls(files)
 
     @classmethod
     def from_folder(cls, folder: Path) -> "Tokenizer | None":
-        """From a model's folder; None where it has no tokenizer.json."""
+        """The tokenizer of a model's folder; None if it has no tokenizer.json."""
         names = [name for name in (VOCABULARY, SETTINGS) if (folder / name).is_file()]
         if VOCABULARY not in names:
             return None
@@ -80,16 +80,16 @@ class Tokenizer:
 
     @property
     def files(self) -> dict[str, bytes]:
-        """Name -> content, a copy."""
+        """Name -> content; a copy."""
         return dict(self._files)
 
     def encode(self, text: str, add_bos: bool | None = None) -> list[int]:
-        """Token ids of a text. Special tokens written out in the text ("<s>") become their ids.
+        """The token ids of a text. A special token that is written in the text ("<s>") becomes its id.
 
         Args:
             text: any string.
-            add_bos: None adds what the model's settings say, as `transformers`' AutoTokenizer does; True
-                begins with exactly one BOS; False adds nothing.
+            add_bos: None adds the tokens that the model's settings ask for, as `transformers`' AutoTokenizer does;
+                True begins with exactly one BOS; False adds nothing.
 
         Raises:
             ValueError: add_bos is True and the tokenizer has no BOS.
@@ -100,14 +100,14 @@ class Tokenizer:
         wanted_bos, wanted_eos = self._wrap if add_bos is None and self._wrap else (add_bos, False)
         if wanted_bos:
             if self.bos_id is None:
-                raise ValueError("a BOS is asked for and the tokenizer names none; pass add_bos=False")
-            # A text that spells its own BOS keeps it as the only one, where the caller asked for exactly one.
+                raise ValueError("a BOS is asked for, and the tokenizer has none; pass add_bos=False")
+            # If the text begins with its own BOS and the caller asked for exactly one, that BOS is the one.
             if not (add_bos and ids[:1] == [self.bos_id]):
                 ids.insert(0, self.bos_id)
         return [*ids, *self.eos_ids] if wanted_eos else ids
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
-        """Text of token ids; spaces before punctuation stay, whatever clean-up the settings ask for."""
+        """The text of token ids; spaces before punctuation stay, whatever clean-up the settings ask for."""
         return str(self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=skip_special))
 
     def _special(self, settings: Mapping[str, Any], name: str) -> int | None:
@@ -139,14 +139,14 @@ def _settings(files: Mapping[str, bytes]) -> dict[str, Any]:
     try:
         settings = json.loads(files[SETTINGS])
     except ValueError as error:
-        raise ValueError(f"{SETTINGS} is no JSON ({error}); fetch the file again") from error
+        raise ValueError(f"{SETTINGS} is not JSON ({error}); fetch the file again") from error
     if not isinstance(settings, dict):
         raise ValueError(f"{SETTINGS} holds a {type(settings).__name__}, and an object is needed; fetch it again")
     return settings
 
 
 def _add_missing(tokenizer: tokenizers.Tokenizer, settings: Mapping[str, Any]) -> None:
-    """Add the tokens that only tokenizer_config.json knows, at the ids that it gives them."""
+    """Adds the tokens that only tokenizer_config.json has, at the ids that it gives them."""
     flags = ("single_word", "lstrip", "rstrip", "normalized", "special")
     declared = settings.get("added_tokens_decoder", {})
     for index, entry in sorted((int(index), entry) for index, entry in declared.items()):

@@ -1,4 +1,4 @@
-"""Names of axes, for sharding: from those of a float kernel to those of each array of the operator in its place."""
+"""Axis names for sharding: from those of a float kernel to those of each array of the operator that replaces it."""
 
 from typing import Any
 
@@ -8,12 +8,12 @@ from any4_jax.weights import places
 
 
 def array_axes(axes: str, kernel: tuple, shape: tuple[int, ...]) -> tuple:
-    """The names of an array's axes.
+    """The names of an array's axes, one for each axis.
 
     An axis of length 1 (one table for all rows, one group) can't be split and gets None.
 
     Args:
-      axes: what the array's axes run along: `Place.axes` of any4_jax.weights.
+      axes: what the array's axes run along, as in `any4_jax.weights.Place.axes`.
       kernel: the names of all axes of the float kernel [*L, K, N].
       shape: of the array.
     """
@@ -29,9 +29,9 @@ def array_axes(axes: str, kernel: tuple, shape: tuple[int, ...]) -> tuple:
 
 
 def kernel_axes(operator: Any) -> tuple:
-    """The inverse of `array_axes`: the names of a float kernel's axes [*L, K, N], from an operator's arrays in boxes.
+    """The inverse of `array_axes`: the names of a float kernel's axes [*L, K, N], from the boxed arrays of an operator.
 
-    An axis that none of the arrays has, or all have with a length of 1, gets None.
+    An axis that no array has, or that has length 1 in all of them, gets None.
     """
     found: dict[str | int, Any] = {}
     stack = 0

@@ -20,23 +20,22 @@ from any4_jax.weights import is_operator, places
 class Any4Dense(nn.Module):
     """y = x W^T + b with W an operator [N, K] of any4_jax.weights; a drop-in for `flax.linen.Dense`.
 
-    Parameters: "kernel", the operator, and "bias" [N]. `init` quantizes what `kernel_init` gives, which is what
-    nn.Dense of the same name and key starts from; `jax.eval_shape` of it is the abstract tree that a checkpoint is
-    loaded into. A kernel_init in `nn.with_partitioning` boxes every array of the operator, see `boxed`.
+    Parameters: "kernel", the operator, and "bias" [N]. `init` quantizes the kernel that nn.Dense of the same name and
+    key would start from; `jax.eval_shape` of `init` gives the abstract tree that a checkpoint is loaded into. Where
+    `nn.with_partitioning` wraps kernel_init, every array of the operator is boxed, see `boxed`.
 
-    There is no dot_general, dot_general_cls or promote_dtype: they replace a product of two arrays, and here the
-    second factor is decoded inside the product, by the kernel that any4_jax.product chooses.
+    There is no dot_general, dot_general_cls or promote_dtype: these replace a product of two arrays, but here the
+    kernel that any4_jax.product chooses decodes the second factor inside the product.
 
     Attributes:
       features: N.
       use_bias: whether b is added.
-      dtype: what x and b are cast to; None promotes x with b. The dtypes that tables and scales are stored in have
-        no part in it.
+      dtype: what x and b are cast to; None promotes x with b. The dtypes of the stored tables and scales don't matter.
       param_dtype: of the bias, and of the initial kernel before it is quantized.
-      precision: taken so that calls written for nn.Dense fit. Products are at HIGHEST, never below what is asked.
-      kernel_init, bias_init: initializers of the float kernel [K, N] and of the bias.
+      precision: accepted so that calls written for nn.Dense fit. Products run at HIGHEST, never below what is asked.
+      kernel_init, bias_init: initializers of the float kernel [K, N] and of the bias [N].
       method: quantizes the initial kernel, without statistics.
-      group_size: replaces the method's; None leaves that.
+      group_size: replaces the method's; None keeps the method's.
     """
 
     features: int
@@ -54,11 +53,11 @@ class Any4Dense(nn.Module):
         """x [..., K] -> [..., N].
 
         Raises:
-          ValueError: the kernel is not [N, K], or can't be quantized so.
-          TypeError: the kernel is no operator, or its method has no group size.
+          ValueError: the kernel is not [N, K], or the method refuses to quantize it.
+          TypeError: the kernel is not an operator, or `group_size` is set and the method has none.
         """
         if self.has_variable("params", "kernel"):
-            # Not self.param: to compare shapes, it would trace the quantizing initializer in every call.
+            # Not self.param, which would trace the quantizing initializer in every call to compare shapes.
             kernel = meta.unbox(self.get_variable("params", "kernel"))
         else:
             kernel = self.param("kernel", _initial_kernel, self, jnp.shape(inputs)[-1])
@@ -73,10 +72,10 @@ def _initial_kernel(key: jax.Array, layer: Any4Dense, k: int) -> Any:
 
 
 def with_group_size(method: Any, group_size: int | None) -> Method:
-    """The method with another group size, or as it is where that is None.
+    """The method with this group size, or the method as it is where `group_size` is None.
 
     Raises:
-      TypeError: it has no group size.
+      TypeError: the method has no group size.
     """
     if group_size is None:
         return method
@@ -88,11 +87,11 @@ def with_group_size(method: Any, group_size: int | None) -> Method:
 
 
 def boxed(operator: Any, box: meta.AxisMetadata) -> Any:
-    """An operator [*L, N, K] with each array in a box like that of its float kernel [*L, K, N], under the names of
-    the axes that it has (`any4_jax.nn.axes`).
+    """An operator [*L, N, K] with each array boxed like the float kernel [*L, K, N] was, under the names of the axes
+    that the array has (`any4_jax.nn.axes`).
 
     Raises:
-      TypeError: the box has no names (it is no `nn.Partitioned`), or fewer than two.
+      TypeError: the box is not an `nn.Partitioned`, which has names, or has fewer than two of them.
     """
     if not isinstance(box, meta.Partitioned) or len(box.names) < 2:
         raise TypeError(f"got a kernel boxed as {box!r}, need nn.Partitioned with a name for each axis; box it so")
@@ -109,17 +108,17 @@ def layer_name(module: nn.Module) -> str:
 
 
 def call_dense(module: Any, x: jax.Array, kernel: Any, bias_init: Callable[..., Any]) -> jax.Array:
-    """What a dense module, with nn.Dense's fields features, use_bias and dtype, computes with the operator `kernel`.
+    """The output [..., N] of a dense module whose kernel is an operator.
 
     Args:
-      module: bound, inside its __call__.
-      x: [..., K].
-      kernel: [N, K].
-      bias_init: (key, (N,)) -> the bias, where there is none yet and parameters are being made.
+      module: bound, inside its __call__, with nn.Dense's fields features, use_bias and dtype.
+      x: [..., K], floating.
+      kernel: an operator [N, K].
+      bias_init: (key, (N,)) -> the bias; called while parameters are initialised.
 
     Raises:
       ValueError: the kernel is not [N, K] for the module's N and the K of x.
-      TypeError: the kernel is no operator.
+      TypeError: the kernel is not an operator.
     """
     if not is_operator(kernel):
         raise TypeError(
@@ -138,7 +137,10 @@ def call_dense(module: Any, x: jax.Array, kernel: Any, bias_init: Callable[..., 
 
 
 def dense(x: jax.Array, kernel: Any, bias: jax.Array | None, dtype: DTypeLike | None) -> jax.Array:
-    """x [..., K] by an operator [N, K], plus bias [N]: in `dtype`, or that to which x and bias promote."""
+    """x W^T + bias, [..., N], for x [..., K], an operator [N, K] and bias [N] or None.
+
+    It is computed in `dtype`; None means the dtype to which x and bias promote.
+    """
     x, bias = promote_dtype(x, bias, dtype=dtype)
     y = matmul(x, kernel)
     return y if bias is None else y + bias

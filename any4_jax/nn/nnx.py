@@ -24,24 +24,24 @@ _NONE: Mapping[str, Any] = {}
 class Any4Linear(Quantized):
     """y = x W^T + b with W an operator [N, K] of any4_jax.weights; a drop-in for nnx.Linear.
 
-    Each array of the operator is a variable of its own in `arrays`, named by its place in the operator ("codes",
-    "lut", "terms/0/scales"; those of checkpoints): Codes if it holds integers, nnx.LoRAParam if it is a factor of a
-    LowRank, a plain nnx.Variable if it is a constant (the scale of a LowRank, the table of an integer format), else
-    Tables. So `nnx.Optimizer(model, optimizer, wrt=Tables)` trains tables, scales and offsets, and optimisers see
-    the codes only where they are asked to.
+    Each array of the operator is a variable of its own in `arrays`, named by its place in the operator as in
+    checkpoints ("codes", "lut", "terms/0/scales"). It is a Codes if it holds integers, an nnx.LoRAParam if it is a
+    factor of a LowRank, a plain nnx.Variable if it is a constant (the scale of a LowRank, the table of an integer
+    format), and else a Tables. So `nnx.Optimizer(model, optimizer, wrt=Tables)` trains tables, scales and offsets, and
+    optimisers see the codes only where they are asked to.
 
-    Of nnx.Linear's parameters, `dot_general`, `promote_dtype` and `preferred_element_type` are left out, because the
-    product is any4_jax.matmul's: it decodes within the product, accumulates in float32 and gives the dtype of `x`.
+    Of nnx.Linear's parameters, `dot_general`, `promote_dtype` and `preferred_element_type` are left out, because
+    any4_jax.matmul computes the product: it decodes inside the product, accumulates in float32 and returns x's dtype.
 
-    Under nnx.vmap and nnx.scan the arrays have leading stack axes [*L, ...], added and taken by these transforms.
+    Under nnx.vmap and nnx.scan the arrays have leading stack axes [*L, ...], which these transforms add and remove.
 
     Attributes:
       weight: the operator [*L, N, K], rebuilt from `arrays`; may be set.
       arrays: nnx.Dict of variables.
       bias: nnx.Param [*L, N] or None.
       in_features, out_features: K and N (static).
-      dtype: what x and the bias are cast to; None promotes one with the other. The dtypes that tables and scales are
-        stored in have no part in it (static).
+      dtype: what x and the bias are cast to; None promotes one with the other. The dtypes of the stored tables and
+        scales don't matter (static).
     """
 
     def __init__(
@@ -61,24 +61,24 @@ class Any4Linear(Quantized):
         method: Method = _METHOD,
         group_size: int | None = None,
     ) -> None:
-        """Draws the kernel and bias that nnx.Linear would draw, and quantizes the kernel.
+        """Draws the kernel and the bias as nnx.Linear does, and quantizes the kernel.
 
         Args:
           in_features, out_features: K and N.
           use_bias: whether there is a bias.
           dtype: see the class.
           param_dtype: what the kernel is drawn in, and the bias is kept in.
-          precision: taken so that calls written for nnx.Linear fit; the product runs at HIGHEST in any case.
-          kernel_init, bias_init: initializers of [K, N] and [N]. The axis names (K's, N's) of
-            nnx.with_partitioning go to each array of the operator along its own axes.
-          rngs: its stream `params` is drawn from.
-          kernel_metadata, bias_metadata: metadata of the variables, `out_sharding` like the names above.
+          precision: accepted so that calls written for nnx.Linear fit; the product runs at HIGHEST in any case.
+          kernel_init, bias_init: initializers of [K, N] and [N]. If nnx.with_partitioning names the axes K and N, each
+            array of the operator gets the names of the axes that it has.
+          rngs: random numbers are drawn from its stream `params`.
+          kernel_metadata, bias_metadata: metadata of the variables; `out_sharding` is treated like the names above.
           method: how the kernel is quantized.
-          group_size: in the place of the method's; None keeps that.
+          group_size: replaces the method's; None keeps the method's.
 
         Raises:
-          ValueError: what `any4_jax.quantize` refuses.
-          TypeError: a group_size for a method that has none.
+          ValueError: as in `any4_jax.quantize`.
+          TypeError: `group_size` is set and the method has none.
         """
         kernel = nnx.Param(kernel_init(rngs.params(), (in_features, out_features), param_dtype), **kernel_metadata)
         bias = nnx.Param(bias_init(rngs.params(), (out_features,), param_dtype), **bias_metadata) if use_bias else None
@@ -96,17 +96,17 @@ class Any4Linear(Quantized):
         kernel_metadata: Mapping[str, Any] = _NONE,
         bias_metadata: Mapping[str, Any] = _NONE,
     ) -> "Any4Linear":
-        """The layer around an operator in hand.
+        """A layer around an existing operator.
 
         Args:
           weight: an operator or array [*L, N, K]. Leading axes are for nnx.vmap and nnx.scan.
-          bias: [*L, N].
+          bias: [*L, N], or None.
           dtype: see the class.
-          kernel_metadata, bias_metadata: what the variables of an nnx.Linear's kernel [*L, K, N] and bias have; the
-            arrays stay on the devices where they are.
+          kernel_metadata, bias_metadata: the metadata of an nnx.Linear's kernel [*L, K, N] and bias; the arrays stay on
+            the devices where they are.
 
         Raises:
-          ValueError: a weight with fewer than two axes.
+          ValueError: the weight has fewer than two axes.
         """
         if len(weight.shape) < 2:
             raise ValueError(f"got a weight of shape {weight.shape}, Any4Linear takes [N, K]; reshape it")
@@ -127,7 +127,7 @@ class Any4Linear(Quantized):
 
     @property
     def kernel_metadata(self) -> dict[str, Any]:
-        """The metadata that the arrays' was made from, as of a kernel [K, N]."""
+        """The metadata of a kernel [K, N], from which that of the arrays was made."""
         return dict(self._metadata)
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -136,11 +136,14 @@ class Any4Linear(Quantized):
 
 
 def call_each(layers: Sequence[Any], x: jax.Array) -> list[jax.Array]:
-    """`[layer(x) for layer in layers]`, by `matmul_each` where all of them are Any4Linear.
+    """`[layer(x) for layer in layers]`, through `matmul_each` where all layers are Any4Linear.
 
     Args:
       layers: modules that read the same input.
-      x: [..., K].
+      x: [..., K], floating.
+
+    Returns:
+      y [..., N] for each layer.
     """
     if not all(type(layer) is Any4Linear for layer in layers):
         return [layer(x) for layer in layers]
@@ -159,17 +162,17 @@ class Any4Embed(Quantized):
       weight: the operator [N, K] of the embedding; may be set.
       arrays: nnx.Dict of variables, as in Any4Linear.
       num_embeddings, features: N and K (static).
-      dtype: of what comes out; None is float32 for the lookup and the input's for `attend` (static).
+      dtype: of the output; None means float32 for the lookup, and the input's dtype for `attend` (static).
     """
 
     dtype: Any
 
     @classmethod
     def of(cls, weight: Any, *, dtype: DTypeLike | None = None) -> "Any4Embed":
-        """The embedding around an operator [N, K] in hand.
+        """An embedding around an existing operator [N, K].
 
         Raises:
-          ValueError: a weight that is no matrix.
+          ValueError: the weight is not a matrix.
         """
         if len(weight.shape) != 2:
             raise ValueError(f"got a weight of shape {weight.shape}, Any4Embed takes [N, K]; reshape it")
@@ -180,15 +183,15 @@ class Any4Embed(Quantized):
         return layer
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
-        """int tokens [...] -> [..., K]."""
+        """tokens int [...] -> their rows [..., K]."""
         return lookup(self.weight, tokens, jnp.float32 if self.dtype is None else self.dtype)
 
     def attend(self, x: jax.Array) -> jax.Array:
-        """x [..., K], floating -> [..., N], the products with all rows."""
+        """x floating [..., K] -> its products with all rows, [..., N]."""
         return dense(x, self.weight, None, self.dtype)
 
 
 def _plain(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """Metadata for other arrays: without hooks, which are written for float kernels, and without how NNX keeps it."""
+    """Metadata to give to other arrays: without hooks, which are written for float kernels, and without NNX's own."""
     kept = set(metadata) - nnx.Variable.required_metadata
     return {key: metadata[key] for key in sorted(kept) if not key.startswith("on_")}

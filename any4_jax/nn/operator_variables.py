@@ -1,4 +1,4 @@
-"""The arrays of an operator as NNX variables, one each, and the modules that hold them."""
+"""The arrays of an operator as NNX variables, one for each, and the modules that hold them."""
 
 import functools
 from collections.abc import Mapping
@@ -13,11 +13,11 @@ from any4_jax.weights import Place, places
 
 
 class Tables(nnx.Variable):
-    """A floating-point array of a quantized weight (lut, scales, offsets, input scales) that may be trained."""
+    """A floating-point array of a quantized weight that may be trained: lut, scales, offsets, input scales."""
 
 
 class Codes(nnx.Variable):
-    """An integer array of a quantized weight. No optimiser and no gradient looks at this class."""
+    """An integer array of a quantized weight. Optimisers and gradients ignore this class unless asked for it."""
 
 
 class Quantized(nnx.Module):
@@ -32,7 +32,7 @@ class Quantized(nnx.Module):
 
     @property
     def kernel_metadata(self) -> dict[str, Any]:
-        """The metadata that the arrays' are made from, as of a kernel [K, N]."""
+        """The metadata of a kernel [K, N], from which that of the arrays is made."""
         return {}
 
     def _arrange(self, weight: Any, place: bool) -> None:
@@ -40,7 +40,7 @@ class Quantized(nnx.Module):
         self.arrays = nnx.Dict(variables)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        # NNX would note a property among the module's attributes, and layers with and without the note differ.
+        # NNX would record a property as an attribute, and layers with and without that record differ in structure.
         if name == "weight":
             self._arrange(value, place=False)
         else:
@@ -54,7 +54,8 @@ class Quantized(nnx.Module):
 
 
 def blank(cls: type) -> Any:
-    """A module of a class, past its __init__, which draws random numbers, and past NNX's record of assignments."""
+    """A module of a class, made without its __init__, which draws random numbers, and unseen by NNX, which would record
+    the assignment."""
     module = _Blank()
     object.__setattr__(module, "__class__", cls)
     return module
@@ -67,13 +68,13 @@ class _Blank(nnx.Module):
 def _variables(weight: Any, metadata: Mapping[str, Any], place: bool) -> tuple[dict[str, nnx.Variable], Any]:
     """The arrays of an operator as variables by name, and the operator's structure.
 
-    `place` puts them on devices as their metadata says, if it does.
+    With `place`, they are put on the devices that their metadata names, if any.
     """
     variables: dict[str, nnx.Variable] = {}
     for at, leaf in places(weight):
         mine = dict(metadata)
         names = mine.pop("out_sharding", None)
-        # NNX takes the stack's name from a spec when it unstacks, and the empty one of a scalar has none.
+        # When NNX unstacks, it removes the stack's name from the spec, and a scalar's empty spec has none to remove.
         if names and leaf.shape:
             mine["out_sharding"] = array_axes(at.axes, _padded(tuple(names), len(weight.shape)), leaf.shape)
         cls = _class_of(at, leaf.dtype)
@@ -89,7 +90,7 @@ def _name(at: Place) -> str:
 
 @functools.lru_cache(maxsize=1024)
 def _names(structure: Any) -> tuple[str, ...]:
-    """What the arrays of operators of a structure are called, in their order."""
+    """The names of the arrays of an operator with this structure, in their order."""
     return tuple(_name(at) for at, _ in places(jax.tree.unflatten(structure, range(structure.num_leaves))))
 
 
@@ -100,6 +101,6 @@ def _class_of(at: Place, dtype: Any) -> type[nnx.Variable]:
 
 
 def _padded(names: tuple, rank: int) -> tuple:
-    """A name, or None, for each of `rank` axes: names may leave out a stack's axes in front, and one or two behind."""
+    """A name or None for each of `rank` axes. `names` may lack the stack's axes in front, and one or two at the end."""
     named = (*names, None, None)[: max(2, len(names))]
     return ((None,) * rank + named)[-rank:]

@@ -1,7 +1,7 @@
 """Quantized weights in Linen models that know nothing of them: interceptors around their dense layers.
 
 An operator [N, K] sits in the parameters at "kernel", where the float kernel [K, N] was. `quantized_dense` computes
-with it in place of the layer's own code, and `Intercepted` puts interceptors around a module once and for all.
+with it in place of the layer's own code, and `Intercepted` puts interceptors around a module for good.
 """
 
 import dataclasses
@@ -26,12 +26,12 @@ Path = tuple[str, ...]
 def quantized_dense(next_fun: Callable[..., Any], args: Any, kwargs: Any, context: InterceptorContext) -> Any:
     """A `flax.linen.intercept_methods` interceptor: dense layers whose "kernel" is an operator compute with it.
 
-    These are nn.Dense, nn.DenseGeneral from the last axis to one, and the FlaxConv1D of transformers. Layers with a
-    float kernel, and everything else, run as they are.
+    Dense layers are nn.Dense, nn.DenseGeneral from the last axis to one, and the FlaxConv1D of transformers. Layers
+    with a float kernel, and all other modules, run as they are.
 
     Raises:
       TypeError: a module of another class holds an operator.
-      ValueError: an operator is not of the layer's shape.
+      ValueError: an operator doesn't have the layer's shape.
     """
     module: Any = context.module
     if context.method_name != "__call__" or module.scope is None or isinstance(module, Any4Dense):
@@ -50,10 +50,10 @@ def quantized_dense(next_fun: Callable[..., Any], args: Any, kwargs: Any, contex
 
 
 def _kernel_is_kn(module: Any) -> bool | None:
-    """Whether a dense layer's float kernel is [K, N], or [N, K]; None for what is no dense layer.
+    """True where a dense layer's float kernel is [K, N], False where it is [N, K], None where it is no dense layer.
 
-    A class is told by its __call__, so that subclasses which only add to nn.Dense count and those which compute
-    something else don't; a layer with a product of its own computes something else too.
+    A class is recognised by its __call__: subclasses that only add to nn.Dense count, and those that compute something
+    else don't. A layer with a product of its own doesn't count either.
     """
     cls: Any = type(module)
     if cls.__name__ == "FlaxConv1D":
@@ -76,14 +76,14 @@ def _input(args: Any, kwargs: Any) -> jax.Array:
 class Intercepted:
     """A Linen module whose functions run under interceptors; everything else is the module's own.
 
-    Equal, and of equal hash, where module and interceptors are, so it can be a static argument of jit as the module
-    can. It is no nn.Module: it stands for a whole model, and can't be a part of one.
+    Two of them are equal, with equal hashes, where their modules and interceptors are, so one can be a static argument
+    of jit just as a module can. It is not an nn.Module: it stands for a whole model, and can't be part of one.
 
     Attributes:
       inner: the module.
       interceptors: each wraps those before it.
-      recipe: how the parameters that belong to it were quantized (any4_jax.surgery.Recipe), or None; no part of
-        what makes two of them equal.
+      recipe: how the parameters that belong to it were quantized (any4_jax.surgery.Recipe), or None; ignored when two
+        are compared.
     """
 
     inner: Any
@@ -95,7 +95,7 @@ class Intercepted:
         return self._run(self.inner.apply, variables, *args, **kwargs)
 
     def init(self, rngs: Any, *args: Any, **kwargs: Any) -> Any:
-        """nn.Module.init: the parameters are those of the module itself, kernels are floats."""
+        """nn.Module.init: it gives the parameters of the module itself, with float kernels."""
         return self._run(self.inner.init, rngs, *args, **kwargs)
 
     def init_with_output(self, rngs: Any, *args: Any, **kwargs: Any) -> Any:
@@ -107,10 +107,10 @@ class Intercepted:
         return self._run(self.inner.tabulate, rngs, *args, **kwargs)
 
     def bind(self, *args: Any, **kwargs: Any) -> Any:
-        """Raises TypeError: a bound module is called outside of the interceptors."""
+        """Raises TypeError: calls of a bound module would not go through the interceptors."""
         raise TypeError(
             "got bind on a module under interceptors, which would not see the bound module's calls; use apply, with "
-            "method= for a function of your own"
+            "method= for another function than __call__"
         )
 
     def clone(self, **updates: Any) -> "Intercepted":
@@ -128,24 +128,24 @@ class Intercepted:
             return function(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
-        # copy and pickle ask for dunders before there is an inner.
+        # copy and pickle look up dunders before `inner` is set.
         if name.startswith("__"):
             raise AttributeError(f"{type(self).__name__!r} has no attribute {name!r}")
         return getattr(self.inner, name)
 
 
 def intercepted(module: Any, *interceptors: Interceptor) -> Intercepted:
-    """`module` (one that is Intercepted already, too) under its interceptors and those of `interceptors` that it is
-    not under yet; later ones wrap earlier ones."""
+    """`module` under `interceptors`, and under those it has already if it is an Intercepted. Each is applied once, and
+    later ones wrap earlier ones."""
     wrapped = module if isinstance(module, Intercepted) else Intercepted(module, ())
     return dataclasses.replace(wrapped, interceptors=tuple(dict.fromkeys((*wrapped.interceptors, *interceptors))))
 
 
 def tapping(tap: Callable[[Path, jax.Array], None]) -> Interceptor:
-    """An interceptor that calls tap(path, x) for each dense layer of the model that runs, after it ran as before.
+    """An interceptor that calls tap(path, x) after each dense layer of the model has run as usual.
 
     The path is that of the layer's parameters; x [..., K] is the layer's input before any cast, a tracer under jit
-    and the lifted transforms. Put it around `quantized_dense`, which runs nothing below itself.
+    and the lifted transforms. Put it around `quantized_dense`, not inside: that one calls no interceptor below itself.
     """
     return _visiting(lambda module, x: tap(module.path, x))
 
@@ -154,9 +154,9 @@ def dense_layers(trace: Callable[[], Any]) -> dict[Path, bool]:
     """The dense layers that run in `trace()`, which is traced and not computed.
 
     Returns:
-      By path, the nested keys of the layer in "params": whether its float kernel is [K, N] (FlaxConv1D has [N, K]).
-      A layer that is applied to parameters of the caller's, as tied heads are, owns none and isn't listed. As with
-      `tapping`, nothing is seen of what an earlier jit has traced.
+      By path (the nested keys of the layer in "params"), whether its float kernel is [K, N]; FlaxConv1D has [N, K].
+      A layer that is applied to its caller's parameters, such as a tied head, owns none and isn't listed. As with
+      `tapping`, layers inside a function that jit has traced before are not seen.
     """
     found: dict[Path, bool] = {}
 
@@ -164,7 +164,7 @@ def dense_layers(trace: Callable[[], Any]) -> dict[Path, bool]:
         found[module.path] = bool(_kernel_is_kn(module))
 
     with nn.intercept_methods(_visiting(record)):
-        jax.eval_shape(lambda: trace())  # a function of its own: jax would answer a known one from its cache
+        jax.eval_shape(lambda: trace())  # a new function: jax would take the result for a known one from its cache
     return found
 
 
@@ -190,8 +190,8 @@ def _visiting(visit: Callable[[nn.Module, jax.Array], None]) -> Interceptor:
 
 
 def _is_applied_within(root: Any, module: Any) -> bool:
-    """Whether `module` is the start of another `apply` inside that of `root`: at the empty path, but not root, nor a
-    clone of it that a lifted transform made, nor one that shares its scope."""
+    """Whether `module` is the root of another `apply` inside that of `root`: its path is empty, and it is neither root,
+    nor a clone of root that a lifted transform made, nor a module that shares root's scope."""
     if module.scope is None or module.path:
         return False
     return module.scope is not root.scope and type(module) is not type(root)

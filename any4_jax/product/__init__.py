@@ -1,4 +1,4 @@
-"""Products with weights: y = x W^T for every operator, the kernels that it may run on, and the rows of a weight."""
+"""Products with weights: y = x W^T for every operator, the kernels that compute it, and the rows of a weight."""
 
 from any4_jax.product.explain import explain
 from any4_jax.product.lookup import lookup

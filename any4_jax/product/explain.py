@@ -1,4 +1,4 @@
-"""Which kernel does a product, and why, in words."""
+"""Which kernel computes a product, and why, in words."""
 
 from typing import Any
 
@@ -10,15 +10,15 @@ DENSE = "no quantized leaf: a dense product in XLA"
 
 
 def explain(x: Any, w: Any, platform: str | None = None) -> str:
-    """A table in words: for each backend, whether the product x W^T takes it on `platform`, or why it can't.
+    """Says for each backend, in a line, whether the product x W^T takes it on `platform`, or why it can't.
 
     Args:
       x: an array or ShapeDtypeStruct [..., K], floating.
-      w: an operator [N, K]; each product that it is made of, by an operator that kernels read, gets its lines.
-      platform: "cpu", "cuda", "rocm" or "tpu"; None for this process's default device.
+      w: an operator [N, K]. Where its product is made of several, each of those that a kernel computes gets its lines.
+      platform: "cpu", "cuda", "rocm" or "tpu"; None for the platform of this process's default device.
 
     Raises:
-      ValueError, TypeError: as `matmul` does.
+      ValueError, TypeError: as in `matmul`.
     """
     where = platform or default_platform()
     lines = [line for problem in plan.problems(matmul, x, w) for line in _lines(*problem, where)]

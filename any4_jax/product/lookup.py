@@ -1,4 +1,4 @@
-"""Rows of a weight, decoded: what an embedding reads of its table."""
+"""Rows of a weight, decoded: what an embedding reads from its table."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from any4_jax.weights import dequantize, take_rows
 
 
 def lookup(w: Any, rows: jax.Array, dtype: DTypeLike = jnp.float32) -> jax.Array:
-    """W[rows] of an operator or array [N, K], of which no other row is decoded.
+    """W[rows] of an operator or array [N, K], without decoding any other row.
 
     Args:
       w: an operator or array [N, K].
@@ -18,7 +18,7 @@ def lookup(w: Any, rows: jax.Array, dtype: DTypeLike = jnp.float32) -> jax.Array
       dtype: of the result; computed in float32 and rounded once.
 
     Returns:
-      [..., K].
+      [..., K] in `dtype`.
 
     Raises:
       TypeError: `w` is not an operator.

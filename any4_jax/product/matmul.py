@@ -10,21 +10,22 @@ from any4_jax.weights import product
 
 
 def matmul(x: jax.Array, w: Any, backend: str | None = None) -> jax.Array:
-    """The product with a weight's transpose, [..., K] to [..., N].
+    """x W^T, [..., N] in x's dtype.
 
     The matrix is dequantized in float32 and rounded once to x's dtype; products accumulate in float32. Gradients
-    flow to x, and to the floating-point arrays of `w`; codes have none.
+    flow to x and to the floating-point arrays of `w`; codes have none.
 
     Args:
       x: [..., K], a floating dtype.
       w: an array [N, K] or an operator of that shape.
-      backend: a kernel's name, or None for the first that supports the operands where the program is lowered. Of an
-        operator over others it is the kernel for those that kernels read, and XLA multiplies by the rest.
+      backend: a kernel's name, or None for the first that supports the operands on the platform that the program is
+        lowered for. If `w` is an operator over others, the named kernel multiplies by those that kernels read, and XLA
+        by the rest.
 
     Raises:
-      ValueError: K differs, `w` has leading axes (take one by `take`, or use jax.vmap), or the named backend doesn't
-        exist or can't.
-      TypeError: x is not floating, or `w` is no operator.
+      ValueError: K differs, `w` has leading axes (index them by `take`, or use jax.vmap), or the named backend doesn't
+        exist or can't compute the product.
+      TypeError: x is not floating, or `w` is not an operator.
     """
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise TypeError(f"got x of dtype {x.dtype}, need a floating dtype; convert x first")

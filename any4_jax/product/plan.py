@@ -1,7 +1,7 @@
-"""Which kernel does a product: what `matmul`, `matmul_each` and `explain` go by, so that what is told is what runs.
+"""Which kernel computes a product: `matmul`, `matmul_each` and `explain` ask here, so what is explained is what runs.
 
 Backends are tried in the order of `BACKENDS`. The last, "xla", takes every operator that a kernel reads as a whole, and
-is the truth that the others must match. Other operators are multiplied part by part (`any4_jax.weights.product`).
+is the reference that the others must match. Other operators are multiplied part by part (`any4_jax.weights.product`).
 """
 
 import contextlib
@@ -47,17 +47,16 @@ _recordings = itertools.count(1)
 def planned(
     x: jax.Array, w: Any, backend: str | None, call: Callable[[Backend], Callable[..., jax.Array]] | None = None
 ) -> jax.Array:
-    """The product [M, N] by one of the backends; what `product` is registered as for an operator that kernels read.
+    """The product [M, N] on one of the backends: the implementation of `product` for operators that kernels read.
 
     Args:
       x: [M, K], a floating dtype.
       w: [N, K], an operator that at least XLA's backend supports.
       backend: a name, or None for the first that supports the operands on the platform of the program.
-      call: of a backend, the function of (x, w) that is to run. None makes one that is differentiated through the
-        dense matrix.
+      call: backend -> the function of (x, w) that runs. None gives one that is differentiated through the dense matrix.
 
     Raises:
-      ValueError: there is no such backend, or it can't, for its own reason.
+      ValueError: there is no such backend, or it can't compute the product; the message gives its reason.
     """
     call = call or _differentiable
     record = _RECORD.get()
@@ -70,7 +69,10 @@ def planned(
 
 
 def problems(run: Callable[..., jax.Array], x: Any, w: Any) -> list[Problem]:
-    """(x, w), as shapes, of each product that run(x, w) would leave to a backend: it is traced, and no backend runs."""
+    """The operands (x, w), as ShapeDtypeStructs, of each product that run(x, w) would leave to a backend.
+
+    `run` is traced, and no backend runs.
+    """
     with _recording() as record:
         jax.eval_shape(run, x, w)
     return record
@@ -88,8 +90,8 @@ def _recording() -> Iterator[list[Problem]]:
 
 
 def check_named(x: Any, w: Any, backend: str) -> None:
-    """Raises ValueError where a backend was asked for by name and no part of `w` would come to `planned`, which refuses
-    those that can't: there the name would have no effect."""
+    """Raises ValueError where the name of a backend would have no effect, since no part of `w` gets to `planned`. Where
+    a part does, `planned` itself refuses a backend that can't compute the product."""
     last, platform = BACKENDS.options[-1], default_platform()
     if BACKENDS.named(backend) is last or any(last.supports(x, part, platform) is None for part in parts(w)):
         return
@@ -103,8 +105,11 @@ def _differentiable(kernel: Backend) -> Callable[..., jax.Array]:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def coded_product(x: jax.Array, w: QuantizedTensor | Slice, backend: str) -> jax.Array:
-    """The product on one backend. The custom derivative makes every kernel differentiable and recomputes the dense
-    matrix in the backward pass instead of keeping it."""
+    """The product [M, N] of x [M, K] and a weight [N, K] on one backend.
+
+    The custom derivative makes every kernel differentiable. It decodes the dense matrix again in the backward pass
+    instead of keeping it.
+    """
     kernel = BACKENDS.named(backend)
     return kernel.run(x, operand(kernel, w))
 
@@ -119,7 +124,7 @@ def _forward(x, w, backend):
 
 
 def gradients(backend, saved, dy):
-    """The cotangents of x and of the weight."""
+    """The cotangents of x [M, K] and of the weight [N, K] in `saved`, for the cotangent dy [M, N]."""
     x, w = saved
     tables, codes = partition(w)
     dense, pull = jax.vjp(lambda t: dequantize(combine(t, codes)), tables)

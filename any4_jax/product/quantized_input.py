@@ -9,8 +9,8 @@ from any4_jax.weights import QuantizeInput, Slice, is_operator, leaf_of
 
 
 def is_integer_product(w: QuantizeInput) -> bool:
-    """Whether x and the weight's codes can be multiplied as int8: x rounded to integers, codes of 8 bits into a ramp,
-    scales and offsets that are plain arrays."""
+    """Whether x and the weight's codes can be multiplied as int8: x is rounded to integers, the codes are 8 bits wide
+    and index a ramp, and scales and offsets are plain arrays."""
     leaf = leaf_of(w.inner)
     if leaf is None or w.levels is not None:
         return False
@@ -35,8 +35,8 @@ def _absmax(x: jax.Array, per: str) -> jax.Array:
 
 
 def _integer_input(x: jax.Array, w: QuantizeInput) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(q, scale, zero), float32 [M, K], [M or 1, 1], [M or 1, 1], with x close to (q - zero) * scale and q integral
-    in [-2^(bits-1), 2^(bits-1) - 1]."""
+    """(q, scale, zero), float32 [M, K], [M or 1, 1] and [M or 1, 1], such that x is close to (q - zero) * scale. The
+    values of q are integers from -2^(bits-1) to 2^(bits-1) - 1."""
     half = 2 ** (w.bits - 1)
     x = x.astype(jnp.float32)
     if w.symmetric:
@@ -51,9 +51,10 @@ def _integer_input(x: jax.Array, w: QuantizeInput) -> tuple[jax.Array, jax.Array
 
 
 def integer_product(x: jax.Array, w: QuantizeInput) -> jax.Array:
-    """Quantized x [M, K] by a weight that `is_integer_product` [N, K], in int8 arithmetic, group by group.
+    """x [M, K], quantized, by a weight [N, K]: [M, N] in x's dtype, computed group by group in int8 arithmetic.
 
-    With x = a (q - z), W = s (b + d c) + o per group, for signed codes c, table middle b and step d:
+    `is_integer_product` holds for the weight. With x = a (q - z) and W = s (b + d c) + o per group, for signed codes c,
+    table middle b and step d:
     y = a * sum over groups of [ s d (q.c - z sum c) + (s b + o) (sum q - z G) ].
     """
     leaf = w.inner.matrix() if isinstance(w.inner, Slice) else w.inner

@@ -14,18 +14,21 @@ from any4_jax.weights import leaf_of
 
 
 def matmul_each(x: jax.Array, ws: Sequence[Any]) -> tuple[jax.Array, ...]:
-    """`matmul(x, w)` for each w: one call where a kernel takes several weights at once, else one after the other.
+    """`matmul(x, w)` for each w, in one call where a kernel takes several weights at once, else one after the other.
 
-    Weights go together where they are QuantizedTensors [N, K], or slices of such, of the same bits and group size. A
-    small product costs a call nearly as much as a large one: decoding SmolLM2-135M on 2 cores, seven calls a block
-    become four.
+    Weights share a call where they are QuantizedTensors [N, K], or slices of such, with the same bits and group size.
+    A call costs nearly as much for a small product as for a large one: when SmolLM2-135M decodes on 2 cores, seven
+    calls a block become four.
 
     Args:
       x: [..., K], a floating dtype.
-      ws: arrays or operators [N, K], each with an N of its own.
+      ws: arrays or operators [N, K], each with its own N.
+
+    Returns:
+      y [..., N] in x's dtype for each w.
 
     Raises:
-      ValueError, TypeError: as `matmul` does.
+      ValueError, TypeError: as in `matmul`.
     """
     if not _alike(x, ws):
         return tuple(matmul(x, w) for w in ws)

@@ -1,4 +1,4 @@
-"""The refit's backends, and why one is or isn't taken."""
+"""The refit's backends, and where each of them can run."""
 
 import functools
 
@@ -36,11 +36,11 @@ def _native(kind: str) -> Backend:
     return Backend(kind, functools.partial(_native_supports, kind=kind), functools.partial(_native_run, kind=kind))
 
 
-# Each supports (platform) and runs as `xla.solve` does.
+# The problem that they support or not is the platform alone; each runs with the arguments of `xla.solve`.
 BACKENDS = Choice((_native("cuda"), _native("cpu"), Backend("xla", lambda platform: None, xla.solve)))
 
 
 @functools.partial(jax.jit, static_argnames=("options", "backend"))
 def solve(w: jax.Array, importance: jax.Array, start: Fit, *, options: Options, backend: str | None) -> Fit:
-    """The fit by the named backend; None takes the one for the platform that the program is lowered for."""
+    """The fit by the named backend; None takes the first that works on the platform the program is lowered for."""
     return BACKENDS.lowered(lambda b: functools.partial(b.run, options=options), name=backend)(w, importance, start)

@@ -52,7 +52,7 @@ class Moments(NamedTuple):
 def group_sum(values: jax.Array) -> jax.Array:
     """The sum over the first axis, by halves.
 
-    XLA's own sum over a leading axis that is fused with what makes its terms takes a CPU three times as long.
+    XLA's own sum over a leading axis takes three times as long on a CPU when it is fused with what computes its terms.
     """
     length = values.shape[0]
     padded = 1 << max(length - 1, 0).bit_length()
@@ -64,7 +64,7 @@ def group_sum(values: jax.Array) -> jax.Array:
 
 
 def cells_of(w: jax.Array, importance: jax.Array, group_size: int) -> Cells:
-    """w [R, K] and importance [K] by group; the last group is filled up with weights of no importance."""
+    """w [R, K] and importance [K] by group; weights of no importance pad the last group."""
     short = -w.shape[1] % group_size
     w = scaling.to_groups(w, group_size).transpose(2, 1, 0)
     h = jnp.pad(importance, (0, short)).reshape(-1, group_size).T[:, :, None]
@@ -96,15 +96,15 @@ def moments_of(cells: Cells, levels: jax.Array) -> Moments:
 
 
 def errors_from(cells: Cells, moments: Moments, groups: Groups) -> jax.Array:
-    """`errors` by the moments of the levels: quicker, and off by some 1e-5 of themselves."""
+    """`errors` computed from the moments of the levels: faster, with a relative error of about 1e-5."""
     t, tt, tw = moments
     s, o = groups.scale_values(), groups.offset_values() - cells.mean
     return cells.spread + s * (s * tt - 2 * tw) + o * (2 * s * t + o * cells.mass)
 
 
 def least_squares(cells: Cells, moments: Moments, groups: Groups) -> Groups:
-    """Scales and offsets of least error for the levels, rounded; a group of one level keeps its scale, one without
-    importance its offset."""
+    """The scales and offsets of least error for the levels, rounded. A group with one level keeps its scale, and a
+    group without importance keeps its offset."""
     t, tt, tw = moments
     old = groups.scale_values()
     mean_level = t / jnp.where(cells.mass == 0, 1.0, cells.mass)

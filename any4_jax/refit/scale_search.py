@@ -12,33 +12,34 @@ from any4_jax import scaling
 from any4_jax.refit.groups import Cells, Groups, errors_from, least_squares, levels_of, moments_of
 
 FACTORS = (1.0, 0.95, 1.05, 0.9, 1.1, 0.84, 1.18, 0.77, 0.7)
-"""Of the scale: finer where the best is likelier, and 1 first, since of starts that are as good the first is kept.
-Three quarters as many starts leave 0.8 % more error, a quarter more of them 0.6 % less (SmolLM2-135M)."""
+"""Factors of the scale, finer where the best is likelier. 1 comes first, because the first of equally good starts is
+kept. Three quarters as many starts leave 0.8 % more error, a quarter more of them 0.6 % less (SmolLM2-135M)."""
 
 HELD = (0.0, 0.5, 1.0)
 """The point of the table's range that stays where it is: 0 the lower end, 1 the upper."""
 
 FITS = 2
-"""Each start is followed by so many fits with codes chosen anew. After one, the codes are still those of the start;
-choosing by its error leaves 1 % more."""
+"""How many fits follow each start, each with the codes chosen again. After a single fit the codes are still those of
+the start, and choosing by that error leaves 1 % more of it."""
 
 
 def starts(has_offsets: bool) -> tuple[tuple[float, float], ...]:
-    """The (factor, held) pairs that differ: without offsets zero is held, and a factor of 1 moves nothing."""
+    """The (factor, held) pairs that differ. Without offsets zero is held, and a factor of 1 moves nothing."""
     return tuple((f, p) for f in FACTORS for p in (HELD if has_offsets and f != 1.0 else HELD[:1]))
 
 
 def search_scales(cells: Cells, table: jax.Array, groups: Groups) -> Groups:
-    """For each group the best of several least-squares fits, each from another scale.
+    """For each group, the best of several least-squares fits, each started from another scale.
 
     Args:
       cells: weights and importance.
       table: float32 [2**bits, R], ascending.
-      groups: where to start; among the fits are those that start right there. Without offsets the ranges shrink and
-        stretch about zero.
+      groups: the scales and offsets to start from; one of the fits starts from these as they are. Without offsets the
+        ranges shrink and stretch about zero.
 
     Returns:
-      Groups that are better than the given ones, but for rounding: errors are told apart to 1e-5 of themselves.
+      Groups that are at least as good as the given ones, up to rounding: errors that differ by less than 1e-5 of
+      themselves can't be told apart.
     """
     pairs = starts(groups.offsets is not None)
     factors, held = jnp.asarray(pairs, jnp.float32).T

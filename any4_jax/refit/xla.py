@@ -1,4 +1,4 @@
-"""The refit in jax.numpy: it runs on every platform, and is the truth that the other backends must match.
+"""The refit in jax.numpy: it runs on every platform, and is the reference that the other backends must match.
 
 The error of a row is sum_k h_k (w_k - lut[c_k] s_g(k) - o_g(k))^2. It is lowered in turn by the codes (nearest), the
 table (each entry alone), and the scale and offset (each group alone, in closed form; the first rounds also try other
@@ -17,12 +17,12 @@ from any4_jax.refit.groups import Cells, Groups, cells_of, errors, least_squares
 from any4_jax.refit.scale_search import search_scales
 
 SETTLED = 3e-3
-"""A row whose error falls by less than this share in a round is left alone. On SmolLM2-135M the rounds after that
-would lower the error by 0.2 % in all, and take this backend up to half as long again."""
+"""A row has settled, and is left alone, once a round lowers its error by less than this share. On SmolLM2-135M more
+rounds would lower the error by 0.2 % in all, and this backend would take up to half as long again."""
 
 
 class Fit(NamedTuple):
-    """What is refitted: a table [R, 2**bits], and scales and offsets (or None) [R, ceil(K/G)], in stored dtypes."""
+    """What is refitted: tables [R, 2**bits], scales [R, ceil(K/G)] and offsets like them or None, in stored dtypes."""
 
     lut: jax.Array
     scales: jax.Array
@@ -31,7 +31,7 @@ class Fit(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Those of `refit`'s arguments that are known while tracing.
+    """The arguments of `refit` that are known while tracing.
 
     first, stop: the table's entries that may change.
     """
@@ -85,7 +85,7 @@ def _fit_table(cells: Cells, table: jax.Array, groups: Groups, free: range, dtyp
     # A loop in the program, whose body is compiled once.
     def fit(i, fitted):
         old = jax.lax.dynamic_index_in_dim(table, i, 0, keepdims=False)
-        # Entries that are equal are one level: all its weights move with the first of them, and the others as well.
+        # Equal entries are one level: each is fitted to all weights of that level, so they move together.
         mine = levels == old
         total = jnp.where(mine, mass, 0.0).sum(axis=(0, 1))
         pulled = jnp.where(mine, pull, 0.0).sum(axis=(0, 1))

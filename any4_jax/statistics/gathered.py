@@ -13,35 +13,41 @@ import numpy as np
 
 @runtime_checkable
 class Statistic(Protocol):
-    """One thing that can be known of the activations which enter a linear.
+    """Something that is gathered from the activations that enter a linear.
 
-    A frozen, hashable dataclass: its fields are settings. Its accumulator is a pytree of arrays of fixed shapes, whose
-    size doesn't grow with the number of tokens.
+    It is a frozen, hashable dataclass whose fields are settings. Its accumulator is a pytree of arrays with fixed
+    shapes, so it doesn't grow with the number of tokens.
     """
 
     def empty(self, k: int) -> Any:
-        """The accumulator of no tokens for K = `k` features: numpy arrays, so that nothing is compiled for them."""
+        """The accumulator of no tokens, for K = `k` features, in numpy arrays, so that nothing is compiled for it."""
         ...
 
     def update(self, accumulator: Any, x: jax.Array, mask: jax.Array) -> Any:
-        """The accumulator with more tokens: x float32 [T, K], and mask bool [T], False where a token doesn't count.
-        Rows of x that don't count are zeros. It runs under jit, and under vmap for experts."""
+        """The accumulator with more tokens: x float32 [T, K] and mask bool [T], False where a token doesn't count.
+
+        The rows of x that don't count are zeros. It runs under jit, and for experts inside `jax.lax.map`.
+        """
         ...
 
     def merge(self, a: Any, b: Any) -> Any:
-        """The accumulator of the tokens of both."""
+        """The accumulator of the tokens of both, which are different tokens. It runs under vmap for experts."""
+        ...
+
+    def scaled(self, accumulator: Any, factor: jax.Array) -> Any:
+        """The accumulator of the same tokens with every x multiplied by factor [K], which is positive."""
         ...
 
 
 @jax.tree_util.register_pytree_with_keys_class
 class Gathered(Mapping[Statistic, Any]):
-    """Statistics of one input: a pytree that maps each `Statistic` to its accumulator.
+    """The statistics of one input: a pytree that maps each `Statistic` to its accumulator.
 
     Linears that read the same input share one. `gathered[Moments()].second_moment` is E[x^2].
 
     Attributes:
       k: K, the number of input features.
-      stack: () or (E,): the leading axes that the accumulators have where each expert has its own.
+      stack: the leading axes of the accumulators: (E,) where each expert has its own, else ().
     """
 
     def __init__(self, accumulators: Mapping[Statistic, Any], k: int, stack: tuple[int, ...] = ()) -> None:
@@ -60,6 +66,18 @@ class Gathered(Mapping[Statistic, Any]):
 
     def __repr__(self) -> str:
         return f"Gathered({', '.join(map(repr, self))}; K = {self.k})"
+
+    def scaled(self, factor: jax.Array) -> "Gathered":
+        """The statistics of the input multiplied by factor [K], which is positive.
+
+        A method that scales the input of a site hands these to the method that quantizes the scaled weights.
+        """
+
+        def one(statistic: Statistic, accumulator: Any) -> Any:
+            scaled = jax.vmap(statistic.scaled, (0, None)) if self.stack else statistic.scaled
+            return scaled(accumulator, factor)
+
+        return Gathered({s: one(s, accumulator) for s, accumulator in self.items()}, self.k, self.stack)
 
     def of_expert(self, index: int) -> "Gathered":
         """The statistics of one expert."""
@@ -81,8 +99,8 @@ def empty(k: int, statistics: Iterable[Statistic], experts: int | None = None) -
 
     Args:
       k: K.
-      statistics: what is to be gathered; equal ones are gathered once.
-      experts: E, where each expert has statistics of its own.
+      statistics: what to gather; equal ones are gathered once.
+      experts: E, where each expert has its own statistics; else None.
     """
     accumulators = {statistic: statistic.empty(k) for statistic in statistics}
     if experts is None:
@@ -102,10 +120,10 @@ def update(
     Args:
       x: [..., K], any float dtype; reduced in float32.
       mask: bool [...], False for tokens that don't count (padding); None counts all.
-      routed: bool [E, ...], which tokens reached which expert; for statistics that are per expert.
+      routed: bool [E, ...], which tokens reached which expert, for statistics per expert; else None.
 
     Raises:
-      ValueError: x ends in another K, or `routed` is absent for statistics per expert, or given for others.
+      ValueError: x ends in another K, or `routed` is missing for statistics per expert or given for others.
     """
     if x.shape[-1] != gathered.k:
         raise ValueError(f"got inputs of shape {x.shape} for statistics of K={gathered.k}; gather them at one input")
@@ -131,16 +149,16 @@ def update(
         new = one(dict(zip(statistics, accumulators, strict=True)), jnp.where(kept[:, None], x, 0.0), kept)
         return tuple(new.values())
 
-    # One expert after the other: under vmap each would hold a copy of all tokens.
+    # One expert after the other: under vmap, each would hold a copy of all tokens.
     new = jax.lax.map(lambda both: of_expert(*both), (accumulators, routed.reshape(routed.shape[0], -1)))
     return Gathered(dict(zip(statistics, new, strict=True)), gathered.k, gathered.stack)
 
 
 def merge(a: Gathered, b: Gathered) -> Gathered:
-    """The statistics of the tokens of both; only what both hold.
+    """The statistics of the tokens of both; those that only one of them holds are left out.
 
     Raises:
-      ValueError: they are of inputs of different K, or of different experts.
+      ValueError: they have different K or different experts.
     """
     if (a.k, a.stack) != (b.k, b.stack):
         raise ValueError(f"got statistics of K={a.k}, {a.stack} and K={b.k}, {b.stack}; merge those of one input")
@@ -152,12 +170,12 @@ def merge(a: Gathered, b: Gathered) -> Gathered:
 def from_activations(
     x: jax.Array, mask: jax.Array | None = None, statistics: Iterable[Statistic] | None = None
 ) -> Gathered:
-    """Statistics of activations in hand.
+    """Statistics of given activations.
 
     Args:
-      x: [..., K].
+      x: [..., K], any float dtype.
       mask: see `update`.
-      statistics: what is gathered; None is `statistics.DEFAULT`, moments and the largest magnitude.
+      statistics: what to gather; None means `statistics.DEFAULT`, moments and the largest magnitude.
     """
     from any4_jax.statistics import DEFAULT
 

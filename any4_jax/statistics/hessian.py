@@ -1,4 +1,4 @@
-"""Products of features: the Hessian of a linear's squared output error in its weights."""
+"""Products of features: the Hessian of a linear's squared output error with respect to its weights."""
 
 import dataclasses
 from typing import Any
@@ -23,8 +23,8 @@ class HessianSum:
 
     @property
     def mean(self) -> jax.Array:
-        """The mean of x x^T, float32 [K, K]: half of the Hessian of sum_n (w_n - w^_n)^T E[x x^T] (w_n - w^_n) in a row
-        of weights (GPTQ, arXiv 2210.17323, eq. 1; OBQ, arXiv 2208.11580)."""
+        """The mean of x x^T, float32 [K, K]: half of the Hessian of sum_n (w_n - w^_n)^T E[x x^T] (w_n - w^_n) with
+        respect to a row of weights (GPTQ, arXiv 2210.17323, eq. 1; OBQ, arXiv 2208.11580)."""
         return self.sum / jnp.maximum(self.count, 1).astype(jnp.float32)
 
 
@@ -32,8 +32,8 @@ class HessianSum:
 class Hessian:
     """The mean of x x^T.
 
-    Products are of float32 at Precision.HIGHEST. In TF32, a GPU's default, the small eigenvalues by which error
-    compensation divides are noise.
+    Products are in float32 at Precision.HIGHEST. In TF32, a GPU's default, the small eigenvalues by which error
+    compensation divides would be noise.
     """
 
     def empty(self, k: int) -> HessianSum:
@@ -41,9 +41,12 @@ class Hessian:
 
     def update(self, accumulator: HessianSum, x: jax.Array, mask: jax.Array) -> HessianSum:
         product = jax.lax.dot_general(x, x, (((0,), (0,)), ((), ())), precision=jax.lax.Precision.HIGHEST)
-        # A blocked product adds the two halves in different orders.
+        # A blocked product sums the entries (i, j) and (j, i) in different orders.
         product = (product + product.T) / 2
         return HessianSum(accumulator.count + mask.sum(dtype=jnp.int32), accumulator.sum + product)
 
     def merge(self, a: HessianSum, b: HessianSum) -> HessianSum:
         return HessianSum(a.count + b.count, a.sum + b.sum)
+
+    def scaled(self, accumulator: HessianSum, factor: jax.Array) -> HessianSum:
+        return HessianSum(accumulator.count, accumulator.sum * (factor[:, None] * factor))

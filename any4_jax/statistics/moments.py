@@ -1,4 +1,4 @@
-"""Means over tokens, feature by feature, and the largest magnitude."""
+"""Means over tokens, and the largest magnitude, for each feature."""
 
 import dataclasses
 from typing import Any
@@ -16,7 +16,7 @@ class MomentSums:
     Attributes:
       count: int32 [], tokens seen.
       sums: float32 [3, K].
-      lost: float32 [3, K], what rounding took from `sums` so far.
+      lost: float32 [3, K], what rounding has taken from `sums` so far.
     """
 
     count: Any
@@ -44,8 +44,8 @@ class MomentSums:
 
 @dataclasses.dataclass(frozen=True)
 class Moments:
-    """Means of x, |x| and x^2. The sums are compensated (Neumaier), so that millions of tokens in float32 don't
-    drift."""
+    """Means of x, |x| and x^2. The float32 sums are compensated (Neumaier), so that they don't drift over millions of
+    tokens."""
 
     def empty(self, k: int) -> MomentSums:
         return MomentSums(np.int32(0), np.zeros((3, k), np.float32), np.zeros((3, k), np.float32))
@@ -58,6 +58,10 @@ class Moments:
     def merge(self, a: MomentSums, b: MomentSums) -> MomentSums:
         return MomentSums(a.count + b.count, *_add(a.sums, a.lost + b.lost, b.sums))
 
+    def scaled(self, accumulator: MomentSums, factor: jax.Array) -> MomentSums:
+        powers = jnp.stack([factor, factor, factor * factor])
+        return MomentSums(accumulator.count, accumulator.sums * powers, accumulator.lost * powers)
+
 
 @dataclasses.dataclass(frozen=True)
 class AbsMax:
@@ -67,11 +71,14 @@ class AbsMax:
         return np.zeros(k, np.float32)
 
     def update(self, accumulator: jax.Array, x: jax.Array, mask: jax.Array) -> jax.Array:
-        del mask  # tokens that don't count are zeros
+        del mask  # the tokens that don't count are zeros
         return jnp.maximum(accumulator, jnp.abs(x).max(axis=0, initial=0.0))
 
     def merge(self, a: jax.Array, b: jax.Array) -> jax.Array:
         return jnp.maximum(a, b)
+
+    def scaled(self, accumulator: jax.Array, factor: jax.Array) -> jax.Array:
+        return accumulator * factor
 
 
 def _add(sums, lost, values) -> tuple[jax.Array, jax.Array]:

@@ -8,18 +8,18 @@ import jax.numpy as jnp
 import numpy as np
 
 _UNDRAWN = np.uint32(0xFFFFFFFF)
-"""The draw of a place in the sample that no token has taken, and of tokens that don't count."""
+"""The draw of a free place in the sample, and of tokens that don't count."""
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class SampledTokens:
-    """Tokens drawn evenly from all that were seen.
+    """Tokens drawn uniformly from all that were seen.
 
     Attributes:
       count: int32 [], tokens seen.
       x: float32 [S, K], the sample; zeros where fewer than S tokens were seen.
-      draws: uint32 [S], the numbers that its tokens drew; the S smallest of all are kept.
+      draws: uint32 [S], the numbers that these tokens drew, which are the S smallest of all.
     """
 
     count: Any
@@ -29,8 +29,8 @@ class SampledTokens:
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """x of `tokens` tokens. What is drawn depends on a token's place among those that count, not on how tokens are
-    batched.
+    """The inputs x of `tokens` tokens. Which are drawn depends on their places among the tokens that count, not on how
+    tokens are batched.
 
     Attributes:
       tokens: S, the size of the sample.
@@ -48,6 +48,9 @@ class Sample:
 
     def merge(self, a: SampledTokens, b: SampledTokens) -> SampledTokens:
         return self._smallest(a, b.x, b.draws, a.count + b.count)
+
+    def scaled(self, accumulator: SampledTokens, factor: jax.Array) -> SampledTokens:
+        return dataclasses.replace(accumulator, x=accumulator.x * factor)
 
     def _smallest(self, sampled: SampledTokens, x: jax.Array, draws: jax.Array, count: jax.Array) -> SampledTokens:
         every = jnp.concatenate([sampled.draws, draws])

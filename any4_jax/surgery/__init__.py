@@ -1,4 +1,4 @@
-"""Surgery: find and replace the linears of a model, whatever it is made of."""
+"""Surgery: finds and replaces the linears of a model, whatever the model is made of."""
 
 from any4_jax.surgery.containers import Container, container_of, recipe_of
 from any4_jax.surgery.explain import explain

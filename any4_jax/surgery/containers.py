@@ -1,4 +1,4 @@
-"""What models can be made of, and for each how linears are found, replaced, and taken apart into plain trees."""
+"""The containers that models come in, and how each finds and replaces linears and converts to a plain tree."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -14,19 +14,20 @@ from any4_jax.surgery.rules import Recipe
 
 @dataclasses.dataclass(frozen=True)
 class Container:
-    """What a model is made of. Linears are named by dotted paths, operators are those of any4_jax.weights.
+    """What a model is made of. Linears are named by dotted path; operators are those of any4_jax.weights.
 
     Attributes:
       name: what messages call it.
-      owns: whether a model is made of this.
+      owns: model -> whether it is made of this.
       matrices: (model, inputs) -> the float matrices of its linears; see `quantize_model` for inputs.
       operators: model -> the operators of its quantized linears.
       replace: (model, operators by path, recipe or None) -> a new model.
-      tree: model -> its contents: a nested dict, by names, of arrays and operators (those at the key "kernel" of their
-        layer); ShapeDtypeStructs where the model is abstract. The state of an NNX module's random numbers is no part
-        of it. A tree of arrays is its own.
-      fill: (model, contents, recipe or None) -> a new model with these contents, and that record of how they were
-        quantized. The model may be abstract, float or quantized; ValueError where they don't fit, see `fitting.check`.
+      tree: model -> its contents: a nested dict of arrays and operators by name, an operator at the key "kernel" of
+        its layer; ShapeDtypeStructs if the model is abstract. It leaves out the state of an NNX module's random
+        numbers. The contents of a tree of arrays are the tree itself.
+      fill: (model, contents, recipe or None) -> a new model with these contents and this record of how they were
+        quantized. The model may be abstract, float or quantized. Raises ValueError if the contents don't fit, as
+        `fitting.check` says.
     """
 
     name: str
@@ -84,6 +85,6 @@ def container_of(model: Any) -> Container:
 
 
 def recipe_of(model: Any) -> Recipe | None:
-    """How a model was quantized, where it says."""
+    """How a model was quantized; None if it doesn't say."""
     recipe = getattr(model[0] if isinstance(model, tuple) else model, "recipe", None)
     return recipe if isinstance(recipe, Recipe) else None

@@ -17,11 +17,14 @@ def explain(x: Any, w: Any = None, platform: str | None = None, *, rows: int = 1
     """Which kernel each layer uses: for each backend, whether it takes the product on `platform`, or why it can't.
 
     Args:
-      x: with `w`, an array or ShapeDtypeStruct [..., K]; without, a model of any kind that `quantize_model` takes.
-      w: an operator [N, K], or None for every dense layer of the model `x`. Layers with the same text, whose paths
-        differ only in their numbers, share a paragraph.
-      platform: "cpu", "cuda", "rocm" or "tpu"; None for this process's default device.
-      rows: M of the layers' inputs, where a model is given; 1 is decoding.
+      x: with `w`, an array or ShapeDtypeStruct [..., K]; without `w`, any model that `quantize_model` takes.
+      w: an operator [N, K]; None explains every dense layer of the model `x`. Layers with the same text whose paths
+        differ only in numbers share a paragraph.
+      platform: "cpu", "cuda", "rocm" or "tpu"; None means this process's default device.
+      rows: M, the rows of each layer's input, if a model is given; 1 is decoding.
+
+    Returns:
+      Text to print.
 
     Raises:
       ValueError, TypeError: as `matmul` does.
@@ -59,5 +62,5 @@ def _first(axes: int):
 
 
 def _dtype(model: Any) -> Any:
-    """Of a model's activations: what it says itself; float32 where it says nothing."""
+    """The dtype of a model's activations; float32 if the model doesn't say."""
     return getattr(model, "dtype", None) or jnp.float32

@@ -1,4 +1,4 @@
-"""Whether contents, those of a checkpoint for instance, fit a model: all in their places, of the shapes needed."""
+"""Checks that contents, such as those of a checkpoint, fit a model: nothing missing, nothing extra, equal shapes."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -16,11 +16,11 @@ class Misfit(ValueError):
     """Contents that don't fit a model.
 
     Attributes:
-      faults: what is wrong, a phrase that names the first entries.
+      faults: what is wrong; a phrase that names the first entries.
     """
 
     def __init__(self, faults: str) -> None:
-        super().__init__(f"the contents don't fit the model: {faults}; pass the model they are from")
+        super().__init__(f"the contents don't fit the model: {faults}; pass the model that they came from")
         self.faults = faults
 
 
@@ -31,17 +31,18 @@ def check(
     *,
     declared: bool = True,
 ) -> None:
-    """Raises Misfit unless `given` can take the place of `wanted`.
+    """Raises Misfit unless `given` can replace `wanted`.
 
-    An operator may be in the place of a float kernel, of another operator, and the other way round, where both stand
-    for a matrix of the same shape; how it is quantized is its own affair. Arrays need the same shape and dtype,
-    since a cast would change what was stored.
+    An operator can replace a float kernel or another operator, and a float kernel can replace an operator, if both
+    stand for a matrix of the same shape; how a matrix is quantized doesn't matter. Arrays need the same shape and
+    dtype, because a cast would change what was stored.
 
     Args:
       wanted: leaves of a model by dotted path: arrays, ShapeDtypeStructs or operators.
-      given: the leaves to put there.
-      turned: of a path, whether a float matrix there is [*L, K, N] and not [*L, N, K]; None where no operator can be.
-      declared: whether the dtype of a ShapeDtypeStruct among `wanted` is meant; those of arrays always are.
+      given: the leaves that replace them.
+      turned: path -> True if a float matrix there is [*L, K, N], False if it is [*L, N, K], None if no operator can be
+        there.
+      declared: whether to compare the dtypes of ShapeDtypeStructs among `wanted` too; those of arrays always are.
     """
     absent = [path for path in wanted if path not in given]
     unknown = [path for path in given if path not in wanted]
@@ -61,12 +62,12 @@ def check(
 
 
 def _misfit(path: str, wanted: Any, given: Any, turned: bool | None, declared: bool) -> str | None:
-    """What of `given` is not as `wanted` needs it."""
+    """How `given` differs from what `wanted` needs; None if it fits."""
     wanted, given = meta.unbox(wanted), meta.unbox(given)
     operators = is_operator(wanted), is_operator(given)
     need, got = tuple(np.shape(wanted)), tuple(np.shape(given))
     if any(operators) and turned is None:
-        return f"{path} is quantized and no kernel of a dense layer"
+        return f"{path} is quantized and is not the kernel of a dense layer"
     if operators[0] != operators[1] and turned:
         need = (*need[:-2], *need[:-3:-1])
     if got != need:

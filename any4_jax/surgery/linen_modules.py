@@ -1,7 +1,7 @@
 """Linen: pairs (module, variables), and Hugging Face's Flax models, which hold such a pair.
 
-The operator takes the kernel's place in the parameters, and the module is wrapped so that its Dense layers know what
-to do with one (any4_jax.nn.swapping).
+The operator replaces the kernel in the parameters, and the module is wrapped so that its Dense layers can multiply by
+an operator (any4_jax.nn.swapping).
 """
 
 import dataclasses
@@ -30,10 +30,13 @@ def is_pair(model: Any) -> bool:
 
 
 def pair_matrices(model: Pair, inputs: Any = None) -> dict[str, Matrix]:
-    """The kernels of the Dense layers by the dotted path of their layer.
+    """The kernels of the Dense layers, by the dotted path of the layer.
 
-    With `inputs`, a tuple of the arguments of `apply` (or a dict of them by name; shapes are enough), the layers are
-    those that run as Dense, stacks under nn.scan among them. Without, every two-dimensional "kernel" is taken for one.
+    Args:
+      model: the pair.
+      inputs: a tuple of the arguments of `apply`, or a dict of them by name; shapes are enough. With it, the layers are
+        those that run as Dense, including stacks under nn.scan. Without it, they are all that hold a two-dimensional
+        "kernel".
     """
     module, variables = model
     if inputs is None:
@@ -50,12 +53,12 @@ def pair_matrices(model: Pair, inputs: Any = None) -> dict[str, Matrix]:
 
 
 def pair_operators(model: Pair) -> dict[str, Any]:
-    """The operators of a pair by the dotted path of their layer."""
+    """The operators of a pair, by the dotted path of the layer."""
     return _operators(params_of(model[1]))
 
 
 def pair_replace(model: Pair, done: Mapping[str, Any], recipe: Recipe | None) -> Pair:
-    """The wrapped module, and variables with operators in the place of kernels."""
+    """The wrapped module, and its variables with operators in place of kernels."""
     module, variables = model
     params = _with_kernels(params_of(variables), done)
     swapped = intercepted(module, quantized_dense)
@@ -64,30 +67,33 @@ def pair_replace(model: Pair, done: Mapping[str, Any], recipe: Recipe | None) ->
 
 
 def hf_matrices(model: Any, inputs: Any = None) -> dict[str, Matrix]:
-    """The kernels of the Dense layers of a Hugging Face Flax model, found by tracing it."""
+    """The kernels of the Dense layers of a Hugging Face Flax model, which are found by tracing it."""
     return _kernels(model.params, hf_flax.dense_paths(model))
 
 
 def hf_operators(model: Any) -> dict[str, Any]:
-    """The operators of a Hugging Face Flax model by the dotted path of their layer."""
+    """The operators of a Hugging Face Flax model, by the dotted path of the layer."""
     return _operators(model.params)
 
 
 def hf_replace(model: Any, done: Mapping[str, Any], recipe: Recipe | None) -> Any:
-    """A model of the same class with operators in the place of kernels."""
+    """A model of the same class with operators in place of kernels."""
     new = hf_flax.with_params(model, _with_kernels(model.params, done))
     new.recipe = recipe or getattr(model, "recipe", None)
     return new
 
 
 def pair_contents(model: Pair) -> dict[str, Any]:
-    """The variables of a pair, as they were passed, without boxes."""
+    """The variables of a pair as they were passed, but without boxes."""
     return trees.contents(_unfrozen(model[1] or {}))
 
 
 def pair_fill(model: Pair, given: Mapping[str, Any], recipe: Recipe | None) -> Pair:
-    """The pair with other contents, boxed where its own are. Its variables may be abstract, or None for whatever is
-    given; the module is wrapped if an operator is among them."""
+    """The pair with the contents `given`, boxed wherever its own contents are.
+
+    The pair's variables may be abstract; None takes whatever is given. The module is wrapped if the new contents have
+    an operator. Raises ValueError if they don't fit, as `fitting.check` says.
+    """
     module, variables = model
     if variables is None:
         filled = dict(given)
@@ -104,8 +110,11 @@ def hf_contents(model: Any) -> dict[str, Any]:
 
 
 def hf_fill(model: Any, given: Mapping[str, Any], recipe: Recipe | None) -> Any:
-    """A model of the same class with other contents. Where it is abstract the dtypes are those given: transformers
-    says float32 of every parameter that it has not made."""
+    """A model of the same class with the contents `given`.
+
+    Dtypes are compared only with real arrays: transformers says that every abstract parameter is float32. Raises
+    ValueError if the contents don't fit, as `fitting.check` says.
+    """
     held = _with_shapes(model)
     dense = hf_flax.dense_paths(held)
     params = _unfrozen(held.params)
@@ -116,23 +125,23 @@ def hf_fill(model: Any, given: Mapping[str, Any], recipe: Recipe | None) -> Any:
 
 
 def _with_shapes(model: Any) -> Any:
-    """A model that has parameters: one made with _do_init=False has the shapes alone, and refuses to show them."""
+    """The model with parameters: one made with _do_init=False has only their shapes, and refuses to show them."""
     return model if model._is_initialized else hf_flax.with_params(model, model.params_shape_tree)
 
 
 def _unfrozen(variables: Any) -> dict[str, Any]:
-    """As dicts that may be changed."""
+    """The variables as dicts that can be changed."""
     return flax.core.unfreeze(variables)
 
 
 def params_of(variables: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The parameters, be they given alone or among other collections."""
+    """The parameters, whether `variables` holds them alone or among other collections."""
     return variables.get("params", variables)
 
 
 def layer_path(path: tuple[str, ...]) -> str:
-    """What a Dense layer is called that is at a path in a module. One that is the whole module has no path, and is
-    called by its kernel."""
+    """The name of the Dense layer at a path in a module. A layer that is the whole module has an empty path, and is
+    named after its kernel."""
     return ".".join(path) or "kernel"
 
 
@@ -161,7 +170,7 @@ def _operators(params: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _with_kernels(params: Mapping[str, Any], done: Mapping[str, Any]) -> dict[str, Any]:
-    """The parameters with operators as kernels, their arrays boxed where the kernels were."""
+    """The parameters with operators in place of kernels; an operator's arrays are boxed if the kernel was."""
     plain = _unfrozen(params)
     here = trees.leaves(plain)
     new = {}

@@ -1,4 +1,4 @@
-"""The operators of a quantized model, of any kind, by path: read and replaced."""
+"""Reads and replaces the operators of a quantized model by path."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,7 +8,7 @@ from any4_jax.surgery.rules import matching
 
 
 def quantized_leaves(model: Any) -> dict[str, Any]:
-    """The operators of a quantized model, of any kind that `quantize_model` takes, by dotted path."""
+    """The operators of a quantized model, by dotted path; any model that `quantize_model` takes."""
     return container_of(model).operators(model)
 
 
@@ -17,11 +17,14 @@ def map_operators(model: Any, function: Callable[[str, Any], Any], pattern: str 
 
     Args:
       model: see `quantize_model`.
-      function: gives an operator of the same shape.
-      pattern: regex of the whole paths of the layers meant.
+      function: (path, operator) -> an operator of the same shape.
+      pattern: regex that must match the whole path of a layer; other layers keep their operators.
+
+    Returns:
+      A new model; `model` stays as it was.
 
     Raises:
-      ValueError: `pattern` doesn't compile or matches no quantized layer; an operator of another shape.
+      ValueError: `pattern` doesn't compile or matches no quantized layer, or a new operator has another shape.
     """
     container = container_of(model)
     operators = container.operators(model)
@@ -29,6 +32,6 @@ def map_operators(model: Any, function: Callable[[str, Any], Any], pattern: str 
     for path, operator in new.items():
         if operator.shape != operators[path].shape:
             raise ValueError(
-                f"{path}: got an operator of shape {operator.shape}, need {operators[path].shape}; keep its shape"
+                f"{path}: got an operator of shape {operator.shape}, need {operators[path].shape}; keep the shape"
             )
     return container.replace(model, new, None)

@@ -1,5 +1,7 @@
-"""NNX modules: every nnx.Linear may become an Any4Linear, every nnx.Embed an Any4Embed. A module stays as it was; new
-ones share its arrays."""
+"""NNX modules: any nnx.Linear can become an Any4Linear, any nnx.Embed an Any4Embed.
+
+The original module stays as it was; new modules share its arrays.
+"""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -19,12 +21,12 @@ from any4_jax.weights import is_operator
 
 
 def linears(model: nnx.Module) -> dict[str, nnx.Linear]:
-    """The dense layers of an NNX module by dotted path."""
+    """The dense layers of an NNX module, by dotted path."""
     return {dotted(path): node for path, node in nnx.iter_modules(model) if isinstance(node, nnx.Linear)}
 
 
 def holders(model: nnx.Module) -> dict[str, Any]:
-    """The modules that hold a matrix which is or can be quantized, by dotted path."""
+    """The modules that hold a matrix which is quantized or can be, by dotted path."""
     kinds = nnx.Linear | nnx.Embed | Quantized
     return {dotted(path): node for path, node in nnx.iter_modules(model) if isinstance(node, kinds)}
 
@@ -37,12 +39,12 @@ def matrix_of(layer: nnx.Linear | nnx.Embed) -> Matrix:
 
 
 def matrices(model: nnx.Module) -> dict[str, Matrix]:
-    """The float weights of dense layers and embeddings by dotted path."""
+    """The float weights of dense layers and embeddings, by dotted path."""
     return {path: matrix_of(layer) for path, layer in holders(model).items() if not isinstance(layer, Quantized)}
 
 
 def operators(model: nnx.Module) -> dict[str, Any]:
-    """The operators of the quantized layers by dotted path."""
+    """The operators of the quantized layers, by dotted path."""
     return {path: layer.weight for path, layer in holders(model).items() if isinstance(layer, Quantized)}
 
 
@@ -56,7 +58,7 @@ def around(layer: Any, weight: Any) -> Any:
 
 
 def replace(model: nnx.Module, done: Mapping[str, Any], recipe: Recipe | None) -> nnx.Module:
-    """A new module with the operators of `done` in the layers at their paths; a layer that the module holds in
+    """A new module in which the layers at the paths of `done` hold its operators. A layer that the module holds in
     several places is replaced in all of them."""
 
     def swap(path, node):
@@ -70,7 +72,7 @@ def replace(model: nnx.Module, done: Mapping[str, Any], recipe: Recipe | None) -
 
 
 def contents(model: nnx.Module) -> dict[str, Any]:
-    """The arrays and operators of a module; the state of its random numbers (nnx.RngState) is left out."""
+    """The arrays and operators of a module, except the state of its random numbers (nnx.RngState)."""
     flat: dict[tuple, Any] = {tuple(map(str, path)): v.get_value() for path, v in _variables(model)}
     for path, layer in holders(model).items():
         if isinstance(layer, Quantized):
@@ -79,13 +81,15 @@ def contents(model: nnx.Module) -> dict[str, Any]:
 
 
 def _name(layer: Any) -> str:
-    """Of the matrix of a layer among its variables, or where it was before it was quantized."""
+    """The name that a layer's matrix has among its variables, or had before it was quantized."""
     return "embedding" if isinstance(layer, nnx.Embed | Any4Embed) else "kernel"
 
 
 def fill(model: nnx.Module, given: Mapping[str, Any], recipe: Recipe | None, *, declared: bool = True) -> nnx.Module:
-    """A new module with other contents. What they leave out, the state of random numbers, is that of `model`. For what
-    is refused, and for `declared`, see `fitting.check`."""
+    """A new module with the contents `given`. They leave out the state of random numbers, which `model` provides.
+
+    Raises ValueError if the contents don't fit; `fitting.check` says when, and what `declared` means.
+    """
     wanted, new = trees.leaves(contents(model)), trees.leaves(given)
     held = holders(model)
     layers = {f"{path}.{_name(layer)}".lstrip("."): path for path, layer in held.items()}
@@ -97,7 +101,9 @@ def fill(model: nnx.Module, given: Mapping[str, Any], recipe: Recipe | None, *, 
     done = {layers[path]: leaf for path, leaf in new.items() if is_operator(leaf)}
     for path, layer in layers.items():
         if is_operator(wanted[path]) and layer not in done:
-            raise ValueError(f"{layer} is quantized in the model, the contents have a float kernel; pass a float model")
+            raise ValueError(
+                f"{layer} is quantized in the model, and the contents have a float kernel for it; pass a float model"
+            )
     filled: Any = replace(model, done, recipe)
     if recipe is None and hasattr(filled, "recipe"):
         filled.recipe = None
@@ -109,12 +115,12 @@ def fill(model: nnx.Module, given: Mapping[str, Any], recipe: Recipe | None, *, 
 
 
 def _at(path: tuple, value: Any, new: Mapping[str, Any]) -> Any:
-    """What takes the place of a variable's value: most are one array, at the variable's own path."""
+    """The new value of the variable at a path. Most values are one array, at the variable's own path."""
     return jax.tree_util.tree_map_with_path(lambda inner, _: new[dotted((*path, *inner))], value)
 
 
 def _variables(model: nnx.Module) -> Iterator[tuple[tuple, nnx.Variable]]:
-    """The variables of a module but for those of operators and of random numbers."""
+    """The variables of a module, except those of operators and of random numbers."""
     quantized = operators(model)
     for path, variable in nnx.to_flat_state(nnx.state(model)):
         of_operator = path[-2:-1] == ("arrays",) and dotted(path[:-2]) in quantized
@@ -123,7 +129,7 @@ def _variables(model: nnx.Module) -> Iterator[tuple[tuple, nnx.Variable]]:
 
 
 def replace_module(model: nnx.Module, path: str, new: nnx.Module) -> None:
-    """Puts `new` in the place of the submodule at a dotted path, in place."""
+    """Replaces the submodule at a dotted path by `new`; changes `model`."""
     parent, _, last = path.rpartition(".")
     node = module_at(model, parent)
     if last.isdigit():
@@ -133,5 +139,5 @@ def replace_module(model: nnx.Module, path: str, new: nnx.Module) -> None:
 
 
 def copy_module(model: nnx.Module) -> nnx.Module:
-    """A module with variables of its own over the same arrays."""
+    """A copy of the module: its own variables over the same arrays."""
     return nnx.clone(model)

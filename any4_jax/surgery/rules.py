@@ -1,4 +1,4 @@
-"""Which layer is quantized by which method, and the record of it."""
+"""Which method quantizes which layer, and the record of it."""
 
 import dataclasses
 import re
@@ -10,15 +10,15 @@ from any4_jax.methods.base import Note
 Rules = Sequence[tuple[str, AnyMethod | None]]
 
 DEFAULT_RULES: Rules = ((r"(.*[./])?(lm_head|embed_tokens)([./].*)?", None),)
-"""Always tried after the caller's: the head and the embedding stay as they are unless a rule names them."""
+"""Tried after the caller's rules: the head and the embedding stay as they are unless one of the caller's names them."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """How a model was quantized; static, hashable, written to the manifest.
+    """How a model was quantized: static, hashable, written to the manifest.
 
     Attributes:
-      rules: (regex, method or None) in the order they were tried, by the last call of `quantize_model`.
+      rules: (regex, method or None) of the last call of `quantize_model`, in the order in which they were tried.
       layers: (path, method, notes) of every quantized layer, in the order of paths; notes are (key, value) pairs.
     """
 
@@ -27,7 +27,7 @@ class Recipe:
 
 
 def matching(paths: Iterable[str], pattern: str) -> list[str]:
-    """The paths that a regex matches as a whole.
+    """The paths that a regex matches in full.
 
     Raises:
       ValueError: the regex doesn't compile, or matches no path.
@@ -36,7 +36,7 @@ def matching(paths: Iterable[str], pattern: str) -> list[str]:
     try:
         compiled = re.compile(pattern)
     except re.error as error:
-        raise ValueError(f"got rule {pattern!r}, which is no regular expression ({error}); correct it") from None
+        raise ValueError(f"got rule {pattern!r}, which is not a regular expression ({error}); correct it") from None
     found = [path for path in paths if compiled.fullmatch(path)]
     if not found:
         raise ValueError(
@@ -49,13 +49,14 @@ def matching(paths: Iterable[str], pattern: str) -> list[str]:
 def resolve(
     paths: Iterable[str], method: AnyMethod | None, rules: Rules | None, by_name: Collection[str] = ()
 ) -> dict[str, AnyMethod]:
-    """The method of each path that is to be quantized.
+    """The method for each path that is to be quantized.
 
-    Rules are tried in order: the caller's, DEFAULT_RULES, then `method` for the rest; the first whose regex matches
-    the whole path decides, and None leaves the layer alone. The paths of `by_name` are for the caller's rules only.
+    Rules are tried in order: the caller's, DEFAULT_RULES, then `method` for all other paths. The first rule whose
+    regex matches the whole path decides; None leaves the layer as it is. Only a caller's rule can choose a path of
+    `by_name`.
 
     Raises:
-      ValueError: a caller's rule that matches no path, or a regex that doesn't compile.
+      ValueError: a rule of the caller matches no path, or its regex doesn't compile.
     """
     paths = list(paths)
     chosen: dict[str, AnyMethod | None] = {}
@@ -65,5 +66,5 @@ def resolve(
     for pattern, decided in (*DEFAULT_RULES, (r".*", method)):
         for path in filter(re.compile(pattern).fullmatch, paths):
             chosen.setdefault(path, None if path in by_name else decided)
-    # In the order of the paths, whatever the rules' was.
+    # In the order of the paths, not of the rules.
     return {path: taken for path in paths if (taken := chosen[path]) is not None}

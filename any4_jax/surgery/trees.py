@@ -1,5 +1,7 @@
-"""Plain trees of arrays: a matrix named "kernel" is [K, N] as Flax keeps it, one named "weight" is [N, K] as torch
-does. Other leaves, vectors and stacks are no layers."""
+"""Plain trees of arrays: a matrix named "kernel" is [K, N] as in Flax, one named "weight" is [N, K] as in torch.
+
+Other leaves, vectors and stacks are not layers.
+"""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -18,22 +20,22 @@ _TRANSPOSED = {"kernel": True, "weight": False}
 
 
 def dotted(path: tuple) -> str:
-    """A path of a tree or an NNX module as text."""
+    """The path of a leaf of a tree or of an NNX module, as text."""
     return ".".join(str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", key)))) for key in path)
 
 
 def is_leaf(node: Any) -> bool:
-    """Whether surgery looks at a node as a whole: operators, and Flax's boxes around an array."""
+    """Whether surgery takes a node as a whole: an operator, or a box of Flax around an array."""
     return is_operator(node) or isinstance(node, meta.AxisMetadata)
 
 
 def leaves(tree: Any) -> dict[str, Any]:
-    """Arrays, operators and boxes of a tree by dotted path."""
+    """The arrays, operators and boxes of a tree, by dotted path."""
     return {dotted(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_leaf)}
 
 
 def operators(tree: Any) -> dict[str, Any]:
-    """The operators of a tree by dotted path."""
+    """The operators of a tree, by dotted path."""
     return {path: leaf for path, leaf in leaves(tree).items() if is_operator(leaf)}
 
 
@@ -48,7 +50,7 @@ def matrices(tree: Any) -> dict[str, Matrix]:
 
 
 def replace(tree: Any, done: Mapping[str, Any], recipe: Recipe | None = None) -> Any:
-    """The tree with operators in the place of the leaves at the paths of `done`. It has no place for a recipe."""
+    """The tree with the operators of `done` in place of the leaves at their paths. A tree can't hold a recipe."""
     return jax.tree_util.tree_map_with_path(lambda path, leaf: done.get(dotted(path), leaf), tree, is_leaf=is_leaf)
 
 
@@ -58,7 +60,7 @@ def contents(tree: Any) -> Any:
 
 
 def is_kernel(path: str) -> bool:
-    """Whether the last name of a dotted path is that of a matrix that is kept as [K, N]."""
+    """Whether the last name of a dotted path is "kernel", the name of a matrix [K, N]."""
     return path.rsplit(".", 1)[-1] == "kernel"
 
 
@@ -70,8 +72,10 @@ def fill(
     turned: Callable[[str], bool | None] = is_kernel,
     declared: bool = True,
 ) -> Any:
-    """The tree with the arrays and operators of `given` for its own, boxed where its own are. It has no place for a
-    recipe. For what is refused, and the last two arguments, see `fitting.check`."""
+    """The tree with the arrays and operators of `given`, boxed wherever its own are. A tree can't hold a recipe.
+
+    Raises ValueError if `given` doesn't fit; `fitting.check` says when, and what the last two arguments mean.
+    """
     new = leaves(given)
     fitting.check(leaves(tree), new, turned, declared=declared)
 
@@ -85,7 +89,7 @@ def fill(
 
 
 def box_of(kernel: Any) -> meta.AxisMetadata | None:
-    """The box of an array, or the one that the boxes in an operator were made from."""
+    """The box of an array, or the box from which the boxes in an operator were made."""
     if isinstance(kernel, meta.AxisMetadata):
         return kernel
     boxes = jax.tree.leaves(kernel, is_leaf=lambda node: isinstance(node, meta.Partitioned))

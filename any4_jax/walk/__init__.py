@@ -1,4 +1,4 @@
-"""The walk over a model that calibrates and quantizes it."""
+"""The walk over a model, which calibrates and quantizes it."""
 
 from any4_jax.walk.calibrate import calibrate
 from any4_jax.walk.quantize import quantize_model

@@ -1,4 +1,4 @@
-"""Calibration data in any form to padded batches of tokens."""
+"""Calibration data: from any of its forms to padded batches of tokens."""
 
 import numpy as np
 
@@ -9,8 +9,15 @@ Batch = tuple[np.ndarray, np.ndarray]
 def token_batches(model, data, batch_size: int, seqlen: int) -> list[Batch]:
     """Pieces of at most `seqlen` tokens, padded on the right to the longest of their batch and masked there.
 
+    Args:
+      model: has a `config` and, where data is text, a `tokenizer`.
+      data: see `calibrate`.
+      batch_size: sequences in a batch.
+      seqlen: the longest piece, in tokens; a shorter context of the model takes its place.
+
     Raises:
-      ValueError: no text or tokens, or none that fit the model's vocabulary; a size below 1.
+      ValueError: there is no token, a token is outside of the vocabulary, the data has another form, or it is text and
+        the model has no tokenizer; a size is below 1.
     """
     if batch_size < 1 or seqlen < 1:
         raise ValueError(f"got batch_size={batch_size} and seqlen={seqlen}, both must be at least 1; pass larger ones")
@@ -32,11 +39,11 @@ def token_batches(model, data, batch_size: int, seqlen: int) -> list[Batch]:
 
 
 def _sequences(model, data) -> list[np.ndarray]:
-    """Token sequences of any of the forms that `calibrate` takes."""
+    """The token sequences in any of the forms of data that `calibrate` takes."""
     rows: list[np.ndarray] = []
     for item in [data] if isinstance(data, str) else data:
         if isinstance(item, str):
-            # Encoding "" would give a lone beginning-of-text token, and statistics of nothing.
+            # Encoding "" would give a beginning-of-text token alone, and statistics of nothing else.
             if not item.strip():
                 continue
             if getattr(model, "tokenizer", None) is None:

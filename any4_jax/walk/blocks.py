@@ -1,4 +1,4 @@
-"""A block of a decoder during a walk: the `any4_jax.methods.Block` that methods are given."""
+"""A block of a decoder during a walk: the `any4_jax.methods.Block` that methods get."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -19,24 +19,27 @@ from any4_jax.walk.capture import positions_of, run_block
 from any4_jax.walk.records import Captured, Contents, Kept, contents_of, site_units, with_contents
 from any4_jax.weights import ScaleInput, is_operator
 
+_FOLDED = "/folded"
+"""The name of a site's folded factor among what is kept of it; no array of a block has a name with a slash."""
+
 
 @dataclasses.dataclass
 class WalkedBlock:
     """See `any4_jax.methods.Block` for contents, assigned, sites, inputs and masks.
 
     Attributes:
-      module: the block as it came.
+      module: the block of the decoder, unchanged.
       own: the contents of `module`.
-      path: of the block in the decoder.
+      path: the path of the block in the decoder.
       decoder: the model.
       caches: (B, T) -> an empty cache of this block.
-      float_inputs: what enters the block in the float model; None where nothing asks for `targets`.
-      given: statistics in hand, by the paths of linears in the decoder.
-      watch: statistics that are gathered at every site besides what methods need, and recorded.
-      keep_outputs: whether outputs of the block as it came are what the next block gets.
+      float_inputs: what enters the block in the float model; None where no method asks for `targets`.
+      given: statistics from the caller, by the path of a linear in the decoder.
+      watch: statistics that are gathered at every site besides those that methods need, and recorded.
+      keep_outputs: whether the next block gets the outputs of `module`, not those of the quantized block.
       kept: see `Kept`.
       captured: what runs of the block have shown so far.
-      count: called with the decoder's path of each linear that is quantized.
+      count: called with the path in the decoder of each linear once it is quantized.
     """
 
     module: nnx.Module
@@ -84,7 +87,8 @@ class WalkedBlock:
         return seen
 
     def finish(self, contents: Contents) -> list[jax.Array]:
-        """What the next block gets, once this one is quantized; gathers the watched sites that no run has shown yet."""
+        """What the next block gets, once this one is quantized: [B, T, E] for each batch. Also gathers the watched
+        statistics of the sites that no run has shown yet."""
         captured = self.captured
         rest = [site for site in self.sites if self.watch and site.name not in captured.gathered]
         if captured.outputs is not None and not rest:
@@ -99,15 +103,18 @@ class WalkedBlock:
         stats = {path: by_linear.get(path) or self.given.get(f"{self.path}.{path}") for path in paths}
         single = [path for path in paths if scope_of(self.assigned[path]) == "matrix"]
         result = BlockResult(contents, {})
-        # Sites from the last to the first: what a factor is folded into is then still float.
+        # From the last site to the first, so that what a factor is folded into is still float.
         for site in reversed(self.sites):
             mine = {path: self.assigned[path] for path in site.linears if path in paths}
             for unit, chosen in site_units(site, mine).items():
-                made = self._quantize_site(result.contents, site, f"{self.path}.{unit}", chosen, stats[chosen[0]])
-                mine = {path: method for path, method in mine.items() if path not in chosen}
-                if _is_scaled(site, result.contents, made.contents):
-                    stats |= self._gathered_again(made.contents, site, mine)
+                made, folded = self._quantize_site(
+                    result.contents, site, f"{self.path}.{unit}", chosen, stats[chosen[0]]
+                )
                 result = BlockResult(made.contents, {**result.notes, **made.notes})
+                # The site's other matrices were divided by what was folded, and read the scaled input.
+                for path in set(mine) - set(chosen):
+                    own = stats[path]
+                    stats[path] = own if own is None or folded is None else own.scaled(folded)
         made = self._quantize_matrices(result.contents, single, stats)
         return BlockResult(made.contents, {**result.notes, **made.notes})
 
@@ -137,53 +144,49 @@ class WalkedBlock:
 
     def _quantize_site(
         self, contents: Contents, site: Site, unit: str, paths: list[str], stats: Gathered | None
-    ) -> BlockResult:
+    ) -> tuple[BlockResult, jax.Array | None]:
+        """The contents with linears of a site quantized by their method, and the factor [K] that was folded before the
+        site, if any."""
+        method: Any = self.assigned[paths[0]]
         found = self.kept.results.get(unit)
         if found is None:
             weights = {path: jnp.asarray(contents[f"{path}.kernel"], jnp.float32).T for path in paths}
             foldable = is_foldable(self.module_of(contents), site)
-            method: Any = self.assigned[paths[0]]
             made = apply_site(SiteWeights(weights, site.repeat, site.width, foldable), method, stats, unit)
             changed = self._placed(contents, site, made.results, made.input_scale)
             found = Result(changed, {path: dict(result.notes) for path, result in made.results.items()})
             self.kept.put(unit, found)
         for path in paths:
             self.count(f"{self.path}.{path}")
-        return BlockResult({**contents, **found.operator}, found.notes)
-
-    def _gathered_again(self, contents: Contents, site: Site, rest: Mapping[str, AnyMethod]) -> dict[str, Gathered]:
-        """The statistics of a site's scaled input, for those of its linears that are still to be quantized."""
-        needs = tuple(dict.fromkeys(statistic for method in rest.values() for statistic in method.needs))
-        if not needs:
-            return {}
-        apart = dataclasses.replace(self, watch=(), captured=Captured(), keep_outputs=False)
-        gathered = apart.gather(contents, {site.name: needs})
-        return dict.fromkeys(rest, gathered[site.name]) if gathered else {}
+        changed = dict(found.operator)
+        folded = changed.pop(_FOLDED, None)
+        return BlockResult({**contents, **changed}, found.notes), folded
 
     def _placed(
         self, contents: Contents, site: Site, results: Mapping[str, Result], scale: jax.Array | None
     ) -> dict[str, Any]:
-        """The contents that change where a site's operators take their places and its input is scaled."""
+        """The contents that change when a site's operators replace its kernels and its input is scaled, and under
+        _FOLDED the factor that was folded."""
         operators = {f"{path}.kernel": result.operator for path, result in results.items()}
         if scale is None:
             return operators
         module, leftover = scale_channels(self.module_of(contents), site, scale)
+        if leftover is not None:
+            operators = {name: ScaleInput(operator, leftover) for name, operator in operators.items()}
+            if not is_foldable(self.module_of(contents), site):
+                return operators
         folded = scale if leftover is None else scale / leftover
-        new = contents_of(module)
-        changed = {name: value for name, value in new.items() if value is not contents[name]}
-        for path in site.linears:
-            name = f"{path}.kernel"
-            if name in operators:
-                operator = operators[name]
-                changed[name] = operator if leftover is None else ScaleInput(operator, leftover)
-            elif is_operator(contents[name]):
-                changed[name] = ScaleInput(contents[name], 1 / folded)
+        changed = {name: value for name, value in contents_of(module).items() if value is not contents[name]}
+        for name in (f"{path}.kernel" for path in site.linears if f"{path}.kernel" not in operators):
+            kernel = contents[name]
+            if is_operator(kernel):
+                changed[name] = ScaleInput(kernel, 1 / folded)
             else:
-                changed[name] = (contents[name].astype(jnp.float32) / folded[:, None]).astype(contents[name].dtype)
-        return changed
+                changed[name] = (kernel.astype(jnp.float32) / folded[:, None]).astype(kernel.dtype)
+        return changed | operators | {_FOLDED: folded}
 
     def _is_kept(self, site: Site) -> bool:
-        """Whether a run before this one left all that is to be made of a site."""
+        """Whether an earlier run left the results of all that is assigned at a site."""
         if self.watch:
             return False
         mine = {path: self.assigned[path] for path in site.linears if path in self.assigned}
@@ -208,10 +211,3 @@ class WalkedBlock:
             y, seen = run_block(type(self.decoder).block, graphdef, state, x, cache, mask, seen, outputs)
             ys.append(y)
         return ys, seen
-
-
-def _is_scaled(site: Site, before: Contents, after: Contents) -> bool:
-    """Whether what is before a site has been changed, and with it the site's input."""
-    return site.after is not None and any(
-        after[name] is not leaf for name, leaf in before.items() if name.startswith(f"{site.after}.")
-    )

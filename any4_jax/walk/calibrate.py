@@ -1,4 +1,4 @@
-"""`calibrate`: statistics of what enters every linear, for every kind of model."""
+"""`calibrate`: statistics of the input of every linear, for every kind of model."""
 
 import dataclasses
 import itertools
@@ -35,34 +35,34 @@ def calibrate(
     seqlen: int = 2048,
     progress: Progress | None = None,
 ) -> dict[str, Gathered]:
-    """Statistics of the input of every linear: the walk of `quantize_model` without its results.
+    """Statistics of the input of every linear: the walk of `quantize_model`, without its results.
 
-    `quantize_model(model, method, data=...)` gathers for itself, one block at a time. This is for statistics that serve
-    several methods, or that are looked at.
+    `quantize_model(model, method, data=...)` gathers its own statistics, one block at a time. Call `calibrate` for
+    statistics that serve several methods, or to look at them.
 
     Args:
       model: a decoder of any4_jax.models, which is walked block by block; or a Hugging Face Flax model, any NNX module,
-        or a pair (Linen module, variables), which is run as a whole.
+        or a pair (Linen module, variables), which run as a whole.
       data: for models of text, a text, a list of texts, token ids [B, T], or an iterable of ragged token lists or of
         [B, T] arrays. Sequences longer than `seqlen` (or the model's context) are cut into pieces; shorter ones are
         padded, and padding is not counted. For other modules, an iterable of batches: each an array, a tuple of
         arguments, or a dict of arguments by name; Hugging Face models take such dicts too.
-      method: what the linears will be quantized with: what it needs is gathered besides `statistics.DEFAULT`, and where
-        it is sequential it quantizes a copy of the model on the way.
-      rules: as for `quantize_model`.
-      sequential: whether each linear's statistics come from the model whose earlier linears are quantized already;
-        for decoders. None is the method's own choice (`Any4.paper()` says True).
+      method: how the linears will be quantized. The statistics that it needs are gathered besides
+        `statistics.DEFAULT`; a sequential one quantizes a copy of the model on the way.
+      rules: as in `quantize_model`.
+      sequential: for decoders, whether each linear's statistics come from the model whose earlier linears are already
+        quantized. None leaves it to the method (`Any4.paper()` says True).
       batch_size: sequences in a batch.
-      seqlen: longest sequence.
+      seqlen: the longest sequence, in tokens.
       progress: called with (done, total, what) after each block, or each batch.
 
     Returns:
-      {path: Gathered} for every linear, and for the embedding of a decoder whose head it is.
+      {path: Gathered} for every linear, and for the embedding if it is also the decoder's head.
 
     Raises:
-      ValueError: no text or tokens; text for a model without a tokenizer; sequential=True without a method, or for a
-        model without blocks; Dense layers under nn.scan.
-      TypeError: a model of none of these kinds.
+      ValueError: there is no text or token; the data is text and the model has no tokenizer; `sequential` is True
+        without a method, or for a model without blocks; a Dense layer is under nn.scan.
+      TypeError: the model is none of these.
     """
     if sequential is None:
         sequential = method is not None and method.sequential

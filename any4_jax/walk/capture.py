@@ -1,4 +1,4 @@
-"""The programs that a walk runs: the embedding, a block with its sites tapped, and what enters the head.
+"""The programs that a walk runs: the embedding, a block with taps at its sites, and the input of the head.
 
 Each is jitted with a module's structure static, so that all blocks of one structure share a program.
 """
@@ -16,13 +16,13 @@ from any4_jax.statistics import Gathered
 
 
 def positions_of(x: jax.Array) -> jax.Array:
-    """int32 [B, T] of rows without padding on the left, for tokens [B, T] or activations [B, T, E]."""
+    """Positions int32 [B, T] of tokens [B, T] or activations [B, T, E] that have no padding on the left."""
     return jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32), x.shape[:2])
 
 
 @jax.jit
 def embed(decoder: Decoder, tokens: jax.Array) -> jax.Array:
-    """Tokens int32 [B, T] -> what enters the first block."""
+    """Tokens int32 [B, T] -> what enters the first block, [B, T, E]."""
     return decoder.embed(tokens, positions_of(tokens))
 
 
@@ -37,7 +37,7 @@ def run_block(
     seen: Mapping[str, Gathered],
     outputs: bool,
 ) -> tuple[jax.Array | None, dict[str, Gathered]]:
-    """A block on a batch.
+    """Runs a block on a batch.
 
     Args:
       block: `Decoder.block` of the model.
@@ -45,11 +45,11 @@ def run_block(
       x: [B, T, E].
       cache: an empty one for B rows and T slots.
       mask: bool [B, T], False for tokens that don't count.
-      seen: statistics by the names of the sites that are looked at.
-      outputs: whether the output is wanted; without it XLA drops what comes after the last site of `seen`.
+      seen: the statistics so far, by the name of each site to watch.
+      outputs: whether to return the output; if not, XLA drops what comes after the last site of `seen`.
 
     Returns:
-      (the output [B, T, E] or None, the statistics with this batch's tokens).
+      (the output [B, T, E] or None, the statistics with this batch's tokens added).
     """
     new = dict(seen)
 
@@ -67,5 +67,5 @@ def run_block(
 
 @jax.jit
 def gather_head(decoder: Decoder, x: jax.Array, mask: jax.Array, seen: Gathered) -> Gathered:
-    """The statistics of what enters the head, for outputs x [B, T, E] of the last block."""
+    """The statistics of the head's input with more tokens: outputs x [B, T, E] of the last block, mask bool [B, T]."""
     return statistics.update(seen, decoder.head_input(x), mask)

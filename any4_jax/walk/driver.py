@@ -1,6 +1,6 @@
-"""The walk: block by block, capture what enters each site, quantize, keep, run the block as quantized, go on.
+"""The walk: for each block, capture what enters its sites, quantize it, keep the results, and go on from its output.
 
-What is held at a time: the activations at one boundary between blocks, and the statistics of one block.
+At any time it holds the activations at one boundary between blocks, and the statistics of one block.
 """
 
 import dataclasses
@@ -27,17 +27,17 @@ from any4_jax.walk.records import Kept, block_unit, contents_of
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What a walk is to do.
+    """What a walk has to do.
 
     Attributes:
-      assigned: the method of each linear that is quantized, by its path in the decoder.
-      batches: calibration data; empty where there is none, and then no block is run.
-      given: statistics in hand, by path, for a walk without data.
-      watch: statistics that are gathered at every site and returned.
+      assigned: the method of each linear to quantize, by its path in the decoder.
+      batches: calibration data; without any, no block runs.
+      given: statistics from the caller, by the path of a linear, for a walk without data.
+      watch: statistics to gather at every site and return.
       sequential: whether each site's statistics come from the model as quantized so far.
-      finished: where results are kept, and looked for.
+      finished: where results are kept and looked up; None keeps nothing.
       on_linear: called with a path as soon as its linear is quantized.
-      on_block: called with a block's path when the walk leaves it.
+      on_block: called with a block's path when the walk leaves the block.
     """
 
     assigned: Mapping[str, AnyMethod]
@@ -55,8 +55,8 @@ class Walked:
     """What a walk has done.
 
     Attributes:
-      blocks: each block as it is now; one that hasn't changed is the decoder's own.
-      others: operators of what is quantized outside of the blocks, by path.
+      blocks: each block with its linears quantized; an unchanged one is the decoder's own.
+      others: the operators of what is quantized outside of the blocks, by path.
       notes: the methods' notes by the path of a linear.
       gathered: statistics by the path of a linear, where `Plan.watch` asks for any.
     """
@@ -132,7 +132,7 @@ def _check_scopes(decoder: Decoder, assigned: Mapping[str, AnyMethod]) -> None:
 
 
 def _quantize_block(block: WalkedBlock, sequential: bool) -> BlockResult:
-    """A block's linears by their methods: those of a matrix or a site first, then those of the block."""
+    """Quantizes a block's linears, first by the methods of a matrix or a site, then by the methods of a block."""
     whole = {path: method for path, method in block.assigned.items() if scope_of(method) == "block"}
     parts = {path: method for path, method in block.assigned.items() if path not in whole}
     lifted = OnBlock("by_site" if sequential else "at_once")
@@ -162,7 +162,7 @@ def _quantize_whole(block: WalkedBlock, method: BlockMethod | Any) -> BlockResul
 
 
 def _quantize_rest(decoder, plan: Plan, hidden: list[Any], masks: list[Any], kept: Kept, done: Walked) -> None:
-    """What lies outside of the blocks: the head, with statistics of its input, and embeddings, without."""
+    """Quantizes what lies outside of the blocks: the head, with statistics of its input, and embeddings, without."""
     head = decoder.head_site
     heads = [path for path in head.linears if path in nnx_modules.holders(decoder)]
     blocks = tuple(f"{decoder.block_path(index)}." for index in range(len(decoder.blocks)))
@@ -196,7 +196,7 @@ def _within(assigned: Mapping[str, AnyMethod], path: str) -> dict[str, AnyMethod
 
 
 def _kept(decoder: Decoder, plan: Plan) -> Kept:
-    """What runs before this one left. All of it is looked for before anything is computed."""
+    """What earlier runs left; all of it is looked up before anything is computed."""
     if plan.finished is None:
         return Kept()
     if plan.batches or any(scope_of(method) != "matrix" for method in plan.assigned.values()):
@@ -208,7 +208,7 @@ def _kept(decoder: Decoder, plan: Plan) -> Kept:
 
 
 class _Caches:
-    """Empty caches for batches of each shape, as host zeros: nothing is compiled for them."""
+    """Empty caches for batches of each shape, in numpy arrays, so that nothing is compiled for them."""
 
     def __init__(self, decoder: Decoder) -> None:
         self._decoder = decoder

@@ -1,4 +1,4 @@
-"""Statistics of models that are run as a whole: each Dense layer is tapped while the model computes as ever."""
+"""Statistics of models that run as a whole: each Dense layer is tapped while the model computes as usual."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -21,8 +21,12 @@ Found = dict[str, Gathered]
 
 
 def run_hf(model: Any, batches: Sequence[Any], needs: Needs, progress: Progress | None) -> Found:
-    """Of a Hugging Face Flax model, over batches of keyword arguments; tokens that "attention_mask" hides are not
-    counted."""
+    """Statistics by path of a Hugging Face Flax model, over batches of keyword arguments. Tokens that "attention_mask"
+    hides are not counted.
+
+    Raises:
+      ValueError: a Dense layer is inside a lifted transformation.
+    """
 
     def forward(params, batch, tap):
         run = hf_flax.with_params(model, params)
@@ -33,7 +37,11 @@ def run_hf(model: Any, batches: Sequence[Any], needs: Needs, progress: Progress 
 
 
 def run_linen(model: Any, batches: Sequence[Any], needs: Needs, progress: Progress | None) -> Found:
-    """Of a pair (Linen module, variables), over batches of arguments of `apply`."""
+    """Statistics by path of a pair (Linen module, variables), over batches of arguments of `apply`.
+
+    Raises:
+      ValueError: a Dense layer is inside a lifted transformation.
+    """
     module, variables = model
 
     def forward(variables, batch, tap):
@@ -77,7 +85,7 @@ def _gather(
 
 
 class _Tapped(nnx.Module):
-    """A dense layer that reduces what it is given to statistics, in a variable of its own."""
+    """A dense layer that keeps statistics of its inputs in a variable of its own."""
 
     def __init__(self, inner: nnx.Linear, needs: Needs) -> None:
         self.inner = inner
@@ -89,7 +97,7 @@ class _Tapped(nnx.Module):
 
 
 def run_nnx(model: nnx.Module, batches: Sequence[Any], needs: Needs, progress: Progress | None) -> Found:
-    """Of any NNX module, over batches of its call's arguments."""
+    """Statistics by path of any NNX module, over batches of arguments of its call."""
     paths = set(linears(model))
 
     def tap(path: tuple, node: Any) -> Any:

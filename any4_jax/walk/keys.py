@@ -1,4 +1,4 @@
-"""What each unit of a walk's work follows from, as keys under which its result is kept."""
+"""The keys under which a walk keeps its results: digests of all that determines the result of each unit of work."""
 
 import hashlib
 from collections.abc import Mapping
@@ -20,12 +20,11 @@ def unit_keys(
     given: Mapping[str, Gathered],
     sequential: bool,
 ) -> dict[str, str]:
-    """A key for each linear, site and block that `assigned` has quantized, from the calibration tokens or the
-    statistics in hand, the arrays and the methods that its result follows from: those of its own block and of all
-    before, not of later ones.
+    """A key, a hex sha256, for each linear, site and block that is a unit of work under `assigned`.
 
-    Statistics that a walk gathers are not part of a key: they follow from the rest, and those of a block may be
-    gigabytes.
+    It is computed from all that determines the result: the calibration tokens or the statistics in hand, and the arrays
+    and methods of the unit's block and of the blocks before, not of later ones. Statistics that a walk gathers are left
+    out: they follow from the rest, and those of a block may be gigabytes.
     """
     digest = hashlib.sha256(repr((type(decoder).__name__, decoder.config, str(decoder.dtype), sequential)).encode())
     prefixes = [f"{decoder.block_path(index)}." for index in range(len(decoder.blocks))]

@@ -1,4 +1,4 @@
-"""`quantize_model`: every kind of model in, a quantized one of the same kind out."""
+"""`quantize_model`: takes any kind of model and returns a quantized one of the same kind."""
 
 import itertools
 from collections.abc import Callable, Collection, Mapping
@@ -49,41 +49,42 @@ def quantize_model(
     progress: Progress | None = None,
     finished: Finished | None = None,
 ) -> Any:
-    """The model with its linears quantized. The one that is passed in stays as it was; the new one shares the arrays
-    that are left alone.
+    """The model with its linears quantized. `model` itself stays as it was; the new one shares the arrays that are left
+    alone.
 
-    A decoder is walked block by block: what enters each linear is captured, the statistics that its method needs are
-    gathered, the block is quantized, and the walk goes on from the output of the float block, or of the quantized one
-    where a method is sequential.
+    A decoder is walked block by block. In each block, the statistics that the methods need are gathered from what
+    enters each linear, and the linears are quantized. The walk goes on from the output of the float block, or of the
+    quantized one if a method is sequential.
 
     Args:
       model: one of
         - a decoder of any4_jax.models, or any other NNX module: every nnx.Linear becomes an Any4Linear, every nnx.Embed
           that a rule names an Any4Embed;
-        - a Hugging Face Flax model: its kernels become operators, and it goes on working, `generate` included;
+        - a Hugging Face Flax model: its kernels become operators, and it still works, including `generate`;
         - a pair (Linen module, variables or their "params"): the new pair's module has the same `apply` and `init`;
         - a tree of arrays (dicts and lists), where "kernel" is [K, N] and "weight" is [N, K].
-      method: for the linears that no rule decides; None leaves these alone.
-      data: what statistics are gathered from, as for `calibrate`; None for methods that need none, or with `stats`.
-      stats: statistics of the input of each linear by path, as `calibrate` returns them, in place of data.
-      rules: see `resolve`.
-      inputs: for a Linen pair, example arguments of `apply` (a tuple, or a dict by name; ShapeDtypeStructs will do),
-        by which its Dense layers are found, stacked ones too. None takes every two-dimensional "kernel" for one.
-      batch_size, seqlen: of the data, as for `calibrate`.
+      method: for the linears that no rule matches; None leaves these alone.
+      data: what statistics are gathered from, as in `calibrate`; None for methods that need none, or with `stats`.
+      stats: statistics of the input of each linear by path, as `calibrate` returns them, in place of `data`.
+      rules: pairs of a regex of paths and a method, see `any4_jax.surgery.resolve`.
+      inputs: for a Linen pair, example arguments of `apply` (a tuple, or a dict by name; ShapeDtypeStructs will do).
+        They serve to find its Dense layers, including stacked ones. With None, every two-dimensional "kernel" counts as
+        a Dense layer's.
+      batch_size, seqlen: how the data is cut into batches, as in `calibrate`.
       progress: called with (done, total, path) after each linear.
-      finished: where results are kept as soon as they are there, and looked for before anything is computed: a run that
-        was killed continues, with equal bytes. None keeps nothing.
+      finished: where results are kept as soon as they are there. They are looked up before anything is computed, so a
+        run that was killed continues, with equal bytes. None keeps nothing.
 
     Returns:
       A new model of the same kind.
 
     Raises:
-      ValueError: no linear to quantize, a rule that matches nothing, data and stats both, a method that needs
-        statistics where there are none for the path, a method of sites or blocks for a model without blocks, weights
-        that are not finite.
+      ValueError: there is no linear to quantize, a rule matches nothing, `data` and `stats` are both given, a method
+        needs statistics that are missing for its path, a method of sites or blocks is used for a model without blocks,
+        or weights are not finite.
     """
     if data is not None and stats is not None:
-        raise ValueError("got data and stats, statistics come from one of them; leave one out")
+        raise ValueError("got both data and stats, need only one source of statistics; leave one out")
     container = container_of(model)
     matrices = container.matrices(model, inputs)
     by_name = {path for path, matrix in matrices.items() if matrix.by_name}
@@ -118,7 +119,7 @@ def quantize_model(
 
 
 def _walked(model: Decoder, plan: Plan) -> tuple[Decoder, dict[str, Mapping[str, Note]]]:
-    """A decoder quantized by a walk, and the methods' notes by path."""
+    """The decoder as a walk quantizes it, and the methods' notes by path."""
     walked = walk(model, plan)
     new: Any = copy_module(model)
     for index, block in enumerate(walked.blocks):
@@ -133,7 +134,7 @@ def _walked(model: Decoder, plan: Plan) -> tuple[Decoder, dict[str, Mapping[str,
 def _results(
     work: Mapping[str, tuple[Matrix, Any, Gathered | None]], count: Callable[[str], None], finished: Finished | None
 ) -> dict[str, Result]:
-    """The results of matrices that need nothing of each other, by path; what is kept is taken from there."""
+    """The results, by path, of matrices that are independent of each other; kept results are reused."""
     if finished is None:
         return quantize_matrices({path: Job(*each) for path, each in work.items()}, count)
     keys = {path: job_key(*each) for path, each in work.items()}
@@ -145,13 +146,13 @@ def _results(
 
 
 def _tapped(model: Decoder) -> Collection[str]:
-    """The paths of the linears whose input a walk sees."""
+    """The paths of the linears whose inputs a walk sees."""
     sites = ((model.block_path(i), site) for i in range(len(model.blocks)) for site in model.sites(i))
     return {*model.head_site.linears, *(f"{path}.{linear}" for path, site in sites for linear in site.linears)}
 
 
 def _check(chosen: Mapping[str, AnyMethod], seen: Collection[str]) -> None:
-    """Has each method check its fields before any work is done; `seen` are the paths that have statistics."""
+    """Checks each method's fields before any work is done; `seen` are the paths that have statistics."""
     for path, method in chosen.items():
         try:
             method.check(path in seen)
@@ -175,7 +176,7 @@ def _recipe(
     chosen: Mapping[str, AnyMethod],
     notes: Mapping[str, Mapping[str, Note]],
 ) -> Recipe:
-    """The record of how a model is quantized now, after what was done to it before."""
+    """The record of how a model is quantized now, on top of what was done to it before."""
     earlier = recipe_of(model)
     decided = [
         (path, m, tuple(sorted((name, plain_note(note)) for name, note in notes.get(path, {}).items())))

@@ -1,4 +1,4 @@
-"""A block's contents by name, what was kept of a killed run, and what runs of a block have shown."""
+"""A block's contents by name, what a killed run left, and what runs of a block have shown."""
 
 import dataclasses
 from collections.abc import Iterable, Mapping
@@ -24,7 +24,7 @@ def contents_of(block: nnx.Module) -> dict[str, Any]:
 
 
 def with_contents(block: nnx.Module, own: Contents, contents: Contents) -> nnx.Module:
-    """A block like this one with other contents; itself where they are `own`, its own."""
+    """A block like this one with other contents; the block itself where they equal `own`, the contents it has."""
     changed = {name: leaf for name, leaf in contents.items() if leaf is not own[name]}
     if not changed:
         return block
@@ -65,9 +65,9 @@ class Kept:
     """What a killed run left: results by the path of a linear or the name of one of `site_units` or a `block_unit`.
 
     Attributes:
-      keys: of every unit of work; empty where nothing is kept.
-      results: those that were found under their keys.
-      store: where more are put; None where nothing is kept.
+      keys: the key of every unit of work, by path; empty where nothing is kept.
+      results: those that were found under their keys, by path.
+      store: where further results go; None where nothing is kept.
     """
 
     keys: Mapping[str, str] = dataclasses.field(default_factory=dict)
@@ -85,9 +85,9 @@ class Captured:
     """What runs of a block have shown.
 
     Attributes:
-      gathered: statistics by the names of sites.
-      outputs: what the next block gets.
-      built: the last contents, and the module that was built of them.
+      gathered: statistics by the name of a site.
+      outputs: what the next block gets, [B, T, E] for each batch; None until a run has shown it.
+      built: the last contents, and the module that was built from them.
     """
 
     gathered: dict[str, Gathered] = dataclasses.field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""Weights as linear operators: the leaf of codes into tables, and the operators over it.
+"""Weights as linear operators: a leaf that holds codes into tables, and operators over it.
 
 A new operator is one file: see `any4_jax.weights.operator`.
 """

@@ -13,7 +13,7 @@ class LowRank(Operator):
     """W = scale * b @ a, of rank R: the update of LoRA (arXiv 2106.09685, section 4.1), with alpha / R as the scale.
 
     Attributes:
-      a: floating [*L, R, K], the factor that x meets first.
+      a: floating [*L, R, K], the factor that multiplies x first.
       b: floating [*L, N, R].
       scale: float32 [*L]; [] for one matrix. A constant.
     """

@@ -1,8 +1,8 @@
-"""What an operator is: a weight matrix [N, K] in whatever arrays it is stored, and the functions over it.
+"""What an operator is: a weight matrix [N, K], stored in any arrays, and the functions over it.
 
-`operator` registers a type once, and from then on it is multiplied, looked up, saved, loaded, sharded and trained as
-those of this package are. `dequantize`, `product` and `take_rows` are `functools.singledispatch` functions that a type
-adds itself to. A plain array [N, K] is an operator to them too.
+`operator` registers a type once. From then on it is multiplied, looked up, saved, loaded, sharded and trained like the
+types of this package. `dequantize`, `product` and `take_rows` are `functools.singledispatch` functions, with which a
+new type registers its own implementations. They take a plain array [N, K] too.
 
     @operator(axes={"diagonal": "K"}, trains={"diagonal": "tables"})
     class Diagonal(Operator):
@@ -25,11 +25,11 @@ import jax.numpy as jnp
 from jax.tree_util import GetAttrKey, tree_flatten_with_path
 
 Trained = Literal["tables", "lora", "floats"] | None
-"""As what an array is trained: a table, scale or offset; a low-rank factor; anything else; None for a constant."""
+"""What an array is trained as: a table, scale or offset; a low-rank factor; anything else; None for a constant."""
 
 
 class Operator:
-    """The base class of operators; `operator` registers one."""
+    """The base class of operators; `operator` registers a subclass."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -65,33 +65,33 @@ def operator(
     axes: Mapping[str, str] = _NONE,
     trains: Mapping[str, Trained | Callable[[Any], Trained]] = _NONE,
 ) -> Callable[[type], Any]:
-    """A decorator: makes a subclass of `Operator` a frozen dataclass and a pytree, and registers it.
+    """Decorator that makes a subclass of `Operator` a frozen dataclass and a pytree, and registers it.
 
     Fields hold arrays, operators, tuples of these, or None. Checkpoints know the operator by the name of its class.
 
     Args:
-      static: the fields that are plain values (bool, int, float, str or tuples of them) and part of the tree's
+      static: the fields that hold plain values (bool, int, float, str or tuples of them) and are part of the tree's
         structure.
-      axes: by field, what the axes of its array run along: "N", "K", or "." for neither, after the leading axes L. For
-        a field with an operator, what that operator's N and K run along. "NK" where nothing is said. "*" stands for L
-        where these are not in front.
-      trains: by field, as what its floating-point array may be trained, or a function of the operator that says so.
-        "floats" where nothing is said. Operators in a field speak for themselves, and integers are never trained.
+      axes: by field, a letter for each axis of its array after the leading axes L: "N", "K", or "." for neither. For a
+        field that holds an operator, what that operator's N and K run along. "NK" is the default. "*" says where the
+        axes L are if they are not in front.
+      trains: by field, what its floating-point array may be trained as, or a function from the operator to that.
+        "floats" is the default. Operators in a field have their own registration, and integers are never trained.
 
     Raises:
-      TypeError: the class is no subclass of Operator, or has no `shape`.
-      ValueError: another class has its name; a field that it doesn't have, or one called "operator".
+      TypeError: the class is not a subclass of Operator, or has no `shape`.
+      ValueError: another class has its name, it lacks a field that is named here, or it has a field "operator".
     """
 
     def register(cls: type) -> Any:
         if not issubclass(cls, Operator) or cls.shape is Operator.shape:
             raise TypeError(f"got the class {cls.__name__}, need a subclass of Operator with a shape; define one")
         taken = _BY_NAME.get(cls.__name__)
-        # The cell of a notebook that defines an operator may run again.
+        # A notebook's cell that defines an operator may run again.
         if taken is not None and (taken.__module__, taken.__qualname__) != (cls.__module__, cls.__qualname__):
             raise ValueError(
-                f"got an operator {cls.__name__}, a name that {taken.__module__}.{taken.__qualname__} has in "
-                "checkpoints; choose another"
+                f"got an operator {cls.__name__}, but in checkpoints that name means "
+                f"{taken.__module__}.{taken.__qualname__}; choose another name"
             )
         made: Any = dataclasses.dataclass(frozen=True)(cls)
         names = [field.name for field in dataclasses.fields(made)]
@@ -100,7 +100,7 @@ def operator(
             raise ValueError(f"got the field {unknown[0]!r}, {cls.__name__} has {', '.join(names)}; name one of these")
         if "operator" in names:
             raise ValueError(
-                f"got {cls.__name__} with a field 'operator', where checkpoints have the name of the class; rename it"
+                f"got {cls.__name__} with a field 'operator', under which checkpoints keep the class's name; rename it"
             )
         jax.tree_util.register_dataclass(cls, [name for name in names if name not in static], list(static))
         _REGISTERED[cls] = _Registration(dict(axes), dict(trains))
@@ -122,12 +122,12 @@ def operator_types() -> Mapping[str, type]:
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """Where an array is in an operator, and what the registrations on the way to it say.
+    """Where an array is in an operator, and what the registrations on the way to it say about it.
 
     Attributes:
-      name: fields, and numbers in tuples, from the outside in: "terms/0/scales". "" for a plain array.
+      name: field names, and indices into tuples, from the outside in: "terms/0/scales". "" for a plain array.
       axes: what the array's axes run along, as in `operator`, in terms of the outermost N and K; "*" stands for L.
-      trained: as what the array may be trained, if it is of a floating dtype.
+      trained: what the array may be trained as, if its dtype is floating.
     """
 
     name: str
@@ -140,7 +140,7 @@ def places(w: Any, is_leaf: Callable[[Any], bool] | None = None) -> list[tuple[P
 
     Args:
       w: an operator, or an array.
-      is_leaf: as in `jax.tree.leaves`: nodes that are given as if they were arrays.
+      is_leaf: as in `jax.tree.leaves`: says which nodes are returned as if they were arrays.
     """
     return list(_places(w, Place("", "*NK", "floats"), None, is_leaf))
 
@@ -168,13 +168,13 @@ def _places(node: Any, at: Place, owner: Any, is_leaf: Callable[[Any], bool] | N
 
 
 def _composed(outer: str, axes: str) -> str:
-    """The axes of a field of an operator whose own are `outer`, which ends in what its N and K run along."""
+    """What `axes` of a field come to in an operator whose own axes are `outer`; the last two are those of N and K."""
     along = {"*": outer[:-2], "N": outer[-2], "K": outer[-1], ".": "."}
     return "".join(along[axis] for axis in (axes if "*" in axes else f"*{axes}"))
 
 
 def parts(w: Any) -> list[Any]:
-    """An operator and all operators within it, from the outside in; none of an array."""
+    """An operator and all operators within it, from the outside in; an empty list for an array."""
     if not is_operator(w):
         return []
     inner = jax.tree.leaves(w, is_leaf=lambda node: node is not w and is_operator(node))
@@ -196,15 +196,15 @@ def dequantize(w, dtype=jnp.float32) -> jax.Array:
 
 @functools.singledispatch
 def product(w, x: jax.Array, backend: str | None = None) -> jax.Array:
-    """x W^T [M, N] in x's dtype, accumulated in float32; what `any4_jax.matmul` calls once x has two axes.
+    """x W^T [M, N] in x's dtype, accumulated in float32; `any4_jax.matmul` calls it once x has two axes.
 
-    An operator over others registers its own in terms of theirs. Where kernels read an operator as a whole, what is
-    registered asks `any4_jax.product.plan` for one.
+    An operator over others registers an implementation in terms of their products. The implementation for an operator
+    that kernels read as a whole asks `any4_jax.product.plan` for a kernel.
 
     Args:
       w: an operator or array [N, K].
       x: [M, K], a floating dtype.
-      backend: what the kernel is called that is to be used wherever there is a choice; None leaves it to the plan.
+      backend: the name of the kernel to use wherever there is a choice; None leaves the choice to the plan.
 
     Raises:
       TypeError: `w` is not an operator.
@@ -216,11 +216,14 @@ def product(w, x: jax.Array, backend: str | None = None) -> jax.Array:
 
 @functools.singledispatch
 def take_rows(w, rows: jax.Array) -> Any:
-    """The operator or array [R, K] of some rows of an operator or array [N, K], without decoding them.
+    """Some rows of an operator or array, without decoding them.
 
     Args:
       w: an operator or array [N, K].
       rows: int [R], from 0 to N - 1; others are clipped.
+
+    Returns:
+      An operator or array [R, K].
 
     Raises:
       TypeError: `w` is not an operator.
@@ -235,8 +238,10 @@ def _unknown(w: Any) -> str:
 
 
 def dense_product(x: jax.Array, w: jax.Array) -> jax.Array:
-    """x [M, K] by an array [N, K], accumulated in float32; HIGHEST keeps a GPU or TPU from rounding float32 to fewer
-    bits."""
+    """x W^T [M, N] in x's dtype, for x [M, K] and an array W [N, K], accumulated in float32.
+
+    Precision.HIGHEST keeps a GPU or TPU from rounding float32 operands to fewer bits.
+    """
     y = jax.lax.dot_general(
         x,
         w,

@@ -11,7 +11,7 @@ from any4_jax.weights.operator import Operator, dequantize, operator, product, t
 
 @operator(axes={"permutation": "K"})
 class PermuteInput(Operator):
-    """W[:, permutation[i]] = inner[:, i]: the inner operator sees its inputs in another order (act-order).
+    """W[:, permutation[i]] = inner[:, i]: the inner operator gets its inputs in another order (act-order).
 
     Attributes:
       inner: operator [*L, N, K].

@@ -1,4 +1,4 @@
-"""Inputs rounded on the fly. Its product is chosen in any4_jax.product.plan, which knows who multiplies integers."""
+"""Inputs rounded on the fly. The product is in any4_jax.product.plan, which knows what kernels multiply integers."""
 
 import dataclasses
 from typing import Any, Literal
@@ -17,8 +17,8 @@ class QuantizeInput(Operator):
       inner: operator [*L, N, K].
       levels: None for integers, else floating [*L, 2**bits], ascending in [-1, 1], onto which x / absmax is rounded.
       bits: 2..8 (static).
-      symmetric: one scale without zero point (static); tables are always symmetric.
-      per: a scale for each row of x ("token") or one for all of x ("tensor") (static).
+      symmetric: a scale without a zero point (static); tables are always symmetric.
+      per: "token" for a scale for each row of x, "tensor" for one for all of x (static).
     """
 
     inner: Any

@@ -11,7 +11,7 @@ from any4_jax.weights.operator import Operator, dequantize, is_operator, operato
 
 
 def _lut_is_trained(w: "QuantizedTensor"):
-    # Products with integers may take a uniform table for the ramp that it is, so it must stay one.
+    # Integer products rely on a uniform table being a ramp, so training must leave it alone.
     return None if w.uniform else "tables"
 
 
@@ -30,8 +30,8 @@ class QuantizedTensor(Operator):
 
     Attributes:
       codes: packed uint8 (see packing.py): [*L, N, ceil(K * bits / 8)], or a tuple of planes for 3, 5 and 6 bits.
-      lut: [*L, N or 1, 2**bits], a table for each row or one for the matrix, stored as it is used.
-      scales: [*L, N, ceil(K/G)]: an array, or an operator of that shape. uint8 arrays are e8m0 exponents.
+      lut: floating [*L, N or 1, 2**bits], a table for each row or one for the matrix, stored as it is used.
+      scales: floating [*L, N, ceil(K/G)]: an array, or an operator of that shape. uint8 arrays are e8m0 exponents.
       offsets: like scales, in units of the weight; None for symmetric formats.
       bits: width of a code (static).
       group_size: G >= 1 (static).
@@ -50,7 +50,7 @@ class QuantizedTensor(Operator):
 
     @property
     def planes(self) -> tuple[jax.Array, ...]:
-        """The codes as a tuple of one or two arrays."""
+        """The packed codes as a tuple of one or two arrays."""
         return self.codes if isinstance(self.codes, tuple) else (self.codes,)
 
     @property
@@ -61,7 +61,7 @@ class QuantizedTensor(Operator):
         return (*plane.shape[:-1], k)
 
     def unpacked_codes(self) -> jax.Array:
-        """uint8 [*L, N, K]."""
+        """The codes, one a byte: uint8 [*L, N, K]."""
         return packing.unpack(self.codes, self.bits, self.shape[-1])
 
 
@@ -77,13 +77,13 @@ def _(w: QuantizedTensor, dtype=jnp.float32) -> jax.Array:
 
 
 def _per_group(stored: Any) -> jax.Array:
-    """Scales or offsets as float32, be they an array or an operator."""
+    """Scales or offsets as float32, from an array or an operator."""
     return dequantize(stored) if is_operator(stored) else scaling.scale_values(stored)
 
 
 @take_rows.register
 def _(w: QuantizedTensor, rows):
-    # A table of its own for each row has N of them; one for the matrix has 1.
+    # Where each row has its own table, lut has N of them, and these are taken too.
     own = w.lut.shape[0] == w.shape[0]
     return dataclasses.replace(
         w,
@@ -104,7 +104,13 @@ def encode(
     group_size: int,
     uniform: bool = False,
 ) -> QuantizedTensor:
-    """The QuantizedTensor of `w` [N, K] whose codes are nearest under the given (stored) table, scales and offsets."""
+    """Encodes a matrix: the QuantizedTensor whose codes are the nearest ones for these tables, scales and offsets.
+
+    Args:
+      w: [N, K], any float dtype.
+      lut, scales, offsets: as they are to be stored, see QuantizedTensor.
+      bits, group_size, uniform: see QuantizedTensor.
+    """
     u = scaling.normalize(w, scales, offsets, group_size)
     codes = formats.nearest(u, lut, uniform=uniform)
     return from_codes(codes, lut, scales, offsets, bits=bits, group_size=group_size, uniform=uniform)

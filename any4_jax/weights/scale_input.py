@@ -1,4 +1,4 @@
-"""A scale for each input."""
+"""A scale for each input feature."""
 
 import dataclasses
 from typing import Any
@@ -11,7 +11,9 @@ from any4_jax.weights.operator import Operator, dequantize, operator, product, t
 
 @operator(axes={"scale": "K"})
 class ScaleInput(Operator):
-    """W[:, k] = inner[:, k] * scale[k]: the input is scaled before the inner product (AWQ, SmoothQuant).
+    """W[:, k] = inner[:, k] * scale[k]: the input is scaled before the inner product.
+
+    AWQ (arXiv 2306.00978) and SmoothQuant (arXiv 2211.10438) need it.
 
     Attributes:
       inner: operator [*L, N, K].

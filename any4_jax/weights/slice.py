@@ -1,4 +1,4 @@
-"""One matrix of a stack, layer or expert, as an operator that kernels read where it lies."""
+"""One matrix of a stack, a layer's or an expert's, as an operator that kernels read in place."""
 
 from collections.abc import Callable
 from typing import Any
@@ -15,8 +15,8 @@ class Slice(Operator):
     """W = stack[index]: one matrix of a leaf with a leading axis.
 
     Attributes:
-      stack: [L, N, K], or with more axes between them, of which `take` takes one after the other.
-      index: int32 []; outside of 0 to L - 1 it stands for the nearest.
+      stack: [L, N, K], or with more axes after L, which further calls of `take` index one by one.
+      index: int32 []; clipped to 0..L - 1.
     """
 
     stack: QuantizedTensor
@@ -24,7 +24,7 @@ class Slice(Operator):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """(N, K), after the axes between."""
+        """(N, K), after the axes of the stack that are left, if any."""
         return self.stack.shape[1:]
 
     @property
@@ -33,30 +33,30 @@ class Slice(Operator):
         return self.stack.nbytes // self.stack.shape[0]
 
     def matrix(self) -> QuantizedTensor:
-        """The matrix by itself, a copy where it is not fused into what reads it."""
+        """The matrix by itself: a copy, unless XLA fuses it into what reads it."""
         return _indexed(self.stack, self.index)
 
 
 def leaf_of(w: Any) -> QuantizedTensor | None:
-    """The arrays that a kernel reads of a weight: a QuantizedTensor, or the stack that a Slice is one of; else None."""
+    """The leaf whose arrays a kernel reads: the weight itself, or the stack of a Slice; None for any other weight."""
     stored = w.stack if isinstance(w, Slice) else w
     return stored if isinstance(stored, QuantizedTensor) else None
 
 
 def take(stacked: Any, index: jax.Array | int) -> Any:
-    """One matrix of each of the weights that are stacked along their first axis, without copying the codes.
+    """Takes one matrix from weights that are stacked along their first axis, without copying the codes.
 
-    In a loop, `matmul(x, take(stacked, i))` gives what `lax.scan` over `stacked` gives; but scan cuts every layer's
-    codes out of the stack into memory of their own, and a backend with `Backend.takes_slices` (cuda) reads them in
-    place. The same goes for experts: `matmul_each(x, [take(experts, i), take(experts, j)])`.
+    In a loop, `matmul(x, take(stacked, i))` gives what `lax.scan` over `stacked` gives. But scan copies each layer's
+    codes out of the stack, where a backend with `Backend.takes_slices` (cuda) reads them in place. The same goes for
+    experts: `matmul_each(x, [take(experts, i), take(experts, j)])`.
 
     Args:
       stacked: an operator whose arrays all have a leading axis L, or any tree of such operators and arrays.
-      index: an integer, or int32 [] that may be traced; outside of 0 to L - 1 it stands for the nearest.
+      index: an integer, or int32 [] that may be traced; clipped to 0..L - 1.
 
     Returns:
-      The same tree with a `Slice` in place of each QuantizedTensor; other arrays are indexed. Slices can be taken
-      from again: `take(take(w, i), j)` is expert j of layer i where w has the axes L, E, N, K.
+      The same tree with a `Slice` in place of each QuantizedTensor; other arrays are indexed. `take` works on slices
+      too: `take(take(w, i), j)` is expert j of layer i where w has the axes L, E, N, K.
     """
     at = jnp.asarray(index, jnp.int32)
     return jax.tree.map(
@@ -65,7 +65,7 @@ def take(stacked: Any, index: jax.Array | int) -> Any:
 
 
 def _within(outer: Slice, index: jax.Array) -> Slice:
-    """One matrix of a slice that is a stack itself: the two axes become one, which moves nothing."""
+    """One matrix of a slice that is itself a stack: the two leading axes become one, which moves no data."""
     layers, inner = outer.stack.shape[:2]
     flat = jax.tree.map(lambda a: a.reshape(layers * inner, *a.shape[2:]), outer.stack)
     return Slice(flat, jnp.clip(outer.index, 0, layers - 1) * inner + jnp.clip(index, 0, inner - 1))

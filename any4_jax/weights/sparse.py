@@ -12,8 +12,8 @@ from any4_jax.weights.operator import Operator, dequantize, operator, product, t
 class Sparse(Operator):
     """W[n, k] = the sum of the values whose row is n and whose column is k; zero where there is none.
 
-    The number of entries, E, is an array's length, so matrices of equal E stack; one with fewer is padded by entries
-    of value zero, at any row and column.
+    Matrices with the same number of entries, E, can be stacked; one with fewer is padded with entries of value zero, at
+    any row and column.
 
     Attributes:
       rows: int32 [*L, E], from 0 to N - 1.
@@ -43,7 +43,7 @@ def _(w: Sparse, dtype=jnp.float32) -> jax.Array:
 
 
 def _scattered(rows: jax.Array, columns: jax.Array, values: jax.Array, n: int, k: int) -> jax.Array:
-    """The float32 matrix [n, k] of entries; those beyond it are left out."""
+    """The float32 matrix [n, k] of the entries; entries outside of it are dropped."""
     return jnp.zeros((n, k)).at[rows, columns].add(values.astype(jnp.float32), mode="drop")
 
 
@@ -57,6 +57,6 @@ def _(w: Sparse, x, backend=None):
 def _(w: Sparse, rows):
     rows = jnp.clip(rows, 0, w.n - 1)
     count = rows.shape[0]
-    # Of a row that is asked for twice, one place has the entries, and both read it.
+    # Where a row is asked for twice, its entries go to one place, which both of the results read.
     place = jnp.full(w.n, count, jnp.int32).at[rows].set(jnp.arange(count, dtype=jnp.int32))
     return _scattered(place[w.rows], w.columns, w.values, count, w.k)[place[rows]]

@@ -11,13 +11,13 @@ NONE, PROMPT = "none", "prompt"
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A method and what it is calibrated on.
+    """A method and its calibration data.
 
     Attributes:
       name: of the row.
       method: any method.
-      samples: pieces of the calibration text, spread evenly over it; 0 for the bundled prompt.
-      length: tokens of a piece.
+      samples: pieces of the calibration text, spread evenly over it; 0 means the bundled prompt.
+      length: tokens in a piece.
       calibrated: whether statistics are gathered at all.
     """
 
@@ -35,12 +35,12 @@ class Case:
 
 
 def reference(g: int) -> Case:
-    """What "recovered" is told against."""
+    """The case that "recovered" is relative to."""
     return _fixed("nf4, float32 scales", NF4(group_size=g, scale_dtype="float32", table_dtype="float32"))
 
 
 def paper(g: int) -> Case:
-    """What the learned objective is told against, row by row."""
+    """The case with which errors of learned tables are compared, row by row."""
     return Case("any4, paper's recipe", Any4.paper(group_size=g))
 
 
@@ -87,7 +87,7 @@ def _calibration(g: int) -> list[Case]:
 
 
 def _term(g: int) -> list[Case]:
-    """The term that the exact solver minimises, without what the refit adds."""
+    """The terms that the exact solver may minimise, without the refit."""
     plain = Any4(group_size=g, refit=False)
     terms: tuple[tuple[str, dict[str, Any]], ...] = (
         ("w^2", dict(sample_weight=None, scale_weighting=0)),
@@ -109,7 +109,7 @@ def _initialisation(g: int) -> list[Case]:
 
 
 def _gradient(g: int) -> list[Case]:
-    """Tables trained on the layer's output, from exact ones and from the refit's."""
+    """Tables trained on the layer's output, starting from exact tables and from those of the refit."""
     trained = Any4(group_size=g, solver="gradient")
     return [
         Case("gradient, no refit", dataclasses.replace(trained, refit=False)),
@@ -134,4 +134,4 @@ STUDIES: Mapping[str, Callable[[int], list[Case]]] = {
     "gradient": _gradient,
     "bits": _bits,
 }
-"""By name, the cases of each study for a group size."""
+"""Name of a study -> its cases, as a function of the group size."""

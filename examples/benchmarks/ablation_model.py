@@ -1,4 +1,4 @@
-"""The model of ablations.py: its logits by a scan over the layers, and what its linears are given."""
+"""The model of ablations.py: its logits, by a scan over the layers, and the inputs of its linears."""
 
 import functools
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ from any4_jax.models.base import Decoder
 
 
 def inputs(model: Decoder, ids: np.ndarray) -> Iterator[tuple[str, jax.Array]]:
-    """The input [T, K] of every linear on one window."""
+    """The path of every linear with its input [T, K] on one window."""
     x = _embed(model, jnp.asarray(ids)[None])
     for index, layer in enumerate(model.blocks):
         x, seen = _tapped(type(model).block, *nnx.split(layer), x, model.init_cache(*x.shape[:2])[0])
@@ -23,8 +23,8 @@ def inputs(model: Decoder, ids: np.ndarray) -> Iterator[tuple[str, jax.Array]]:
 
 
 class Runner:
-    """tokens [B, T] -> logits, by a scan over the layers: one small program, which compiles in seconds where the whole
-    takes a GPU minutes."""
+    """Tokens [B, T] -> logits [B, T, V], by a scan over the layers: one small program that compiles in seconds; on a
+    GPU the whole model takes minutes."""
 
     def __init__(self, model: Decoder) -> None:
         self.model, layers = model, [nnx.split(layer) for layer in model.blocks]

@@ -1,18 +1,19 @@
-"""What each choice in `Any4` is worth on a real model: the loss that quantizing its linears adds.
+"""Measures what each choice in `Any4` is worth on a real model, by the loss that quantizing its linears adds.
 
     python examples/benchmarks/ablations.py --only bits initialisation
     python examples/benchmarks/ablations.py --text wiki.test.raw --calibration-text wiki.valid.txt --out ablations.json
 
-The model is SmolLM2-135M (fetched once), moved off the 4-bit grid that it is stored on. Without --text the loss is
-measured on the bundled essays; published figures are of windows of 2048 tokens of WikiText-2. Every case is measured as
-float32 weights, dequantized, so that one program serves all; --windows N takes N windows spread evenly over the text.
-"recovered" is the share of what nf4 (float32 scales, groups of --group-size) loses against the float model that a case
-does not lose, in nats. Tables are learned on the CPU, by the C++ solver where it is built; the model runs on jax's
-default device, and tables are trained there. "learn_seconds" are from the first layer to the last, all cores busy,
-compiled before.
+The model is SmolLM2-135M (fetched once), moved off the 4-bit grid on which it is stored. Without --text the loss is
+measured on the bundled essays; published figures use windows of 2048 tokens of WikiText-2. Every case is measured with
+weights that are dequantized to float32, so that one program serves all; --windows N takes N windows, spread evenly over
+the text. Tables are learned on the CPU, by the C++ solver if it is built. The model runs on jax's default device, and
+the "gradient" solver trains tables there.
 
-"rows_above_paper", of learned tables, counts the rows of all linears whose error sum_k E[x_k^2] (w_k - w^_k)^2, in
-float64 and of the arrays as stored, is above that of the published recipe's; "worst_row_ratio" is the largest ratio.
+"recovered": nf4 (float32 scales, groups of --group-size) loses some nats against the float model; this is the share of
+them that a case does not lose. "learn_seconds": from the first layer to the last, with all cores busy, after compiling.
+"rows_above_paper", for learned tables: the number of rows of all linears whose error sum_k E[x_k^2] (w_k - w^_k)^2,
+computed in float64 from the arrays as stored, is above that of the published recipe; "worst_row_ratio" is the largest
+ratio of the two.
 """
 
 import argparse
@@ -59,30 +60,43 @@ def main() -> None:
         metavar="STUDY",
         help=f"some of {', '.join(STUDIES)}",
     )
-    parser.add_argument("--cases", metavar="REGEX", default="", help="of these, the cases whose names it is found in")
-    parser.add_argument("--model", metavar="MODEL", help="what any4_jax.models.load takes, 'tiny' for a quick look")
-    parser.add_argument("--text", type=Path, metavar="FILE", help="to measure on (default: the bundled essays)")
+    parser.add_argument("--cases", metavar="REGEX", default="", help="only the cases whose names match")
     parser.add_argument(
-        "--calibration-text", type=Path, metavar="FILE", help="for the cases that calibrate on a text; left out without"
+        "--model", metavar="MODEL", help="any source that any4_jax.models.load takes; 'tiny' for a quick look"
     )
     parser.add_argument(
-        "--windows", type=int, default=16, metavar="N", help="so many, spread evenly; 0 for all (default: 16)"
+        "--text", type=Path, metavar="FILE", help="measure on the text of this file (default: the bundled essays)"
+    )
+    parser.add_argument(
+        "--calibration-text",
+        type=Path,
+        metavar="FILE",
+        help="the text for cases that calibrate on one; without it they are skipped",
+    )
+    parser.add_argument(
+        "--windows",
+        type=int,
+        default=16,
+        metavar="N",
+        help="measure on N windows, spread evenly; 0 for all (default: 16)",
     )
     parser.add_argument("--seqlen", type=int, default=2048, help="tokens in a window (default: 2048)")
     parser.add_argument(
-        "--group-size", type=int, default=64, metavar="G", help="where a study doesn't vary it (default: 64)"
+        "--group-size", type=int, default=64, metavar="G", help="for studies that don't vary it (default: 64)"
     )
     parser.add_argument(
-        "--workers", type=int, default=machine.cores(), help="layers learned at once (default: the cores)"
+        "--workers", type=int, default=machine.cores(), help="layers learned at once (default: one per core)"
     )
-    parser.add_argument("--out", metavar="FILE", help="a JSON file for the figures")
+    parser.add_argument("--out", metavar="FILE", help="write the results here as JSON")
     args = parser.parse_args()
 
     bench = Bench(args)
     every = [(study, case) for study in args.only for case in STUDIES[study](args.group_size)]
     every = [(study, case) for study, case in every if re.search(args.cases, case.name)]
     without = [(study, case) for study, case in every if case.samples and args.calibration_text is None]
-    notes = [f"{study}, {case.name}: left out, it calibrates on a text and none was given" for study, case in without]
+    notes = [
+        f"{study}, {case.name}: skipped, because it calibrates on a text and none was given" for study, case in without
+    ]
     rows: list[dict[str, Any]] = []
     for study, case in [("reference", reference(args.group_size)), *(c for c in every if c not in without)]:
         rows.append({"study": study} | bench.row(case, rows[0] if rows else None))
@@ -111,7 +125,7 @@ def _text(value: Any) -> str:
 
 
 class Bench:
-    """The float model on the device that runs it, its kernels on the CPU that learns, and what was measured."""
+    """The float model on the device that runs it, its kernels on the CPU, where tables are learned, and its loss."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         source = args.model or str(assets.fetch_smollm2())
@@ -136,13 +150,13 @@ class Bench:
             else np.asarray(encode(args.calibration_text.read_text(encoding="utf-8")), np.int32)
         )
         self.float = self._measure(self.model)
-        # The window after the middle one, which is none of a spread of 16.
+        # The window after the middle one, which is not among 16 that are spread evenly.
         self.seen = dict(inputs(self.model, found[min(len(found) // 2 + 1, len(found) - 1)][:ERROR_TOKENS]))
         self._stats: dict[tuple, Any] = {}
         self.published = paper(args.group_size)
 
     def row(self, case: Case, first: Mapping[str, Any] | None) -> dict[str, Any]:
-        """Learns and measures one case."""
+        """Learns and measures one case; `first` is the row of the reference, None for the reference itself."""
         stats = self._statistics(case)
         operators, seconds = self._learn(case, stats)
         quantized = surgery.copy_module(self.model)
@@ -172,7 +186,7 @@ class Bench:
         return perplexity(Runner(model), self.ids, seqlen=self.seqlen)
 
     def _statistics(self, case: Case) -> Mapping[str, Any]:
-        """Statistics for a case, on the CPU."""
+        """The statistics for a case, on the CPU."""
         if case.calibration == NONE:
             return {}
         key = (case.samples, case.length, case.method.needs, case.method if case.method.sequential else None)
@@ -181,14 +195,14 @@ class Bench:
             if case.samples:
                 starts = np.linspace(0, len(self.text) - case.length, case.samples).astype(int)
                 data = np.stack([self.text[i : i + case.length] for i in starts])
-            # What quantizes as it goes does so where tables are learned.
+            # A sequential method quantizes while it calibrates, so it runs where tables are learned.
             model = self.on_cpu if case.method.sequential else self.model
             found = a4.calibrate(model, data, case.method, seqlen=case.length)
             self._stats[key] = jax.device_put(found, self.cpu)
         return self._stats[key]
 
     def _learn(self, case: Case, stats: Mapping[str, Any]) -> tuple[dict[str, Any], float]:
-        """The operators by path, and the seconds they took once compiled."""
+        """The operators by path, and the seconds that they took after compiling."""
 
         device = jax.devices()[0] if getattr(case.method, "solver", None) == "gradient" else self.cpu
 
@@ -208,7 +222,7 @@ class Bench:
         return self._row_errors(self._learn(self.published, self._statistics(self.published))[0])
 
     def _row_errors(self, operators: Mapping[str, Any]) -> np.ndarray:
-        """Each row's error under the prompt's second moments, in float64: [rows of all linears]."""
+        """The error of each row under the prompt's second moments: float64 [rows of all linears]."""
         stats = self._statistics(dataclasses.replace(self.published, method=Any4()))
         found = []
         for path, q in operators.items():
@@ -226,7 +240,7 @@ class Bench:
         return np.concatenate(found)
 
     def _output_error(self, kind: str, nodes: Mapping[str, Any]) -> float:
-        """Mean over the layers of |X dW|^2 / |X W|^2, X the float model's inputs."""
+        """The mean over the layers of |X dW|^2 / |X W|^2, where X are the float model's inputs."""
         before = surgery.linears(self.model)
         paths = [path for path in self.kernels if path.endswith(kind)]
         return float(np.mean([_relative(self.seen[p], before[p].kernel[...], nodes[p].kernel[...]) for p in paths]))

@@ -1,16 +1,16 @@
-"""Decoding SmolLM2-135M here and in llama.cpp, in one run: tokens per second, one row, greedy.
+"""Compares greedy decoding of SmolLM2-135M here and in llama.cpp, in one run: tokens per second of one row.
 
     make demo                            # leaves the checkpoint any4-demo
     CMAKE_ARGS="-DGGML_NATIVE=ON" .venv/bin/pip install llama-cpp-python
     .venv/bin/python examples/benchmarks/against_llama_cpp.py any4-demo
 
-llama.cpp runs the file in Q4_1 as it is published, and in Q4_0 and IQ4_NL as its own tool makes them of that (for speed
-only: a second quantization costs quality). Both engines get the same prompt and as many threads as the process may use
-cores; `taskset` gives fewer. Where a virtual machine shows AMX but can't run it, build with -DGGML_NATIVE=OFF and name
+llama.cpp runs the published file in Q4_1, and files in Q4_0 and IQ4_NL that its own tool makes from it (for speed only:
+a second quantization costs quality). Both engines get the same prompt, and one thread for each core that the process
+may use; `taskset` gives fewer. If a virtual machine shows AMX but can't run it, build with -DGGML_NATIVE=OFF and name
 the instruction sets (-DGGML_AVX512=ON ...). This file can't be called llama_cpp.py: it would import itself.
 
-Let nothing else run meanwhile: threads of llama.cpp spin while they wait for each other, and one that another process
-delays has cost it a factor of ten.
+Let nothing else run meanwhile: the threads of llama.cpp spin while they wait for each other, and a thread that another
+process delayed has cost it a factor of ten.
 """
 
 import argparse
@@ -85,12 +85,12 @@ def requantized(source: Path, target: Path, kind: int) -> Path:
     settings.ftype, settings.allow_requantize, settings.nthread = kind, True, machine.cores()
     failed = llama_cpp.llama_model_quantize(str(source).encode(), str(target).encode(), ctypes.byref(settings))
     if failed:
-        raise SystemExit(f"llama.cpp could not make {target.name} of {source}; give the published file in Q4_1")
+        raise SystemExit(f"llama.cpp could not make {target.name} from {source}; give the published file in Q4_1")
     return target
 
 
 def llama(path: Path, method: str, slots: int) -> decode.Contestant:
-    """A GGUF model in llama.cpp, through its C interface: its Python classes copy the logits at each step."""
+    """A GGUF model in llama.cpp, through its C interface, because its Python classes copy the logits at each step."""
     model = llama_cpp.llama_model_load_from_file(str(path).encode(), llama_cpp.llama_model_default_params())
     settings = llama_cpp.llama_context_default_params()
     settings.n_ctx = settings.n_batch = slots

@@ -1,12 +1,12 @@
-"""Microseconds of x W^T on an NVIDIA GPU: 4 bits in the Pallas kernels beside the CUDA ones where they are built, dense
-bfloat16 in XLA, and cuBLAS where torch is installed.
+"""Microseconds of x W^T on an NVIDIA GPU: 4 bits in the Pallas kernels, and in the CUDA kernels if they are built;
+dense bfloat16 in XLA, and in cuBLAS if torch is installed.
 
     XLA_FLAGS=--xla_gpu_enable_command_buffer= python examples/benchmarks/pallas_product.py --out products.json
 
-`us` is of a program that does one product after another, each waiting for the last, each with a weight of its own:
-400 MB of them, so that no cache holds any. Without command buffers, as set above, it includes the launches.
-`device_us` is what the GPU worked on it, in all kernels of a product. cuBLAS runs in a captured graph, which has no
-launches to wait for.
+`us` is the time per product of a program that computes one product after another. Each waits for the one before it, and
+has its own weight: 400 MB of weights in total, so that no cache holds one. Without command buffers, as above, it
+includes the launches. `device_us` is the time that the GPU works on all kernels of a product. cuBLAS runs in a captured
+graph, which has no launches to wait for.
 """
 
 import argparse
@@ -33,7 +33,8 @@ WRONG = 1e-2
 
 
 def weight(n: int, k: int, tables: str, seed: int) -> QuantizedTensor:
-    """A weight [n, k] of random codes: any4's form with a table a row, nf4's with one table and no offsets."""
+    """A weight [n, k] with random codes: any4's form, which has a table per row, or nf4's, with one table and no
+    offsets."""
     keys = jax.random.split(jax.random.key(seed), 4)
     groups = -(-k // GROUP_SIZE)
     return QuantizedTensor(
@@ -49,7 +50,7 @@ def weight(n: int, k: int, tables: str, seed: int) -> QuantizedTensor:
 
 
 def in_xla(product: Callable[[jax.Array, Any], jax.Array], x: jax.Array, weights: list[Any]) -> tuple[float, float]:
-    """Microseconds of a product: by the clock, the median of TURNS turns, and on the device."""
+    """Microseconds per product: by the clock (the median of TURNS turns), and on the device."""
 
     @jax.jit
     def program(x, weights):
@@ -62,7 +63,7 @@ def in_xla(product: Callable[[jax.Array, Any], jax.Array], x: jax.Array, weights
     seconds = []
     for _ in range(TURNS):
         begin = time.perf_counter()
-        # Waiting once for three, so that the host's share is hidden behind the device's.
+        # Waits once for three programs, so that the host's work is hidden behind the device's.
         jax.block_until_ready([program(x, weights) for _ in range(3)])
         seconds.append((time.perf_counter() - begin) / 3)
     _, kernels = profiler.measure(program, aggregate=False, iterations=3)(x, weights)
@@ -118,7 +119,7 @@ def rows_of(n: int, k: int, counts: list[int], tables: list[str]) -> list[dict[s
                 right = jnp.matmul(x.astype(jnp.float32), exact[kind].T, precision=jax.lax.Precision.HIGHEST)
                 error = jnp.linalg.norm(product(x, weights[0]).astype(jnp.float32) - right) / jnp.linalg.norm(right)
                 if not error < WRONG:
-                    raise RuntimeError(f"{backend}, {n} x {k}, m={m}: wrong by {error:.1e} of the result")
+                    raise RuntimeError(f"{backend}, {n} x {k}, m={m}: the result has a relative error of {error:.1e}")
                 times[f"4 bits on {backend}, {'a table a row' if kind == 'rows' else 'one table'}"] = in_xla(
                     product, x, weights
                 )

@@ -1,11 +1,11 @@
-"""Seconds to learn the tables of one matrix, next to scikit-learn's KMeans on the same rows.
+"""Seconds to learn the tables of one matrix, compared with scikit-learn's KMeans on the same rows.
 
     python examples/benchmarks/solver.py --out examples/benchmarks/results/solver.json
 
-The rows are normal, weighted, K values each. scikit-learn is timed on a few of them, with its own threads and as any4's
-original calls it (k-means++, one start); our solvers on all of them, compiled before they are timed, and last the
-default recipe, which also refits table, scales and offsets. The growth of peak memory, over the bytes of the matrix, is
-beyond all that ran before in the process.
+Each row has K normal values, with weights. scikit-learn is timed on a few rows, with its own threads and called as in
+the original any4 (k-means++, one start). Our solvers are timed on all rows, after compiling; the last is the default
+recipe, which also refits table, scales and offsets. The growth of peak memory, relative to the bytes of the matrix, is
+what a solver adds to the peak of all that ran before it in the process.
 """
 
 import argparse
@@ -28,8 +28,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", type=int, nargs=2, default=(4096, 4096), metavar=("N", "K"))
     parser.add_argument("--group-size", type=int, default=128, metavar="G")
-    parser.add_argument("--sample", type=int, default=32, help="rows that scikit-learn is timed on")
-    parser.add_argument("--out", help="a JSON file for the figures")
+    parser.add_argument("--sample", type=int, default=32, help="rows on which scikit-learn is timed")
+    parser.add_argument("--out", help="write the results here as JSON")
     args = parser.parse_args()
     n, k = args.shape
     w = np.random.default_rng(0).standard_normal((n, k)).astype(np.float32)
@@ -61,7 +61,7 @@ def main() -> None:
 
 
 def _sklearn(rows: np.ndarray) -> float:
-    """Seconds a row, of one process."""
+    """Seconds per row in one process."""
     weight = np.ones(rows.shape[1])
     begin = time.perf_counter()
     for row in rows:
@@ -72,7 +72,7 @@ def _sklearn(rows: np.ndarray) -> float:
 
 
 def _ours(w: np.ndarray, method: methods.Any4) -> dict[str, float]:
-    """The whole of `quantize`: scales, tables, codes, packing."""
+    """The figures of all of `quantize`: scales, tables, codes, packing."""
     array = jnp.asarray(w)
     seconds = []
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

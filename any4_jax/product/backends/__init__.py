@@ -1,1 +1,1 @@
-"""The kernels that products may run on, one module each; `any4_jax.product.plan` holds their table and chooses."""
+"""The kernels that products may run on, a module for each; `any4_jax.product.plan` lists them and chooses."""

@@ -1,4 +1,4 @@
-"""What a kernel says of itself to stand in the table of `any4_jax.product.plan`, and what kernels read of a weight."""
+"""How a kernel describes itself to `any4_jax.product.plan`, and what kernels read of a weight."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -16,16 +16,16 @@ class Backend:
 
     Attributes:
       name: what `matmul(backend=...)` calls it.
-      supports: (x, w, platform) -> None, or the reason in words why it can't; x is an array or ShapeDtypeStruct
-        [..., K], w any operator or array. It looks at types, shapes, dtypes and the platform only, so it works while
+      supports: (x, w, platform) -> None, or the reason why it can't, in words; x is an array or ShapeDtypeStruct
+        [..., K], w any operator or array. It looks only at types, shapes, dtypes and the platform, so it works while
         tracing.
       run: (x [M, K], w [N, K]) -> y [M, N] in x's dtype, for what it supports.
       run_together: (x [M, K], several weights that agree in bits, group size and K) -> y [M, N] of each, in one call
         that is faster than several; None where there is no such call.
-      takes_slices: `run` and `run_together` take a Slice too, and read the matrix where it lies in its stack. Others
-        get a copy of it.
-      detail: (x, w) -> which of its kernels such a product takes and why, in words, where `supports` has no objection;
-        None where there is nothing to tell.
+      takes_slices: whether `run` and `run_together` also take a Slice, and read the matrix in place in its stack. A
+        backend that doesn't gets a copy of the matrix.
+      detail: (x, w) -> which of its kernels the product takes and why, in words, for operands that it supports; None
+        where there is nothing to say.
     """
 
     name: str
@@ -37,8 +37,8 @@ class Backend:
 
 
 class Arrays(NamedTuple):
-    """What kernels read of a QuantizedTensor: codes as a tuple of planes, and scales and offsets that are no operators
-    (those that are get decoded to float32 for each product)."""
+    """What kernels read of a QuantizedTensor: codes as a tuple of planes, and scales and offsets as arrays. Those that
+    are operators are decoded to float32 for each product."""
 
     codes: tuple[jax.Array, ...]
     lut: jax.Array
@@ -47,7 +47,7 @@ class Arrays(NamedTuple):
 
 
 class Dtypes(NamedTuple):
-    """Of the same arrays; None where there are no offsets."""
+    """The dtypes of `Arrays`; that of offsets is None where there are none."""
 
     lut: Any
     scales: Any
@@ -61,7 +61,7 @@ def arrays_of(w: QuantizedTensor) -> Arrays:
 
 
 def dtypes_of(w: QuantizedTensor) -> Dtypes:
-    """The dtypes that `arrays_of` would have."""
+    """The dtypes of what `arrays_of` returns, without decoding anything."""
     scales, offsets = (
         jnp.dtype(jnp.float32) if is_operator(a) else getattr(a, "dtype", None) for a in (w.scales, w.offsets)
     )
@@ -69,7 +69,7 @@ def dtypes_of(w: QuantizedTensor) -> Dtypes:
 
 
 def why_no_codes(w: Any) -> str | None:
-    """Why a kernel for codes into tables can't take a weight by its type; None for a QuantizedTensor or a Slice."""
+    """Why a kernel for codes into tables can't take a weight of this type; None for a QuantizedTensor or a Slice."""
     if leaf_of(w) is not None:
         return None
     kind = f"a {type(w).__name__}" if is_operator(w) else "a plain array"

@@ -16,7 +16,7 @@ def _supports(x: Any, w: Any, platform: str) -> str | None:
     if leaf is None:
         return why_no_codes(w)
     if leaf.bits == 8 and not leaf.uniform:
-        return "the table of 256 entries is no ramp"
+        return "the table of 256 entries is not a ramp"
     from cuda_ffi import lut_product_cuda, registration
 
     reason = lut_product_cuda.why_not(x.dtype, leaf.bits, leaf.group_size, leaf.shape[-1], *dtypes_of(leaf))
@@ -43,24 +43,24 @@ def _matrix(w: QuantizedTensor | Slice) -> Any:
     if isinstance(w, QuantizedTensor):
         return Matrix(*arrays_of(w))
     if is_operator(w.stack.scales) or is_operator(w.stack.offsets):
-        # Decoding the scales of one matrix is less work than of all.
+        # Decoding the scales of one matrix is less work than decoding those of all.
         return Matrix(*arrays_of(w.matrix()))
     return StackedMatrix(*arrays_of(w.stack), w.index)
 
 
 def is_one_launch(m: int) -> bool:
-    """Whether a product with m rows of x is one kernel here, and not W decoded to memory for XLA's product."""
+    """Whether a product with m rows of x is a single kernel, rather than a W decoded to memory for XLA to multiply."""
     from cuda_ffi.lut_product_cuda import MOST_ROWS, on_hopper
 
     return m <= MOST_ROWS or on_hopper()
 
 
 def launcher() -> Callable[..., None]:
-    """The product on device pointers and a stream, for whoever captures launches without XLA; see
+    """The product on device pointers and a stream, for callers that capture launches without XLA; see
     cuda_ffi/lut_product_plain.py.
 
     Raises:
-      RuntimeError: the library can't be used, in words.
+      RuntimeError: the library can't be used; the message says why.
     """
     from cuda_ffi import lut_product_plain
 

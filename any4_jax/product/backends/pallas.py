@@ -1,7 +1,7 @@
-"""The Pallas products of `pallas_kernels` as a backend: NVIDIA GPUs with no compiler on the user's machine.
+"""The Pallas products of `pallas_kernels` as a backend: for NVIDIA GPUs, with no compiler on the user's machine.
 
-Triton's kernels are for jax 0.10 to 0.12 and compute capability 8.0 and newer; those of Mosaic GPU, which take over
-where wgmma pays, for Hopper.
+The Triton kernels need jax 0.10 to 0.12 and compute capability 8.0 or newer. On Hopper, Mosaic GPU kernels take over
+where wgmma pays.
 """
 
 import functools
@@ -22,10 +22,10 @@ def _supports(x: Any, w: Any, platform: str) -> str | None:
     if leaf is None:
         return why_no_codes(w)
     if jax.__version_info__ >= (0, 13):
-        return f"jax {jax.__version__} may lack Pallas-Triton, which later versions than 0.12 are to remove"
+        return f"jax {jax.__version__} may lack Pallas-Triton, which versions after 0.12 are to remove"
     from pallas_kernels import device
 
-    # First: most processes have no such GPU, and importing the kernels takes a second.
+    # Asked first, since most processes have no such GPU and importing the kernels takes a second.
     reason = device.why_not()
     if reason is not None:
         return reason
@@ -52,11 +52,11 @@ def _detail(x: Any, w: Any) -> str:
 
 
 def alternatives(x: Any, w: QuantizedTensor) -> list[tuple[dict[str, Any], Callable[[jax.Array, Any], jax.Array]]]:
-    """Every configuration of the chosen kernel that is worth timing: its row for tuned.json, and the product with it.
+    """The configurations of the chosen kernel that are worth timing: each as its row for tuned.json, and the product.
 
     Args:
       x: an array or ShapeDtypeStruct [M, K].
-      w: a weight [N, K] that the backend supports; the products take it or others like it.
+      w: a weight [N, K] that the backend supports; the products take it and others like it.
     """
     from pallas_kernels import tuning
     from pallas_kernels.lut_product import lut_product
@@ -70,7 +70,7 @@ def alternatives(x: Any, w: QuantizedTensor) -> list[tuple[dict[str, Any], Calla
 
 
 def _run(x: jax.Array, w: QuantizedTensor) -> jax.Array:
-    # A rule for vmap and nothing of CUDA: each package of kernels stands alone, so it is borrowed here.
+    # This is a rule for vmap and needs no CUDA. The two kernel packages don't import each other, so it is joined here.
     from cuda_ffi.folding import fold_rows
     from pallas_kernels.lut_product import lut_product
 

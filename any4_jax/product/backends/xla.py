@@ -1,4 +1,4 @@
-"""The products that XLA does: the truth that every kernel must match, on every platform."""
+"""The products that XLA computes, on every platform: the reference that every kernel must match."""
 
 from typing import Any
 
@@ -22,7 +22,7 @@ def _supports(x: Any, w: Any, platform: str) -> str | None:
 def _run(x: jax.Array, w: Any) -> jax.Array:
     if _is_integer(w):
         return integer_product(x, w)
-    # Ties the weight to x: else XLA dequantizes every layer before a decoding loop and keeps the lot through it.
+    # Ties the weight to x: else XLA dequantizes every layer before a decoding loop, and keeps all of them through it.
     x, w = jax.lax.optimization_barrier((x, w))
     return dense_product(x, dequantize(w, x.dtype))
 
