@@ -97,6 +97,7 @@ CALIBRATION = [
     (lambda: calibrate(random_llama(), [[2**32 + 1]]), ValueError, "to 4294967297 vocabulary use"),
     (lambda: quantize_model(random_llama(), NF4(), data=[[1]], batch_size=-1), ValueError, "batch_size=-1 at least 1"),
     (lambda: quantize_model(random_llama(), NF4(), data=[[1]], seqlen=0), ValueError, "seqlen=0 at least 1"),
+    (lambda: quantize_model({"kernel": X}, Any4.paper(), data=X), ValueError, "sequential=False to calibrate as stats"),
     (lambda: calibrate({"w": X}, "text"), TypeError, "dict from_activations"),
 ]
 CHECKPOINTS = [

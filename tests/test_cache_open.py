@@ -238,7 +238,9 @@ def test_a_hashable_factory_is_static_and_makes_another_program_where_it_differs
     assert sorted(compiles.names) == ["jit(_decode)", "jit(_prefill)"]
 
 
-def test_a_factory_that_is_neither_a_pytree_nor_hashable_is_refused(model: Llama) -> None:
+def test_what_is_no_factory_is_refused(model: Llama) -> None:
     loose = dataclasses.make_dataclass("Loose", ["windows"], namespace={"create": Windowed.create})((2, None))
     with pytest.raises(TypeError, match="factory is a Loose, which is neither a pytree nor hashable"):
         a4.generate(model, ROWS, cache=loose)
+    with pytest.raises(TypeError, match="factory is a NoneType, and an object with a method `create` is needed"):
+        a4.generate(model, ROWS, cache=None)

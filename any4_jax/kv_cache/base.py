@@ -116,8 +116,13 @@ def traceable(factory: CacheFactory) -> CacheFactory:
     """The factory in a form that a jitted function takes: its arrays are traced, all else is static.
 
     Raises:
-        TypeError: the factory is neither a pytree nor hashable.
+        TypeError: the factory has no `create`, or is neither a pytree nor hashable.
     """
+    if not callable(getattr(factory, "create", None)):
+        raise TypeError(
+            f"the cache factory is a {type(factory).__name__}, and an object with a method `create` is needed; pass a "
+            "cache class, such as DenseCache, or a CacheFactory"
+        )
     if not jax.tree_util.all_leaves([factory]):
         return factory
     try:

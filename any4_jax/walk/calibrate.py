@@ -81,7 +81,7 @@ def calibrate(
     if sequential:
         raise ValueError(
             f"got sequential calibration of a {type(model).__name__}, only decoders of any4_jax.models are walked "
-            "block by block; pass sequential=False"
+            "block by block; pass sequential=False to calibrate, and what it returns as stats to quantize_model"
         )
     if is_hf_flax(model):
         if isinstance(data, Sequence) and data and isinstance(data[0], Mapping):
