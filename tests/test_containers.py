@@ -153,6 +153,9 @@ def test_what_cannot_be_calibrated_says_so() -> None:
         a4.calibrate({"kernel": X}, [X])
     with pytest.raises(ValueError, match="sequential calibration of a NNXNet"):
         a4.calibrate(NNXNet(nnx.Rngs(0)), [X], NF, sequential=True)
+    by_rule = [(r".*", a4.methods.Any4.paper(group_size=16))]
+    with pytest.raises(ValueError, match="sequential calibration of a NNXNet"):
+        a4.quantize_model(NNXNet(nnx.Rngs(0)), NF, data=[X], rules=by_rule)
     with pytest.raises(ValueError, match="no calibration batches"):
         a4.calibrate(NNXNet(nnx.Rngs(0)), [])
 

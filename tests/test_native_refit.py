@@ -227,7 +227,7 @@ def test_without_a_library(monkeypatch):
 
 def test_a_backend_that_there_is_not_or_that_runs_elsewhere_is_refused():
     problem = Problem()
-    with pytest.raises(ValueError, match="backend='fast', there are .*'xla'"):
+    with pytest.raises(ValueError, match="backend='fast', need one of .*'xla'"):
         refit(jnp.asarray(problem.w), problem.h, problem.start, 32, searches=0, max_rounds=1, backend="fast")
     assert backends.BACKENDS.named("cpu").supports("cuda") == "it runs on cpu, not on cuda"
 

@@ -4,6 +4,7 @@ import dataclasses
 from collections import Counter
 from typing import ClassVar
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from equality import assert_same
@@ -13,6 +14,7 @@ from toy_methods import EvenInputs, FitNorms, Nested
 from any4_jax.checkpoint import load, save
 from any4_jax.checkpoint.partial import PartialStore
 from any4_jax.methods import CATALOGUE, NF4, Int, Result, on_block, on_site
+from any4_jax.methods.matrices import plain_note
 from any4_jax.models.tiny import random_llama
 from any4_jax.walk import blocks, calibrate, quantize_model
 
@@ -137,6 +139,7 @@ def test_notes_may_be_tuples(model, tmp_path, monkeypatch) -> None:
     assert notes["ends"] == (kernel.min(), kernel.max()) and notes["nested"] == ((1, 2), (kernel[0, 0],))
     assert notes["row"] == tuple(kernel[:2, 0])
     hash(new.recipe)
+    assert plain_note((jnp.float32(jnp.nan), 1.5, [jnp.inf])) == ("nan", 1.5, ("inf",))
     for _ in range(2):
         with PartialStore(tmp_path / "partial") as store:
             assert quantize_model(model, Telling(), finished=store).recipe == new.recipe

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import math
 import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -96,9 +97,14 @@ def quantize_matrix(matrix: Matrix, method: Method, gathered: Gathered | None, p
 
 
 def plain_note(note: Any) -> Any:
-    """A note, traced once or read from JSON, as a plain Python number, string, bool or tuple of these."""
+    """A note, traced once or read from JSON, as a plain Python number, string, bool or tuple of these.
+
+    NaN and infinity, which JSON lacks, become strings.
+    """
     if isinstance(note, jax.Array | np.ndarray | np.generic):
         note = np.asarray(note).tolist()
+    if isinstance(note, float) and not math.isfinite(note):
+        return str(note)
     return tuple(map(plain_note, note)) if isinstance(note, tuple | list) else note
 
 

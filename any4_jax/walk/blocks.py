@@ -150,6 +150,12 @@ class WalkedBlock:
         method: Any = self.assigned[paths[0]]
         found = self.kept.results.get(unit)
         if found is None:
+            stacks = [path for path in paths if len(contents[f"{path}.kernel"].shape) != 2]
+            if stacks:
+                raise ValueError(
+                    f"{self.path}.{stacks[0]} is a stack of matrices, {method.name} takes single ones; give it a "
+                    "method of one matrix by a rule"
+                )
             weights = {path: jnp.asarray(contents[f"{path}.kernel"], jnp.float32).T for path in paths}
             foldable = is_foldable(self.module_of(contents), site)
             made = apply_site(SiteWeights(weights, site.repeat, site.width, foldable), method, stats, unit)

@@ -64,11 +64,11 @@ def calibrate(
         without a method, or for a model without blocks; a Dense layer is under nn.scan.
       TypeError: the model is none of these.
     """
-    if sequential is None:
-        sequential = method is not None and method.sequential
-    if sequential and method is None:
-        raise ValueError("got sequential=True without a method, it quantizes as it goes; pass the method to be used")
     methods = [m for m in (method, *(m for _, m in rules or ())) if m is not None]
+    if sequential is None:
+        sequential = any(m.sequential for m in methods)
+    if sequential and not methods:
+        raise ValueError("got sequential=True without a method, it quantizes as it goes; pass the method to be used")
     needs = tuple(dict.fromkeys((*statistics.DEFAULT, *(statistic for m in methods for statistic in m.needs))))
     if isinstance(model, Decoder):
         found = nnx_modules.matrices(model)
