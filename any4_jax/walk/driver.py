@@ -14,7 +14,7 @@ from flax import nnx
 from any4_jax import statistics
 from any4_jax.methods.base import AnyMethod, BlockMethod, BlockResult, Note, Result, scope_of
 from any4_jax.methods.lifts import OnBlock
-from any4_jax.methods.matrices import Finished, Job, find_finished, job_key, quantize_matrices
+from any4_jax.methods.matrices import Finished, Job, find_finished, quantize_matrices
 from any4_jax.models.base import Decoder
 from any4_jax.statistics import Gathered, Statistic
 from any4_jax.surgery import nnx_modules
@@ -199,11 +199,7 @@ def _kept(decoder: Decoder, plan: Plan) -> Kept:
     """What earlier runs left; all of it is looked up before anything is computed."""
     if plan.finished is None:
         return Kept()
-    if plan.batches or any(scope_of(method) != "matrix" for method in plan.assigned.values()):
-        keys = unit_keys(decoder, plan.assigned, plan.batches, plan.given, plan.sequential)
-    else:
-        matrices = nnx_modules.matrices(decoder)
-        keys = {path: job_key(matrices[path], method, plan.given.get(path)) for path, method in plan.assigned.items()}
+    keys = unit_keys(decoder, plan.assigned, plan.batches, plan.given, plan.sequential)
     return Kept(keys, find_finished(keys, plan.finished), plan.finished)
 
 

@@ -52,9 +52,9 @@ def quantize_model(
     """The model with its linears quantized. `model` itself stays as it was; the new one shares the arrays that are left
     alone.
 
-    A decoder is walked block by block. In each block, the statistics that the methods need are gathered from what
-    enters each linear, and the linears are quantized. The walk goes on from the output of the float block, or of the
-    quantized one if a method is sequential.
+    With data, a decoder is walked block by block. In each block, the statistics that the methods need are gathered from
+    what enters each linear, and the linears are quantized. The walk goes on from the output of the float block, or of
+    the quantized one if a method is sequential.
 
     Args:
       model: one of
@@ -93,7 +93,8 @@ def quantize_model(
         found = len(matrices) - len(by_name)
         raise ValueError(f"found {found} linear layers and the rules leave all of them alone; name one to quantize")
     count = _counting(len(chosen), progress)
-    if isinstance(model, Decoder):
+    wider = any(scope_of(m) != "matrix" for m in chosen.values())
+    if isinstance(model, Decoder) and (data is not None or wider):
         batches = [] if data is None else token_batches(model, data, batch_size, seqlen)
         plan = Plan(
             chosen,
