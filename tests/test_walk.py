@@ -66,6 +66,30 @@ def test_a_sequential_block_runs_once_and_up_to_each_site(model, runs, monkeypat
     assert len(quantized) == 14 and set(quantized.values()) == {1}
 
 
+def test_targets_cost_one_run_of_the_float_block(model, runs) -> None:
+    """However often a method asks for them; where nothing is sequential they are what the next block gets."""
+    quantize_model(model, FitNorms(Int(3, group_size=16), steps=1), data=TOKENS)
+    assert runs == {("layers.0", True): 2, ("layers.1", True): 2}
+    runs.clear()
+    method = type("Offline", (FitNorms,), {"sequential": False})(Nested(NF, by_site=False), 1)
+    quantize_model(model, method, data=TOKENS, rules=[(r".*q_proj", NF)])
+    assert runs == {("layers.0", True): 1, ("layers.1", True): 1}
+
+
+def test_a_lifted_method_is_the_method_whatever_another_rule_quantizes_before_it(model) -> None:
+    rules = [(r".*(q|k|v)_proj", Int(2, group_size=16))]
+    plain, lifted = (
+        quantize_model(model, method, data=TOKENS, rules=rules)
+        for method in (Nested(NF, by_site=False), on_block(Nested(NF, by_site=False)))
+    )
+    assert plain.recipe.layers == lifted.recipe.layers
+
+
+def test_no_block_runs_where_no_method_needs_statistics(model, runs) -> None:
+    quantize_model(model, NF, data=TOKENS)
+    assert not runs
+
+
 def test_a_capture_does_not_compute_what_comes_after_its_site(model) -> None:
     """XLA drops the MLP and the attention's products where only the first site is looked at."""
     block = model.blocks[0]

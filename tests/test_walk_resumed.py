@@ -130,6 +130,25 @@ class Telling:
         return Result(self.inner.apply(w, None).operator, said | {"row": w[0, :2], "whether": True})
 
 
+def test_a_site_keeps_what_it_changed_and_nothing_else(model) -> None:
+    """Also where the linears that feed it are operators already."""
+    kept = {}
+
+    class Store:
+        def get(self, path, key):
+            return None
+
+        def put(self, path, key, result):
+            kept[path] = result
+
+    quantize_model(model, EvenInputs(Int(8, group_size=16)), data=TOKENS, finished=Store())
+    names = {path.split("(")[0]: set(result.operator) for path, result in kept.items()}
+    assert names["layers.0.mlp_in"] == {
+        "mlp.gate_proj.kernel", "mlp.up_proj.kernel", "post_attention_layernorm.scale", "/folded"
+    }  # fmt: skip
+    assert names["layers.0.attn_out"] == {"self_attn.o_proj.kernel", "self_attn.v_proj.kernel", "/folded"}
+
+
 def test_notes_may_be_tuples(model, tmp_path, monkeypatch) -> None:
     monkeypatch.setitem(CATALOGUE, "toy-telling", Telling)
     new = quantize_model(model, Telling())

@@ -179,6 +179,8 @@ class Block(Protocol):
     def gather(self, contents: Mapping[str, Any], needs: Mapping[str, tuple[Statistic, ...]]) -> dict[str, Gathered]:
         """Runs the block with these contents and gathers statistics by site.
 
+        Where no method of the model is sequential, they are of the float block, whatever the contents.
+
         Args:
           contents: as the attribute.
           needs: by the name of a site, the statistics to gather.

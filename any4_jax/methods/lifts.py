@@ -41,8 +41,8 @@ class _Lifted:
         self.inner.check(gathered)
 
 
-def unlifted(method: AnyMethod) -> AnyMethod:
-    """The method that a lifted one lifts; any other is itself."""
+def unlifted(method: Any) -> Any:
+    """The method that a lifted one lifts; any other, and None, is itself."""
     return unlifted(method.inner) if isinstance(method, _Lifted) else method
 
 
@@ -83,7 +83,9 @@ class OnBlock:
             gathered = block.gather(contents, {name: kinds for name, kinds in needs.items() if kinds})
             made = block.quantize(contents, paths, gathered)
             contents, notes = made.contents, {**notes, **made.notes}
-        return BlockResult(contents, notes)
+        sited = {path for site in block.sites for path in site.linears}
+        made = block.quantize(contents, [path for path in block.assigned if path not in sited], {})
+        return BlockResult(made.contents, {**notes, **made.notes})
 
 
 def needs_of(block: Block, site) -> tuple[Statistic, ...]:
@@ -97,6 +99,10 @@ class _OnBlock(_Lifted):
     scope: ClassVar[Literal["block"]] = "block"
     targets: ClassVar[bool] = False
     order: Order
+
+    @property
+    def sequential(self) -> bool:
+        return self.order == "by_site"
 
     def apply(self, block: Block) -> BlockResult:
         return OnBlock(self.order).apply(block.reassigned(self.inner))

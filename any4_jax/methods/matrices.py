@@ -90,8 +90,8 @@ def quantize_matrix(matrix: Matrix, method: Method, gathered: Gathered | None, p
         lambda *arrays: jnp.stack(arrays).reshape(*stack, *arrays[0].shape), *(one.operator for one in each)
     )
     notes = {}
-    for name in each[0].notes:
-        values = tuple(plain_note(one.notes[name]) for one in each)
+    for name in dict.fromkeys(name for one in each for name in one.notes):
+        values = tuple(plain_note(one.notes.get(name)) for one in each)
         notes[name] = values[0] if len(set(values)) == 1 else values
     return Result(operator, notes)
 

@@ -95,7 +95,7 @@ def scale_channels(
         return block, factor
     folded, leftover = _split(site, factor)
     new = nnx.clone(block)
-    scale_outputs(module_at(new, site.after or ""), functools.partial(_rescaled, factor=folded, divide=inverse))
+    scale_outputs(module_at(new, site.after or ""), functools.partial(rescaled, factor=folded, divide=inverse))
     return new, leftover
 
 
@@ -118,7 +118,7 @@ def fold(
     if new is block:
         return block, leftover
     folded = factor if leftover is None else factor / leftover
-    rescale = functools.partial(_rescaled, factor=folded[:, None], divide=not inverse)
+    rescale = functools.partial(rescaled, factor=folded[:, None], divide=not inverse)
     for path in site.linears:
         _set(module_at(new, path).kernel, rescale)
     return new, leftover
@@ -161,7 +161,7 @@ def _split(site: Site, factor: jax.Array) -> tuple[jax.Array, jax.Array | None]:
 
 
 @functools.partial(jax.jit, static_argnames="divide")
-def _rescaled(array: jax.Array, factor: jax.Array, divide: bool) -> jax.Array:
+def rescaled(array: jax.Array, factor: jax.Array, divide: bool) -> jax.Array:
     wide = array.astype(jnp.float32)
     # Without a barrier XLA multiplies by the reciprocal of the broadcast factor, which rounds twice.
     factor = jax.lax.optimization_barrier(jnp.broadcast_to(factor, wide.shape))

@@ -1,12 +1,9 @@
 """What methods learn from the activations that enter a linear; each statistic is one file."""
 
-from any4_jax.statistics.gathered import Gathered, Statistic, empty, from_activations, merge, update
+from any4_jax.statistics.gathered import DEFAULT, Gathered, Statistic, empty, from_activations, merge, update
 from any4_jax.statistics.hessian import Hessian, HessianSum
 from any4_jax.statistics.moments import AbsMax, Moments, MomentSums
 from any4_jax.statistics.sample import Sample, SampledTokens
-
-DEFAULT: tuple[Statistic, ...] = (Moments(), AbsMax())
-"""What is gathered when no method says what it needs."""
 
 __all__ = [
     "DEFAULT",

@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from any4_jax.statistics.moments import AbsMax, Moments
+
 
 @runtime_checkable
 class Statistic(Protocol):
@@ -92,6 +94,10 @@ class Gathered(Mapping[Statistic, Any]):
     def tree_unflatten(cls, static: Any, children: Iterable[Any]) -> "Gathered":
         statistics, k, stack = static
         return cls(dict(zip(statistics, children, strict=True)), k, stack)
+
+
+DEFAULT: tuple[Statistic, ...] = (Moments(), AbsMax())
+"""What is gathered where no method says what it needs."""
 
 
 def empty(k: int, statistics: Iterable[Statistic], experts: int | None = None) -> Gathered:
@@ -177,6 +183,4 @@ def from_activations(
       mask: see `update`.
       statistics: what to gather; None means `statistics.DEFAULT`, moments and the largest magnitude.
     """
-    from any4_jax.statistics import DEFAULT
-
     return update(empty(x.shape[-1], DEFAULT if statistics is None else statistics), x, mask)

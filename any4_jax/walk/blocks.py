@@ -13,7 +13,7 @@ from any4_jax.methods.apply import apply_site
 from any4_jax.methods.base import AnyMethod, BlockResult, Result, SiteWeights, scope_of
 from any4_jax.methods.matrices import Job, Matrix, quantize_matrices
 from any4_jax.models.base import Decoder, Site
-from any4_jax.models.fold import is_foldable, scale_channels
+from any4_jax.models.fold import is_foldable, rescaled, scale_channels
 from any4_jax.statistics import Gathered, Statistic
 from any4_jax.walk.capture import positions_of, run_block
 from any4_jax.walk.records import Captured, Contents, Kept, contents_of, site_units, with_contents
@@ -71,20 +71,26 @@ class WalkedBlock:
     def targets(self) -> list[jax.Array]:
         if self.float_inputs is None:
             raise ValueError(f"{self.path}: got no float activations; set `targets` in the method that asks for them")
-        return self._run(self.own, self.float_inputs, {}, outputs=True)[0]
+        captured = self.captured
+        if captured.targets is None:
+            # Without a sequential method the block's inputs are the float model's own.
+            captured.targets = captured.outputs if self.keep_outputs else None
+            captured.targets = captured.targets or self._run(self.own, self.float_inputs, {}, outputs=True)[0]
+        return captured.targets
 
     def gather(self, contents: Contents, needs: Mapping[str, tuple[Statistic, ...]]) -> dict[str, Gathered]:
+        captured = self.captured
         wanted = {} if not self.inputs else {s.name: s for s in self.sites if s.name in needs and not self._is_kept(s)}
-        if not wanted:
-            return {}
-        seen = {name: self._empty(site, contents, needs[name]) for name, site in wanted.items()}
-        untouched = all(leaf is self.own[name] for name, leaf in contents.items())
-        outputs = self.keep_outputs and untouched and self.captured.outputs is None
-        ys, seen = self._run(contents, self.inputs, seen, outputs)
-        if outputs:
-            self.captured.outputs = ys
-        self.captured.gathered |= seen
-        return seen
+        shown = captured.gathered if self.keep_outputs else {}
+        missing = [name for name in wanted if name not in shown or not set(needs[name]) <= set(shown[name])]
+        if missing:
+            seen = {name: self._empty(wanted[name], self.own, needs[name]) for name in missing}
+            outputs = self.keep_outputs and captured.outputs is None
+            ys, seen = self._run(self.own if self.keep_outputs else contents, self.inputs, seen, outputs)
+            if outputs:
+                captured.outputs = ys
+            captured.gathered |= seen
+        return {name: captured.gathered[name] for name in wanted}
 
     def finish(self, contents: Contents) -> list[jax.Array]:
         """What the next block gets, once this one is quantized: [B, T, E] for each batch. Also gathers the watched
@@ -182,13 +188,14 @@ class WalkedBlock:
             if not is_foldable(self.module_of(contents), site):
                 return operators
         folded = scale if leftover is None else scale / leftover
-        changed = {name: value for name, value in contents_of(module).items() if value is not contents[name]}
+        before = f"{site.after}."
+        changed = {name: value for name, value in contents_of(module).items() if name.startswith(before)}
         for name in (f"{path}.kernel" for path in site.linears if f"{path}.kernel" not in operators):
             kernel = contents[name]
             if is_operator(kernel):
                 changed[name] = ScaleInput(kernel, 1 / folded)
             else:
-                changed[name] = (kernel.astype(jnp.float32) / folded[:, None]).astype(kernel.dtype)
+                changed[name] = rescaled(kernel, folded[:, None], divide=True)
         return changed | operators | {_FOLDED: folded}
 
     def _is_kept(self, site: Site) -> bool:

@@ -12,8 +12,9 @@ import numpy as np
 from flax import nnx
 
 from any4_jax import statistics
+from any4_jax.methods.apply import apply_block
 from any4_jax.methods.base import AnyMethod, BlockMethod, BlockResult, Note, Result, scope_of
-from any4_jax.methods.lifts import OnBlock
+from any4_jax.methods.lifts import OnBlock, needs_of
 from any4_jax.methods.matrices import Finished, Job, find_finished, quantize_matrices
 from any4_jax.models.base import Decoder
 from any4_jax.statistics import Gathered, Statistic
@@ -23,6 +24,7 @@ from any4_jax.walk.blocks import WalkedBlock
 from any4_jax.walk.capture import embed, gather_head
 from any4_jax.walk.keys import unit_keys
 from any4_jax.walk.records import Kept, block_unit, contents_of
+from any4_jax.weights import is_operator
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +59,7 @@ class Walked:
     Attributes:
       blocks: each block with its linears quantized; an unchanged one is the decoder's own.
       others: the operators of what is quantized outside of the blocks, by path.
-      notes: the methods' notes by the path of a linear.
+      notes: the methods' notes by the path of each linear that is quantized.
       gathered: statistics by the path of a linear, where `Plan.watch` asks for any.
     """
 
@@ -106,7 +108,13 @@ def walk(decoder: Decoder, plan: Plan) -> Walked:
         if hidden:
             hidden = block.finish(result.contents)
         done.blocks.append(block.module_of(result.contents))
-        done.notes.update({f"{path}.{linear}": notes for linear, notes in result.notes.items()})
+        done.notes.update(
+            {
+                f"{path}.{linear}": result.notes.get(linear, {})
+                for linear in block.assigned
+                if is_operator(result.contents[f"{linear}.kernel"])
+            }
+        )
         for site in block.sites if plan.watch else ():
             done.gathered.update(
                 dict.fromkeys((f"{path}.{x}" for x in site.linears), block.captured.gathered[site.name])
@@ -135,11 +143,12 @@ def _quantize_block(block: WalkedBlock, sequential: bool) -> BlockResult:
     """Quantizes a block's linears, first by the methods of a matrix or a site, then by the methods of a block."""
     whole = {path: method for path, method in block.assigned.items() if scope_of(method) == "block"}
     parts = {path: method for path, method in block.assigned.items() if path not in whole}
-    lifted = OnBlock("by_site" if sequential else "at_once")
-    result = lifted.apply(dataclasses.replace(block, assigned=parts))
-    outside = [path for path in parts if not any(path in site.linears for site in block.sites)]
-    made = block.quantize(result.contents, outside, {})
-    contents, notes = made.contents, {**result.notes, **made.notes}
+    if not sequential:
+        # One run of the float block shows all that any of its methods needs.
+        needs = {site.name: needs_of(block, site) for site in block.sites}
+        block.gather(block.own, {name: kinds for name, kinds in needs.items() if kinds})
+    result = OnBlock("by_site" if sequential else "at_once").apply(dataclasses.replace(block, assigned=parts))
+    contents, notes = result.contents, result.notes
     for method in dict.fromkeys(whole.values()):
         mine = {path: method for path, other in whole.items() if other == method}
         made = _quantize_whole(dataclasses.replace(block, assigned=mine, contents=contents), method)
@@ -151,8 +160,12 @@ def _quantize_whole(block: WalkedBlock, method: BlockMethod | Any) -> BlockResul
     unit = block_unit(block.path, block.assigned)
     found = block.kept.results.get(unit)
     if found is None:
-        # What the method tries on the way is neither kept nor counted.
-        made = method.apply(dataclasses.replace(block, kept=Kept(), count=lambda path: None))
+        if method.targets and block.float_inputs is not None:
+            block.targets()
+        # What the method tries on the way is neither kept, nor counted, nor among the statistics that are watched.
+        apart = dataclasses.replace(block.captured, gathered=dict(block.captured.gathered))
+        trial = dataclasses.replace(block, kept=Kept(), count=lambda path: None, captured=apart)
+        made = apply_block(trial, method, block.path)
         changed = {name: value for name, value in made.contents.items() if value is not block.contents.get(name)}
         found = Result(changed, {path: dict(notes) for path, notes in made.notes.items()})
         block.kept.put(unit, found)

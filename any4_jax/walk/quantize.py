@@ -7,6 +7,7 @@ from typing import Any
 
 from any4_jax.methods import AnyMethod
 from any4_jax.methods.base import Note, Result, scope_of
+from any4_jax.methods.lifts import unlifted
 from any4_jax.methods.matrices import (
     Finished,
     Job,
@@ -94,8 +95,12 @@ def quantize_model(
         raise ValueError(f"found {found} linear layers and the rules leave all of them alone; name one to quantize")
     count = _counting(len(chosen), progress)
     wider = any(scope_of(m) != "matrix" for m in chosen.values())
+    batches = []
+    if data is not None and isinstance(model, Decoder):
+        batches = token_batches(model, data, batch_size, seqlen)
+    if not wider and not any(m.needs or m.sequential for m in chosen.values()):
+        data = None  # Nothing would be gathered from it.
     if isinstance(model, Decoder) and (data is not None or wider):
-        batches = [] if data is None else token_batches(model, data, batch_size, seqlen)
         plan = Plan(
             chosen,
             batches,
@@ -180,11 +185,12 @@ def _recipe(
     """The record of how a model is quantized now, on top of what was done to it before."""
     earlier = recipe_of(model)
     decided = [
-        (path, m, tuple(sorted((name, plain_note(note)) for name, note in notes.get(path, {}).items())))
+        (path, unlifted(m), tuple(sorted((name, plain_note(note)) for name, note in notes[path].items())))
         for path, m in chosen.items()
+        if path in notes
     ]
     return Recipe(
-        rules=tuple((pattern, m) for pattern, m in (*(rules or ()), *DEFAULT_RULES, (r".*", method))),
+        rules=tuple((pattern, unlifted(m)) for pattern, m in (*(rules or ()), *DEFAULT_RULES, (r".*", method))),
         layers=tuple(sorted((*(earlier.layers if earlier else ()), *decided), key=itemgetter(0))),
     )
 

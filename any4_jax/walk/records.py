@@ -86,10 +86,12 @@ class Captured:
 
     Attributes:
       gathered: statistics by the name of a site.
-      outputs: what the next block gets, [B, T, E] for each batch; None until a run has shown it.
+      outputs: the float block's output for its inputs, [B, T, E] for each batch; None until a run has shown it.
+      targets: its output for the float model's own inputs, likewise.
       built: the last contents, and the module that was built from them.
     """
 
     gathered: dict[str, Gathered] = dataclasses.field(default_factory=dict)
     outputs: list[jax.Array] | None = None
+    targets: list[jax.Array] | None = None
     built: tuple[Contents, nnx.Module] | None = None
