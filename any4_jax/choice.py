@@ -31,7 +31,7 @@ class Option(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Backend:
-    """An option that is one function.
+    """An option that is one function; a kind of problem with more to say about its options extends it.
 
     Attributes:
       name: what `backend=` calls it.
@@ -45,6 +45,7 @@ class Backend:
 
 
 O = TypeVar("O", bound=Option)  # noqa: E741 (of Option)
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,8 +83,21 @@ class Choice(Generic[O]):
         return option
 
     def first(self, *problem: Any, platform: str) -> O:
-        """The first option that can solve the problem on the platform."""
-        return next(option for option in self.options if option.supports(*problem, platform) is None)
+        """The first option that can solve the problem on the platform.
+
+        Raises:
+          ValueError: no option can; the message gives the last one's reason.
+        """
+        reason = None
+        for option in self.options:
+            reason = option.supports(*problem, platform)
+            if reason is None:
+                return option
+        names = ", ".join(repr(option.name) for option in self.options)
+        raise ValueError(
+            f"got a problem that none of the backends {names} can solve on {platform}, the last because {reason}; "
+            "change the operands to what one of them supports"
+        )
 
     def choose(self, name: str | None, *problem: Any, arrays: tuple[Any, ...]) -> str | None:
         """The name of the option that a program of `arrays` uses. While they are traced it is None, and `lowered`
@@ -95,7 +109,7 @@ class Choice(Generic[O]):
           arrays: the operands; Tracers, numpy arrays and None are allowed.
 
         Raises:
-          ValueError: as in `required`.
+          ValueError: as in `required`, and in `first` without a name.
         """
         if name is not None:
             return self.required(name, *problem, platform=platform_of(*arrays)).name
@@ -112,17 +126,27 @@ class Choice(Generic[O]):
         If that is the last option on all platforms, no other is traced.
 
         Raises:
-          ValueError: no option has that name.
+          ValueError: no option has that name; without a name, as in `first`.
         """
         if name is not None:
             return call(self.named(name))
-        last = self.options[-1]
-        chosen = {platform: self.first(*problem, platform=platform) for platform in PLATFORMS}
-        special = {platform: call(option) for platform, option in chosen.items() if option is not last}
-        default = call(last)
-        if not special:
-            return default
-        return lambda *operands: jax.lax.platform_dependent(*operands, default=default, **special)
+        return lowered_by_platform(lambda platform: self.first(*problem, platform=platform), self.options[-1], call)
+
+
+def lowered_by_platform(
+    pick: Callable[[str], T], default: T, call: Callable[[T], Callable[..., Any]]
+) -> Callable[..., Any]:
+    """A function that runs `call(pick(platform))` on each platform it is lowered for, and `call(default)` on platforms
+    outside PLATFORMS.
+
+    Where `default` is picked on all platforms, nothing else is traced.
+    """
+    picked = {platform: pick(platform) for platform in PLATFORMS}
+    special = {platform: call(choice) for platform, choice in picked.items() if choice != default}
+    run = call(default)
+    if not special:
+        return run
+    return lambda *operands: jax.lax.platform_dependent(*operands, default=run, **special)
 
 
 def default_platform() -> str:
@@ -134,12 +158,20 @@ def default_platform() -> str:
 
 def platform_of(*arrays: Any) -> str:
     """The platform that a program of these arrays runs on: that of the first array committed to a device, else the
-    default. Traced arrays and numpy arrays are committed to none."""
+    default. Traced arrays, numpy arrays and ShapeDtypeStructs are committed to none.
+
+    Within jit it is the default: an array from outside is a constant there, and doesn't decide where the program runs.
+    """
     for array in arrays:
         placed = isinstance(array, jax.Array) and not isinstance(array, jax.core.Tracer)
         if placed and array.committed:
-            return _platform(next(iter(array.devices())))
+            return default_platform() if _is_staged() else _platform(next(iter(array.devices())))
     return default_platform()
+
+
+def _is_staged() -> bool:
+    """Whether operations are put into a program now. Under vmap and grad alone, those on plain arrays run at once."""
+    return isinstance(jax.lax.full((), 0), jax.core.Tracer)
 
 
 def _platform(device: Any) -> str:

@@ -58,6 +58,18 @@ def test_the_first_that_works(size: int, platform: str, name: str) -> None:
     assert CHOICE.first(size, platform=platform).name == name
 
 
+def test_a_problem_that_no_option_solves_gives_the_last_ones_reason() -> None:
+    partial = Choice((FAST, NATIVE))
+    words = "none of the backends 'fast', 'native' can solve on cpu, the last because size 9 is above 8; change"
+    for call in (
+        lambda: partial.first(9, platform="cpu"),
+        lambda: partial.choose(None, 9, arrays=(jax.device_put(np.ones(3), jax.devices("cpu")[0]),)),
+        lambda: partial.lowered(lambda option: option.run, 9),
+    ):
+        with pytest.raises(ValueError, match=words):
+            call()
+
+
 def test_arrays_at_hand_are_chosen_for_where_they_lie() -> None:
     here = CHOICE.first(8, platform=default_platform()).name
     placed = jax.device_put(np.ones(3), jax.devices()[0])
@@ -127,6 +139,24 @@ def test_where_arrays_lie(monkeypatch: pytest.MonkeyPatch) -> None:
     traced = []
     jax.jit(lambda x: traced.append(platform_of(x)))(on_cpu)
     assert traced == ["cuda"]
+
+
+def test_a_constant_of_a_program_does_not_decide_where_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    on_cpu = jax.device_put(np.ones(3), jax.devices("cpu")[0])
+    monkeypatch.setattr(choice, "default_platform", lambda: "cuda")
+    seen = []
+
+    def ask(x):
+        seen.append(platform_of(x, on_cpu))
+        return x.sum()
+
+    jax.jit(ask)(on_cpu)
+    jax.jit(jax.vmap(ask))(on_cpu[None])
+    assert seen == ["cuda", "cuda"]
+    # These two run each operation on the arrays themselves.
+    jax.grad(ask)(on_cpu)
+    jax.vmap(ask)(on_cpu[None])
+    assert seen[2:] == ["cpu", "cpu"]
 
 
 def test_the_default_device_decides(monkeypatch: pytest.MonkeyPatch) -> None:

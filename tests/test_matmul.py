@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from any4_jax import weights
+from any4_jax import choice, weights
 from any4_jax.choice import Choice
 from any4_jax.partition import combine, partition
 from any4_jax.product import BACKENDS, explain, matmul, plan
@@ -278,6 +278,45 @@ def test_a_backend_by_name_never_gives_way_in_silence(w, backend: str, reason: s
     with pytest.raises(ValueError, match=reason):
         matmul(rows(1), w, backend)
     assert matmul(rows(1), w, "xla").shape == (1, N)
+
+
+@pytest.mark.parametrize("platform", ["gpu", "CPU", ""])
+def test_explain_refuses_what_is_no_platform(platform: str) -> None:
+    with pytest.raises(ValueError, match=f"got platform='{platform}', need one of 'cpu', 'cuda', 'rocm', 'tpu'; pass"):
+        explain(rows(1), leaf(4), platform)
+
+
+def test_operands_on_another_device_than_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a machine with a GPU, operands that were put on the CPU: what is explained, and may be named, is what runs."""
+    only_cpu = dataclasses.replace(
+        BACKENDS.options[-1], name="here", supports=lambda x, w, platform: None if platform == "cpu" else "not here"
+    )
+    monkeypatch.setattr(plan, "BACKENDS", Choice((only_cpu, *BACKENDS.options)))
+    monkeypatch.setattr(choice, "default_platform", lambda: "tpu")
+    x, w = rows(2), leaf(4)
+    on_cpu = jax.device_put(w, jax.devices("cpu")[0])
+    assert explain(x, w).splitlines()[0] == "here: not here"
+    with pytest.raises(ValueError, match="'here' can't do this: not here"):
+        matmul(x, w, "here")
+    for operand in (on_cpu, ScaleInput(on_cpu, jnp.ones(K))):
+        assert explain(x, operand).splitlines()[0] == "here: taken"
+        assert explain(x, operand, "tpu").splitlines()[0] == "here: not here"
+        np.testing.assert_allclose(matmul(x, operand, "here"), reference(x, w), rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match="backend 'cpu' can't do this: .* the weight is a LowRank"):
+        matmul(jax.device_put(x, jax.devices("cpu")[0]), low_rank(), "cpu")
+    # A traced program may run on the default device.
+    with pytest.raises(ValueError, match="'here' can't do this: not here"):
+        jax.jit(lambda x: matmul(x, on_cpu, "here"))(x)
+
+
+def test_a_numpy_weight_is_to_be_converted() -> None:
+    for call in (lambda w: matmul(rows(1), w), weights.dequantize, lambda w: weights.take_rows(w, jnp.arange(2))):
+        with pytest.raises(TypeError, match=r"got a numpy array, need an array of jax .*; pass jnp.asarray\(w\)"):
+            call(np.ones((N, K), np.float32))
+
+
+def test_a_backend_is_what_choice_calls_one() -> None:
+    assert all(isinstance(backend, choice.Backend) for backend in BACKENDS.options)
 
 
 def test_explain_sees_the_input_that_a_kernel_would_get() -> None:

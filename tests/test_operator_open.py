@@ -18,7 +18,7 @@ from any4_jax.cli import main
 from any4_jax.methods import Int, Result
 from any4_jax.nn.linen import boxed
 from any4_jax.nn.nnx import Codes, Tables
-from any4_jax.product import lookup
+from any4_jax.product import lookup, planned
 from any4_jax.surgery import quantized_leaves
 from any4_jax.surgery.trees import box_of
 from any4_jax.weights import Operator, Sum, dequantize, is_operator, operator, places, product, take, take_rows
@@ -263,6 +263,26 @@ def test_what_is_no_operator_is_refused() -> None:
     ):
         with pytest.raises(TypeError, match=f"got a Half, need an array or an operator.*; register {name} for it"):
             call()
+
+
+def test_a_product_that_leaves_its_own_type_to_kernels_is_refused() -> None:
+    @operator()
+    class Whole(Operator):
+        array: jax.Array
+
+        @property
+        def shape(self) -> tuple[int, ...]:
+            return self.array.shape
+
+    @product.register
+    def _(w: Whole, x, backend=None):
+        return planned(x, w, backend)
+
+    for call in (a4.matmul, a4.explain):
+        with pytest.raises(
+            ValueError, match="none of the backends 'cuda', .*because it multiplies by the parts of a W"
+        ):
+            call(X, Whole(matrix()))
 
 
 def test_a_checkpoint_of_an_unknown_operator_says_what_to_import(tmp_path: Path) -> None:

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from any4_jax import statistics, weights
+from any4_jax import choice, statistics, weights
 from any4_jax.methods import NF4, Any4, Int, quantize
 from any4_jax.methods.apply import apply_method
 from any4_jax.models.tiny import random_llama
 from any4_jax.nn.nnx import Any4Linear, Codes, Tables
-from any4_jax.surgery import linears, quantized_leaves, resolve
+from any4_jax.surgery import explain, linears, quantized_leaves, resolve
 from any4_jax.walk import quantize_model
 
 PATHS = ["layers.0.self_attn.q_proj", "layers.0.mlp.up_proj", "layers.1.mlp.up_proj", "lm_head"]
@@ -165,3 +165,19 @@ def test_gradients_reach_tables_and_never_codes(rng: np.random.Generator) -> Non
     assert all(np.asarray(g, np.float32).any() for g in jax.tree.leaves(slopes))
     assert not jax.tree.leaves(nnx.state(new, nnx.Param))
     assert all(leaf.dtype == jnp.uint8 for leaf in jax.tree.leaves(nnx.state(new, Codes)))
+
+
+def test_explain_is_for_where_the_weights_are(model, monkeypatch: pytest.MonkeyPatch) -> None:
+    quantized = quantize_model(model, NF4(group_size=16))
+    assert explain(quantized).startswith("platform cpu, ")
+    monkeypatch.setattr(choice, "default_platform", lambda: "cuda")
+    loose = explain(quantized)
+    assert loose.startswith("platform cuda, ") and "cpu: it runs on cpu, not on cuda" in loose
+    graphdef, state = nnx.split(quantized)
+    on_cpu = nnx.merge(graphdef, jax.device_put(state, jax.devices("cpu")[0]))
+    assert explain(on_cpu).startswith("platform cpu, ") and "not on cuda" not in explain(on_cpu)
+
+
+def test_explain_refuses_what_is_no_platform(model) -> None:
+    with pytest.raises(ValueError, match="got platform='gpu', need one of 'cpu', 'cuda', 'rocm', 'tpu'"):
+        explain(model, platform="gpu")

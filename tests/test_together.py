@@ -1,12 +1,17 @@
 """Products of one input with several weights: the same numbers as one by one, in one call where there is one."""
 
+import dataclasses
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import any4_jax as a4
-from any4_jax.product import matmul, matmul_each
+from any4_jax import choice
+from any4_jax.product import BACKENDS, matmul, matmul_each, plan
+from any4_jax.weights import Operator, operator, product
 from cuda_ffi import registration
 from cuda_ffi.lut_product import TARGET
 
@@ -94,3 +99,49 @@ def test_a_wrong_input_is_told_as_by_matmul() -> None:
         matmul_each(jnp.ones((1, 200), jnp.int32), weights(NF4, NF4))
     with pytest.raises(ValueError, match=r"got x of shape \(\) "):
         matmul_each(jnp.float32(1), weights(NF4, NF4))
+
+
+@operator()
+class Beside(Operator):
+    """Rows of several operators of one K, one below the other; its product asks for all of them together."""
+
+    blocks: tuple[Any, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (sum(block.shape[-2] for block in self.blocks), self.blocks[0].shape[-1])
+
+
+@product.register
+def _(w: Beside, x, backend=None):
+    return jnp.concatenate(matmul_each(x, w.blocks), axis=1)
+
+
+@pytest.mark.parametrize("recipes", [(NF4, INT4, NF4), (NF4, INT8)])
+def test_products_together_are_explained(recipes) -> None:
+    x, ws = inputs(2, 200), weights(*recipes)
+    stacked = Beside(tuple(ws))
+    words = "\n".join(a4.explain(x, w, "cpu") for w in ws)
+    assert a4.explain(x, stacked, "cpu") == words
+    np.testing.assert_array_equal(a4.matmul(x, stacked), jnp.concatenate(matmul_each(x, ws), axis=1))
+    assert a4.explain(x, stacked, "cpu") == words
+    assert [w.shape for _, w in plan.problems(matmul_each, x, tuple(ws))] == [w.shape for w in ws]
+
+
+def test_each_weight_gets_the_backend_that_takes_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No call is shared where the plan has different backends for the weights, nor where theirs has no such call."""
+    seen = []
+
+    def run(x, w):
+        seen.append(w.shape[0])
+        return BACKENDS.named("xla").run(x, w)
+
+    def supports(x, w, platform):
+        return None if w.shape[0] == 8 and platform == "cpu" else "N isn't 8, or it isn't a CPU"
+
+    eight = dataclasses.replace(BACKENDS.named("xla"), name="eight", supports=supports, run=run)
+    monkeypatch.setattr(plan, "BACKENDS", choice.Choice((eight, *BACKENDS.options)))
+    x, ws = inputs(1, 200), weights(NF4, NF4)
+    for y, w in zip(matmul_each(x, ws), ws, strict=True):
+        np.testing.assert_allclose(y, matmul(x, w, "xla"), rtol=1e-5, atol=1e-5)
+    assert seen == [8]

@@ -2,7 +2,9 @@
 
 from typing import Any
 
-from any4_jax.choice import default_platform
+import jax
+
+from any4_jax.choice import PLATFORMS, platform_of
 from any4_jax.product import plan
 from any4_jax.product.matmul import matmul
 
@@ -15,14 +17,35 @@ def explain(x: Any, w: Any, platform: str | None = None) -> str:
     Args:
       x: an array or ShapeDtypeStruct [..., K], floating.
       w: an operator [N, K]. Where its product is made of several, each of those that a kernel computes gets its lines.
-      platform: "cpu", "cuda", "rocm" or "tpu"; None for the platform of this process's default device.
+      platform: "cpu", "cuda", "rocm" or "tpu"; None for that of the device that x and w are committed to, else of this
+        process's default device.
 
     Raises:
-      ValueError, TypeError: as in `matmul`.
+      ValueError, TypeError: as in `matmul`, or `platform` is none of these.
     """
-    where = platform or default_platform()
+    return explain_on(explained_platform(platform, (x, w)), x, w)
+
+
+def explain_on(where: str, x: Any, w: Any) -> str:
+    """As `explain`, on a platform that `explained_platform` found."""
     lines = [line for problem in plan.problems(matmul, x, w) for line in _lines(*problem, where)]
     return "\n".join(lines) if lines else DENSE
+
+
+def explained_platform(platform: str | None, operands: Any) -> str:
+    """The platform that was asked for, or without one that on which a program of a tree of operands runs.
+
+    Raises:
+      ValueError: `platform` is none of PLATFORMS.
+    """
+    if platform is None:
+        return platform_of(*jax.tree.leaves(operands))
+    if platform not in PLATFORMS:
+        known = ", ".join(map(repr, PLATFORMS))
+        raise ValueError(
+            f"got platform={platform!r}, need one of {known}; pass one of these, or None for where the operands are"
+        )
+    return platform
 
 
 def _lines(x: Any, w: Any, platform: str) -> list[str]:

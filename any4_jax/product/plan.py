@@ -7,7 +7,7 @@ is the reference that the others must match. Other operators are multiplied part
 import contextlib
 import functools
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from typing import Any
 
@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from any4_jax.choice import Choice, default_platform
+from any4_jax.choice import Choice, lowered_by_platform, platform_of
 from any4_jax.partition import combine, partition
 from any4_jax.product.backends.base import Backend
 from any4_jax.product.backends.cpu import CPU
@@ -56,16 +56,49 @@ def planned(
       call: backend -> the function of (x, w) that runs. None gives one that is differentiated through the dense matrix.
 
     Raises:
-      ValueError: there is no such backend, or it can't compute the product; the message gives its reason.
+      ValueError: there is no such backend, or it can't compute the product, or no backend can; the message gives the
+        reason.
     """
     call = call or _differentiable
     record = _RECORD.get()
     if record is not None:
-        record.append(jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), (x, w)))
-        return jnp.zeros((x.shape[0], w.shape[0]), x.dtype)
+        return _recorded(record, x, w)
     if backend is not None:
-        return call(BACKENDS.required(backend, x, w, platform=default_platform()))(x, w)
+        return call(BACKENDS.required(backend, x, w, platform=_platform(x, w)))(x, w)
     return BACKENDS.lowered(call, x, w)(x, w)
+
+
+def planned_each(
+    x: jax.Array, ws: Sequence[Any], call: Callable[[tuple[Backend, ...]], Callable[..., tuple[jax.Array, ...]]]
+) -> tuple[jax.Array, ...]:
+    """The products [M, N] of one input with several weights, each on the backend that `planned` chooses for it.
+
+    Args:
+      x: [M, K], a floating dtype.
+      ws: weights as `planned` takes them.
+      call: the backends of the weights, in order -> the function of (x, ws) that runs.
+
+    Raises:
+      ValueError: no backend can compute one of the products; the message gives the reason.
+    """
+    record = _RECORD.get()
+    if record is not None:
+        return tuple(_recorded(record, x, w) for w in ws)
+
+    def pick(platform: str) -> tuple[Backend, ...]:
+        return tuple(BACKENDS.first(x, w, platform=platform) for w in ws)
+
+    return lowered_by_platform(pick, (BACKENDS.options[-1],) * len(ws), call)(x, tuple(ws))
+
+
+def _recorded(record: list[Problem], x: jax.Array, w: Any) -> jax.Array:
+    """Notes a product down, and returns zeros in its place."""
+    record.append(jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), (x, w)))
+    return jnp.zeros((x.shape[0], w.shape[0]), x.dtype)
+
+
+def _platform(x: Any, w: Any) -> str:
+    return platform_of(*jax.tree.leaves((x, w)))
 
 
 def problems(run: Callable[..., jax.Array], x: Any, w: Any) -> list[Problem]:
@@ -92,7 +125,7 @@ def _recording() -> Iterator[list[Problem]]:
 def check_named(x: Any, w: Any, backend: str) -> None:
     """Raises ValueError where the name of a backend would have no effect, since no part of `w` gets to `planned`. Where
     a part does, `planned` itself refuses a backend that can't compute the product."""
-    last, platform = BACKENDS.options[-1], default_platform()
+    last, platform = BACKENDS.options[-1], _platform(x, w)
     if BACKENDS.named(backend) is last or any(last.supports(x, part, platform) is None for part in parts(w)):
         return
     if is_operator(w) or isinstance(w, jax.Array):

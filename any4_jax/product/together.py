@@ -1,14 +1,14 @@
 """Products of one input with several weights, such as the query, key and value projections, in one kernel call."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from any4_jax.choice import PLATFORMS
 from any4_jax.product import plan
+from any4_jax.product.backends.base import Backend
 from any4_jax.product.matmul import matmul
 from any4_jax.weights import leaf_of
 
@@ -33,10 +33,7 @@ def matmul_each(x: jax.Array, ws: Sequence[Any]) -> tuple[jax.Array, ...]:
     if not _alike(x, ws):
         return tuple(matmul(x, w) for w in ws)
     rows = x.reshape(-1, x.shape[-1])
-    special = {platform: _products(rows, ws, platform) for platform in PLATFORMS}
-    default = functools.partial(_separately, backends=(plan.BACKENDS.options[-1].name,) * len(ws))
-    special = {platform: run for platform, run in special.items() if run.keywords != default.keywords}
-    ys = jax.lax.platform_dependent(rows, tuple(ws), default=default, **special) if special else default(rows, ws)
+    ys = plan.planned_each(rows, ws, _products)
     return tuple(y.reshape(*x.shape[:-1], y.shape[-1]) for y in ys)
 
 
@@ -49,8 +46,7 @@ def _alike(x: jax.Array, ws: Sequence[Any]) -> bool:
     return first is not None and recipes == {(first.bits, first.group_size, x.shape[-1])}
 
 
-def _products(x: jax.Array, ws: Sequence[Any], platform: str) -> functools.partial:
-    kernels = [plan.BACKENDS.first(x, w, platform=platform) for w in ws]
+def _products(kernels: tuple[Backend, ...]) -> Callable[..., tuple[jax.Array, ...]]:
     backends = tuple(kernel.name for kernel in kernels)
     if len(set(backends)) == 1 and kernels[0].run_together is not None:
         return functools.partial(_together, backend=backends[0])

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from any4_jax import product
-from any4_jax.product.explain import DENSE
+from any4_jax.product.explain import DENSE, explain_on, explained_platform
 from any4_jax.surgery.containers import container_of
 
 _NUMBER = re.compile(r"\b\d+\b")
@@ -20,18 +20,22 @@ def explain(x: Any, w: Any = None, platform: str | None = None, *, rows: int = 1
       x: with `w`, an array or ShapeDtypeStruct [..., K]; without `w`, any model that `quantize_model` takes.
       w: an operator [N, K]; None explains every dense layer of the model `x`. Layers with the same text whose paths
         differ only in numbers share a paragraph.
-      platform: "cpu", "cuda", "rocm" or "tpu"; None means this process's default device.
+      platform: "cpu", "cuda", "rocm" or "tpu"; None for that of the device that the operands or the model's
+        quantized weights are committed to, else of this process's default device.
       rows: M, the rows of each layer's input, if a model is given; 1 is decoding.
 
     Returns:
       Text to print.
 
     Raises:
-      ValueError, TypeError: as `matmul` does.
+      ValueError, TypeError: as `matmul` does, or `platform` is none of these.
     """
     if w is not None:
         return product.explain(x, w, platform)
     container, dtype = container_of(x), _dtype(x)
+    operators = container.operators(x)
+    # Once for the whole model: the first matrix of a stack is only a shape below, and tells of no device.
+    where = explained_platform(platform, operators)
     groups: dict[str, dict[str, int]] = {}
 
     def tell(path: str, shape: tuple[int, ...], text: str) -> None:
@@ -39,17 +43,17 @@ def explain(x: Any, w: Any = None, platform: str | None = None, *, rows: int = 1
         places = groups.setdefault(text, {})
         places[where] = places.get(where, 0) + 1
 
-    for path, operator in container.operators(x).items():
+    for path, operator in operators.items():
         shape = tuple(operator.shape)
         # A stack runs one matrix at a time.
         one = operator if len(shape) == 2 else jax.eval_shape(_first(len(shape) - 2), operator)
-        tell(path, shape, product.explain(jax.ShapeDtypeStruct((rows, shape[-1]), dtype), one, platform))
+        tell(path, shape, explain_on(where, jax.ShapeDtypeStruct((rows, shape[-1]), dtype), one))
     for path, matrix in container.matrices(x, None).items():
         if matrix.by_name:
             continue
         tell(path, matrix.shape, DENSE)
 
-    head = f"platform {platform or jax.default_backend()}, inputs {jnp.dtype(dtype).name} [{rows}, K]"
+    head = f"platform {where}, inputs {jnp.dtype(dtype).name} [{rows}, K]"
     paragraphs = []
     for text, places in groups.items():
         lines = [f"{where}  {count} layer{'s' if count > 1 else ''}" for where, count in places.items()]

@@ -22,6 +22,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.tree_util import GetAttrKey, tree_flatten_with_path
 
 Trained = Literal["tables", "lora", "floats"] | None
@@ -191,7 +192,7 @@ def dequantize(w, dtype=jnp.float32) -> jax.Array:
     # Tracers are jax.Arrays to isinstance but not to singledispatch, so arrays have no registration of their own.
     if isinstance(w, jax.Array):
         return w.astype(dtype)
-    raise TypeError(f"{_unknown(w)}; register dequantize for it")
+    raise _unknown(w, "dequantize")
 
 
 @functools.singledispatch
@@ -211,7 +212,7 @@ def product(w, x: jax.Array, backend: str | None = None) -> jax.Array:
     """
     if isinstance(w, jax.Array):
         return dense_product(x, w.astype(x.dtype))
-    raise TypeError(f"{_unknown(w)}; register product for it")
+    raise _unknown(w, "product")
 
 
 @functools.singledispatch
@@ -230,11 +231,17 @@ def take_rows(w, rows: jax.Array) -> Any:
     """
     if isinstance(w, jax.Array):
         return jnp.take(w, rows, axis=0, mode="clip")
-    raise TypeError(f"{_unknown(w)}; register take_rows for it")
+    raise _unknown(w, "take_rows")
 
 
-def _unknown(w: Any) -> str:
-    return f"got a {type(w).__name__}, need an array or an operator of any4_jax.weights"
+def _unknown(w: Any, function: str) -> TypeError:
+    if isinstance(w, np.ndarray):
+        return TypeError(
+            "got a numpy array, need an array of jax or an operator of any4_jax.weights; pass jnp.asarray(w)"
+        )
+    return TypeError(
+        f"got a {type(w).__name__}, need an array or an operator of any4_jax.weights; register {function} for it"
+    )
 
 
 def dense_product(x: jax.Array, w: jax.Array) -> jax.Array:

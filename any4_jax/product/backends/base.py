@@ -7,12 +7,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from any4_jax import choice
 from any4_jax.weights import QuantizedTensor, dequantize, is_operator, leaf_of
 
 
 @dataclasses.dataclass(frozen=True)
-class Backend:
-    """A kernel family.
+class Backend(choice.Backend):
+    """A kernel family: what `any4_jax.choice.Backend` says, where the problem is (x, w).
 
     Attributes:
       name: what `matmul(backend=...)` calls it.
@@ -28,9 +29,6 @@ class Backend:
         where there is nothing to say.
     """
 
-    name: str
-    supports: Callable[[Any, Any, str], str | None]
-    run: Callable[[jax.Array, Any], jax.Array]
     run_together: Callable[[jax.Array, Sequence[Any]], tuple[jax.Array, ...]] | None = None
     takes_slices: bool = False
     detail: Callable[[Any, Any], str | None] | None = None
