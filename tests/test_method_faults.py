@@ -66,4 +66,4 @@ def test_a_method_outside_of_the_catalogue_is_refused_when_saved(model, tmp_path
 
 def test_a_lifted_method_is_saved_as_the_one_that_it_lifts(model, tmp_path) -> None:
     save(tmp_path / "out", quantize_model(model, on_block(NF), data=TOKENS))
-    assert {method for _, method, _ in load(tmp_path / "out").recipe.layers} == {NF}
+    assert {method for _, method, _ in load(tmp_path / "out").recipe.linears} == {NF}
