@@ -18,7 +18,7 @@ PYTEST = cache=$$(mktemp -d) && trap 'rm -rf "$$cache"' EXIT && JAX_PLATFORMS=cp
 	JAX_COMPILATION_CACHE_DIR="$$cache/xla" JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0 \
 	PYTHONDONTWRITEBYTECODE= PYTHONPYCACHEPREFIX="$$cache/python" $(1) -m pytest -n auto --dist loadfile
 # The tests that depend on the versions of jax and flax.
-CORE := $(patsubst %,tests/test_%.py,formats scaling packing weights matmul statistics clustering methods any4 surgery \
+CORE := $(patsubst %,tests/test_%.py,formats scaling packing weights matmul explain statistics clustering methods any4 surgery \
 	attention cache_open llama generate checkpoint_model linen swapping dense_layers nnx nnx_axes pallas_kernel)
 PIP := -m pip --disable-pip-version-check --quiet --quiet
 

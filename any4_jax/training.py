@@ -70,26 +70,26 @@ def add_lora(
     pattern: str = r".*",
     dtype: DTypeLike = jnp.float32,
 ) -> Any:
-    """The model with low-rank updates: each quantized layer's operator q becomes Sum((q, LowRank(a, b, scale))).
+    """The model with low-rank updates: each quantized linear's operator q becomes Sum((q, LowRank(a, b, scale))).
 
     The new model computes what the old one did, since b starts at zero (LoRA, arXiv 2106.09685, section 4.1). The
     entries of a are drawn from N(0, 1/K): normal as in the paper, with the variance that makes a x as large as x for
-    every K, so that one learning rate suits layers of all widths.
+    every K, so that one learning rate suits linears of all widths.
 
     Args:
       model: any model that `quantize_model` returns.
       rank: R >= 1.
       alpha: the update is scaled by alpha / rank; None means alpha = rank, a scale of 1.
-      seed: for the random numbers. Those of a layer depend on the seed and the layer's path, not on other layers.
-      pattern: regex that the whole path of a layer must match for it to get an update.
+      seed: for the random numbers. Those of a linear depend on the seed and the linear's path, not on other linears.
+      pattern: regex that the whole path of a linear must match for it to get an update.
       dtype: of a and b. float32 keeps the small steps of an optimiser; products still run in the dtype of x.
 
     Returns:
       A new model of the same kind, over the same quantized arrays.
 
     Raises:
-      ValueError: rank is below 1, alpha is not positive and finite, the model has no quantized layer, the pattern
-        matches none, or a layer already has a low-rank update.
+      ValueError: rank is below 1, alpha is not positive and finite, the model has no quantized linear, the pattern
+        matches none, or a linear already has a low-rank update.
     """
     if rank < 1:
         raise ValueError(f"got rank={rank}, a low-rank update needs at least 1; pass a larger rank")

@@ -1,6 +1,6 @@
 """Hugging Face's FlaxLlama in 4 bits: one call, and generate() works as before.
 
-pip install "any4_jax[hf-flax]"
+pip install ".[hf-flax]"
 python examples/swap_hf_llama.py                # the bundled model of 260,000 parameters
 python examples/swap_hf_llama.py path/to/llama  # a Hugging Face folder, a hub id or a GGUF file
 """

@@ -61,7 +61,7 @@ def test_the_command_measures_and_writes(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_bench_quantize_counts_a_models_linears(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     monkeypatch.setitem(gemm.SHAPES, "small", ((8, 16),) * 4)
-    monkeypatch.setitem(quantize.LAYERS, "small", 3)
+    monkeypatch.setitem(quantize.BLOCKS, "small", 3)
     out = tmp_path / "q.json"
     flags = ["--solver", "lloyd", "--bits", "2", "--group-size", "8", "--no-refit"]
     assert cli.main(["bench", "quantize", "--shape", "small", "--matrices", "2", "--out", str(out), *flags]) == 0
@@ -72,5 +72,5 @@ def test_bench_quantize_counts_a_models_linears(tmp_path: Path, monkeypatch: pyt
 
 
 def test_the_models_are_those_whose_shapes_are_known() -> None:
-    assert all(len(gemm.SHAPES[model]) == len(quantize.A_LAYER) for model in quantize.LAYERS)
-    assert sum(quantize.LAYERS["llama-3.1-8b"] * times for times in quantize.A_LAYER) == 224
+    assert all(len(gemm.SHAPES[model]) == len(quantize.PER_BLOCK) for model in quantize.BLOCKS)
+    assert sum(quantize.BLOCKS["llama-3.1-8b"] * times for times in quantize.PER_BLOCK) == 224

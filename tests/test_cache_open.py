@@ -1,4 +1,4 @@
-"""Caches from outside of the package: tables per layer that are traced, static settings, decoding by blocks."""
+"""Caches from outside of the package: tables per block that are traced, static settings, decoding by blocks."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def nearest(values: jax.Array, table: jax.Array) -> jax.Array:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TableCache:
-    """Keys as they are, [B * Hkv, D, S]; values as codes [B * Hkv, S, D] into the layer's table, decoded by blocks."""
+    """Keys as they are, [B * Hkv, D, S]; values as codes [B * Hkv, S, D] into the block's table, decoded by blocks."""
 
     keys: jax.Array
     codes: jax.Array
@@ -75,17 +75,17 @@ class TableCache:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Tables:
-    """A factory of `TableCache`: tables [layers, LEVELS] are traced, the block's size is static."""
+    """A factory of `TableCache`: tables [blocks, LEVELS] are traced, the block's size is static."""
 
     tables: Any
     block: int = dataclasses.field(default=16, metadata=dict(static=True))
 
     def create(
-        self, layer: int, batch: int, length: int, heads: int, head_dim: int, start: jax.Array, dtype: Any
+        self, block: int, batch: int, length: int, heads: int, head_dim: int, start: jax.Array, dtype: Any
     ) -> TableCache:
         keys = jnp.zeros((batch * heads, head_dim, length), dtype)
         codes = jnp.zeros((batch * heads, length, head_dim), jnp.uint8)
-        return TableCache(keys, codes, self.tables[layer], jnp.zeros((), jnp.int32), start, self.block)
+        return TableCache(keys, codes, self.tables[block], jnp.zeros((), jnp.int32), start, self.block)
 
 
 @jax.tree_util.register_dataclass
@@ -104,9 +104,9 @@ class RoundedCache(DenseCache):
 class Rounded:
     tables: Any
 
-    def create(self, layer: int, *args: Any) -> RoundedCache:
-        dense = DenseCache.create(layer, *args)
-        return RoundedCache(dense.keys, dense.values, dense.length, dense.start, self.tables[layer])
+    def create(self, block: int, *args: Any) -> RoundedCache:
+        dense = DenseCache.create(block, *args)
+        return RoundedCache(dense.keys, dense.values, dense.length, dense.start, self.tables[block])
 
 
 @jax.tree_util.register_dataclass
@@ -124,30 +124,30 @@ class WindowedCache(DenseCache):
 
 @dataclasses.dataclass(frozen=True)
 class Windowed:
-    """A factory that is no pytree: hashable settings, which differ from layer to layer as Gemma's do."""
+    """A factory that is no pytree: hashable settings, which differ from block to block as Gemma's do."""
 
     windows: tuple[int | None, ...]
 
-    def create(self, layer: int, *args: Any) -> WindowedCache:
-        dense = DenseCache.create(layer, *args)
-        settings = AttentionSettings(window=self.windows[layer])
+    def create(self, block: int, *args: Any) -> WindowedCache:
+        dense = DenseCache.create(block, *args)
+        settings = AttentionSettings(window=self.windows[block])
         return WindowedCache(dense.keys, dense.values, dense.length, dense.start, settings)
 
 
 @pytest.fixture(scope="module")
 def model() -> Llama:
-    """Two layers of random weights, with a spread head: the likeliest token varies along a text."""
+    """Two blocks of random weights, with a spread head: the likeliest token varies along a text."""
     model = random_llama()
     model.lm_head.kernel.set_value(model.lm_head.kernel.get_value() * 4)
     return model
 
 
 def tables(*widths: float) -> np.ndarray:
-    """A table for each layer: LEVELS even levels within -width..width."""
+    """A table for each block: LEVELS even levels within -width..width."""
     return np.linspace(-1, 1, LEVELS, dtype=np.float32) * np.asarray(widths, np.float32)[:, None]
 
 
-def test_values_are_rounded_to_the_table_of_their_layer(model: Llama) -> None:
+def test_values_are_rounded_to_the_table_of_their_block(model: Llama) -> None:
     ours = tables(2.0, 0.4)
     got = a4.generate(model, ROWS, max_new_tokens=20, cache=Tables(ours))
     assert got == a4.generate(model, ROWS, max_new_tokens=20, cache=Rounded(ours))
@@ -167,19 +167,19 @@ def test_tables_are_traced_and_settings_static(model: Llama, count_compiles: Any
     assert sorted(compiles.names) == ["jit(_decode)", "jit(_prefill)"]
 
 
-def test_layers_whose_caches_are_alike_share_one_program(model: Llama) -> None:
+def test_blocks_whose_caches_are_alike_share_one_program(model: Llama) -> None:
     TableCache.traces.clear()
     a4.generate(model, ROWS, max_new_tokens=3, cache=Tables(tables(1.5, 0.7), block=64))
-    # Two layers, each traced once for the prompt (padded to 32 tokens) and once for a token.
+    # Two blocks, each traced once for the prompt (padded to 32 tokens) and once for a token.
     assert TableCache.traces == [32, 1]
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Shared(Tables):
-    """All layers hold the factory's own table [LEVELS]."""
+    """All blocks hold the factory's own table [LEVELS]."""
 
-    def create(self, layer: int, *args: Any) -> TableCache:
+    def create(self, block: int, *args: Any) -> TableCache:
         return dataclasses.replace(super().create(0, *args), table=self.tables)
 
 
@@ -194,7 +194,7 @@ def test_the_tables_of_a_factory_outlive_the_caches(model: Llama) -> None:
 @pytest.mark.parametrize(
     "factory",
     [Windowed((4, None)), Windowed((3, 9)), Tables(tables(2.0, 1.0))],
-    ids=["a window in one layer", "two windows", "tables"],
+    ids=["a window in one block", "two windows", "tables"],
 )
 def test_cached_decoding_equals_the_whole_forward(
     model: Llama, factory: CacheFactory, rng: np.random.Generator

@@ -147,9 +147,9 @@ def test_a_content_that_lacks_a_key_is_refused(key: str, saved: Path, tmp_path: 
 
 def test_notes_come_back_as_they_were_and_inspect_tells_their_range(tmp_path: Path, capsys) -> None:
     model = a4.quantize_model(random_llama(), NF)
-    (first, *rest), noted = model.recipe.layers, (("alpha", 0.25), ("clipped", True), ("each", (1, 2)), ("n", 3))
-    layers = ((*first[:2], noted), *((*layer[:2], (("alpha", 0.75), ("clipped", True))) for layer in rest))
-    model.recipe = dataclasses.replace(model.recipe, layers=layers)
+    (first, *rest), noted = model.recipe.linears, (("alpha", 0.25), ("clipped", True), ("each", (1, 2)), ("n", 3))
+    linears = ((*first[:2], noted), *((*linear[:2], (("alpha", 0.75), ("clipped", True))) for linear in rest))
+    model.recipe = dataclasses.replace(model.recipe, linears=linears)
     a4.save(tmp_path / "c", model)
     back = a4.load(tmp_path / "c")
     assert back.recipe == model.recipe and hash(back.recipe) == hash(model.recipe)

@@ -2,16 +2,18 @@
 
 import argparse
 import dataclasses
-from typing import Literal
+from typing import ClassVar, Literal
 
 import pytest
-from toy_methods import Nested
+from toy_methods import EvenInputs, Nested
 
 from any4_jax.cli import main
 from any4_jax.cli.errors import CommandLineError
 from any4_jax.cli.methods import add_method, method_from
 from any4_jax.cli.options import add_fields, build
-from any4_jax.methods import CATALOGUE, NF4, Any4, Int
+from any4_jax.methods import CATALOGUE, NF4, Any4, AnyMethod, Int
+from any4_jax.methods.rtn import RoundToNearest
+from any4_jax.methods.spec import method_from_json, method_to_json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,6 +138,59 @@ def test_methods_inside_methods_have_flags(flags, method, nested):
 def test_a_flag_of_another_inner_method_is_refused(nested, capsys):
     assert main([*nested, "--inner", "nf4", "--inner-bits", "3"]) == 2
     assert "unrecognized arguments: --inner-bits" in capsys.readouterr().err
+
+
+@dataclasses.dataclass(frozen=True)
+class Maybe(Int):
+    """A method that may wrap others.
+
+    Attributes:
+      first, second, third: what it may wrap: anything, one of ours, one that rounds.
+    """
+
+    name: ClassVar[str] = "toy-maybe"
+    first: AnyMethod | None = None
+    second: Any4 | None = Any4(bits=3)
+    third: RoundToNearest | None = None
+
+
+@pytest.mark.parametrize(
+    ("flags", "method"),
+    [
+        ([], Maybe()),
+        (["--first", "none", "--bits", "3"], Maybe(bits=3)),
+        (["--first", "nf4", "--first-group-size", "32"], Maybe(first=NF4(group_size=32))),
+        (["--first", "toy-maybe", "--first-third", "nf4"], Maybe(first=Maybe(third=NF4()))),
+        (["--second", "none", "--third", "int"], Maybe(second=None, third=Int())),
+        (["--second-bits", "2"], Maybe(second=Any4(bits=2))),
+    ],
+    ids=str,
+)
+def test_an_inner_method_may_be_none(flags, method, monkeypatch):
+    monkeypatch.setitem(CATALOGUE, Maybe.name, Maybe)
+    argv = ["--method", Maybe.name, *flags]
+    parser = argparse.ArgumentParser()
+    add_method(parser, argv)
+    assert method_from(parser.parse_args(argv)) == method
+    assert method_from_json(method_to_json(method)) == method
+    assert "(default: none)" in parser.format_help()
+
+
+def test_none_is_refused_where_a_method_must_be(nested, monkeypatch, capsys):
+    assert main([*nested, "--inner", "none"]) == 2
+    assert "--inner: invalid choice: 'none'" in capsys.readouterr().err
+    assert main(["quantize", "tiny", "out", "--method", "none"]) == 2
+
+    @dataclasses.dataclass(frozen=True)
+    class Free(EvenInputs):
+        name: ClassVar[str] = "toy-free"
+        inner: AnyMethod | None = None
+
+    monkeypatch.setitem(CATALOGUE, Free.name, Free)
+    argv = ["--method", Free.name, "--inner", "none"]
+    parser = argparse.ArgumentParser()
+    add_method(parser, argv)
+    assert method_from(parser.parse_args(argv), Nested.name) == Nested(), "a rule's method takes what it can"
 
 
 @pytest.mark.parametrize("name", sorted(CATALOGUE))

@@ -111,7 +111,7 @@ def test_a_format_is_saved_with_its_method_and_loaded(listed: None, tmp_path: Pa
     model = a4.quantize_model(random_llama(), method)
     a4.save(tmp_path / "model", model)
     again = a4.load(tmp_path / "model")
-    assert again.recipe == model.recipe and {m for _, m, _ in again.recipe.layers} == {method}
+    assert again.recipe == model.recipe and {m for _, m, _ in again.recipe.linears} == {method}
     for loaded, saved in zip(*(nnx.to_flat_state(nnx.state(m)) for m in (again, model)), strict=True):
         np.testing.assert_array_equal(loaded[1].get_value(), saved[1].get_value())
     np.testing.assert_array_equal(again(TOKENS), model(TOKENS))

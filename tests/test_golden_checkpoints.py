@@ -45,7 +45,7 @@ def test_a_decoder_gives_equal_tokens(unpacked: dict[str, Path]) -> None:
     assert leaves["embed_tokens"].bits == 8 and leaves["layers.4.mlp.up_proj"].bits == 3
     assert set(linears(model)) == {"layers.2.mlp.down_proj"}
     assert dict(model.recipe.rules)[r"layers\.2\.mlp\.down_proj"] is None
-    assert {path for path, _, _ in model.recipe.layers} == set(leaves)
+    assert {path for path, _, _ in model.recipe.linears} == set(leaves)
     assert continuation(model, OUTPUTS["prompt"], OUTPUTS["own"]) == OUTPUTS["own"].tolist()
 
 

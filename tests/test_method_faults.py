@@ -98,7 +98,7 @@ def test_what_a_block_method_leaves_float_is_not_in_the_recipe(model) -> None:
 
     new = quantize_model(model, Lazy(Int(8, group_size=16), 1), data=TOKENS)
     assert len(quantized_leaves(new)) == 12
-    assert {path for path, *_ in new.recipe.layers} == set(quantized_leaves(new))
+    assert {path for path, *_ in new.recipe.linears} == set(quantized_leaves(new))
 
 
 def test_faults_of_methods_are_named(model) -> None:
@@ -117,4 +117,4 @@ def test_a_method_outside_of_the_catalogue_is_refused_when_saved(model, tmp_path
 
 def test_a_lifted_method_is_saved_as_the_one_that_it_lifts(model, tmp_path) -> None:
     save(tmp_path / "out", quantize_model(model, on_block(NF), data=TOKENS))
-    assert {method for _, method, _ in load(tmp_path / "out").recipe.layers} == {NF}
+    assert {method for _, method, _ in load(tmp_path / "out").recipe.linears} == {NF}

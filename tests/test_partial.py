@@ -200,12 +200,12 @@ def test_only_our_files_are_removed(tmp_path) -> None:
     quantized(folder)
     cut = next(folder.iterdir()).name + ".0123456789ab.tmp"
     (folder / cut).write_bytes(b"cut short")
-    (folder / "layer-notes.txt").write_text("mine")
+    (folder / "unit-notes.txt").write_text("mine")
     with PartialStore(folder) as finished:
         assert not (folder / cut).exists()
         finished.clear()
-    assert [path.name for path in folder.iterdir()] == ["layer-notes.txt"]
-    (folder / "layer-notes.txt").unlink()
+    assert [path.name for path in folder.iterdir()] == ["unit-notes.txt"]
+    (folder / "unit-notes.txt").unlink()
     with PartialStore(folder) as finished:
         finished.clear()
     assert not folder.exists()
@@ -260,7 +260,7 @@ def test_the_command_survives_kill_9_and_no_resume_starts_afresh(tmp_path, compu
     root = Path(__file__).resolve().parent.parent
     ended = subprocess.run([sys.executable, "-c", KILL, *command], cwd=root, capture_output=True, timeout=120)
     assert ended.returncode == -signal.SIGKILL, ended.stderr
-    left = len(list((tmp_path / "out.partial").glob("layer-*.safetensors")))
+    left = len(list((tmp_path / "out.partial").glob("unit-*.safetensors")))
     assert 10 <= left <= 12 and not out.exists()  # two threads: the one that was at work loses its layer
 
     shutil.copytree(tmp_path / "out.partial", tmp_path / "whole.partial")

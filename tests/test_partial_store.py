@@ -137,6 +137,7 @@ def test_what_a_site_changed_comes_back_by_name(tmp_path) -> None:
     with PartialStore(tmp_path / "partial") as finished:
         finished.put("layers.0.mlp_in", "key", Result(changed, notes))
         result = finished.get("layers.0.mlp_in", "key")
+    assert finished.reused == 2, "of the two linears"
     assert result.notes == notes
     assert_same(result.operator, changed)
 

@@ -92,7 +92,7 @@ def test_recipe_and_progress(model) -> None:
     new = quantize_model(model, NF, rules=rules, progress=lambda *step: seen.append(step))
     assert new.recipe.rules[:2] == tuple(rules) and new.recipe.rules[-1] == (".*", NF)
     assert any("lm_head" in pattern and method is None for pattern, method in new.recipe.rules)
-    assert {path: method for path, method, _ in new.recipe.layers} == {
+    assert {path: method for path, method, _ in new.recipe.linears} == {
         path: INT if "up_proj" in path else NF for path in quantized_leaves(new)
     }
     assert [(done, total) for done, total, _ in seen] == [(i + 1, len(seen)) for i in range(len(seen))]

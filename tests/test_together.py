@@ -145,3 +145,15 @@ def test_each_weight_gets_the_backend_that_takes_it(monkeypatch: pytest.MonkeyPa
     for y, w in zip(matmul_each(x, ws), ws, strict=True):
         np.testing.assert_allclose(y, matmul(x, w, "xla"), rtol=1e-5, atol=1e-5)
     assert seen == [8]
+
+
+def test_arrays_in_hand_are_multiplied_where_they_lie(monkeypatch) -> None:
+    """`jax.lax.platform_dependent` outside of a program takes the default platform's branch, wherever operands are."""
+
+    def refused(*operands, **branches):
+        raise AssertionError("platform_dependent was asked")
+
+    monkeypatch.setattr(jax.lax, "platform_dependent", refused)
+    x, ws = inputs(2, 200), weights(NF4, NF4)
+    for y, w in zip(matmul_each(x, ws), ws, strict=True):
+        np.testing.assert_array_equal(y, matmul(x, w))

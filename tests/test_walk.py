@@ -82,7 +82,7 @@ def test_a_lifted_method_is_the_method_whatever_another_rule_quantizes_before_it
         quantize_model(model, method, data=TOKENS, rules=rules)
         for method in (Nested(NF, by_site=False), on_block(Nested(NF, by_site=False)))
     )
-    assert plain.recipe.layers == lifted.recipe.layers
+    assert plain.recipe.linears == lifted.recipe.linears
 
 
 def test_no_block_runs_where_no_method_needs_statistics(model, runs) -> None:
@@ -126,10 +126,10 @@ def test_statistics_die_with_their_block(model, monkeypatch) -> None:
 
 def test_notes_and_nested_methods_are_recorded(model) -> None:
     new = quantize_model(model, SEQUENTIAL, data=TOKENS, rules=[(r".*down_proj", NF)])
-    layers = {path: (method, dict(notes)) for path, method, notes in new.recipe.layers}
-    method, notes = layers["layers.1.self_attn.q_proj"]
+    linears = {path: (method, dict(notes)) for path, method, notes in new.recipe.linears}
+    method, notes = linears["layers.1.self_attn.q_proj"]
     assert method == SEQUENTIAL and notes["searched"] is True and isinstance(notes["energy"], float)
-    assert notes["energy"] > 0 and layers["layers.0.mlp.down_proj"] == (NF, {})
+    assert notes["energy"] > 0 and linears["layers.0.mlp.down_proj"] == (NF, {})
 
 
 def outputs(model) -> np.ndarray:
@@ -151,7 +151,7 @@ def test_a_site_methods_scale_is_folded_or_kept(model) -> None:
         norms = (one.blocks[0].input_layernorm.scale[...] for one in (new, model))
         assert not np.isclose(*norms, rtol=0.05).any()
         assert len(quantized_leaves(new)) == 14
-        assert all(dict(notes)["largest"] > 0 for _, _, notes in new.recipe.layers)
+        assert all(dict(notes)["largest"] > 0 for _, _, notes in new.recipe.linears)
     assert kept_scales(folded) == set()
     # Site by site, v_proj and up_proj are quantized when the sites that they feed come.
     assert kept_scales(kept) == {"self_attn.o_proj", "mlp.down_proj"}
@@ -167,7 +167,7 @@ def test_matrices_of_other_methods_in_a_scaled_site_have_statistics_of_the_scale
     """The Hessian's mean diagonal that q_proj is given is that of what enters it now."""
     rules = [(r".*q_proj", Nested(NF, by_site=False))]
     new = quantize_model(model, EvenInputs(Int(8, group_size=16)), data=TOKENS, rules=rules)
-    (noted,) = (dict(notes) for path, _, notes in new.recipe.layers if path == "layers.0.self_attn.q_proj")
+    (noted,) = (dict(notes) for path, _, notes in new.recipe.linears if path == "layers.0.self_attn.q_proj")
     seen = calibrate(new, TOKENS)["layers.0.self_attn.o_proj"]
     assert seen.k == 48
     x = new.blocks[0].input_layernorm(new.embed(jnp.asarray(TOKENS), jnp.zeros(TOKENS.shape, jnp.int32)))
@@ -176,7 +176,7 @@ def test_matrices_of_other_methods_in_a_scaled_site_have_statistics_of_the_scale
 
 def test_a_block_method_is_given_targets_and_a_function_to_train(model) -> None:
     new = quantize_model(model, FitNorms(Int(3, group_size=16)), data=TOKENS)
-    notes = {path: dict(notes) for path, _, notes in new.recipe.layers}
+    notes = {path: dict(notes) for path, _, notes in new.recipe.linears}
     assert len(notes) == 14
     assert all(found["after"] < 0.97 * found["before"] for found in notes.values())
     plain = quantize_model(model, Int(3, group_size=16))

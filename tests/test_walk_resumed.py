@@ -13,6 +13,7 @@ from toy_methods import EvenInputs, FitNorms, Nested
 
 from any4_jax.checkpoint import load, save
 from any4_jax.checkpoint.partial import PartialStore
+from any4_jax.cli import main
 from any4_jax.methods import CATALOGUE, NF4, Int, Result, on_block, on_site
 from any4_jax.methods.matrices import plain_note
 from any4_jax.models.tiny import random_llama
@@ -114,6 +115,29 @@ def test_a_continued_run_captures_nothing_for_finished_sites(model, runs, tmp_pa
     assert runs == {("layers.0", True): 1, ("layers.1", True): 1}
 
 
+def test_the_command_counts_the_linears_that_a_site_has(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.setitem(CATALOGUE, EvenInputs.name, EvenInputs)
+    text = tmp_path / "text.txt"
+    text.write_text("Once upon a time there was a little girl who had a red ball.")
+    rules = ["--rules", r"layers\.[1-4].*=none"]
+    command = ["quantize", "tiny", str(tmp_path / "out"), "--method", EvenInputs.name, "--calibrate", str(text), *rules]
+    put, kept = PartialStore.put, []
+
+    def killing(self, path, key, result):
+        if len(kept) == 2:
+            raise Killed
+        kept.append(len(result.notes))
+        put(self, path, key, result)
+
+    with monkeypatch.context() as patched, pytest.raises(Killed):
+        patched.setattr(PartialStore, "put", killing)
+        main(command)
+    assert sum(kept) > 2
+    capsys.readouterr()
+    assert main(command) == 0
+    assert f"resuming: {sum(kept)} of 7 layers were done before" in capsys.readouterr().err.splitlines()
+
+
 @dataclasses.dataclass(frozen=True)
 class Telling:
     """A method with notes of every kind."""
@@ -152,7 +176,7 @@ def test_a_site_keeps_what_it_changed_and_nothing_else(model) -> None:
 def test_notes_may_be_tuples(model, tmp_path, monkeypatch) -> None:
     monkeypatch.setitem(CATALOGUE, "toy-telling", Telling)
     new = quantize_model(model, Telling())
-    notes = dict(next(noted for path, _, noted in new.recipe.layers if path == "layers.1.mlp.up_proj"))
+    notes = dict(next(noted for path, _, noted in new.recipe.linears if path == "layers.1.mlp.up_proj"))
     kernel = np.asarray(model.layers[1].mlp.up_proj.kernel.get_value())
     assert notes["words"] == ("a", "b") and notes["sizes"] == kernel.shape[::-1] and notes["whether"] is True
     assert notes["ends"] == (kernel.min(), kernel.max()) and notes["nested"] == ((1, 2), (kernel[0, 0],))

@@ -40,8 +40,8 @@ def contestant(name: str, model: Decoder) -> Contestant:
         # eos=(): an end-of-text token doesn't stop the loop, so that all contestants decode equally many tokens.
         return (chunk[0] for chunk in generate_tokens(model, [prompt], max_new_tokens=tokens, eos=()))
 
-    layers = () if model.recipe is None else model.recipe.layers
-    methods = sorted({method.name for _, method, _ in layers})
+    linears = () if model.recipe is None else model.recipe.linears
+    methods = sorted({method.name for _, method, _ in linears})
     facts = {"model": Path(name).name, "method": " and ".join(methods) or "float", "dtype": model.dtype.name}
     return Contestant(chunks, read_bytes(model), model.config.vocab_size, facts)
 

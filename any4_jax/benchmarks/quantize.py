@@ -15,9 +15,10 @@ from any4_jax.benchmarks.gemm import SHAPES
 from any4_jax.benchmarks.timing import significant
 from any4_jax.methods import Method, quantize
 
-LAYERS = {"smollm2-135m": 30, "llama-3.2-1b": 16, "llama-3.1-8b": 32}
-A_LAYER = (2, 2, 2, 1)
-"""How many linears of a layer have each of the model's `gemm.SHAPES`: q and o, k and v, gate and up, down."""
+BLOCKS = {"smollm2-135m": 30, "llama-3.2-1b": 16, "llama-3.1-8b": 32}
+"""How many blocks each model has."""
+PER_BLOCK = (2, 2, 2, 1)
+"""How many linears of a block have each of the model's `gemm.SHAPES`: q and o, k and v, gate and up, down."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +26,7 @@ class Quantize:
     """What to measure.
 
     Attributes:
-      model: a key of `LAYERS`.
+      model: a key of `BLOCKS`.
       method: any method; it gets statistics of random inputs.
       matrices: the most matrices of each shape to quantize; the others are assumed to take as long. None means all.
     """
@@ -50,11 +51,11 @@ def run(
     Raises:
       ValueError: there is no such model, or `matrices` is below 1.
     """
-    if config.model not in LAYERS:
-        raise ValueError(f"got model={config.model!r}, need one of {', '.join(LAYERS)}; choose one of these")
+    if config.model not in BLOCKS:
+        raise ValueError(f"got model={config.model!r}, need one of {', '.join(BLOCKS)}; choose one of these")
     if config.matrices is not None and config.matrices < 1:
         raise ValueError(f"got matrices={config.matrices}, need 1 or more; pass None for all")
-    counts = [LAYERS[config.model] * times for times in A_LAYER]
+    counts = [BLOCKS[config.model] * times for times in PER_BLOCK]
     measured = [min(count, config.matrices or count) for count in counts]
     shapes = SHAPES[config.model]
     total, done = sum(n * number for (n, _), number in zip(shapes, measured, strict=True)), 0

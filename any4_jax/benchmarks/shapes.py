@@ -66,13 +66,13 @@ def few_bits(model: Llama, group_size: int) -> Llama:
     """A copy of the model in which the blocks' linears have random 4-bit codes in any4's form; it shares all other
     arrays."""
     coded = nnx.merge(*nnx.split(model))
-    layers: list[tuple[str, Any4, tuple[tuple[str, str], ...]]] = []
+    linears: list[tuple[str, Any4, tuple[tuple[str, str], ...]]] = []
     for i, block in enumerate(coded.blocks):
         for path in (path for site in coded.sites(i) for path in site.linears):
             parent, name = path.split(".")
             linear = getattr(getattr(block, parent), name)
-            leaf = random_leaf(len(layers), linear.out_features, linear.in_features, 4, group_size)
+            leaf = random_leaf(len(linears), linear.out_features, linear.in_features, 4, group_size)
             setattr(getattr(block, parent), name, Any4Linear.of(leaf, dtype=model.dtype))
-            layers.append((f"{coded.block_path(i)}.{path}", Any4(group_size=group_size), ()))
-    coded.recipe = Recipe((), tuple(layers))
+            linears.append((f"{coded.block_path(i)}.{path}", Any4(group_size=group_size), ()))
+    coded.recipe = Recipe((), tuple(linears))
     return coded

@@ -25,7 +25,7 @@ def save(path: str | os.PathLike[str], model: Any) -> None:
     """Write a checkpoint, which replaces the one at `path` as a whole or not at all.
 
     The manifest, any4.json, holds everything that `load` needs: the model's family and config, its tokenizer's files,
-    the operator of each quantized layer, the method with all its fields and notes, and the sha256 of every array and
+    the operator of each quantized linear, the method with all its fields and notes, and the sha256 of every array and
     file. Arrays are named by dotted path ("layers.0.mlp.up_proj.bias"); those of an operator are named
     "<dotted path of the matrix>/<field>" ("layers.0.mlp.up_proj.kernel/codes").
 
@@ -62,7 +62,7 @@ def load(path: str | os.PathLike[str], *, into: Any = None, sharding: ShardingRu
       into: a model that the checkpoint's contents fit; it stays as it was. It may hold arrays or ShapeDtypeStructs,
         and may be quantized or not: an NNX module (such as `nnx.eval_shape` returns), a Hugging Face Flax model (also
         one made with _do_init=False), a pair of a Linen module and its abstract variables (None takes whatever the
-        checkpoint holds), or a tree of arrays. The checkpoint decides how a layer is quantized; all other arrays must
+        checkpoint holds), or a tree of arrays. The checkpoint decides how a linear is quantized; all other arrays must
         have the dtype that they have in `into`, except where these are transformers' abstract parameters, which are
         always float32. A decoder of this library needs the class, config and dtype of the saved one.
       sharding: one jax.sharding.Sharding for all arrays, or a function of (array name, ShapeDtypeStruct) that returns
@@ -72,7 +72,7 @@ def load(path: str | os.PathLike[str], *, into: Any = None, sharding: ShardingRu
     Returns:
       With `into`, a new model of its kind. Without it, a decoder or a model of `load_hf_flax` is rebuilt from the
       checkpoint alone, with its tokenizer; for other models, the contents: a nested dict of arrays, with operators at
-      the key "kernel" of their layers.
+      the key "kernel" of their linears.
 
     Raises:
       FileNotFoundError: `path` holds no checkpoint.

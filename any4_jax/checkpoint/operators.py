@@ -59,11 +59,11 @@ def operator_from_spec(spec: Any, take: Callable[[str], jax.Array]) -> Any:
 
 
 def recipe_spec(recipe: Recipe) -> dict[str, Any]:
-    """How a model was quantized, as JSON: the rules, and the method, fields and notes of each layer."""
+    """How a model was quantized, as JSON: the rules, and the method, fields and notes of each linear."""
     return {
         "rules": [[pattern, method_to_json(method)] for pattern, method in recipe.rules],
-        "layers": {
-            path: {**(method_to_json(method) or {}), "notes": dict(notes)} for path, method, notes in recipe.layers
+        "linears": {
+            path: {**(method_to_json(method) or {}), "notes": dict(notes)} for path, method, notes in recipe.linears
         },
     }
 
@@ -74,11 +74,11 @@ def recipe_from_spec(spec: Mapping[str, Any]) -> Recipe:
     Raises:
       ValueError: this version doesn't have the method, or one of its fields.
     """
-    layers = []
-    for path, entry in sorted(spec["layers"].items()):
+    linears = []
+    for path, entry in sorted(spec["linears"].items()):
         method = method_from_json(entry)
         assert method is not None
         # JSON turned the tuples of notes into lists.
         notes = {name: plain_note(note) for name, note in entry["notes"].items()}
-        layers.append((path, method, tuple(sorted(notes.items()))))
-    return Recipe(tuple((pattern, method_from_json(entry)) for pattern, entry in spec["rules"]), tuple(layers))
+        linears.append((path, method, tuple(sorted(notes.items()))))
+    return Recipe(tuple((pattern, method_from_json(entry)) for pattern, entry in spec["rules"]), tuple(linears))

@@ -1,6 +1,6 @@
 """Keeps on disk what a run of `quantize_model` has finished, so that a killed run can continue.
 
-    DIR/layer-<32 hex>.safetensors   one result; the digits are the start of the sha256 of its path
+    DIR/unit-<32 hex>.safetensors   one result; the digits are the start of the sha256 of its path
 
 A result belongs to a linear, a site or a block. Its file holds the bytes of its arrays as uint8 vectors, and two
 entries of metadata:
@@ -39,7 +39,7 @@ from any4_jax.checkpoint.operators import operator_from_spec, operator_spec
 from any4_jax.methods import Result
 from any4_jax.methods.matrices import plain_note
 
-_OURS = re.compile(r"layer-[0-9a-f]{32}\.safetensors(\.[0-9a-f]{12}\.tmp)?")
+_OURS = re.compile(r"unit-[0-9a-f]{32}\.safetensors(\.[0-9a-f]{12}\.tmp)?")
 
 
 class PartialStore:
@@ -49,7 +49,8 @@ class PartialStore:
     it is empty.
 
     Attributes:
-      reused: how many results `get` has returned so far.
+      reused: how many linears have had their results from `get` so far. The result of a site or a block counts the
+        linears that its notes name.
     """
 
     def __init__(self, directory: str | os.PathLike[str], *, resume: bool = True) -> None:
@@ -90,7 +91,7 @@ class PartialStore:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        # rmdir leaves a directory that holds layers or someone else's files.
+        # rmdir leaves a directory that holds results or someone else's files.
         with contextlib.suppress(OSError):
             self._root.rmdir()
         os.close(self._handle)
@@ -105,7 +106,7 @@ class PartialStore:
         except (OSError, ValueError, TypeError, KeyError, AttributeError, safetensors.SafetensorError):
             return None
         with self._counting:
-            self.reused += 1
+            self.reused += max(1, len(result.notes)) if isinstance(result.operator, Mapping) else 1
         return result
 
     def put(self, path: str, key: str, result: Result) -> None:
@@ -137,7 +138,7 @@ class PartialStore:
         file = self._file(path)
         temporary = file.with_name(f"{file.name}.{uuid.uuid4().hex[:12]}.tmp")
         try:
-            # Not synced to disk: a file that a power cut truncates fails its digest, which costs one layer.
+            # Not synced to disk: a file that a power cut truncates fails its digest, which costs one result.
             temporary.write_bytes(raw)
             os.replace(temporary, file)
         except OSError as error:
@@ -171,7 +172,7 @@ class PartialStore:
 
     def _file(self, path: str) -> Path:
         # The paths of a user's tree may hold any character, and may be too long for a file name.
-        return self._root / f"layer-{hashlib.sha256(path.encode()).hexdigest()[:32]}.safetensors"
+        return self._root / f"unit-{hashlib.sha256(path.encode()).hexdigest()[:32]}.safetensors"
 
     def _remove(self, *, temporary_only: bool = False) -> None:
         for name in os.listdir(self._root):

@@ -3,7 +3,8 @@
     {"kind": "llama", "config", "dtype", "parameters": [names], "layers": {path: operator}, "recipe"}
     {"kind": "tree", "tree", "recipe", "model": null or {"kind", "class", and "config", "dtype", ... of "hf_flax"}}
 
-The names of arrays stay the same: in a decoder, the arrays of an operator were named "<path of the layer>/<field>".
+In both, what a recipe now calls "linears" was called "layers". The names of arrays stay the same: in a decoder, the
+arrays of an operator were named "<path of the linear>/<field>".
 """
 
 from collections.abc import Mapping
@@ -13,7 +14,7 @@ from any4_jax.models import families
 
 # Schema 1 knew one family of decoders.
 _FAMILY = "llama"
-# The only one of its layers whose matrix wasn't called "kernel".
+# The only one of its modules whose matrix wasn't called "kernel".
 _EMBEDDING = "embed_tokens"
 
 
@@ -37,7 +38,7 @@ def _decoder(content: Mapping[str, Any]) -> dict[str, Any]:
         "config": content["config"],
         "dtype": content["dtype"],
         "tree": tree,
-        "recipe": content["recipe"],
+        "recipe": _recipe(content["recipe"]),
         "model": {"class": families.named(_FAMILY).module.__name__},
     }
 
@@ -51,9 +52,13 @@ def _other(content: Mapping[str, Any]) -> dict[str, Any]:
         "config": known.pop("config", None),
         "dtype": known.pop("dtype", None),
         "tree": content["tree"],
-        "recipe": recipe,
+        "recipe": _recipe(recipe),
         "model": known or None,
     }
+
+
+def _recipe(recipe: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    return None if recipe is None else {"rules": recipe["rules"], "linears": recipe["layers"]}
 
 
 def _put(tree: dict[str, Any], keys: list[str], leaf: Any) -> None:

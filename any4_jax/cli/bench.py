@@ -55,7 +55,7 @@ def _add_decode(parser: argparse.ArgumentParser) -> None:
 def _add_quantize(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
     parser.add_argument(
         "--shape",
-        choices=quantize.LAYERS,
+        choices=quantize.BLOCKS,
         default="llama-3.1-8b",
         help="the model whose linears give the shapes; weights are random (default: llama-3.1-8b)",
     )

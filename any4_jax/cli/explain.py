@@ -1,4 +1,4 @@
-"""`any4 explain`: which kernel each layer runs on here, and why."""
+"""`any4 explain`: which kernel each linear runs on here, and why."""
 
 import argparse
 from typing import Any
@@ -9,7 +9,7 @@ from any4_jax.surgery import explain
 
 def add(commands: Any, common: argparse.ArgumentParser) -> None:
     parser = commands.add_parser(
-        "explain", parents=[common], help="which kernel each layer runs on here, and why", allow_abbrev=False
+        "explain", parents=[common], help="which kernel each linear runs on here, and why", allow_abbrev=False
     )
     parser.add_argument("model", metavar="CKPT_OR_MODEL", help=f"a checkpoint, {MODEL_HELP}")
     parser.add_argument("--rows", type=int, default=1, metavar="M", help="rows of the input; 1 is decoding (default)")

@@ -31,7 +31,7 @@ def run(args: argparse.Namespace) -> int:
     print(f"{args.checkpoint}: {_subject(content)}, written by {writer}")
     print(f"checksums: all {len(manifest.files)} files are as they were written, {len(sizes)} arrays\n")
 
-    recipe = (content.get("recipe") or {}).get("layers", {})
+    recipe = (content.get("recipe") or {}).get("linears", {})
     rows, stored, weights = [], 0, 0
     for place, operator in _operators(content, manifest).items():
         named = next((name for name in _names(place) if name in recipe), None)
@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _operators(content: Mapping[str, Any], manifest: Manifest) -> dict[str, Any]:
-    """The operator of each quantized layer, with shapes in place of arrays, by its place in the tree."""
+    """The operator of each quantized matrix, with shapes in place of arrays, by its place in the tree."""
 
     def abstract(name: str) -> Any:
         entry = manifest.arrays[name]
@@ -72,13 +72,13 @@ def _subject(content: Mapping[str, Any]) -> str:
 
 
 def _names(place: str) -> tuple[str, ...]:
-    """The names that a recipe may use for the layer whose operator is at this place in the tree."""
+    """The names that a recipe may use for the linear whose operator is at this place in the tree."""
     inner = place.removeprefix("params.")
     return place, inner, inner.rpartition(".")[0]
 
 
 def _shown(place: str, content: Mapping[str, Any]) -> str:
-    """The name to show: the layer's path; for Hugging Face models, Linen variables and plain trees, the place in the
+    """The name to show: the linear's path; for Hugging Face models, Linen variables and plain trees, the place in the
     tree."""
     if content["family"] in ("hf_flax", "linen", "tree"):
         return place
@@ -87,7 +87,7 @@ def _shown(place: str, content: Mapping[str, Any]) -> str:
 
 def _settings(entries: Iterable[Mapping[str, Any]]) -> list[str]:
     """One line per method, with its fields and the values that its "auto" settings resolved to. Numbers that differ
-    from layer to layer, such as a searched exponent, are shown as the range that they span."""
+    from linear to linear, such as a searched exponent, are shown as the range that they span."""
     found: dict[str, dict[str, list[float]]] = {}
     for entry in entries:
         numbers = {name: _numbers(note) for name, note in entry["notes"].items()}

@@ -3,13 +3,15 @@ holds it: `--method gptq --inner any4 --inner-bits 3`."""
 
 import argparse
 import dataclasses
-from collections.abc import Sequence
+import typing
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from any4_jax.cli.options import add_fields, build
-from any4_jax.methods import CATALOGUE
+from any4_jax.methods import CATALOGUE, AnyMethod
 
 DEFAULT = "any4"
+_NONE = "none"
 
 
 def add_method(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
@@ -17,20 +19,23 @@ def add_method(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
     parser.add_argument(
         "--method", default=DEFAULT, choices=sorted(CATALOGUE), help=f"how to quantize (default: {DEFAULT})"
     )
-    name = _named(argv, "--method") or DEFAULT
-    _add_fields(parser, argv, CATALOGUE[name], "")
+    _add_fields(parser, argv, CATALOGUE[_named(argv, "--method", CATALOGUE) or DEFAULT], "")
 
 
 def _add_fields(parser: argparse.ArgumentParser, argv: Sequence[str], cls: Any, prefix: str) -> None:
     where = f" in --{prefix[:-1]}" if prefix else ""
     group = parser.add_argument_group(f"fields of the method {cls.name}{where}")
-    add_fields(group, cls, prefix)
-    for field, held in _methods_in(cls()).items():
+    inner = _methods_in(cls())
+    add_fields(group, cls, prefix, inner)
+    for field, held in inner.items():
         dest = f"{prefix}{field}"
         flag = f"--{dest.replace('_', '-')}"
-        words = f"a method, whose fields are flags that start with {flag}- (default: {held.name})"
-        group.add_argument(flag, dest=dest, choices=sorted(CATALOGUE), help=words)
-        _add_fields(parser, argv, CATALOGUE[_named(argv, flag) or held.name], f"{dest}-")
+        words = f"a method, whose fields are flags that start with {flag}- (default: {_name(held)})"
+        names = [*sorted(CATALOGUE), *([_NONE] if _is_optional(cls, field) else [])]
+        group.add_argument(flag, dest=dest, choices=names, help=words)
+        chosen = _named(argv, flag, names) or _name(held)
+        if chosen != _NONE:
+            _add_fields(parser, argv, CATALOGUE[chosen], f"{dest}-")
 
 
 def method_from(args: argparse.Namespace, name: str | None = None, **fixed: Any) -> Any:
@@ -53,23 +58,56 @@ def _described(args: argparse.Namespace, cls: type, held: Any, prefix: str, fixe
     start = held if type(held) is cls else cls()
     inner = {}
     for field, method in _methods_in(start).items():
-        named = getattr(args, f"{prefix}{field}", None) or method.name
-        inner[field] = _described(args, CATALOGUE[named], method, f"{prefix}{field}-", {})
+        named = getattr(args, f"{prefix}{field}", None)
+        # The flag may be another method's, whose field of this name is optional where this one's is not.
+        if named is None or (named == _NONE and not _is_optional(cls, field)):
+            named = _name(method)
+        inner[field] = None if named == _NONE else _described(args, CATALOGUE[named], method, f"{prefix}{field}-", {})
     return build(start, args, prefix, **inner | fixed)
 
 
 def _methods_in(method: Any) -> dict[str, Any]:
-    """The fields of a method that hold methods, with the methods that they hold."""
+    """The fields of a method that hold methods, with the methods that they hold, or None where a field may hold one."""
     held = {field.name: getattr(method, field.name) for field in dataclasses.fields(method)}
-    return {name: value for name, value in held.items() if getattr(value, "name", None) in CATALOGUE}
+    return {
+        name: value
+        for name, value in held.items()
+        if getattr(value, "name", None) in CATALOGUE or (value is None and _may_hold_method(type(method), name))
+    }
 
 
-def _named(argv: Sequence[str], flag: str) -> str | None:
-    """The method that a command line gives for a flag; None if it gives none, or one that doesn't exist."""
+def _may_hold_method(cls: type, field: str) -> bool:
+    """Whether the type of a field names a protocol of methods, or a class of the catalogue or a base of one."""
+    return any(
+        isinstance(hint, type)
+        and (
+            AnyMethod in hint.__mro__
+            or (dataclasses.is_dataclass(hint) and any(issubclass(known, hint) for known in CATALOGUE.values()))
+        )
+        for hint in _hints(cls, field)
+    )
+
+
+def _is_optional(cls: type, field: str) -> bool:
+    return type(None) in _hints(cls, field)
+
+
+def _hints(cls: type, field: str) -> tuple[Any, ...]:
+    """The type of a field, or the members of it if it is a union."""
+    hint = typing.get_type_hints(cls)[field]
+    return typing.get_args(hint) or (hint,)
+
+
+def _name(method: Any) -> str:
+    return _NONE if method is None else method.name
+
+
+def _named(argv: Sequence[str], flag: str, names: Collection[str]) -> str | None:
+    """The one of `names` that a command line gives for a flag; None if it gives no value, or another."""
     scan = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     scan.add_argument(flag, dest="name")
     try:
         name = scan.parse_known_args(argv)[0].name
     except argparse.ArgumentError:  # the flag without a value: the full parser says so
         return None
-    return name if name in CATALOGUE else None
+    return name if name in names else None

@@ -6,7 +6,7 @@ import inspect
 import re
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, Literal
 
 import jax.numpy as jnp
@@ -17,13 +17,21 @@ from any4_jax.cli.errors import CommandLineError
 _PREFIX = "field."
 
 
-def add_fields(parser: argparse._ActionsContainer, config: type, prefix: str = "") -> None:
+def add_fields(
+    parser: argparse._ActionsContainer, config: type, prefix: str = "", skipped: Collection[str] = ()
+) -> None:
     """Adds a flag for each field of the dataclass `config`.
 
     int, float and str take a value; bool becomes --x / --no-x; Literal becomes choices; `X | None` also takes
     "none"; a str field named ..._dtype takes the name of a dtype. The help text is the field's entry under
-    "Attributes:" in the docstring. A field whose default is itself a dataclass (a method in a method) is skipped:
-    any4_jax.cli.methods calls this function for its fields, with a `prefix` for their flags, such as "inner-".
+    "Attributes:" in the docstring.
+
+    Args:
+      parser: gets the flags.
+      config: the dataclass.
+      prefix: what the flags start with, such as "inner-" for the fields of a method in a method.
+      skipped: the names of fields that get no flag here, such as those that hold a method. A field whose default is a
+        dataclass gets none either.
 
     Raises:
       TypeError: a field has a type that a flag can't give.
@@ -31,7 +39,7 @@ def add_fields(parser: argparse._ActionsContainer, config: type, prefix: str = "
     hints, described = typing.get_type_hints(config), _attributes(config)
     for field in dataclasses.fields(config):
         default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-        if dataclasses.is_dataclass(default):
+        if field.name in skipped or dataclasses.is_dataclass(default):
             continue
         common: dict[str, Any] = {
             "dest": _PREFIX + prefix + field.name,

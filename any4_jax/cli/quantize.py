@@ -42,8 +42,8 @@ def add(commands: Any, common: argparse.ArgumentParser, argv: Sequence[str]) -> 
         type=_rule,
         default=[],
         metavar="REGEX=METHOD",
-        help="layers whose path matches take METHOD, or stay as they are if it is none; "
-        "may be repeated: the first match counts, and --method serves the other layers; "
+        help="linears whose path matches take METHOD, or stay as they are if it is none; "
+        "may be repeated: the first match counts, and --method serves the other linears; "
         "METHOD takes those of the fields below that it has, and int8 is int with 8 bits; only a rule quantizes the "
         "embedding, which is the head of many models: embed_tokens=int8",
     )
@@ -51,7 +51,7 @@ def add(commands: Any, common: argparse.ArgumentParser, argv: Sequence[str]) -> 
         "--no-resume",
         dest="resume",
         action="store_false",
-        help="compute every layer from scratch; by default, layers that an interrupted run with the same arguments "
+        help="compute every linear from scratch; by default, results that an interrupted run with the same arguments "
         "left in OUT.partial are reused",
     )
     add_method(parser, argv)
@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
     # abspath removes a trailing slash, which would put the folder inside OUT.
     with PartialStore(os.path.abspath(args.out) + ".partial", resume=args.resume) as finished:
         model = models.load(args.model)
-        with progress("quantize", "layer") as bar:
+        with progress("quantize", "linear") as bar:
             step = _telling(finished, bar)
             model = quantize_model(model, method, data=text, rules=rules, progress=step, finished=finished)
         checkpoint.save(args.out, model)
@@ -87,7 +87,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _telling(finished: PartialStore, bar: Progress) -> Callable[[int, int, str], None]:
-    """A function that moves `bar`, and says once how many layers were finished before: all are looked up before the
+    """A function that moves `bar`, and says once how many linears were finished before: all are looked up before the
     first step."""
 
     def step(done: int, total: int, path: str) -> None:

@@ -33,7 +33,7 @@ TokenIds = Sequence[int] | np.ndarray
 class Program:
     """The static part of a model, on which a compiled step depends. Equal programs are one object.
 
-    So jax compares them by identity. For 32 layers a comparison takes 10 ms, as long as some steps, and jax would
+    So jax compares them by identity. For 32 blocks a comparison takes 10 ms, as long as some steps, and jax would
     repeat it on every call. (`nnx.split` takes 50 ms, and hashing its result 6 ms.)
     """
 

@@ -1,4 +1,4 @@
-"""The protocol between an attention layer and its cache.
+"""The protocol between the attention of a block and its cache.
 
 Letters: B rows of the batch, T new tokens, S slots of the cache, H query heads, Hkv key/value heads, D head
 size.
@@ -38,7 +38,7 @@ def rotated(x: jax.Array, positions: jax.Array, rope: Rope | None) -> jax.Array:
 
 @runtime_checkable
 class Cache(Protocol):
-    """The keys and values of one layer: an immutable pytree whose shapes never change."""
+    """The keys and values of one block: an immutable pytree whose shapes never change."""
 
     def append(self, keys: jax.Array, values: jax.Array, positions: jax.Array, rope: Rope | None) -> Self:
         """A cache that holds T new tokens as well.
@@ -74,7 +74,7 @@ class Cache(Protocol):
 
 
 class CacheFactory(Protocol):
-    """Creates the caches of a model, one for each layer: a cache class, or an object with settings and tables.
+    """Creates the caches of a model, one for each block: a cache class, or an object with settings and tables.
 
     A factory that holds arrays is a pytree, usually a frozen dataclass registered with
     `jax.tree_util.register_dataclass`. Its arrays are traced, so new tables need no recompilation; its settings are
@@ -82,14 +82,14 @@ class CacheFactory(Protocol):
     """
 
     def create(
-        self, layer: int, batch: int, length: int, heads: int, head_dim: int, start: jax.Array, dtype: DTypeLike
+        self, block: int, batch: int, length: int, heads: int, head_dim: int, start: jax.Array, dtype: DTypeLike
     ) -> Cache:
-        """The empty cache of one layer.
+        """The empty cache of one block.
 
-        Layers share one compiled program if their caches have equal structure, shapes and dtypes.
+        Blocks share one compiled program if their caches have equal structure, shapes and dtypes.
 
         Args:
-            layer: the index of the layer, from 0.
+            block: the index of the block, from 0.
             batch: B.
             length: S, the slots.
             heads: Hkv.

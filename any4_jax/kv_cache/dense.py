@@ -19,7 +19,7 @@ class DenseCache:
 
     Attributes:
         keys: [B * Hkv, D, S], rotated when appended. In this layout both products read the cache in place. With slots
-            before heads, XLA on a CPU transposes the whole cache at each step and layer; with B and Hkv as separate
+            before heads, XLA on a CPU transposes the whole cache at each step and block; with B and Hkv as separate
             axes it writes a copy.
         values: [B * Hkv, S, D].
         length: int32 scalar, the slots in use; the next token goes there.
@@ -33,9 +33,9 @@ class DenseCache:
 
     @classmethod
     def create(
-        cls, layer: int, batch: int, length: int, heads: int, head_dim: int, start: jax.Array, dtype: DTypeLike
+        cls, block: int, batch: int, length: int, heads: int, head_dim: int, start: jax.Array, dtype: DTypeLike
     ) -> Self:
-        """An empty cache, the same for every layer. It holds zeros, so that masked slots that were never written are
+        """An empty cache, the same for every block. It holds zeros, so that masked slots that were never written are
         finite."""
         keys = jnp.zeros((batch * heads, head_dim, length), dtype)
         values = jnp.zeros((batch * heads, length, head_dim), dtype)

@@ -1,4 +1,4 @@
-"""The settings in which the attention of models and layers differs."""
+"""The settings in which the attention of models and blocks differs."""
 
 import dataclasses
 import math
@@ -6,7 +6,7 @@ import math
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AttentionSettings:
-    """How one layer of a model attends; hashable, so it can be static under jit.
+    """How one block of a model attends; hashable, so it can be static under jit.
 
     A query q weights the values of the tokens that it sees by a softmax over the scores of their keys k:
 

@@ -1,10 +1,10 @@
 """What a quantization method is: three scopes, one record of results.
 
 A method is a frozen dataclass that serves as configuration, as flags of the command line and as entry of the manifest.
-Its fields are numbers, strings, booleans, None, tuples of these, or methods (`GPTQ(inner=Any4())`). Its scope is what
-it has to see at once: one matrix, the matrices that read one input, or a whole block. `lifts.py` lifts the first two to
-a block. Manifests and the command line know a method of your own once it is in the catalogue:
-`a4.methods.CATALOGUE[Mine.name] = Mine`.
+Its fields are numbers, strings, booleans, None, tuples of these, or methods (`GPTQ(inner=Any4())`). Every field has a
+default. Its scope is what it has to see at once: one matrix, the matrices that read one input, or a whole block.
+`lifts.py` lifts the first two to a block. Manifests and the command line know a method of your own once it is in the
+catalogue: `a4.methods.CATALOGUE[Mine.name] = Mine`.
 
 The statistics that a method can ask for are in `any4_jax.statistics`: `Moments()` (mean, mean_abs, second_moment),
 `AbsMax()`, `Hessian()` (mean), `Sample(tokens)` (x). `gathered[Moments()].second_moment` is E[x^2]. The matrix that a
@@ -40,8 +40,8 @@ class Result:
     notes: Mapping[str, Note] = dataclasses.field(default_factory=dict)
 
     def tree_flatten(self) -> tuple[Any, Any]:
-        found = {name: note for name, note in self.notes.items() if not _is_said(note)}
-        said = tuple((name, note) for name, note in self.notes.items() if _is_said(note))
+        found = {name: note for name, note in self.notes.items() if not _is_static_note(note)}
+        said = tuple((name, note) for name, note in self.notes.items() if _is_static_note(note))
         return (self.operator, found), said
 
     @classmethod
@@ -50,10 +50,10 @@ class Result:
         return cls(operator, dict(said) | found)
 
 
-def _is_said(note: Note) -> bool:
+def _is_static_note(note: Note) -> bool:
     """Whether a note is of words, which no traced value is."""
     if isinstance(note, tuple):
-        return bool(note) and all(map(_is_said, note))
+        return bool(note) and all(map(_is_static_note, note))
     return isinstance(note, str | bool)
 
 

@@ -27,7 +27,7 @@ class Matrix:
       array: [*L, K, N] if `transposed`, as Flax keeps kernels, else [*L, N, K]; L are blocks stacked for a scan, or
         experts.
       transposed: see `array`.
-      by_name: whether only a rule of the caller that names it has it quantized, as it belongs to no linear.
+      by_name: whether it is quantized only if a caller's rule names it: an embedding.
     """
 
     array: jax.Array

@@ -13,7 +13,7 @@ CATALOGUE: dict[str, type] = {cls.name: cls for cls in (Int, NF4, FP4, AF4, MX4,
 
 
 def method_to_json(method: Any) -> dict[str, Any] | None:
-    """{"method": name, "fields": {...}}, nested where a field holds a method. None, which leaves a layer alone, stays
+    """{"method": name, "fields": {...}}, nested where a field holds a method. None, which leaves a linear alone, stays
     None; a lifted method is the one that it lifts.
 
     Raises:

@@ -72,7 +72,7 @@ class MLP(nnx.Module):
 
 
 class Block(nnx.Module):
-    """One decoder layer. Blocks of one shape have equal graph definitions, so they share one program."""
+    """One block. Blocks of one shape have equal graph definitions, so they share one program."""
 
     def __init__(self, config: LlamaConfig, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         size, eps = config.hidden_size, config.rms_norm_eps

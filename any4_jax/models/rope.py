@@ -15,7 +15,7 @@ class Rope:
     """Rotates the channel pairs (i, i + D/2) by position * frequency[i] (RoFormer, arXiv:2104.09864, eq. 34).
 
     Pairing the halves is the convention of Hugging Face checkpoints, whose q and k projections are permuted for it.
-    The fields are hashable numbers, and the frequencies are computed while tracing, so layers share one program.
+    The fields are hashable numbers, and the frequencies are computed while tracing, so blocks share one program.
     """
 
     head_dim: int

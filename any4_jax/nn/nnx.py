@@ -135,23 +135,23 @@ class Any4Linear(Quantized):
         return dense(x, self.weight, None if self.bias is None else self.bias.get_value(), self.dtype)
 
 
-def call_each(layers: Sequence[Any], x: jax.Array) -> list[jax.Array]:
-    """`[layer(x) for layer in layers]`, through `matmul_each` where all layers are Any4Linear.
+def call_each(linears: Sequence[Any], x: jax.Array) -> list[jax.Array]:
+    """`[linear(x) for linear in linears]`, through `matmul_each` where all linears are Any4Linear.
 
     Args:
-      layers: modules that read the same input.
+      linears: modules that read the same input.
       x: [..., K], floating.
 
     Returns:
-      y [..., N] for each layer.
+      y [..., N] for each linear.
     """
-    if not all(type(layer) is Any4Linear for layer in layers):
-        return [layer(x) for layer in layers]
-    biases = [None if layer.bias is None else layer.bias.get_value() for layer in layers]
-    promoted = [promote_dtype(x, bias, dtype=layer.dtype) for layer, bias in zip(layers, biases, strict=True)]
+    if not all(type(linear) is Any4Linear for linear in linears):
+        return [linear(x) for linear in linears]
+    biases = [None if linear.bias is None else linear.bias.get_value() for linear in linears]
+    promoted = [promote_dtype(x, bias, dtype=linear.dtype) for linear, bias in zip(linears, biases, strict=True)]
     if len({inputs.dtype for inputs, _ in promoted}) > 1:
-        return [layer(x) for layer in layers]
-    ys = matmul_each(promoted[0][0], [layer.weight for layer in layers])
+        return [linear(x) for linear in linears]
+    ys = matmul_each(promoted[0][0], [linear.weight for linear in linears])
     return [y if bias is None else y + bias for y, (_, bias) in zip(ys, promoted, strict=True)]
 
 

@@ -63,9 +63,8 @@ def planned(
     record = _RECORD.get()
     if record is not None:
         return _recorded(record, x, w)
-    if backend is not None:
-        return call(BACKENDS.required(backend, x, w, platform=_platform(x, w)))(x, w)
-    return BACKENDS.lowered(call, x, w)(x, w)
+    name = BACKENDS.choose(backend, x, w, arrays=tuple(jax.tree.leaves((x, w))))
+    return BACKENDS.lowered(call, x, w, name=name)(x, w)
 
 
 def planned_each(
@@ -88,7 +87,10 @@ def planned_each(
     def pick(platform: str) -> tuple[Backend, ...]:
         return tuple(BACKENDS.first(x, w, platform=platform) for w in ws)
 
-    return lowered_by_platform(pick, (BACKENDS.options[-1],) * len(ws), call)(x, tuple(ws))
+    operands = x, tuple(ws)
+    if not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(operands)):
+        return call(pick(_platform(*operands)))(*operands)
+    return lowered_by_platform(pick, (BACKENDS.options[-1],) * len(ws), call)(*operands)
 
 
 def _recorded(record: list[Problem], x: jax.Array, w: Any) -> jax.Array:

@@ -1,4 +1,4 @@
-"""What methods learn from the activations that enter a linear; each statistic is one file."""
+"""What methods learn from the activations that enter a linear: a protocol, and the statistics that follow it."""
 
 from any4_jax.statistics.gathered import DEFAULT, Gathered, Statistic, empty, from_activations, merge, update
 from any4_jax.statistics.hessian import Hessian, HessianSum

@@ -23,7 +23,7 @@ class Container:
       operators: model -> the operators of its quantized linears.
       replace: (model, operators by path, recipe or None) -> a new model.
       tree: model -> its contents: a nested dict of arrays and operators by name, an operator at the key "kernel" of
-        its layer; ShapeDtypeStructs if the model is abstract. It leaves out the state of an NNX module's random
+        its linear; ShapeDtypeStructs if the model is abstract. It leaves out the state of an NNX module's random
         numbers. The contents of a tree of arrays are the tree itself.
       fill: (model, contents, recipe or None) -> a new model with these contents and this record of how they were
         quantized. The model may be abstract, float or quantized. Raises ValueError if the contents don't fit, as

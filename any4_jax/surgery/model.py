@@ -13,18 +13,18 @@ def quantized_leaves(model: Any) -> dict[str, Any]:
 
 
 def map_operators(model: Any, function: Callable[[str, Any], Any], pattern: str = r".*") -> Any:
-    """The model with each quantized layer's operator replaced by function(path, operator).
+    """The model with each quantized linear's operator replaced by function(path, operator).
 
     Args:
       model: see `quantize_model`.
       function: (path, operator) -> an operator of the same shape.
-      pattern: regex that must match the whole path of a layer; other layers keep their operators.
+      pattern: regex that must match the whole path of a linear; other linears keep their operators.
 
     Returns:
       A new model; `model` stays as it was.
 
     Raises:
-      ValueError: `pattern` doesn't compile or matches no quantized layer, or a new operator has another shape.
+      ValueError: `pattern` doesn't compile or matches no quantized linear, or a new operator has another shape.
     """
     container = container_of(model)
     operators = container.operators(model)

@@ -1,4 +1,4 @@
-"""Which method quantizes which layer, and the record of it."""
+"""Which method quantizes which linear, and the record of it."""
 
 import dataclasses
 import re
@@ -19,11 +19,12 @@ class Recipe:
 
     Attributes:
       rules: (regex, method or None) of the last call of `quantize_model`, in the order in which they were tried.
-      layers: (path, method, notes) of every quantized layer, in the order of paths; notes are (key, value) pairs.
+      linears: (path, method, notes) of every quantized linear and embedding, in the order of paths; notes are
+        (key, value) pairs.
     """
 
     rules: tuple[tuple[str, AnyMethod | None], ...]
-    layers: tuple[tuple[str, AnyMethod, tuple[tuple[str, Note], ...]], ...]
+    linears: tuple[tuple[str, AnyMethod, tuple[tuple[str, Note], ...]], ...]
 
 
 def matching(paths: Iterable[str], pattern: str) -> list[str]:
@@ -40,7 +41,7 @@ def matching(paths: Iterable[str], pattern: str) -> list[str]:
     found = [path for path in paths if compiled.fullmatch(path)]
     if not found:
         raise ValueError(
-            f"rule {pattern!r} matches none of the {len(paths)} linear layers (the first is "
+            f"rule {pattern!r} matches none of the {len(paths)} linears (the first is "
             f"{paths[0] if paths else 'absent'!r}); a rule must match a whole path"
         )
     return found
@@ -52,7 +53,7 @@ def resolve(
     """The method for each path that is to be quantized.
 
     Rules are tried in order: the caller's, DEFAULT_RULES, then `method` for all other paths. The first rule whose
-    regex matches the whole path decides; None leaves the layer as it is. Only a caller's rule can choose a path of
+    regex matches the whole path decides; None leaves the linear as it is. Only a caller's rule can choose a path of
     `by_name`.
 
     Raises:

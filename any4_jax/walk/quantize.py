@@ -191,7 +191,7 @@ def _recipe(
     ]
     return Recipe(
         rules=tuple((pattern, unlifted(m)) for pattern, m in (*(rules or ()), *DEFAULT_RULES, (r".*", method))),
-        layers=tuple(sorted((*(earlier.layers if earlier else ()), *decided), key=itemgetter(0))),
+        linears=tuple(sorted((*(earlier.linears if earlier else ()), *decided), key=itemgetter(0))),
     )
 
 

@@ -1,0 +1,87 @@
+"""Small weights of every operator, for the products' tests."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from any4_jax import weights
+from any4_jax.weights import LowRank, PermuteInput, QuantizeInput, ScaleInput, Sparse, Sum
+
+dequantize = jax.jit(weights.dequantize, static_argnums=1)
+
+N, K, G, M = 6, 20, 8, 4
+
+
+def leaf(bits: int, seed: int = 0, *, offsets: bool = True, ramp: bool = False, dtype=jnp.bfloat16):
+    rng = np.random.default_rng(seed)
+    table = np.arange(2.0**bits)[None] - 2 ** (bits - 1) if ramp else np.sort(rng.normal(size=(N, 2**bits)), axis=1)
+    groups = -(-K // G)
+    return weights.from_codes(
+        jnp.asarray(rng.integers(0, 2**bits, (N, K), dtype=np.uint8)),
+        jnp.asarray(table, dtype),
+        jnp.asarray(rng.uniform(0.5, 2, (N, groups)) / (2 ** (bits - 1) if ramp else 1), dtype),
+        jnp.asarray(rng.normal(size=(N, groups)), dtype) if offsets else None,
+        bits=bits,
+        group_size=G,
+        uniform=ramp,
+    )
+
+
+def nested(seed: int = 0):
+    """Scales that are quantized themselves."""
+    plain = leaf(4, seed, dtype=jnp.float32)
+    table = jnp.linspace(0, 2, 256)[None]
+    scales = weights.encode(plain.scales, table, jnp.ones((N, 1)), None, bits=8, group_size=K)
+    return dataclasses.replace(plain, scales=scales)
+
+
+def low_rank(seed: int = 0, rank: int = 3) -> LowRank:
+    rng = np.random.default_rng(seed)
+    a, b = rng.normal(size=(rank, K)), rng.normal(size=(N, rank))
+    return LowRank(jnp.asarray(a, jnp.float32), jnp.asarray(b, jnp.float32), jnp.float32(0.3))
+
+
+def sparse(seed: int = 0) -> Sparse:
+    """Six entries, two of them in one place, and one of padding."""
+    rng = np.random.default_rng(seed)
+    rows, columns = (jnp.asarray([*rng.integers(0, size, 4), 1, 1, 0], jnp.int32) for size in (N, K))
+    values = jnp.asarray(rng.normal(size=7) * [1, 1, 1, 1, 1, 1, 0], jnp.float32)
+    return Sparse(rows, columns, values, N, K)
+
+
+def operator(name: str, seed: int = 0):
+    rng = np.random.default_rng(seed + 100)
+    dense = jnp.asarray(rng.normal(size=(N, K)), jnp.float32)
+    scale = jnp.asarray(rng.uniform(0.5, 2, K), jnp.float32)
+    return {
+        "dense": lambda: dense,
+        "1 bit": lambda: leaf(1, seed),
+        "3 bits": lambda: leaf(3, seed),
+        "4 bits": lambda: leaf(4, seed),
+        "8 bits": lambda: leaf(8, seed, offsets=False, ramp=True),
+        "nested": lambda: nested(seed),
+        "Sum": lambda: Sum((leaf(4, seed), leaf(1, seed + 1), dense)),
+        "ScaleInput": lambda: ScaleInput(leaf(4, seed), scale),
+        "PermuteInput": lambda: PermuteInput(leaf(4, seed), jnp.asarray(rng.permutation(K), jnp.int32)),
+        "LowRank": lambda: low_rank(seed),
+        "Sum with LowRank": lambda: Sum((leaf(4, seed), low_rank(seed))),
+        "Sparse": lambda: sparse(seed),
+        "Sum with Sparse": lambda: Sum((leaf(4, seed), sparse(seed))),
+    }[name]()
+
+
+NAMES = ("dense", "1 bit", "3 bits", "4 bits", "8 bits", "nested", "Sum", "ScaleInput", "PermuteInput")
+NAMES += ("LowRank", "Sum with LowRank", "Sparse", "Sum with Sparse")
+
+
+def rows(*shape: int, dtype=jnp.float32):
+    return jnp.asarray(np.random.default_rng(7).normal(size=(*shape, K)), dtype)
+
+
+def reference(x, w) -> np.ndarray:
+    return np.asarray(x, np.float64) @ np.asarray(dequantize(w), np.float64).T
+
+
+INTEGERS = QuantizeInput(leaf(8, ramp=True), None, 8, True, "token")
