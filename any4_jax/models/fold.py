@@ -2,7 +2,8 @@
 
 If y = W x with x = before(h), a factor s on each channel of x cancels: y = (W / s) (s * before(h)).
 `scale_channels` scales `before`, `fold` also divides W. Products and quotients are computed in float32 and rounded once
-to the stored dtype, so a float32 block stays the same up to rounding.
+to the stored dtype, so a float32 block stays the same up to rounding. (On a GPU XLA's division may be off by one unit
+in the last place.)
 
 Letters: K inputs of a site, C outputs of the layer before it.
 """
