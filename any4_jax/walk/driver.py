@@ -167,7 +167,7 @@ def _quantize_whole(block: WalkedBlock, method: BlockMethod | Any) -> BlockResul
         trial = dataclasses.replace(block, kept=Kept(), count=lambda path: None, captured=apart)
         made = apply_block(trial, method, block.path)
         changed = {name: value for name, value in made.contents.items() if value is not block.contents.get(name)}
-        found = Result(changed, {path: dict(notes) for path, notes in made.notes.items()})
+        found = Result(changed, {path: dict(made.notes.get(path, {})) for path in block.assigned})
         block.kept.put(unit, found)
     for path in block.assigned:
         block.count(f"{block.path}.{path}")
