@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
@@ -97,3 +98,19 @@ def one_thread(library: ctypes.CDLL) -> Iterator[None]:
     library.any4_cpu_limit_threads(1)
     yield
     library.any4_cpu_limit_threads(0)
+
+
+@pytest.fixture
+def runs(monkeypatch):
+    """Counts (block's path, whether its output was asked for) of each run of a block in a walk."""
+    from any4_jax.walk import blocks
+
+    counted: Counter = Counter()
+    real = blocks.WalkedBlock._run
+
+    def counting(self, contents, inputs, seen, outputs):
+        counted[self.path, outputs] += len(inputs)
+        return real(self, contents, inputs, seen, outputs)
+
+    monkeypatch.setattr(blocks.WalkedBlock, "_run", counting)
+    return counted

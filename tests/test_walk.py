@@ -17,7 +17,7 @@ from any4_jax.methods.base import SiteWeights
 from any4_jax.models.tiny import random_llama
 from any4_jax.statistics import Gathered
 from any4_jax.surgery import quantized_leaves
-from any4_jax.walk import blocks, calibrate, quantize_model
+from any4_jax.walk import calibrate, quantize_model
 from any4_jax.weights import ScaleInput, dequantize
 
 NF = NF4(group_size=16)
@@ -29,20 +29,6 @@ TOKENS = np.random.default_rng(0).integers(0, 128, (3, 12), dtype=np.int32)
 @pytest.fixture(scope="module")
 def model():
     return random_llama()
-
-
-@pytest.fixture
-def runs(monkeypatch):
-    """Counts (block's number, whether its output was asked for) of each run of a block."""
-    counted: Counter = Counter()
-    real = blocks.WalkedBlock._run
-
-    def counting(self, contents, inputs, seen, outputs):
-        counted[self.path, outputs] += len(inputs)
-        return real(self, contents, inputs, seen, outputs)
-
-    monkeypatch.setattr(blocks.WalkedBlock, "_run", counting)
-    return counted
 
 
 def test_a_block_runs_once_where_nothing_is_sequential(model, runs) -> None:

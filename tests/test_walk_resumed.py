@@ -1,7 +1,6 @@
 """Walks that start again: killed runs of methods of every scope, and what their results are kept under."""
 
 import dataclasses
-from collections import Counter
 from typing import ClassVar
 
 import jax.numpy as jnp
@@ -17,7 +16,7 @@ from any4_jax.cli import main
 from any4_jax.methods import CATALOGUE, NF4, Int, Result, on_block, on_site
 from any4_jax.methods.matrices import plain_note
 from any4_jax.models.tiny import random_llama
-from any4_jax.walk import blocks, calibrate, quantize_model
+from any4_jax.walk import calibrate, quantize_model
 
 NF = NF4(group_size=16)
 SEQUENTIAL = Nested(inner=Int(4, group_size=16))
@@ -27,20 +26,6 @@ TOKENS = np.random.default_rng(0).integers(0, 128, (3, 12), dtype=np.int32)
 @pytest.fixture(scope="module")
 def model():
     return random_llama()
-
-
-@pytest.fixture
-def runs(monkeypatch):
-    """Counts (block's number, whether its output was asked for) of each run of a block."""
-    counted: Counter = Counter()
-    real = blocks.WalkedBlock._run
-
-    def counting(self, contents, inputs, seen, outputs):
-        counted[self.path, outputs] += len(inputs)
-        return real(self, contents, inputs, seen, outputs)
-
-    monkeypatch.setattr(blocks.WalkedBlock, "_run", counting)
-    return counted
 
 
 class Killed(BaseException):
