@@ -14,8 +14,8 @@ from any4_jax import models
 from any4_jax.data import bundled
 from any4_jax.models import hf
 from any4_jax.models.config import LlamaConfig, RopeScaling
+from any4_jax.models.gguf_config import scaling_of_factors
 from any4_jax.models.gguf_reader import read_gguf
-from any4_jax.models.llama_config import scaling_of_factors
 from any4_jax.models.llama_family import LLAMA
 from any4_jax.models.rope import Rope
 from any4_jax.models.tiny import random_tensors

@@ -36,6 +36,10 @@ class ToyConfig:
     eos_token_ids: tuple[int, ...] = ()
 
     @property
+    def num_hidden_layers(self) -> int:
+        return self.depth
+
+    @property
     def num_key_value_heads(self) -> int:
         return self.heads.count
 

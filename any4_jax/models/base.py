@@ -33,7 +33,7 @@ class Tap(Protocol):
 
         Args:
             name: of the site.
-            x: the input [B, T, K].
+            x: the input [B, T, K], or [X, B, T, K] if each expert has its own.
             routed: bool [X, B, T], the tokens that reach each expert, if the site's linears are stacks of experts.
         """
         ...
@@ -73,6 +73,8 @@ class DecoderConfig(Protocol):
 
     @property
     def vocab_size(self) -> int: ...
+    @property
+    def num_hidden_layers(self) -> int: ...
     @property
     def max_position_embeddings(self) -> int: ...
     @property

@@ -3,8 +3,6 @@
 import dataclasses
 import functools
 import re
-import types
-import typing
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -14,18 +12,27 @@ from jax.typing import DTypeLike
 
 from any4_jax.models.base import Decoder
 from any4_jax.models.gguf_file import GGUFFile
+from any4_jax.schema import check
 
 Names = tuple[tuple[str, str], ...]
 """Pairs of templates that spell the names of the same tensors in two ways. "{i}" stands for a number, any other word in
-braces for letters, digits and underscores; a word stands for the same text in both templates of a pair."""
+braces for letters, digits and underscores; a word stands for the same text in both templates of a pair. A word that
+only the second template has stays in the result: "{expert}" in a Hugging Face name (see `Family.names`)."""
+
+EXPERT = "{expert}"
 
 
 def renamed(names: Names, name: str) -> str | None:
     """The second spelling of a name that is in the first spelling; None if no pair matches it."""
     for ours, theirs in names:
         if match := _pattern(ours).fullmatch(name):
-            return theirs.format(**match.groupdict())
+            return theirs.format_map(_Words(match.groupdict()))
     return None
+
+
+class _Words(dict[str, str]):
+    def __missing__(self, word: str) -> str:
+        return f"{{{word}}}"
 
 
 def matches(templates: Iterable[str], name: str) -> bool:
@@ -48,26 +55,34 @@ class GGUF:
 
     Attributes:
         architecture: the value of "general.architecture".
-        names: GGUF name -> Hugging Face name.
+        experts: whether these are the files of the architecture that have experts.
+        names: GGUF name -> Hugging Face name. A stack of experts is one tensor, and its name is that of one expert's
+            tensor without the "{expert}." in it.
         read_config: file -> config.
         heads: (template of GGUF names, field of the config with the number of heads) for tensors whose rows are in
             another order: the rotary embedding of a GGUF llama rotates neighbouring channels (2i, 2i+1), that of
             Hugging Face rotates channels (i, i + D/2).
+        raised: templates of GGUF names whose values are those of Hugging Face plus 1, as for norms that multiply by
+            1 + weight.
         ignored: templates of names that are not weights.
     """
 
     architecture: str
     names: Names
     read_config: Callable[[GGUFFile], Any]
+    experts: bool = False
     heads: tuple[tuple[str, str], ...] = ()
+    raised: tuple[str, ...] = ()
     ignored: tuple[str, ...] = ()
 
     def hf_name(self, name: str) -> str:
         """The Hugging Face name of a tensor; a name that the family doesn't have is returned unchanged."""
         return renamed(self.names, name) or name
 
-    def in_hf_order(self, name: str, array: np.ndarray, config: Any) -> np.ndarray:
-        """The tensor of a GGUF name, with its rows in Hugging Face's order."""
+    def as_in_hf(self, name: str, array: np.ndarray, config: Any) -> np.ndarray:
+        """The tensor of a GGUF name, with the values and the order of rows that it has in Hugging Face's files."""
+        if matches(self.raised, name):
+            array = (array.astype(np.float32) - 1).astype(array.dtype)
         for template, field in self.heads:
             heads = getattr(config, field)
             if matches([template], name) and array.shape[0] % (2 * heads) == 0:
@@ -81,14 +96,16 @@ class Family:
 
     Attributes:
         name: its name in checkpoints.
-        module: the class of the decoder; no other family has it.
+        module: the class of the decoder. Families with equal blocks may share it.
         config: the class of its config; no other family has it. A frozen dataclass of plain values, tuples and other
-            such dataclasses; `DecoderConfig` lists the fields that it needs.
+            such dataclasses; `DecoderConfig` lists the fields that it needs. What its annotations say is checked when a
+            checkpoint is read (see `any4_jax.schema`).
         architectures, model_types: its names in a Hugging Face config.json.
         read_config: (config.json, generation_config.json or None) -> config. Raises ValueError for settings that the
             family doesn't support.
         names: dotted path of a variable -> Hugging Face name. A variable whose path ends in "kernel" is the transpose,
-            [in, out], of a stored tensor [out, in].
+            [in, out], of a stored tensor [out, in]. If the Hugging Face name has "{expert}", the variable is a stack
+            [X, ...] of the tensors of experts 0 to X - 1.
         embedding, head: Hugging Face names. The stored dtype of the embedding is the model's; if the model ties the
             two, a stored head that equals the embedding is ignored.
         ignored: templates of Hugging Face names that are not weights.
@@ -132,26 +149,10 @@ class Family:
         """The inverse of `config_to_json`.
 
         Raises:
-            KeyError, TypeError: `content` lacks a field, or has one that the config doesn't have.
+            ValueError: `content` lacks a field, has one that the config doesn't have, or a value doesn't fit its field.
         """
-        return _from_json(self.config, content)
-
-
-def _from_json(cls: type, content: Mapping[str, Any]) -> Any:
-    """A dataclass from JSON values: a list becomes a tuple, an object the dataclass that is its field's type."""
-    hints = typing.get_type_hints(cls)
-
-    def value(name: str, given: Any) -> Any:
-        if isinstance(given, list):
-            return tuple(given)
-        if isinstance(given, Mapping):
-            return _from_json(_dataclass_in(hints[name]), given)
-        return given
-
-    return cls(**{name: value(name, given) for name, given in content.items()})
-
-
-def _dataclass_in(hint: Any) -> Any:
-    """The dataclass that a type is, or that a union contains."""
-    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    return next(option for option in options if dataclasses.is_dataclass(option))
+        source, advice = f"the config of family {self.name!r}", "save the model again"
+        unknown = sorted(set(content) - {field.name for field in dataclasses.fields(self.config)})
+        if unknown:
+            raise ValueError(f"{source} has the unknown keys {', '.join(unknown)}; upgrade any4_jax, or {advice}")
+        return check(self.config, dict(content), source, advice)

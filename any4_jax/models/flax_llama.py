@@ -26,7 +26,6 @@ from any4_jax.models.hf import read_config
 from any4_jax.models.hf_flax import abstract_model, flax_transformers, with_params
 from any4_jax.models.llama import Llama
 from any4_jax.models.loading import load
-from any4_jax.models.rope import Rope
 
 CLASS = "FlaxLlamaForCausalLM"
 DEFAULT_THETA = 10000.0
@@ -110,7 +109,7 @@ def rotary_embedding(
     if context.method_name == "setup":
         return None  # It would build a table of max_position_embeddings angles, which nothing reads.
     key, query, positions = args
-    rope = Rope.of(read_config(context.module.config.to_dict()))
+    rope = read_config(context.module.config.to_dict()).rope(0)
     return rope.rotate(key, positions), rope.rotate(query, positions)
 
 
@@ -167,7 +166,7 @@ def _config_of(shape: LlamaConfig) -> dict[str, Any]:
     eos, scaling = list(config.pop("eos_token_ids")), config.pop("rope_scaling")
     config["model_type"] = "llama"
     config["eos_token_id"] = eos if len(eos) > 1 else (eos or [None])[0]
-    config["rope_scaling"] = None if scaling is None else {"rope_type": "llama3", **scaling}
+    config["rope_scaling"] = scaling
     return config
 
 

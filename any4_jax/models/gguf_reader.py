@@ -14,7 +14,7 @@ from any4_jax.models.tokenizer import Tokenizer
 
 
 class HFTensors(Mapping[str, np.ndarray]):
-    """The tensors of a GGUF file under Hugging Face names and in Hugging Face's row order, read at each access.
+    """The tensors of a GGUF file under Hugging Face names and as in Hugging Face's files, read at each access.
 
     Names that the family doesn't have stay unchanged, so that the caller can refuse them.
     """
@@ -26,7 +26,7 @@ class HFTensors(Mapping[str, np.ndarray]):
 
     def __getitem__(self, name: str) -> np.ndarray:
         stored = self._names[name]
-        return self._row.in_hf_order(stored, self._file[stored], self._config)
+        return self._row.as_in_hf(stored, self._file[stored], self._config)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
@@ -50,7 +50,7 @@ def read_gguf(path: Path) -> tuple[Any, Mapping[str, np.ndarray], Tokenizer | No
         raise ImportError(f"{path} can't be read without the gguf package; install it with pip") from error
     file = GGUFFile(path)
     try:
-        _, row = families.by_gguf(file.architecture)
+        _, row = families.by_gguf(file.architecture, experts=bool(file.number("expert_count", 0)))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     config = row.read_config(file)

@@ -1,7 +1,6 @@
 """Converts Hugging Face folders, config.json and tensors under Hugging Face names, to decoders, and back."""
 
-import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +14,15 @@ from any4_jax.models.base import Decoder
 from any4_jax.models.families import by_architecture, family_of, family_of_config
 from any4_jax.models.family import Family, matches, renamed
 from any4_jax.models.safetensors_reader import SafetensorsFolder
+from any4_jax.models.stored import Stored, floats
 from any4_jax.models.tokenizer import Tokenizer
+from any4_jax.schema import Schema, check, read_json
 
-_FLOATS = (np.dtype(np.float32), np.dtype(np.float16), np.dtype(jnp.bfloat16))
-_DTYPES = "float32, float16 or bfloat16"
+
+class _Settings(Schema):
+    """What a config.json says that no family has to know."""
+
+    quantization_config: dict[str, Any] | None = None
 
 
 def read_config(config: Mapping[str, Any], generation: Mapping[str, Any] | None = None) -> Any:
@@ -32,8 +36,9 @@ def read_config(config: Mapping[str, Any], generation: Mapping[str, Any] | None 
         ValueError: no family has the architecture, the stored weights are quantized, or the family refuses the config.
     """
     family = by_architecture(config)
-    if config.get("quantization_config") is not None:
-        method = config["quantization_config"].get("quant_method", "of an unnamed method")
+    quantized = check(_Settings, config, "config.json", "take the file that belongs to the weights").quantization_config
+    if quantized is not None:
+        method = quantized.get("quant_method", "of an unnamed method")
         raise ValueError(
             f"the weights are quantized already ({method}), and float weights are needed; load the float model"
         )
@@ -58,23 +63,26 @@ def from_tensors(config: Any, tensors: Mapping[str, np.ndarray], dtype: DTypeLik
             is a head that differs from the embedding though the config ties them.
     """
     family = family_of_config(config)
+    tensors = _with_embedding(family, config, tensors)
     dtype = _stored_dtype(family, tensors) if dtype is None else np.dtype(dtype)
+    # Each block has a tensor at least. Building the model before this is checked may take hours.
+    if config.num_hidden_layers > len(tensors):
+        raise ValueError(
+            f"the config says num_hidden_layers={config.num_hidden_layers}, and there are {len(tensors)} tensors; use "
+            "the config.json that belongs to them"
+        )
     graphdef, state = nnx.split(family.abstract(config, dtype))
     variables = dict(nnx.to_flat_state(state))
-    wanted = {family.hf_name(path): path for path in variables}
-    _check_names(family, tensors, set(wanted))
-    misshapen = []
-    for name, path in wanted.items():
-        array = _floats(name, tensors[name])
-        array = array.T if path[-1] == "kernel" else array
-        expected = variables[path].get_value().shape
-        if array.shape != expected:
-            turn = -1 if path[-1] == "kernel" else 1
-            misshapen.append(f"{name} {array.shape[::turn]} instead of {expected[::turn]}")
-            continue
-        # Nobody else holds this copy, so jax may keep its buffer instead of copying again.
-        own = np.array(array, dtype=dtype, order="C", copy=True)
-        variables[path] = variables[path].replace(jnp.asarray(own))
+    stored = {
+        path: Stored.of(family, path, variable.get_value().shape, tensors) for path, variable in variables.items()
+    }
+    _check_names(family, tensors, {name for one in stored.values() for name in one.names})
+    misshapen: list[str] = []
+    for path, one in stored.items():
+        value = one.read(tensors, dtype, misshapen)
+        if value is not None:
+            # Nobody else holds this copy, so jax may keep its buffer instead of copying again.
+            variables[path] = variables[path].replace(jnp.asarray(value))
     if misshapen:
         raise ValueError(f"tensors don't have the shapes of the config: {_list(misshapen)}; use its own config.json")
     filled: Decoder = nnx.merge(graphdef, nnx.from_flat_state(variables))
@@ -88,13 +96,13 @@ def tensors_of(model: Decoder) -> dict[str, np.ndarray]:
         TypeError: the model belongs to no family.
         ValueError: the model is quantized, or a dense layer was replaced by another module.
     """
-    family, tensors = family_of(model), {}
+    family = family_of(model)
+    tensors: dict[str, np.ndarray] = {}
     for path, variable in nnx.to_flat_state(nnx.state(model)):
         value, dotted = variable.get_value(), ".".join(map(str, path))
-        name = renamed(family.names, dotted)
-        if name is None or not isinstance(value, jax.Array):
+        if renamed(family.names, dotted) is None or not isinstance(value, jax.Array):
             raise ValueError(f"{dotted} is not a dense float tensor; use the model before quantization")
-        tensors[name] = np.asarray(value).T if path[-1] == "kernel" else np.asarray(value)
+        tensors.update(Stored.of(family, path, value.shape).write(np.asarray(value)))
     return tensors
 
 
@@ -116,14 +124,32 @@ def _stored_dtype(family: Family, tensors: Mapping[str, np.ndarray]) -> np.dtype
     name = family.embedding
     if name not in tensors:
         raise ValueError(f"tensor {name} is missing; take the files of a {' or '.join(family.architectures)}")
-    return _floats(name, tensors[name]).dtype
+    return floats(name, tensors[name]).dtype
 
 
-def _floats(name: str, array: Any) -> np.ndarray:
-    array = np.asarray(array)
-    if array.dtype not in _FLOATS:
-        raise ValueError(f"tensor {name} is {array.dtype}, and {_DTYPES} is needed; load the float checkpoint")
-    return array
+def _with_embedding(family: Family, config: Any, tensors: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+    """The tensors; if a model ties embedding and head, and the file has only the head, that under the other name."""
+    tied = getattr(config, "tie_word_embeddings", False)
+    if not tied or family.embedding in tensors or family.head not in tensors:
+        return tensors
+    names = {name: name for name in tensors if name != family.head} | {family.embedding: family.head}
+    return _Renamed(tensors, names)
+
+
+class _Renamed(Mapping[str, np.ndarray]):
+    """Tensors under other names."""
+
+    def __init__(self, tensors: Mapping[str, np.ndarray], names: Mapping[str, str]) -> None:
+        self._tensors, self._names = tensors, names
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self._tensors[self._names[name]]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 def _check_names(family: Family, tensors: Mapping[str, np.ndarray], wanted: set[str]) -> None:
@@ -151,10 +177,4 @@ def _list(items: list[str]) -> str:
 def _json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"{path.parent} has no {path.name}; give the folder of a Hugging Face model")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}); fetch it again") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__}, and an object is needed; fetch it again")
-    return content
+    return read_json(path.read_bytes(), str(path))

@@ -20,3 +20,18 @@ class RMSNorm(nnx.Module):
         wide = x.astype(jnp.float32)
         wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
         return wide.astype(x.dtype) * self.scale[...].astype(x.dtype)
+
+
+class OffsetRMSNorm(nnx.Module):
+    """x / rms(x) * (1 + scale), in float32 and rounded once to x's dtype: the norm of Gemma (arXiv:2403.08295)."""
+
+    def __init__(self, size: int, *, eps: float, param_dtype: DTypeLike) -> None:
+        """A norm over `size` channels; `eps` is added to the mean square."""
+        self.eps = eps
+        self.scale = nnx.Param(jnp.zeros((size,), param_dtype))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x [..., size] -> the same shape and dtype."""
+        wide = x.astype(jnp.float32)
+        wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
+        return (wide * (1 + self.scale[...].astype(jnp.float32))).astype(x.dtype)

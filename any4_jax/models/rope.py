@@ -1,13 +1,12 @@
-"""Rotary position embedding of the Llama family."""
+"""Rotary position embedding of decoders."""
 
 import dataclasses
-import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from any4_jax.models.config import LlamaConfig, RopeScaling
+from any4_jax.models.rope_scaling import Scaling, plain_frequencies
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,30 +19,24 @@ class Rope:
 
     head_dim: int
     theta: float
-    scaling: RopeScaling | None = None
+    scaling: Scaling | None = None
 
-    @classmethod
-    def of(cls, config: LlamaConfig) -> "Rope":
-        """The rope of a model."""
-        return cls(config.head_dim, config.rope_theta, config.rope_scaling)
-
-    def frequencies(self) -> np.ndarray:
-        """Radians per position, float32 [D/2]; with `scaling`, Llama 3.1's rule stretches long wavelengths."""
-        exponents = np.arange(0, self.head_dim, 2, dtype=np.float32) / np.float32(self.head_dim)
-        frequencies = np.float32(1) / np.float32(self.theta) ** exponents
+    def frequencies(self, length: jax.Array | None = None) -> Any:
+        """Radians per position, float32 [D/2]; `length` int32 is the tokens in the text so far, which some scalings
+        depend on."""
         if self.scaling is None:
-            return frequencies
-        # turns = rotations within the context that the model was first trained on. A frequency with fewer turns than
-        # low_freq_factor is divided by `factor`, one with more than high_freq_factor is kept, others are blended.
-        s = self.scaling
-        turns = s.original_max_position_embeddings * frequencies / (2 * math.pi)
-        kept = np.clip((turns - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor), 0, 1)
-        return ((1 - kept) * frequencies / s.factor + kept * frequencies).astype(np.float32)
+            return plain_frequencies(self.theta, self.head_dim)
+        return self.scaling.frequencies(self.theta, self.head_dim, length)
 
     def rotate(self, x: jax.Array, positions: jax.Array) -> jax.Array:
         """Rotate x [B, T, heads, D] by positions int32 [B, T]; computes in float32, returns x's dtype."""
-        angles = positions.astype(jnp.float32)[:, :, None, None] * self.frequencies()
+        by_length = self.scaling is not None and self.scaling.by_length
+        frequencies = self.frequencies(positions.max() + 1 if by_length else None)
+        angles = positions.astype(jnp.float32)[:, :, None, None] * frequencies[None, None, None, :]
+        cos, sin = jnp.cos(angles), jnp.sin(angles)
+        if self.scaling is not None and self.scaling.amplitude != 1:
+            cos, sin = cos * self.scaling.amplitude, sin * self.scaling.amplitude
         # Without a barrier XLA recomputes both for every head, in the fusion that rotates.
-        cos, sin = jax.lax.optimization_barrier((jnp.cos(angles), jnp.sin(angles)))
+        cos, sin = jax.lax.optimization_barrier((cos, sin))
         low, high = jnp.split(x.astype(jnp.float32), 2, axis=-1)
         return jnp.concatenate([low * cos - high * sin, high * cos + low * sin], axis=-1).astype(x.dtype)

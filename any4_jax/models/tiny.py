@@ -11,6 +11,7 @@ from any4_jax.models.config import LlamaConfig
 from any4_jax.models.families import family_of_config
 from any4_jax.models.hf import from_tensors, load_folder
 from any4_jax.models.llama import Llama
+from any4_jax.models.stored import Stored
 
 
 def tiny(dtype: DTypeLike | None = None) -> Llama:
@@ -51,8 +52,7 @@ def random_tensors(config: Any, seed: int = 0) -> dict[str, np.ndarray]:
     rng, family = np.random.default_rng(seed), family_of_config(config)
     tensors = {}
     for path, variable in nnx.to_flat_state(nnx.state(family.abstract(config, np.float32))):
-        shape = variable.get_value().shape
-        shape = shape[::-1] if path[-1] == "kernel" else shape
-        centre, spread = (1.0, 0.1) if path[-1] == "scale" else (0.0, shape[-1] ** -0.5)
-        tensors[family.hf_name(path)] = rng.normal(centre, spread, shape).astype(np.float32)
+        for name, shape in Stored.of(family, path, variable.get_value().shape).parts():
+            centre, spread = (1.0, 0.1) if path[-1] == "scale" else (0.0, shape[-1] ** -0.5)
+            tensors[name] = rng.normal(centre, spread, shape).astype(np.float32)
     return tensors

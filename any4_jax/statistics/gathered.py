@@ -124,7 +124,7 @@ def update(
     """The statistics with more tokens.
 
     Args:
-      x: [..., K], any float dtype; reduced in float32.
+      x: [..., K], any float dtype; reduced in float32. If each expert has an input of its own, [E, ..., K].
       mask: bool [...], False for tokens that don't count (padding); None counts all.
       routed: bool [E, ...], which tokens reached which expert, for statistics per expert; else None.
 
@@ -138,8 +138,9 @@ def update(
         raise ValueError(
             f"got tokens routed to {wanted} experts for statistics of {gathered.stack}; make both for the same experts"
         )
-    x = x.astype(jnp.float32).reshape(-1, gathered.k)
-    keep = jnp.ones(x.shape[0], bool) if mask is None else mask.reshape(-1)
+    apart = routed is not None and x.shape[:-1] == routed.shape
+    x = x.astype(jnp.float32).reshape(*wanted * apart, -1, gathered.k)
+    keep = jnp.ones(x.shape[-2], bool) if mask is None else mask.reshape(-1)
     x = jnp.where(keep[:, None], x, 0.0)
 
     def one(accumulators: dict[Statistic, Any], x: jax.Array, keep: jax.Array) -> dict[Statistic, Any]:
@@ -150,13 +151,14 @@ def update(
 
     statistics, accumulators = tuple(gathered), tuple(gathered.values())
 
-    def of_expert(accumulators: tuple[Any, ...], reached: jax.Array) -> tuple[Any, ...]:
+    def of_expert(accumulators: tuple[Any, ...], reached: jax.Array, own: jax.Array | None) -> tuple[Any, ...]:
         kept = keep & reached
-        new = one(dict(zip(statistics, accumulators, strict=True)), jnp.where(kept[:, None], x, 0.0), kept)
-        return tuple(new.values())
+        rows = jnp.where(kept[:, None], x if own is None else own, 0.0)
+        return tuple(one(dict(zip(statistics, accumulators, strict=True)), rows, kept).values())
 
     # One expert after the other: under vmap, each would hold a copy of all tokens.
-    new = jax.lax.map(lambda both: of_expert(*both), (accumulators, routed.reshape(routed.shape[0], -1)))
+    routes = routed.reshape(routed.shape[0], -1)
+    new = jax.lax.map(lambda both: of_expert(*both), (accumulators, routes, x if apart else None))
     return Gathered(dict(zip(statistics, new, strict=True)), gathered.k, gathered.stack)
 
 

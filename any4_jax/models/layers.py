@@ -1,0 +1,62 @@
+"""Creates the layers that decoders are made of, all with one dtype and one source of random weights."""
+
+import dataclasses
+
+import jax
+from flax import nnx
+from jax.typing import DTypeLike
+
+
+@dataclasses.dataclass(frozen=True)
+class Layers:
+    """See the module.
+
+    Attributes:
+        dtype: of activations.
+        param_dtype: of weights; `of` takes None for `dtype`.
+        rngs: the source of the random weights.
+    """
+
+    dtype: DTypeLike
+    param_dtype: DTypeLike
+    rngs: nnx.Rngs
+
+    @classmethod
+    def of(cls, dtype: DTypeLike, param_dtype: DTypeLike | None, rngs: nnx.Rngs) -> "Layers":
+        return cls(dtype, dtype if param_dtype is None else param_dtype, rngs)
+
+    def linear(self, inputs: int, outputs: int, *, bias: bool = False) -> nnx.Linear:
+        """A linear with a kernel [inputs, outputs]."""
+        return nnx.Linear(
+            inputs, outputs, use_bias=bias, dtype=self.dtype, param_dtype=self.param_dtype, rngs=self.rngs
+        )
+
+    def linears(self, count: int, inputs: int, outputs: int) -> nnx.Linear:
+        """`count` linears as one, whose kernel is a stack [count, inputs, outputs]; see `models.experts`."""
+        linear = self.linear(inputs, outputs)
+        initial = nnx.initializers.lecun_normal(batch_axis=0)
+        linear.kernel = nnx.Param(initial(self.rngs.params(), (count, inputs, outputs), self.param_dtype))
+        return linear
+
+    def embed(self, count: int, size: int) -> nnx.Embed:
+        """An embedding [count, size]."""
+        return nnx.Embed(count, size, dtype=self.dtype, param_dtype=self.param_dtype, rngs=self.rngs)
+
+    def layer_norm(self, size: int, *, eps: float, affine: bool = True) -> nnx.LayerNorm:
+        """A LayerNorm over `size` channels, with scale and bias if it is `affine`."""
+        return nnx.LayerNorm(
+            size,
+            epsilon=eps,
+            use_scale=affine,
+            use_bias=affine,
+            # The fast variance, E[x^2] - E[x]^2, cancels where the mean is large.
+            use_fast_variance=False,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            rngs=self.rngs,
+        )
+
+
+def heads(x: jax.Array, size: int) -> jax.Array:
+    """Splits channels into heads: [B, T, H * size] -> [B, T, H, size]."""
+    return x.reshape(*x.shape[:2], -1, size)
