@@ -142,6 +142,8 @@ QWEN3_MOE = QWEN3 | {
     "mlp_only_layers": [],
 }
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+# Heads of 8 channels have few frequencies: with the usual 32 and 1 turns the ramp would end within the first of them.
+BETAS = {"beta_fast": 4.0, "beta_slow": 0.5}
 LONG = {
     "rope_type": "longrope",
     "short_factor": [1.0, 1.1, 1.3, 1.6],
@@ -191,8 +193,8 @@ VARIANTS: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
         LLAMA | {"max_position_embeddings": 32, "rope_scaling": {"rope_type": "dynamic", "factor": 4.0}},
         (48, 24),
     ),
-    "rope_yarn": (LLAMA | {"rope_scaling": YARN | {"beta_fast": 4.0, "beta_slow": 0.5}}, (48,)),
-    "rope_yarn_factor": (LLAMA | {"rope_scaling": YARN | {"attention_factor": 1.5, "truncate": False}}, (48,)),
+    "rope_yarn": (LLAMA | {"rope_scaling": YARN | BETAS}, (48,)),
+    "rope_yarn_factor": (LLAMA | {"rope_scaling": YARN | BETAS | {"attention_factor": 1.5, "truncate": False}}, (48,)),
     "rope_yarn_mscale": (LLAMA | {"rope_scaling": YARN | {"mscale": 1.0, "mscale_all_dim": 0.5}}, (48,)),
     "rope_longrope": (LONGROPE, (48, 24)),
 }
