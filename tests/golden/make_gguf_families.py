@@ -4,7 +4,8 @@
 
 LLAMA_CPP is a folder that holds convert_hf_to_gguf.py, conversion/ and gguf-py/ of llama.cpp, as the source archive of
 llama-cpp-python does in vendor/llama.cpp. torch, transformers 5, sentencepiece and llama-cpp-python are needed too, and
-no test needs any of them.
+no test needs any of them. The files here come from the converter in llama-cpp-python 0.3.36; their logits were computed
+by the library in xllamacpp 2026.10.11549, behind the few calls of llama-cpp-python that `run` makes.
 
 gguf_<name>.gguf are float16 files: the weights are float16 numbers, so nothing is rounded. family_gguf.npz holds, as
 <name>/config, /tokens, /logits, /torch and /text_ids: config.json, tokens int32 [T], llama.cpp's and torch's logits
