@@ -139,10 +139,10 @@ def test_untied_head_and_biases(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "metadata, words",
     [
-        ({"architecture": "qwen2"}, "architecture 'qwen2'"),
-        ({"llama__expert_count": 8}, "8 experts"),
-        ({"llama__rope__scaling__type": "yarn"}, "'yarn'"),
-        ({"llama__rope__scale_linear": 2.0}, "'linear'"),
+        ({"architecture": "phi2"}, "architecture 'phi2'"),
+        ({"llama__expert_count": 8}, "lacks llama.expert_used_count"),
+        ({"llama__rope__scaling__type": "longrope"}, "'longrope'"),
+        ({"llama__rope__scaling__type": "yarn"}, "lacks llama.rope.scaling.factor"),
         ({"llama__attention__key_length": 16}, "rope.dimension_count"),
         ({"tokenizer__ggml__model": "bert"}, "'bert'"),
         ({"tokenizer__ggml__model": "gpt2", "tokenizer__ggml__tokens": ["a"]}, "pre None has unknown rules"),

@@ -56,17 +56,38 @@ def test_config_defaults(change: dict, generation: dict | None, field: str, expe
 @pytest.mark.parametrize(
     "change, words",
     [
-        ({"architectures": ["MixtralForCausalLM"]}, "MixtralForCausalLM is not supported"),
+        ({"architectures": ["PhiForCausalLM"]}, "PhiForCausalLM is not supported"),
         ({"architectures": None, "model_type": "gemma"}, "'gemma'"),
         ({"hidden_act": "gelu"}, "'gelu' is not supported"),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "'linear'"),
-        ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "'yarn'"),
+        ({"rope_scaling": {"type": "mrope", "factor": 2.0}}, "rope type 'mrope' is not supported"),
+        ({"rope_parameters": {"rope_type": ["yarn"], "factor": 2.0}}, "rope type .'yarn'. is not supported"),
+        ({"rope_scaling": {"type": "linear"}}, "the linear rope scaling of config.json lacks factor"),
+        ({"rope_scaling": {"type": "linear", "factor": 0}}, "factor is 0, and greater than 0 is needed"),
+        ({"rope_scaling": {**LLAMA3, "type": "llama3", "low_freq_factor": 4.0}}, "low_freq_factor is 4.0, and less"),
+        ({"rope_scaling": {**LLAMA3, "type": "llama3", "factor": float("nan")}}, "factor is nan"),
+        ({"rope_scaling": {"type": "longrope", "short_factor": [1.0], "long_factor": [2.0]}}, "lacks factor"),
+        ({"rope_scaling": "dynamic"}, "rope_scaling is 'dynamic'"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5, and only 1 is supported"),
+        ({"rms_norm_eps": None}, "rms_norm_eps is None, and a valid number is needed"),
+        ({"rms_norm_eps": "8"}, "rms_norm_eps is '8'"),
+        ({"rms_norm_eps": True}, "rms_norm_eps is True"),
+        ({"rope_theta": -1}, "rope_theta is -1, and greater than 0 is needed"),
+        ({"rope_theta": float("inf")}, "rope_theta is inf"),
+        ({"num_attention_heads": 0}, "num_attention_heads is 0"),
+        ({"num_hidden_layers": "2"}, "num_hidden_layers is '2'"),
+        ({"vocab_size": [1]}, "vocab_size is .1."),
+        ({"head_dim": 3}, "head_dim is 3, and an even number is needed"),
+        ({"eos_token_id": -1}, "eos_token_id is -1"),
+        ({"eos_token_id": [1, "x"]}, "eos_token_id"),
+        ({"architectures": "LlamaForCausalLM"}, "architectures is 'LlamaForCausalLM'"),
+        ({"quantization_config": "gptq"}, "quantization_config is 'gptq'"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "lacks low_freq_factor"),
         ({"num_key_value_heads": 3}, "num_attention_heads=4 is not a multiple"),
-        ({"vocab_size": None}, "lacks vocab_size"),
+        ({"vocab_size": None}, "vocab_size is None, and a valid integer is needed"),
         ({"quantization_config": {"quant_method": "gptq"}}, "gptq"),
     ],
 )
 def test_config_refuses_by_name(change: dict, words: str) -> None:
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(ValueError, match=words) as caught:
         read_config({**BASE, **change})
+    assert "\n" not in str(caught.value)
