@@ -4,7 +4,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from any4_jax.models.tokenizer import SETTINGS, VOCABULARY, Tokenizer
+from any4_jax.models.special_tokens import SETTINGS
+from any4_jax.models.tokenizer import VOCABULARY, Tokenizer
 
 _CONTROL, _USER_DEFINED = 3, 4
 _SPACE = "\u2581"
