@@ -16,11 +16,13 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 from jinja2.visitor import NodeTransformer
 
-_STEPS = 200_000
-_CHARACTERS = 50_000_000
+_STEPS = 50_000
+_CHARACTERS = 100_000_000
 _SECONDS = 20.0
 _NUMBER = 1_000_000
 _LONG_WIDTH = re.compile(r"\d{7}")
+# The filter by which code counts; no template can write its name.
+_COUNT = "count a step"
 
 
 class Sandbox(ImmutableSandboxedEnvironment):
@@ -39,6 +41,8 @@ class Sandbox(ImmutableSandboxedEnvironment):
         )
         self.steps, self.characters, self._end = _STEPS, _CHARACTERS, time.monotonic() + _SECONDS
         self.filters = {name: self.bounded(work) for name, work in self.filters.items()}
+        # A filter that takes the context isn't computed once and for all when the template is compiled.
+        self.filters[_COUNT] = jinja2.pass_context(lambda context, characters: self.step(characters))
 
     def template(self, source: str) -> jinja2.Template:
         """The template of a text, made to count what it uses.
@@ -127,12 +131,12 @@ class _Counting(NodeTransformer):
     def visit_Concat(self, node: nodes.Concat) -> nodes.Node:
         """`a ~ b` is `[a, b] | join`, and filters count."""
         self.generic_visit(node)
-        return nodes.Filter(nodes.List(node.nodes, "load"), "join", [], [], None, None, lineno=node.lineno)
+        return nodes.Filter(nodes.List(node.nodes), "join", [], [], None, None, lineno=node.lineno)
 
     def _counted(self, node: Any) -> nodes.Node:
         self.generic_visit(node)
         characters = nodes.Const(sum(len(data.data) for data in node.find_all(nodes.TemplateData)))
-        step = nodes.Call(nodes.EnvironmentAttribute("step"), [characters], [], None, None)
+        step = nodes.Filter(characters, _COUNT, [], [], None, None, lineno=node.lineno)
         node.body.insert(0, nodes.ExprStmt(step, lineno=node.lineno))
         return node
 

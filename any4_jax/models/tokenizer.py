@@ -122,8 +122,17 @@ class Tokenizer:
         return ids if ids[:1] == [self.bos_id] else [self.bos_id, *ids]
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
-        """The text of token ids; spaces before punctuation stay, whatever clean-up the settings ask for."""
-        return str(self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=skip_special))
+        """The text of token ids; spaces before punctuation stay, whatever clean-up the settings ask for.
+
+        Raises:
+            ValueError: an id is negative or has more than 32 bits; other ids that the vocabulary lacks have no text.
+        """
+        numbers = [int(i) for i in ids]
+        return _said(
+            "the token ids can't be decoded",
+            f"give ids from 0 to {self.vocab_size - 1}",
+            lambda: str(self._tokenizer.decode(numbers, skip_special_tokens=skip_special)),
+        )
 
     def apply_chat(self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = True) -> str:
         """The text of a chat, as the model's chat template writes it.
