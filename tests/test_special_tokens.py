@@ -42,10 +42,12 @@ def entry(content: str, **flags: bool) -> dict[str, Any]:
 
 
 CLASSES = ("Llama", "CodeLlama", "Gemma", "Cohere", "GPTNeoX", "Qwen2", "GPT2", "CodeGen", "Bloom")
+DECLARED = {"added_tokens_decoder": {str(len(vocabulary()["model"]["vocab"])): {"content": "a:b", "special": True}}}
 FOLDERS: dict[str, dict[str, Any]] = {
     **{f"defaults of {name}": {SETTINGS: {"tokenizer_class": f"{name}TokenizerFast"}} for name in CLASSES},
     "the slow class's name": {SETTINGS: {"tokenizer_class": "LlamaTokenizer", "add_eos_token": True}},
     "a null for a default": {SETTINGS: {"tokenizer_class": "GemmaTokenizer", "pad_token": None, "bos_token": "<s>"}},
+    "a BOS with a colon": {SETTINGS: {"tokenizer_class": "GemmaTokenizer", "bos_token": "a:b", **DECLARED}},
     "no BOS wanted": {SETTINGS: {"tokenizer_class": "GemmaTokenizer", "add_bos_token": False}},
     "a post-processor for NeoX": {SETTINGS: {"tokenizer_class": "GPTNeoXTokenizer", "add_bos_token": True}},
     "a pad token that is new": {SETTINGS: {"tokenizer_class": "LlamaTokenizer", "pad_token": "<extra>"}},

@@ -162,7 +162,7 @@ def read_special_tokens(files: Mapping[str, bytes], known: Mapping[int, tokenize
     ]
     extra = settings.extra_special_tokens or ()
     more = [*additional, *fills, *(extra.values() if isinstance(extra, dict) else extra)]
-    roles = kind.roles | {role: token for role, (token, _) in named.items()}
+    roles = {**kind.roles, **{role: token for role, (token, _) in named.items()}}
     special = [roles[role] for role in _ROLES if roles.get(role)] + [token for token in more if token]
     return SpecialTokens(
         roles={role: text for role in _ROLES if (text := _text(roles.get(role)))},

@@ -161,22 +161,20 @@ class Tokenizer:
 
     def _surrounding(self, bos: bool, eos: bool) -> TemplateProcessing:
         """The post-processor that puts BOS before and EOS after a text."""
-        tokens = {
-            "bos": self._roles.get("bos_token") if bos else None,
-            "eos": self._roles.get("eos_token") if eos else None,
-        }
+        special = []
         for name, wanted in (("bos", bos), ("eos", eos)):
-            if wanted and tokens[name] is None:
+            text = self._roles.get(f"{name}_token")
+            if wanted and text is None:
                 raise ValueError(
                     f"{SETTINGS} asks for add_{name}_token and names no {name}_token; add one of the two keys: "
                     f'"{name}_token": its text, or "add_{name}_token": false'
                 )
-        special = [(text, self._tokenizer.token_to_id(text)) for text in tokens.values() if text is not None]
-        # Pieces as a list, because in a template's text spaces and colons separate.
-        single = [*filter(None, [tokens["bos"]]), "$A", *filter(None, [tokens["eos"]])]
-        return TemplateProcessing(
-            single=single, pair=[*single, *("$B" if x == "$A" else x for x in single)], special_tokens=special
-        )
+            if wanted:
+                # Under a name of ours, because a text with a colon would be read as a name and a type.
+                special.append({"id": name, "ids": [self._id(text)], "tokens": [text]})
+        single = ["bos"] * bos + ["$A"] + ["eos"] * eos
+        pair = [*single, *("$B" if piece == "$A" else piece for piece in single)]
+        return TemplateProcessing(single=single, pair=pair, special_tokens=special)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Tokenizer) and self._digest == other._digest
