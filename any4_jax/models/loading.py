@@ -63,7 +63,7 @@ def _snapshot(repository: str) -> Path:
         # Subfolders hold other formats of the same weights, and code files are never wanted.
         return Path(
             huggingface_hub.snapshot_download(
-                repository, allow_patterns=["*.safetensors", "*.json", "*.jinja"], ignore_patterns=["*/*"]
+                repository, allow_patterns=["*.safetensors", "*.json", "*.jinja", "merges.txt"], ignore_patterns=["*/*"]
             )
         )
     except Exception as error:  # the hub's client lets its HTTP library's own exceptions through

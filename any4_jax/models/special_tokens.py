@@ -55,6 +55,7 @@ class Settings(_Special):
     tokenizer_class: str | None = None
     add_bos_token: bool | None = None
     add_eos_token: bool | None = None
+    add_prefix_space: bool | None = None
     added_tokens_decoder: dict[Annotated[str, Field(pattern="^[0-9]{1,9}$")], Token] | None = None
     extra_special_tokens: dict[str, str | Token] | tuple[str | Token, ...] | None = None
     prefix_token: _Named = None

@@ -8,12 +8,12 @@ from typing import Any, TypeVar
 import tokenizers
 from tokenizers.processors import TemplateProcessing
 
-from any4_jax.models import chat
+from any4_jax.models import chat, vocab_merges
 from any4_jax.models.end_tokens import end_ids
 from any4_jax.models.special_tokens import ADDED, SETTINGS, SPECIAL_MAP, SpecialTokens, read_special_tokens
 
 VOCABULARY = "tokenizer.json"
-FILES = (VOCABULARY, SETTINGS, SPECIAL_MAP, ADDED, *chat.FILES)
+FILES = (VOCABULARY, *vocab_merges.FILES, SETTINGS, SPECIAL_MAP, ADDED, *chat.FILES)
 
 T = TypeVar("T")
 
@@ -35,6 +35,7 @@ class Tokenizer:
 
     def __init__(self, files: Mapping[str, bytes]) -> None:
         """See `from_files`."""
+        files = _with_vocabulary(files)
         if VOCABULARY not in files:
             raise ValueError(f"the tokenizer files are {sorted(files)}, and {VOCABULARY} is needed; add it")
         self._files = {name: bytes(content) for name, content in sorted(files.items())}
@@ -69,6 +70,8 @@ class Tokenizer:
         """A tokenizer from file contents: tokenizer.json and, where the model has them, tokenizer_config.json,
         special_tokens_map.json, added_tokens.json, chat_template.jinja and chat_template.json.
 
+        A GPT2Tokenizer without a tokenizer.json, as OPT has, comes from its vocab.json and merges.txt.
+
         Raises:
             ValueError: tokenizer.json is missing, a file is damaged, or two contradict each other.
         """
@@ -76,7 +79,7 @@ class Tokenizer:
 
     @classmethod
     def from_folder(cls, folder: Path) -> "Tokenizer | None":
-        """The tokenizer of a model's folder; None if it has no tokenizer.json.
+        """The tokenizer of a model's folder; None if it has no tokenizer.json, nor what `from_files` takes instead.
 
         Raises:
             ValueError: see `from_files`; or one of the names is no regular file.
@@ -86,9 +89,8 @@ class Tokenizer:
             # Reading a named pipe would wait for ever.
             if not path.is_file():
                 raise ValueError(f"{path} is no regular file, and one is needed; put the model's own file there")
-        if folder / VOCABULARY not in paths:
-            return None
-        return cls({path.name: path.read_bytes() for path in paths})
+        files = _with_vocabulary({path.name: path.read_bytes() for path in paths})
+        return cls(files) if VOCABULARY in files else None
 
     @property
     def files(self) -> dict[str, bytes]:
@@ -187,6 +189,13 @@ class Tokenizer:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Tokenizer, (self._files,)
+
+
+def _with_vocabulary(files: Mapping[str, bytes]) -> Mapping[str, bytes]:
+    """The files with a tokenizer.json in place of the two files that older repositories have, where that's possible."""
+    made = None if VOCABULARY in files else vocab_merges.as_tokenizer_json(files)
+    kept = {name: content for name, content in files.items() if name not in vocab_merges.FILES}
+    return kept if made is None else {**kept, VOCABULARY: made}
 
 
 def _said(problem: str, advice: str, work: Callable[[], T]) -> T:
