@@ -91,6 +91,7 @@ def test_ends_of_turns_by_id_and_by_text() -> None:
     assert named.eos_ids == (count - 4, count - 1, 0, count - 3, count - 2)
     # A normal token with such a text is one token of the text, too.
     assert silent.encode("ab<|end|>") == [silent.encode("ab")[0], count - 2]
+    assert (silent.decode([count - 2]), silent.decode([count - 1])) == ("", "<t>")
 
 
 def test_the_chat_template_of_the_file() -> None:

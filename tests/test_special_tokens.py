@@ -13,7 +13,7 @@ from any4_jax.models.tokenizer import VOCABULARY, Tokenizer
 transformers = pytest.importorskip("transformers")
 
 WORDS = ("<unk>", "<s>", "</s>", "<bos>", "<eos>", "<pad>", "<|endoftext|>", "<|im_end|>", "a", "b", " ", "<", ">")
-TEXTS = ("a b", "<s>a</s>", "<pad> <extra> a", "<|im_end|>b<|endoftext|>", "", "<bos>a <x> b")
+TEXTS = ("a b", "<s>a</s>", "<pad> <extra> a", "<|im_end|>b<|endoftext|>", "", "<bos>a <x> b", "a </s> b")
 
 
 def vocabulary(added: tuple[str, ...] = ()) -> dict[str, Any]:
@@ -51,6 +51,20 @@ FOLDERS: dict[str, dict[str, Any]] = {
     "a pad token that is new": {SETTINGS: {"tokenizer_class": "LlamaTokenizer", "pad_token": "<extra>"}},
     "one role with rules of its own": {
         SETTINGS: {"tokenizer_class": "LlamaTokenizer", "eos_token": entry("</s>", lstrip=True, rstrip=True)}
+    },
+    "rules of its own beside a decoder": {
+        SETTINGS: {
+            "tokenizer_class": "LlamaTokenizer",
+            "eos_token": entry("</s>", lstrip=True, rstrip=True),
+            "added_tokens_decoder": {"1": {"content": "<s>", "special": True}},
+        }
+    },
+    "a role of a token that isn't special": {
+        SETTINGS: {
+            "tokenizer_class": "LlamaTokenizer",
+            "pad_token": "<|im_end|>",
+            "added_tokens_decoder": {"7": {"content": "<|im_end|>", "special": False}},
+        }
     },
     "additional tokens": {
         SETTINGS: {"tokenizer_class": "LlamaTokenizer", "additional_special_tokens": ["<|im_end|>", "<x>", "<extra>"]}
@@ -105,6 +119,10 @@ def test_ids_and_roles_are_those_of_transformers(tmp_path: Path, files: dict, mo
     assert [ours.encode(text) for text in TEXTS] == [theirs.encode(text) for text in TEXTS]
     assert [ours.encode(text, add_bos=False) for text in TEXTS] == [
         theirs.encode(text, add_special_tokens=False) for text in TEXTS
+    ]
+    assert [ours.decode(ours.encode(text)) for text in TEXTS] == [
+        theirs.decode(theirs.encode(text), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        for text in TEXTS
     ]
     assert ours == Tokenizer.from_files(ours.files)
     assert set(ours.files) == {VOCABULARY, *files}

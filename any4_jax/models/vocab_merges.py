@@ -34,7 +34,7 @@ def as_tokenizer_json(files: Mapping[str, bytes]) -> bytes | None:
     ids = check(_Vocab, {"ids": read_json(files[VOCAB], VOCAB, _ADVICE)}, VOCAB, _ADVICE).ids
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
     bos = read_special_tokens(files, {}).roles.get("bos_token") if settings.add_bos_token else None
-    content = {
+    content: dict[str, Any] = {
         "version": "1.0",
         "added_tokens": [],
         "normalizer": None,
