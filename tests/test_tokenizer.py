@@ -1,13 +1,15 @@
 """The tokenizer: ids as transformers gives them, settings, identity by content."""
 
 import json
+import os
 import pickle
 from pathlib import Path
 
 import pytest
 
 from any4_jax.data import bundled
-from any4_jax.models.tokenizer import SETTINGS, VOCABULARY, Tokenizer
+from any4_jax.models.special_tokens import SETTINGS
+from any4_jax.models.tokenizer import FILES, VOCABULARY, Tokenizer
 
 BODY = [403, 410, 1, 407, 261, 13]  # of "Once <s>upon a\n"
 
@@ -63,7 +65,7 @@ def test_identity_is_the_content(files: dict[str, bytes]) -> None:
     other = Tokenizer.from_files(with_settings(files, eos_token=None))
     assert one == two and hash(one) == hash(two)
     assert one != other
-    assert (one.bos_id, one.eos_ids, other.eos_ids, one.vocab_size) == (1, (2,), (), 512)
+    assert (one.bos_id, one.eos_ids, one.vocab_size) == (1, (2,), 512)
     assert Tokenizer.from_files(one.files) == one == pickle.loads(pickle.dumps(one))
 
 
@@ -105,3 +107,41 @@ def test_a_folder_without_tokenizer_json_has_none(tmp_path: Path, files: dict[st
     assert Tokenizer.from_folder(tmp_path) is None
     (tmp_path / VOCABULARY).write_bytes(files[VOCABULARY])
     assert Tokenizer.from_folder(tmp_path) == Tokenizer.from_files(files)
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("caf\udce9", "'.udce9' at character 3.*UTF-8"),  # a byte of Latin-1, as the command line passes it
+        ("\ud83d", "at character 0"),
+    ],
+)
+@pytest.mark.parametrize("add_bos", [None, True, False])
+def test_what_is_no_unicode_text_is_refused(files: dict[str, bytes], text: str, words: str, add_bos: bool) -> None:
+    with pytest.raises(ValueError, match=words) as caught:
+        Tokenizer.from_files(files).encode(text, add_bos)
+    str(caught.value).encode()
+    with pytest.raises(TypeError, match="the text is a bytes, and a string is needed"):
+        Tokenizer.from_files(files).encode(b"a", add_bos)  # type: ignore[arg-type]
+
+
+def test_a_text_that_the_vocabulary_lacks_is_refused(files: dict[str, bytes]) -> None:
+    model = {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "<unk>"}
+    vocabulary = {**json.loads(files[VOCABULARY]), "model": model, "added_tokens": [], "post_processor": None}
+    with pytest.raises(ValueError, match="the text can't be encoded"):
+        Tokenizer.from_files({VOCABULARY: json.dumps(vocabulary).encode()}).encode("b")
+
+
+@pytest.mark.parametrize("ids", [[-1], [2**32]])
+def test_ids_that_no_vocabulary_has_are_refused(files: dict[str, bytes], ids: list[int]) -> None:
+    with pytest.raises(ValueError, match="token ids"):
+        Tokenizer.from_files(files).decode(ids)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_only_regular_files_are_read(tmp_path: Path, files: dict[str, bytes], name: str) -> None:
+    (tmp_path / VOCABULARY).write_bytes(files[VOCABULARY])
+    (tmp_path / name).unlink(missing_ok=True)
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(ValueError, match=f"{name} is no regular file"):
+        Tokenizer.from_folder(tmp_path)

@@ -52,7 +52,7 @@ def _load_file(path: Path, dtype: DTypeLike | None) -> Decoder:
 
 
 def _snapshot(repository: str) -> Path:
-    """The local copy of a hub repository's JSON and safetensors files, downloaded if needed."""
+    """The local copy of a hub repository's JSON, safetensors and template files, downloaded if needed."""
     try:
         import huggingface_hub
     except ImportError as error:
@@ -63,7 +63,7 @@ def _snapshot(repository: str) -> Path:
         # Subfolders hold other formats of the same weights, and code files are never wanted.
         return Path(
             huggingface_hub.snapshot_download(
-                repository, allow_patterns=["*.safetensors", "*.json"], ignore_patterns=["*/*"]
+                repository, allow_patterns=["*.safetensors", "*.json", "*.jinja", "merges.txt"], ignore_patterns=["*/*"]
             )
         )
     except Exception as error:  # the hub's client lets its HTTP library's own exceptions through

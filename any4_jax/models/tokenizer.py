@@ -1,38 +1,41 @@
 """Converts text to token ids and back, with the tokenizer files of Hugging Face models."""
 
 import hashlib
-import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import tokenizers
+from tokenizers.processors import TemplateProcessing
+
+from any4_jax.models import chat, vocab_merges
+from any4_jax.models.end_tokens import end_ids
+from any4_jax.models.special_tokens import ADDED, SETTINGS, SPECIAL_MAP, SpecialTokens, read_special_tokens
 
 VOCABULARY = "tokenizer.json"
-SETTINGS = "tokenizer_config.json"
+FILES = (VOCABULARY, *vocab_merges.FILES, SETTINGS, SPECIAL_MAP, ADDED, *chat.FILES)
 
-# For these classes, `transformers` replaces the post-processor by one that follows add_bos_token and add_eos_token;
-# for all others it ignores the two and uses the post-processor of tokenizer.json.
-_REBUILDING_CLASSES = frozenset(
-    {"LlamaTokenizer", "LlamaTokenizerFast", "CodeLlamaTokenizer", "CodeLlamaTokenizerFast"}
-)
+T = TypeVar("T")
 
 
 class Tokenizer:
     """A tokenizer of the `tokenizers` library with the settings of its model; immutable.
 
-    Only JSON is read: Python code of a model repository never runs. Equality and hash are those of the files' content,
-    so a tokenizer can be static data of a compiled function.
+    Only JSON and chat templates are read: Python code of a model repository never runs. Equality and hash are those of
+    the files' content, so a tokenizer can be static data of a compiled function.
 
     Attributes:
         files: name -> content of every file that `from_files` needs to rebuild it.
         bos_id: the id of the token that begins a text, or None.
-        eos_ids: the ids of the tokens that end a text; may be empty.
+        eos_ids: the ids of the tokens that end a text or a turn of a chat: first those that the files name, then added
+            tokens that are known by their text, such as <|im_end|>; may be empty.
         vocab_size: the number of ids, including added tokens.
+        chat_template: the Jinja template that turns messages into a text, or None.
     """
 
     def __init__(self, files: Mapping[str, bytes]) -> None:
         """See `from_files`."""
+        files = _with_vocabulary(files)
         if VOCABULARY not in files:
             raise ValueError(f"the tokenizer files are {sorted(files)}, and {VOCABULARY} is needed; add it")
         self._files = {name: bytes(content) for name, content in sorted(files.items())}
@@ -41,42 +44,53 @@ class Tokenizer:
             digest.update(f"{name}\0{len(content)}\0".encode())
             digest.update(content)
         self._digest = digest.digest()
-        try:
-            self._tokenizer = tokenizers.Tokenizer.from_str(self._files[VOCABULARY].decode())
-        except Exception as error:  # the library raises bare Exception
-            raise ValueError(f"{VOCABULARY} can't be read ({error}); fetch the file again") from error
-        settings = _settings(self._files)
+        self._tokenizer = _said(
+            f"{VOCABULARY} can't be read",
+            "fetch the file again",
+            lambda: tokenizers.Tokenizer.from_str(self._files[VOCABULARY].decode()),
+        )
         # The stored limits are those of the last training run; `transformers` ignores them too.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        _add_missing(self._tokenizer, settings)
-        self.bos_id = self._special(settings, "bos_token")
-        eos_id = self._special(settings, "eos_token")
-        self.eos_ids: tuple[int, ...] = () if eos_id is None else (eos_id,)
+        special = read_special_tokens(self._files, self._tokenizer.get_added_tokens_decoder())
+        _add(self._tokenizer, special)
+        self._roles, self._additional = dict(special.roles), special.additional
+        self.bos_id = self._id(special.roles.get("bos_token"))
+        ends = (self._id(text) for text in (special.roles.get("eos_token"), *special.ends))
+        self.eos_ids: tuple[int, ...] = end_ids(
+            self._tokenizer.get_added_tokens_decoder(), [index for index in ends if index is not None]
+        )
+        if special.around is not None:
+            self._tokenizer.post_processor = self._surrounding(*special.around)
         self.vocab_size: int = self._tokenizer.get_vocab_size(with_added_tokens=True)
-        self._wrap: tuple[bool, bool] | None = None
-        if settings.get("tokenizer_class") in _REBUILDING_CLASSES:
-            self._wrap = (
-                bool(settings.get("add_bos_token", True)),
-                bool(settings.get("add_eos_token", False)),
-            )
+        self.chat_template = chat.template_of(self._files)
 
     @classmethod
     def from_files(cls, files: Mapping[str, bytes]) -> "Tokenizer":
-        """A tokenizer from file contents: `tokenizer.json`, and optionally `tokenizer_config.json`.
+        """A tokenizer from file contents: tokenizer.json and, where the model has them, tokenizer_config.json,
+        special_tokens_map.json, added_tokens.json, chat_template.jinja and chat_template.json.
+
+        A GPT2Tokenizer without a tokenizer.json, as OPT has, comes from its vocab.json and merges.txt.
 
         Raises:
-            ValueError: tokenizer.json is missing, a file is damaged, or the two contradict each other.
+            ValueError: tokenizer.json is missing, a file is damaged, or two contradict each other.
         """
         return cls(files)
 
     @classmethod
     def from_folder(cls, folder: Path) -> "Tokenizer | None":
-        """The tokenizer of a model's folder; None if it has no tokenizer.json."""
-        names = [name for name in (VOCABULARY, SETTINGS) if (folder / name).is_file()]
-        if VOCABULARY not in names:
-            return None
-        return cls({name: (folder / name).read_bytes() for name in names})
+        """The tokenizer of a model's folder; None if it has no tokenizer.json, nor what `from_files` takes instead.
+
+        Raises:
+            ValueError: see `from_files`; or one of the names is no regular file.
+        """
+        paths = [folder / name for name in FILES if (folder / name).exists()]
+        for path in paths:
+            # Reading a named pipe would wait for ever.
+            if not path.is_file():
+                raise ValueError(f"{path} is no regular file, and one is needed; put the model's own file there")
+        files = _with_vocabulary({path.name: path.read_bytes() for path in paths})
+        return cls(files) if VOCABULARY in files else None
 
     @property
     def files(self) -> dict[str, bytes]:
@@ -87,38 +101,82 @@ class Tokenizer:
         """The token ids of a text. A special token that is written in the text ("<s>") becomes its id.
 
         Args:
-            text: any string.
+            text: any string of Unicode characters.
             add_bos: None adds the tokens that the model's settings ask for, as `transformers`' AutoTokenizer does;
                 True begins with exactly one BOS; False adds nothing.
 
         Raises:
-            ValueError: add_bos is True and the tokenizer has no BOS.
+            TypeError: text is no string.
+            ValueError: add_bos is True and the tokenizer has no BOS; the text holds half of a surrogate pair, as
+                Python writes bytes that aren't UTF-8; or the vocabulary has no token for a part of it.
         """
-        if add_bos is None and self._wrap is None:
-            return list(self._tokenizer.encode(text, add_special_tokens=True).ids)
-        ids = list(self._tokenizer.encode(text, add_special_tokens=False).ids)
-        wanted_bos, wanted_eos = self._wrap if add_bos is None and self._wrap else (add_bos, False)
-        if wanted_bos:
-            if self.bos_id is None:
-                raise ValueError("a BOS is asked for, and the tokenizer has none; pass add_bos=False")
-            # If the text begins with its own BOS and the caller asked for exactly one, that BOS is the one.
-            if not (add_bos and ids[:1] == [self.bos_id]):
-                ids.insert(0, self.bos_id)
-        return [*ids, *self.eos_ids] if wanted_eos else ids
+        chat.refuse_surrogates(text, "the text")
+        ids = _said(
+            "the text can't be encoded",
+            "give another text, or a tokenizer.json with an unknown token",
+            lambda: list(self._tokenizer.encode(text, add_special_tokens=add_bos is None).ids),
+        )
+        if not add_bos:
+            return ids
+        if self.bos_id is None:
+            raise ValueError("a BOS is asked for, and the tokenizer has none; pass add_bos=False")
+        # If the text begins with its own BOS, that BOS is the one.
+        return ids if ids[:1] == [self.bos_id] else [self.bos_id, *ids]
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
-        """The text of token ids; spaces before punctuation stay, whatever clean-up the settings ask for."""
-        return str(self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=skip_special))
+        """The text of token ids; spaces before punctuation stay, whatever clean-up the settings ask for.
 
-    def _special(self, settings: Mapping[str, Any], name: str) -> int | None:
-        token = settings.get(name)
-        content = token.get("content") if isinstance(token, Mapping) else token
-        if content is None:
-            return None
-        index = self._tokenizer.token_to_id(content)
-        if index is None:
-            raise ValueError(f"{name} of {SETTINGS} is {content!r}, which {VOCABULARY} lacks; use files of one model")
-        return int(index)
+        Raises:
+            ValueError: an id is negative or has more than 32 bits; other ids that the vocabulary lacks have no text.
+        """
+        numbers = [int(i) for i in ids]
+        return _said(
+            "the token ids can't be decoded",
+            f"give ids from 0 to {self.vocab_size - 1}",
+            lambda: str(self._tokenizer.decode(numbers, skip_special_tokens=skip_special)),
+        )
+
+    def apply_chat(self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = True) -> str:
+        """The text of a chat, as the model's chat template writes it.
+
+        Args:
+            messages: a list of {"role": str, "content": str}, oldest first.
+            add_generation_prompt: whether the text ends with what begins the model's answer.
+
+        Raises:
+            ValueError: there is no chat template, the messages have another form, or the template refuses them, is no
+                valid Jinja, fails, or needs more steps or memory than a chat can need.
+        """
+        if self.chat_template is None:
+            raise ValueError("the tokenizer has no chat template; encode the text of the chat, or add its template")
+        special: dict[str, Any] = dict(self._roles)
+        if self._additional:
+            special["additional_special_tokens"] = list(self._additional)
+        return chat.render(self.chat_template, messages, special, add_generation_prompt)
+
+    def encode_chat(self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = True) -> list[int]:
+        """The token ids of `apply_chat`'s text; its template writes the BOS, so none is added."""
+        return self.encode(self.apply_chat(messages, add_generation_prompt=add_generation_prompt), add_bos=False)
+
+    def _id(self, text: str | None) -> int | None:
+        return None if text is None else self._tokenizer.token_to_id(text)
+
+    def _surrounding(self, bos: bool, eos: bool) -> TemplateProcessing:
+        """The post-processor that puts BOS before and EOS after a text."""
+        special = []
+        for name, wanted in (("bos", bos), ("eos", eos)):
+            text = self._roles.get(f"{name}_token")
+            if wanted and text is None:
+                raise ValueError(
+                    f"{SETTINGS} asks for add_{name}_token and names no {name}_token; add one of the two keys: "
+                    f'"{name}_token": its text, or "add_{name}_token": false'
+                )
+            if wanted:
+                # Under a name of ours, because a text with a colon would be read as a name and a type.
+                special.append({"id": name, "ids": [self._id(text)], "tokens": [text]})
+        single = ["bos"] * bos + ["$A"] + ["eos"] * eos
+        pair = [*single, *("$B" if piece == "$A" else piece for piece in single)]
+        return TemplateProcessing(single=single, pair=pair, special_tokens=special)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Tokenizer) and self._digest == other._digest
@@ -133,29 +191,40 @@ class Tokenizer:
         return Tokenizer, (self._files,)
 
 
-def _settings(files: Mapping[str, bytes]) -> dict[str, Any]:
-    if SETTINGS not in files:
-        return {}
+def _with_vocabulary(files: Mapping[str, bytes]) -> Mapping[str, bytes]:
+    """The files with a tokenizer.json in place of the two files that older repositories have, where that's possible."""
+    made = None if VOCABULARY in files else vocab_merges.as_tokenizer_json(files)
+    kept = {name: content for name, content in files.items() if name not in vocab_merges.FILES}
+    return kept if made is None else {**kept, VOCABULARY: made}
+
+
+def _said(problem: str, advice: str, work: Callable[[], T]) -> T:
+    """The result of work in the `tokenizers` library, whose errors become one sentence.
+
+    The library raises bare Exception; a failed assertion in its Rust code arrives as a BaseException.
+    """
     try:
-        settings = json.loads(files[SETTINGS])
-    except ValueError as error:
-        raise ValueError(f"{SETTINGS} is not JSON ({error}); fetch the file again") from error
-    if not isinstance(settings, dict):
-        raise ValueError(f"{SETTINGS} holds a {type(settings).__name__}, and an object is needed; fetch it again")
-    return settings
+        return work()
+    except (KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:
+        raise ValueError(f"{problem} ({error}); {advice}") from error
 
 
-def _add_missing(tokenizer: tokenizers.Tokenizer, settings: Mapping[str, Any]) -> None:
-    """Adds the tokens that only tokenizer_config.json has, at the ids that it gives them."""
-    flags = ("single_word", "lstrip", "rstrip", "normalized", "special")
-    declared = settings.get("added_tokens_decoder", {})
-    for index, entry in sorted((int(index), entry) for index, entry in declared.items()):
-        content = entry["content"]
-        if tokenizer.token_to_id(content) is None:
-            known = {flag: bool(entry[flag]) for flag in flags if flag in entry}
-            tokenizer.add_tokens([tokenizers.AddedToken(content, **known)])
-        if tokenizer.token_to_id(content) != index:
+def _add(tokenizer: tokenizers.Tokenizer, special: SpecialTokens) -> None:
+    """Adds the tokens that only the other files have, at the ids that they give them."""
+    declared = set(special.ids.values())
+    for role in ("bos_token", "eos_token"):
+        text = special.roles.get(role)
+        missing = role in special.sources and text not in declared and text is not None
+        if missing and tokenizer.token_to_id(text) is None:
             raise ValueError(
-                f"{SETTINGS} gives {content!r} the id {index}, which {VOCABULARY} gives "
-                f"{tokenizer.token_to_id(content)}; use files of one model"
+                f"{role} of {special.sources[role]} is {text!r}, which {VOCABULARY} lacks; use files of one model"
+            )
+    tokenizer.add_tokens(list(special.add))
+    for index, text in special.ids.items():
+        if tokenizer.token_to_id(text) != index:
+            raise ValueError(
+                f"{SETTINGS} or {ADDED} gives {text!r} the id {index}, which {VOCABULARY} gives "
+                f"{tokenizer.token_to_id(text)}; use files of one model"
             )
