@@ -21,7 +21,7 @@ class IncrementalDecoder:
 
     Where bytes make no character, decoders differ: one gives a replacement for each byte, and some replace a whole run
     of byte tokens, good characters included, if it ends within a character. Of all ways to cut the open tokens in two,
-    the text is that with the fewest replacements. So a stray byte spoils neither the character before nor the one after.
+    the text is that with the fewest replacements. So a stray byte spoils no character before or after it.
     """
 
     def __init__(self, decode: Decode, prompt: Sequence[int]) -> None:
@@ -93,7 +93,7 @@ class IncrementalDecoder:
         """Closes the first open token; returns the replacement characters that no longer wait for more."""
         text = self._added(self._open[1:])
         waiting = len(self._text) - self._given
-        # The first token's last bytes may begin a character. Then the others' text begins with the rest, which is given.
+        # If a character begins in the first token, the others' text begins with its rest, which has been given.
         kept = min(waiting, len(text) - len(text.rstrip(REPLACEMENT)))
         self._open, self._text, self._given = self._open[1:], text, len(text) - kept
         return REPLACEMENT * (waiting - kept)
