@@ -15,10 +15,11 @@ def integer(name: str, value: Any, least: int, most: int | None = None, advice: 
     """
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name} is {value!r}, and an integer is needed{advice}")
-    if value < least or (most is not None and value > most):
+    number = int(value)
+    if number < least or (most is not None and number > most):
         need = f"at least {least}" if most is None else f"{least} to {most}"
-        raise ValueError(f"{name} is {value}, and {need} is needed{advice}")
-    return int(value)
+        raise ValueError(f"{name} is {number}, and {need} is needed{advice}")
+    return number
 
 
 def real(name: str, value: Any, fits: Callable[[float], bool], need: str) -> float:

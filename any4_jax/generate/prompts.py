@@ -65,7 +65,7 @@ class Prompts:
         if kind == "texts":
             return cls([_encoded(model, item) for item in prompt], True, True)
         if kind == "messages":
-            return cls([_encoded_chat(model, prompt)], True, False)
+            return cls([_encoded_chat(model, list(prompt))], True, False)
         if kind == "chats":
             return cls([_encoded_chat(model, item) for item in prompt], True, True)
         return cls([prompt], False, False) if kind == "ids" else cls(list(prompt), False, True)

@@ -164,7 +164,7 @@ class Sampler:
             limited = (self.top_k < logits.shape[-1]) | (self.top_p < 1) | (self.min_p > 0)
             # A branch, because the sort behind it costs more than the rest of sampling together.
             scaled = jax.lax.cond(limited, self._limit, lambda scaled: scaled, scaled)
-            key = jax.random.fold_in(jax.random.wrap_key_data(self.seed, impl="threefry2x32"), step)
+            key = jax.random.fold_in(jax.random.wrap_key_data(jnp.asarray(self.seed), impl="threefry2x32"), step)
             token = jax.random.categorical(key, scaled, axis=-1).astype(jnp.int32)
         return jnp.where(jnp.isfinite(most[:, 0]), token, INVALID)
 
