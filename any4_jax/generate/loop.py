@@ -13,7 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from any4_jax.generate.sampling import Sampler
+from any4_jax.generate.arguments import integer
+from any4_jax.generate.chunk import Chunk
+from any4_jax.generate.penalties import Counts, Penalties
+from any4_jax.generate.prompts import TokenIds, checked_rows, end_ids
+from any4_jax.generate.sampling import ALTERNATIVES, Sampler, Scores
 from any4_jax.kv_cache import Cache, CacheFactory, DenseCache, traceable
 from any4_jax.models.base import Decoder
 
@@ -23,10 +27,6 @@ PROMPT_BUCKET = 32
 CACHE_BUCKET = 64
 # The size of the loop's output buffer. Between chunks the host reads the tokens; 16 steps hide that cost.
 CHUNK = 16
-# End-of-text ids are padded to this many with -1, which no token equals, so that programs don't depend on their number.
-EOS_SLOTS = 8
-
-TokenIds = Sequence[int] | np.ndarray
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -53,7 +53,18 @@ class Program:
 _program = functools.lru_cache(maxsize=64)(Program)
 
 
-def generate_tokens(
+def generate_tokens(model: Decoder, prompts: Sequence[TokenIds], **settings: Any) -> Iterator[list[list[int]]]:
+    """Yields the new tokens of every row as they are decoded: one list of at most `chunk` ids per row.
+
+    After a row meets an end-of-text id, its lists are empty; the iterator ends when all rows have met one, or after
+    `max_new_tokens`. So a row has stopped of itself if and only if it has fewer than `max_new_tokens` tokens. The first
+    item holds one token per row, so its time is the time to the first token. The arguments are those of
+    `generate_chunks`, which also tells log-probabilities and why a row ended; the checks run at the first `next`.
+    """
+    return (chunk.tokens for chunk in generate_chunks(model, prompts, **settings))
+
+
+def generate_chunks(
     model: Decoder,
     prompts: Sequence[TokenIds],
     *,
@@ -61,32 +72,36 @@ def generate_tokens(
     temperature: float = 0.0,
     top_k: int | None = None,
     top_p: float | None = None,
-    seed: int = 0,
+    min_p: float | None = None,
+    repetition_penalty: float = 1.0,
+    frequency_penalty: float = 0.0,
+    presence_penalty: float = 0.0,
+    seed: int | None = None,
     eos: int | Sequence[int] | None = None,
+    logprobs: int | None = None,
     cache: CacheFactory = DenseCache,
     chunk: int = CHUNK,
-) -> Iterator[list[list[int]]]:
-    """Yields the new tokens of every row as they are decoded: one list of at most `chunk` ids per row.
+) -> Iterator[Chunk]:
+    """Yields a `Chunk` of the new tokens of every row as they are decoded; see `generate_tokens`.
 
-    After a row meets an end-of-text id, its lists are empty; the iterator ends when all rows have met one, or after
-    `max_new_tokens`. The first item holds one token per row, so its time is the time to the first token. The other
-    arguments and the errors are those of `generate`; the checks run at the first `next`.
+    The first chunk has one token per row, each other at most `chunk`, which is 1 to 16. The other arguments and the
+    errors are those of `generate`; the checks run at the first `next`.
     """
-    rows = [_checked_row(model, row) for row in prompts]
-    if not rows:
-        raise ValueError("the list of prompts is empty; pass at least one prompt")
-    if max_new_tokens < 0 or not 1 <= chunk <= CHUNK:
-        raise ValueError(
-            f"max_new_tokens is {max_new_tokens} and chunk {chunk}; at least 0 and 1 to {CHUNK} are needed"
-        )
+    rows = checked_rows(model, prompts)
+    max_new_tokens = integer("max_new_tokens", max_new_tokens, 0)
+    chunk = integer("chunk", chunk, 1, CHUNK)
+    if logprobs is not None:
+        logprobs = integer("logprobs", logprobs, 0, ALTERNATIVES)
     longest, context = max(map(len, rows)), model.config.max_position_embeddings
     if longest + max_new_tokens > context:
         raise ValueError(
             f"a prompt of {longest} tokens and {max_new_tokens} new ones exceed the model's context "
             f"of {context}; shorten the prompt or lower max_new_tokens"
         )
-    sampler = Sampler.of(model.config.vocab_size, temperature, top_k, top_p, seed)
-    ends = _eos_ids(model, eos)
+    penalties = Penalties.of(repetition_penalty, frequency_penalty, presence_penalty)
+    scored = logprobs is not None
+    sampler = Sampler.of(model.config.vocab_size, temperature, top_k, top_p, min_p, seed, penalties, scored)
+    ends = end_ids(model, eos)
     if max_new_tokens == 0:
         return
     length = _round_up(longest, PROMPT_BUCKET)
@@ -97,28 +112,38 @@ def generate_tokens(
 
     program, leaves = Program.of(model)
     slots = _round_up(length + max_new_tokens, CACHE_BUCKET)
-    token, done, caches = _prefill(program, slots, traceable(cache), leaves, tokens, start, sampler, ends)
+    state, scores = _prefill(program, slots, traceable(cache), leaves, tokens, start, sampler, ends)
     ended = np.zeros(len(rows), bool)
-    fresh, count = np.asarray(token)[:, None], 1
+    fresh, count = np.asarray(state.token)[:, None], 1
+    scores = jax.tree.map(lambda score: np.asarray(score)[:, None], scores)
     while True:
-        yield _until_eos(fresh, ended, ends)
-        if count == max_new_tokens or ended.all():
+        last = count == max_new_tokens
+        yield Chunk.of(fresh, scores, logprobs, count - fresh.shape[1], ended, ends, last)
+        if last or ended.all():
             return
         steps = min(chunk, max_new_tokens - count)
-        token, done, caches, out = _decode(
-            program,
-            leaves,
-            caches,
-            token,
-            done,
-            start,
-            np.int32(length),
-            np.int32(count),
-            np.int32(steps),
-            sampler,
-            ends,
-        )
-        fresh, count = np.asarray(out)[:, :steps], count + steps
+        sizes = np.int32(length), np.int32(count), np.int32(steps)
+        state, out, scores = _decode(program, leaves, state, start, *sizes, sampler, ends)
+        fresh, scores = jax.tree.map(lambda kept, steps=steps: np.asarray(kept)[:, :steps], (out, scores))
+        count += steps
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class State:
+    """Where the loop is.
+
+    Attributes:
+        token: int32 [B], the last token of each row, which is not in the caches yet.
+        done: bool [B], the rows that have met an end-of-text id, or logits that are no numbers.
+        caches: of the blocks.
+        counts: what penalties need, or None.
+    """
+
+    token: jax.Array
+    done: jax.Array
+    caches: list[Cache]
+    counts: Counts | None
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -131,90 +156,58 @@ def _prefill(
     start: jax.Array,
     sampler: Sampler,
     ends: jax.Array,
-) -> tuple[jax.Array, jax.Array, list[Cache]]:
-    """int32 tokens [B, T] -> the first new token int32 [B], which rows are done bool [B], caches of `slots` slots."""
+) -> tuple[State, Scores | None]:
+    """int32 tokens [B, T] -> the state with the first new token and caches of `slots` slots, and its scores."""
     model = program.model(leaves)
     batch, length = tokens.shape
-    positions = jnp.arange(length, dtype=jnp.int32) - start[:, None]
+    positions = jnp.arange(length, dtype=jnp.int32)[None] - start[:, None]
     caches = model.init_cache(batch, slots, start=start, cache=factory)
     x, caches = model.decode(tokens, caches, positions)
-    token = sampler.sample(model.head(x[:, -1:])[:, 0], 0)
-    return token, jnp.isin(token, ends), caches
+    logits = model.head(x[:, -1:])[:, 0]
+    token, counts, scores = sampler.draw(logits, sampler.counts(tokens, start, logits.shape[-1]), 0)
+    return State(token, jnp.isin(token, ends), caches, counts), scores
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
 def _decode(
     program: Program,
     leaves: list[jax.Array],
-    caches: list[Cache],
-    token: jax.Array,
-    done: jax.Array,
+    state: State,
     start: jax.Array,
     length: jax.Array,
     count: jax.Array,
     steps: jax.Array,
     sampler: Sampler,
     ends: jax.Array,
-) -> tuple[jax.Array, jax.Array, list[Cache], jax.Array]:
+) -> tuple[State, jax.Array, Scores | None]:
     """Decodes at most `steps` more tokens; stops when all rows are done.
 
-    There are `count` new tokens already. The last of them, `token` int32 [B], is not in the caches yet and belongs in
-    slot `length + count - 1`. Returns the last token, done, the caches, and the tokens int32 [B, CHUNK].
+    There are `count` new tokens already, of which the last belongs in slot `length + count - 1`. Returns the state, the
+    tokens int32 [B, CHUNK], and their scores, in which each array has an axis CHUNK after B.
     """
     model = program.model(leaves)
 
-    def step(carry: Any) -> Any:
-        i, token, done, caches, out = carry
+    def drawn(i: jax.Array, state: State) -> tuple[State, Scores | None]:
         positions = (length + count - 1 + i - start)[:, None]
-        x, caches = model.decode(token[:, None], caches, positions)
-        token = sampler.sample(model.head(x)[:, 0], count + i)
-        out = jax.lax.dynamic_update_index_in_dim(out, token, i, axis=1)
-        return i + 1, token, done | jnp.isin(token, ends), caches, out
+        x, caches = model.decode(state.token[:, None], state.caches, positions)
+        token, counts, scores = sampler.draw(model.head(x)[:, 0], state.counts, count + i)
+        return State(token, state.done | jnp.isin(token, ends), caches, counts), scores
+
+    def step(carry: Any) -> Any:
+        i, state, kept = carry
+        state, scores = drawn(i, state)
+        new = state.token, scores
+        kept = jax.tree.map(lambda k, n: jax.lax.dynamic_update_index_in_dim(k, n, i, axis=1), kept, new)
+        return i + 1, state, kept
 
     def more(carry: Any) -> jax.Array:
-        i, _, done, _, _ = carry
-        return (i < steps) & ~done.all()
+        i, state, _ = carry
+        return (i < steps) & ~state.done.all()
 
-    out = jnp.zeros((token.shape[0], CHUNK), jnp.int32)
-    _, token, done, caches, out = jax.lax.while_loop(more, step, (jnp.int32(0), token, done, caches, out))
-    return token, done, caches, out
-
-
-def _checked_row(model: Decoder, row: TokenIds) -> np.ndarray:
-    ids = np.asarray(row)
-    if ids.ndim != 1 or ids.size == 0:
-        raise ValueError(f"a prompt has shape {ids.shape}, and a non-empty list of token ids is needed; add a token")
-    if not np.issubdtype(ids.dtype, np.integer):
-        raise TypeError(f"a prompt holds {ids.dtype}, and integer token ids are needed; encode the text first")
-    if ids.min() < 0 or ids.max() >= model.config.vocab_size:
-        raise ValueError(
-            f"token ids are in {ids.min()}..{ids.max()}, and the vocabulary is "
-            f"0..{model.config.vocab_size - 1}; use the model's own tokenizer"
-        )
-    return ids
-
-
-def _eos_ids(model: Decoder, eos: int | Sequence[int] | None) -> np.ndarray:
-    """The ids that end a row: int32 [EOS_SLOTS or more], padded with -1."""
-    if eos is None:
-        own = set(model.config.eos_token_ids)
-        ids = own | set(model.tokenizer.eos_ids) if model.tokenizer is not None else own
-    else:
-        ids = {eos} if isinstance(eos, int | np.integer) else set(eos)
-    padded = np.full(max(EOS_SLOTS, len(ids)), -1, np.int32)
-    padded[: len(ids)] = sorted(ids)
-    return padded
-
-
-def _until_eos(fresh: np.ndarray, ended: np.ndarray, ends: np.ndarray) -> list[list[int]]:
-    """The rows of fresh [B, n], each up to its end-of-text id; marks in `ended` the rows that have met one."""
-    rows = []
-    for b, row in enumerate(fresh):
-        stops = np.flatnonzero(np.isin(row, ends))
-        kept = 0 if ended[b] else (stops[0] if stops.size else len(row))
-        ended[b] |= stops.size > 0
-        rows.append([int(token) for token in row[:kept]])
-    return rows
+    batch, vocabulary = state.token.shape[0], model.config.vocab_size
+    kept = jnp.zeros((batch, CHUNK), jnp.int32), Scores.empty(batch, CHUNK, vocabulary) if sampler.scored else None
+    _, state, (out, scores) = jax.lax.while_loop(more, step, (jnp.int32(0), state, kept))
+    return state, out, scores
 
 
 def _round_up(n: int, multiple: int) -> int:

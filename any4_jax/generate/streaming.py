@@ -1,47 +1,108 @@
-"""Converts token ids to text, piece by piece."""
+"""The text of a growing continuation, piece by piece, up to the first stop string."""
 
 from collections.abc import Callable, Sequence
 
-# What decoders emit for bytes that are not, or not yet, a complete UTF-8 character.
-REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+from any4_jax.generate.decoding import Decode, IncrementalDecoder
+
+
+class StopStrings:
+    """Ends a text before the first stop string, the one that is complete first.
+
+    Nothing that a stop string may begin with is let through before it is decided; so at most the longest stop string,
+    less one character, is held back.
+
+    Attributes:
+        met: whether a stop string has come.
+    """
+
+    def __init__(self, strings: Sequence[str]) -> None:
+        """See the class; with no strings, all text passes."""
+        self._strings = tuple(strings)
+        self._held = ""
+        self.met = False
+
+    def push(self, text: str) -> str:
+        """Adds text; returns what is certain to come before a stop string."""
+        text = self._held + text
+        found = [(start + len(string), start) for string in self._strings if (start := text.find(string)) >= 0]
+        self.met = bool(found)
+        end = min(found)[1] if found else len(text) - self._possible(text)
+        self._held = "" if found else text[end:]
+        return text[:end]
+
+    def finish(self) -> str:
+        """The text that was held back; no text may follow."""
+        return self._held
+
+    def _possible(self, text: str) -> int:
+        """The length of the longest end of a text with which a stop string begins."""
+        longest = max(map(len, self._strings), default=1) - 1
+        lengths = range(min(longest, len(text)), 0, -1)
+        return next((n for n in lengths if any(string.startswith(text[-n:]) for string in self._strings)), 0)
 
 
 class TextStream:
-    """The text of a growing continuation, emitted as soon as its characters are complete.
+    """The text of a growing continuation, emitted as soon as it is certain.
 
-    Tokens are decoded together with their prompt, because many tokenizers drop the space before the first word of a
-    text: only the context shows that the continuation starts with a space.
+    What is emitted is never taken back, and does not depend on how the tokens are divided into calls. The text of a
+    continuation *is* what its stream emits: `whole` and `generate` give no other.
+
+    Attributes:
+        tokens: the tokens taken, up to the one that completed a stop string.
+        stopped: whether a stop string has come. No more tokens are taken then.
     """
 
     def __init__(
-        self, decode: Callable[[Sequence[int]], str], prompt: Sequence[int], emit: Callable[[str], None]
+        self,
+        decode: Decode,
+        prompt: Sequence[int],
+        emit: Callable[[str], object] = lambda piece: None,
+        stop: Sequence[str] = (),
     ) -> None:
-        self._decode = decode
-        self._prompt = prompt
+        """A stream without any text.
+
+        Args:
+            decode: token ids -> text.
+            prompt: the tokens before the continuation. They are not emitted, but tell whether it begins with a space.
+            emit: called with each piece of text, never an empty one.
+            stop: the text ends before the first of these strings; none may be empty.
+        """
+        self.tokens: list[int] = []
+        self._decoder = IncrementalDecoder(decode, prompt)
         self._emit = emit
-        self._tokens: list[int] = []
-        self._sent = ""
+        self._stop = StopStrings(stop)
+        self._pieces: list[str] = []
 
     @staticmethod
-    def whole(decode: Callable[[Sequence[int]], str], prompt: Sequence[int], tokens: Sequence[int]) -> str:
+    def whole(decode: Decode, prompt: Sequence[int], tokens: Sequence[int]) -> str:
         """The text that `tokens` add to `prompt`."""
-        before, after = decode([*prompt]), decode([*prompt, *tokens])
-        return after[len(before) :] if after.startswith(before) else decode([*tokens])
+        stream = TextStream(decode, prompt)
+        stream.extend(tokens)
+        return stream.finish()
+
+    @property
+    def stopped(self) -> bool:
+        """See the class."""
+        return self._stop.met
 
     def extend(self, tokens: Sequence[int]) -> None:
-        """Adds tokens, and emits the text that is complete."""
-        self._tokens.extend(tokens)
-        text = self.whole(self._decode, self._prompt, self._tokens)
-        # A character may span tokens: its first bytes decode to REPLACEMENT at the end until the rest comes.
-        self._send(text.rstrip(REPLACEMENT))
+        """Adds tokens, and emits the text that has become certain."""
+        piece = ""
+        for token in tokens:
+            if self.stopped:
+                break
+            self.tokens.append(token)
+            piece += self._stop.push(self._decoder.push(token))
+        self._send(piece)
 
     def finish(self) -> str:
-        """Emits the text that was held back, and returns the whole text."""
-        text = self.whole(self._decode, self._prompt, self._tokens)
-        self._send(text)
-        return text
+        """Emits the text that was held back, and returns the whole text. No tokens may follow."""
+        if not self.stopped:
+            piece = self._stop.push(self._decoder.finish())
+            self._send(piece if self.stopped else piece + self._stop.finish())
+        return "".join(self._pieces)
 
-    def _send(self, text: str) -> None:
-        if len(text) > len(self._sent) and text.startswith(self._sent):
-            self._emit(text[len(self._sent) :])
-            self._sent = text
+    def _send(self, piece: str) -> None:
+        if piece:
+            self._pieces.append(piece)
+            self._emit(piece)
