@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from any4_jax.methods import AnyMethod
@@ -28,6 +29,11 @@ class Recipe:
 
     rules: tuple[tuple[str, AnyMethod | None], ...]
     linears: tuple[tuple[str, AnyMethod, tuple[tuple[str, Note], ...]], ...]
+
+    def __repr__(self) -> str:
+        """How many linears each method quantized; the fields themselves are as long as the model has linears."""
+        counts = Counter(method.name for _, method, _ in self.linears)
+        return f"Recipe({', '.join(f'{count} linears: {name}' for name, count in counts.items())})"
 
 
 def matching(paths: Iterable[str], pattern: str, quantized: Collection[str] = ()) -> list[str]:
