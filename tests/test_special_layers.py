@@ -29,6 +29,10 @@ def as_they_are(arrays, dtype=None, **_):
     return arrays
 
 
+def each_as_it_is(*arrays, dtype=None):
+    return arrays
+
+
 def dot(*arguments, **fields):
     return jax.lax.dot_general(*arguments, **fields)
 
@@ -102,7 +106,7 @@ class Twice(linen.Dense):
 LINEN = {
     "a Twice, a subclass of nn.Dense": Twice(K),
     "an nn.Dense with its own dot_general or promote_dtype": linen.Dense(K, dot_general=dot),
-    "an nn.DenseGeneral with its own dot_general or promote_dtype": linen.DenseGeneral(K, promote_dtype=as_they_are),
+    "an nn.DenseGeneral with its own dot_general or promote_dtype": linen.DenseGeneral(K, promote_dtype=each_as_it_is),
     "within an nn.WeightNorm, which rewrites its kernel": linen.WeightNorm(linen.Dense(K)),
     "within an nn.SpectralNorm, which rewrites its kernel": linen.SpectralNorm(linen.Dense(K)),
 }

@@ -71,7 +71,7 @@ class Sampler:
         """
         order = jnp.argsort(scaled, axis=-1, descending=True)
         ranked = jnp.take_along_axis(scaled, order, axis=-1)
-        rank = jnp.arange(scaled.shape[-1])
+        rank = jnp.arange(scaled.shape[-1])[None]
         ranked = jnp.where(rank < self.top_k, ranked, -jnp.inf)
         probability = jax.nn.softmax(ranked, axis=-1)
         before = jnp.cumsum(probability, axis=-1) - probability

@@ -42,7 +42,7 @@ class Rope:
 
     def rotate(self, x: jax.Array, positions: jax.Array) -> jax.Array:
         """Rotate x [B, T, heads, D] by positions int32 [B, T]; computes in float32, returns x's dtype."""
-        angles = positions.astype(jnp.float32)[:, :, None, None] * self.frequencies()
+        angles = positions.astype(jnp.float32)[:, :, None, None] * self.frequencies()[None, None, None]
         # Without a barrier XLA recomputes both for every head, in the fusion that rotates.
         cos, sin = jax.lax.optimization_barrier((jnp.cos(angles), jnp.sin(angles)))
         low, high = jnp.split(x.astype(jnp.float32), 2, axis=-1)
