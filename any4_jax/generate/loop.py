@@ -135,7 +135,7 @@ def _prefill(
     """int32 tokens [B, T] -> the first new token int32 [B], which rows are done bool [B], caches of `slots` slots."""
     model = program.model(leaves)
     batch, length = tokens.shape
-    positions = jnp.arange(length, dtype=jnp.int32) - start[:, None]
+    positions = jnp.arange(length, dtype=jnp.int32)[None] - start[:, None]
     caches = model.init_cache(batch, slots, start=start, cache=factory)
     x, caches = model.decode(tokens, caches, positions)
     token = sampler.sample(model.head(x[:, -1:])[:, 0], 0)
