@@ -111,8 +111,8 @@ def dense_paths(hf: Any) -> dict[str, bool]:
 def layers_by_name(hf: Any) -> tuple[dict[str, bool], dict[str, str]]:
     """`dense_paths`, and by the same names the layers that can't take an operator, with the reasons in words."""
     layers = layers_of(lambda: hf.init_weights(hf.key, hf.input_shape))
-    plain, special = ({".".join(path): said for path, said in each.items()} for each in layers)
-    return plain, special
+    plain = {".".join(path): turned for path, turned in layers.plain.items()}
+    return plain, {".".join(path): reason for path, reason in layers.special.items()}
 
 
 class _Quantizable:

@@ -51,7 +51,8 @@ def pair_matrices(model: Pair, inputs: Any = None) -> dict[str, Matrix]:
 
     whole = variables if "params" in variables else {"params": variables}
     layers = layers_of(lambda: jax.eval_shape(run, meta.unbox(whole), arguments, named))
-    plain, special = ({layer_path(path): said for path, said in each.items()} for each in layers)
+    plain = {layer_path(path): turned for path, turned in layers.plain.items()}
+    special = {layer_path(path): reason for path, reason in layers.special.items()}
     return _marked(_kernels(params_of(variables), plain | dict.fromkeys(special, True)), special | rewritten)
 
 

@@ -60,7 +60,7 @@ def around(layer: Any, weight: Any) -> Any:
       ValueError: no quantized layer computes what the layer does.
     """
     if isinstance(layer, Quantized):
-        new = copy_module(layer)
+        new: Any = copy_module(layer)
         new.weight = weight
         return new
     special = why_not_plain(layer)

@@ -49,7 +49,8 @@ class Operator:
 
     def __repr__(self) -> str:
         """One line: the shapes and dtypes of arrays, the values of static fields, and no value of any array."""
-        fields = dataclasses.fields(self)  # type: ignore[arg-type] (`operator` makes a dataclass of each)
+        made: Any = self  # `operator` makes a dataclass of each class
+        fields = dataclasses.fields(made)
         return f"{type(self).__name__}({', '.join(f'{f.name}={_in_short(getattr(self, f.name))}' for f in fields)})"
 
 
