@@ -100,5 +100,5 @@ def _unpack_plane(plane: jax.Array, width: int) -> jax.Array:
     if width == 8:
         return plane
     shifts = jnp.arange(0, 8, width, dtype=jnp.uint8)
-    values = (plane[..., None] >> shifts) & jnp.uint8(2**width - 1)
+    values = (plane[..., None] >> shifts.reshape((1,) * plane.ndim + shifts.shape)) & jnp.uint8(2**width - 1)
     return values.reshape(*plane.shape[:-1], plane.shape[-1] * (8 // width))

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 
 from any4_jax.surgery import map_operators, quantized_leaves
@@ -88,9 +89,12 @@ def add_lora(
       A new model of the same kind, over the same quantized arrays.
 
     Raises:
+      TypeError: rank is no int.
       ValueError: rank is below 1, alpha is not positive and finite, the model has no quantized linear, the pattern
         matches none, or a linear already has a low-rank update.
     """
+    if isinstance(rank, bool) or not isinstance(rank, int | np.integer):
+        raise TypeError(f"got rank={rank!r}, a low-rank update needs a whole number; pass an int")
     if rank < 1:
         raise ValueError(f"got rank={rank}, a low-rank update needs at least 1; pass a larger rank")
     alpha = float(rank) if alpha is None else float(alpha)

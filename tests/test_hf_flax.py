@@ -278,3 +278,13 @@ def test_low_rank_updates_over_quantized_weights_are_trained_alone(rng: np.rando
     found = jax.tree.leaves(slope(trained))
     # a and b of seven layers; a's are zero while b is.
     assert len(found) == 14 and sum(bool(np.any(leaf)) for leaf in found) == 7
+
+
+def test_a_model_that_generates_nothing_is_saved_and_loaded(tmp_path: Path, rng: np.random.Generator) -> None:
+    hf = random_model("FlaxBertForMaskedLM", FAMILIES["FlaxBertForMaskedLM"][0], rng)
+    hf.generation_config = None
+    small = a4.quantize_model(hf, INT4)
+    a4.save(tmp_path / "saved", small)
+    back = a4.load(tmp_path / "saved", into=hf)
+    for ours, theirs in zip(jax.tree.leaves(back.params), jax.tree.leaves(small.params), strict=True):
+        np.testing.assert_array_equal(ours, theirs)

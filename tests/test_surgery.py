@@ -178,6 +178,30 @@ def test_explain_is_for_where_the_weights_are(model, monkeypatch: pytest.MonkeyP
     assert explain(on_cpu).startswith("platform cpu, ") and "not on cuda" not in explain(on_cpu)
 
 
+@pytest.mark.parametrize(
+    "rules,message",
+    [
+        ({"lm_head": NF}, "got rules of type dict, need pairs of a regex and a method or None"),
+        ("lm_head", "got rules of type str, need pairs"),
+        (["lm_head"], "got the rule 'lm_head', need pairs"),
+        ([("lm_head", NF, None)], "got the rule .*, need pairs"),
+        ([("lm_head", "nf4")], "whose second part is no method, need pairs"),
+        ([(3, NF)], "got 3 as a regular expression of paths, need a str"),
+    ],
+)
+def test_rules_that_are_no_pairs_are_refused(rules, message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        resolve(PATHS, NF, rules)
+
+
+@pytest.mark.parametrize("rows", [0, -1, 1.5, True])
+def test_explain_needs_rows_and_layers(model, rows) -> None:
+    with pytest.raises(ValueError, match=f"got rows={rows}, need the number of rows"):
+        explain(model, rows=rows)
+    with pytest.raises(ValueError, match="got a NoneType without dense layers, need a model"):
+        explain(None)
+
+
 def test_explain_refuses_what_is_no_platform(model) -> None:
     with pytest.raises(ValueError, match="got platform='gpu', need one of 'cpu', 'cuda', 'rocm', 'tpu'"):
         explain(model, platform="gpu")

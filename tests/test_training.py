@@ -195,6 +195,12 @@ def test_add_lora_refuses(model, arguments: dict, message: str) -> None:
         add_lora(model(), **arguments)
 
 
+@pytest.mark.parametrize("rank,error", [(-1, ValueError), (1.5, TypeError), (True, TypeError), ("2", TypeError)])
+def test_a_rank_is_a_whole_number_of_at_least_one(rank, error: type) -> None:
+    with pytest.raises(error, match=f"got rank={rank!r}, a low-rank update needs"):
+        add_lora(tree(), rank)
+
+
 @pytest.mark.parametrize("wrt", [nnx.LoRAParam, Tables])
 def test_twenty_steps_in_nnx(wrt: type) -> None:
     model = add_lora(nnx_model(), R)

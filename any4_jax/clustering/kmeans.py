@@ -128,4 +128,5 @@ def kmeans_1d(
         chunk_rows=chunk_rows or default_chunk(*rows.shape),
     )
     numbers = inits.numbers(start, padded_length(rows.shape[1]), k, seed) if lloyd else None
-    return KMeans(*solve(rows, sample_weight, np.float32(tol), numbers, options=options, backend=backend))
+    with jax.numpy_rank_promotion("allow"):  # the caller's setting is about the caller's code, not the solvers'
+        return KMeans(*solve(rows, sample_weight, np.float32(tol), numbers, options=options, backend=backend))

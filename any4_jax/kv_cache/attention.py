@@ -165,7 +165,7 @@ def _running_softmax(
         keys, values = read(first)
         here = first + jnp.arange(block, dtype=jnp.int32)
         # The last block may overlap the one before it.
-        seen = _seen(here, positions, start, settings) & (here >= index * block)
+        seen = _seen(here, positions, start, settings) & (here >= index * block)[None, None]
         scores = _scores(rows, keys, seen, settings).reshape(*rows.shape[:2], block)
         highest = jnp.maximum(running.highest, scores.max(axis=-1))
         weights, fade = jnp.exp(scores - highest[..., None]), jnp.exp(running.highest - highest)
@@ -207,7 +207,7 @@ def _heads(rows: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
 def _seen(slots: jax.Array, positions: jax.Array, start: jax.Array, settings: AttentionSettings) -> jax.Array:
     """Which of the slots, int32 [S], each query sees: bool [B, T, S]."""
-    own = (positions + start[:, None])[:, :, None]
+    own, slots = (positions + start[:, None])[:, :, None], slots[None, None]
     seen = (slots >= start[:, None, None]) & (slots <= own)
     return seen if settings.window is None else seen & (slots > own - settings.window)
 

@@ -26,14 +26,16 @@ from any4_jax.weights import is_operator
 @functools.partial(jax.jit, static_argnames=("method", "transposed"))
 def _apply(w, gathered, method: Method, transposed: bool):
     w = (w.T if transposed else w).astype(jnp.float32)
-    result = method.apply(w, gathered)
+    with jax.numpy_rank_promotion("allow"):  # the caller's setting is about the caller's code, not the methods'
+        result = method.apply(w, gathered)
     check_result(method, result, w.shape)
     return result, checks(w, gathered, result.operator)
 
 
 @functools.partial(jax.jit, static_argnames="method")
 def _apply_site(site, gathered, method: SiteMethod):
-    result = method.apply(site, gathered)
+    with jax.numpy_rank_promotion("allow"):
+        result = method.apply(site, gathered)
     check_type(method, result, SiteResult)
     if set(result.results) != set(site.weights):
         raise ValueError(
@@ -110,7 +112,8 @@ def apply_block(block: Block, method: BlockMethod, path: str) -> BlockResult:
       TypeError: the method returns no BlockResult.
       ValueError: the new contents have other names or shapes, or NaN or infinite values that were finite.
     """
-    result = method.apply(block)
+    with jax.numpy_rank_promotion("allow"):
+        result = method.apply(block)
     check_type(method, result, BlockResult)
     if set(result.contents) != set(block.contents):
         names = sorted(set(result.contents) ^ set(block.contents))

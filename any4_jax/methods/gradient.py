@@ -82,7 +82,9 @@ def train_tables(
 
     def step(_, state):
         tables, moments, best, least = state
-        updates, moments = optimizer.update(jax.grad(loss)(tables), moments)
+        slope = jax.grad(loss)(tables)
+        with jax.numpy_dtype_promotion("standard"):  # optax's schedule divides an integer
+            updates, moments = optimizer.update(slope, moments)
         tables = jnp.sort(jnp.clip(tables + jnp.where(movable, updates, 0.0), lowest, highest), axis=1)
         error = by_row(stored(tables))
         better = error < least

@@ -28,11 +28,13 @@ class Matrix:
         experts.
       transposed: see `array`.
       by_name: whether it is quantized only if a caller's rule names it: an embedding.
+      special: why an operator can't take its place in the model, in words; None if one can.
     """
 
     array: jax.Array
     transposed: bool
     by_name: bool = False
+    special: str | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -19,22 +19,48 @@ from flax import nnx
 
 from any4_jax.models.base import Site
 from any4_jax.models.norms import RMSNorm
+from any4_jax.nn.plain import why_not_plain
 
 Rescale = Callable[[jax.Array], jax.Array]
 """An array [..., C] times a factor [C], or divided by it."""
 
 
-@functools.singledispatch
-def scale_outputs(layer: Any, rescale: Rescale) -> None:
-    """Rescales the outputs of a layer by rescaling its arrays, in place.
+class ScaleOutputs:
+    """Rescales the outputs of a layer by rescaling its arrays, in place: `scale_outputs(layer, rescale)`.
 
-    `@scale_outputs.register` adds the class of a layer that can be scaled. `scale_channels` doesn't change a layer of
-    any other class, and returns the factor as the leftover.
-
-    Raises:
-        TypeError: no function is registered for the layer's class.
+    `@scale_outputs.register(cls)` adds the class of a layer that can be scaled. A subclass has to be added itself, for
+    it may compute something else. `scale_channels` doesn't change a layer of any other class, and returns the factor as
+    the leftover.
     """
-    raise TypeError(f"got layer {type(layer).__name__}, which has no scale_outputs; register a function for it")
+
+    def __init__(self) -> None:
+        self._functions: dict[type, Callable[[Any, Rescale], None]] = {}
+
+    def register(self, cls: type) -> Callable[[Callable[[Any, Rescale], None]], Callable[[Any, Rescale], None]]:
+        """Decorator: the function scales layers of the class `cls`, and not those of its subclasses."""
+
+        def add(function: Callable[[Any, Rescale], None]) -> Callable[[Any, Rescale], None]:
+            self._functions[cls] = function
+            return function
+
+        return add
+
+    def takes(self, layer: Any) -> bool:
+        """Whether a function is registered for the layer's own class, and the layer computes what its class says."""
+        return type(layer) in self._functions and (type(layer) is not nnx.Linear or why_not_plain(layer) is None)
+
+    def __call__(self, layer: Any, rescale: Rescale) -> None:
+        """Rescales the outputs of `layer`.
+
+        Raises:
+            TypeError: no function is registered for the layer's own class.
+        """
+        if not self.takes(layer):
+            raise TypeError(f"got layer {type(layer).__name__}, which has no scale_outputs; register a function for it")
+        self._functions[type(layer)](layer, rescale)
+
+
+scale_outputs = ScaleOutputs()
 
 
 @scale_outputs.register(RMSNorm)
@@ -58,15 +84,16 @@ def _(layer: nnx.Linear, rescale: Rescale) -> None:
 def is_foldable(block: nnx.Module, site: Site) -> bool:
     """Whether a factor on the input of a site can be moved into the layer before it.
 
-    It can't if there is no such layer, if the layer is quantized, if no `scale_outputs` is registered for its class, or
-    if it is a norm of flax without a scale.
+    It can't if there is no such layer, if the layer is quantized, if no `scale_outputs` is registered for its own class
+    (that of a base class doesn't count), if it is an nnx.Linear with functions of the caller's, or if it is a norm of
+    flax without a scale.
     """
     if site.after is None:
         return False
     layer = module_at(block, site.after)
     if getattr(layer, "use_scale", True) is False:
         return False
-    return scale_outputs.dispatch(type(layer)) is not scale_outputs.dispatch(object)
+    return scale_outputs.takes(layer)
 
 
 def scale_channels(
@@ -109,11 +136,14 @@ def fold(
     by the part of the factor that was folded, not by the leftover.
 
     Raises:
-        ValueError: the factor doesn't have shape [K], or a linear of the site is quantized.
+        ValueError: the factor doesn't have shape [K], or a linear of the site is quantized or no plain nnx.Linear.
     """
     for path in site.linears:
-        if not isinstance(linear := module_at(block, path), nnx.Linear):
+        linear = module_at(block, path)
+        if not isinstance(linear, nnx.Linear):
             raise ValueError(f"{path} is not an nnx.Linear but {type(linear).__name__}; fold before quantizing")
+        if (special := why_not_plain(linear)) is not None:
+            raise ValueError(f"{path} is {special}, and fold divides the kernel of a plain nnx.Linear; make it one")
     factor = _checked(block, site, factor)
     new, leftover = scale_channels(block, site, factor, inverse=inverse)
     if new is block:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.typing import DTypeLike
 
-from any4_jax.nn.swapping import dense_layers, intercepted, quantized_dense
+from any4_jax.nn.swapping import intercepted, layers_of, quantized_dense
 from any4_jax.weights import is_operator
 
 
@@ -105,8 +105,14 @@ def dense_paths(hf: Any) -> dict[str, bool]:
     The value is True if the kernel in `hf.params` is [K, N], as in flax.linen.Dense, and False if it is [N, K], as in
     GPT-2's layers. The layers are found by tracing the model's initialisation, which creates no weights.
     """
-    layers = dense_layers(lambda: hf.init_weights(hf.key, hf.input_shape))
-    return {".".join(path): turned for path, turned in layers.items()}
+    return layers_by_name(hf)[0]
+
+
+def layers_by_name(hf: Any) -> tuple[dict[str, bool], dict[str, str]]:
+    """`dense_paths`, and by the same names the layers that can't take an operator, with the reasons in words."""
+    layers = layers_of(lambda: hf.init_weights(hf.key, hf.input_shape))
+    plain = {".".join(path): turned for path, turned in layers.plain.items()}
+    return plain, {".".join(path): reason for path, reason in layers.special.items()}
 
 
 class _Quantizable:

@@ -10,11 +10,15 @@ from any4_jax.models import flax_llama, hf_flax
 
 
 def identity(hf: Any) -> dict[str, Any]:
-    """JSON that holds the model's config, dtype of activations, class and generation config, and whether it is a
-    repaired model of `load_hf_flax`."""
-    generation = json.loads(hf.generation_config.to_json_string(use_diff=False))
-    # This key lets transformers derive the generation config from the config again, which would lose what was saved.
-    generation.pop("_from_model_config", None)
+    """JSON that holds the model's config, dtype of activations, class and generation config (null if it has none), and
+    whether it is a repaired model of `load_hf_flax`."""
+    generation = None
+    # Models that don't generate, such as encoders, have none.
+    if getattr(hf, "generation_config", None) is not None:
+        generation = json.loads(hf.generation_config.to_json_string(use_diff=False))
+        # This key lets transformers derive the generation config from the config again, which would lose what was
+        # saved.
+        generation.pop("_from_model_config", None)
     return {
         "config": json.loads(hf.config.to_json_string(use_diff=False)),
         "dtype": jnp.dtype(hf.dtype).name,
@@ -45,7 +49,8 @@ def model_for(known: Mapping[str, Any], into: Any) -> Any:
     repaired = known["model"]["repaired"]
     if into is None and repaired:
         into = flax_llama.abstract_flax_llama(known["config"], known["dtype"])
-        into.generation_config = type(into.generation_config).from_dict(known["model"]["generation"])
+        if known["model"]["generation"] is not None:
+            into.generation_config = type(into.generation_config).from_dict(known["model"]["generation"])
         into.tokenizer = None
     elif repaired and hf_flax.is_hf_flax(into) and not flax_llama.is_repaired(into):
         raise ValueError(

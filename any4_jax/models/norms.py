@@ -17,9 +17,7 @@ class RMSNorm(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """x [..., size] -> the same shape and dtype."""
-        wide = x.astype(jnp.float32)
-        wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
-        return wide.astype(x.dtype) * self.scale[...].astype(x.dtype)
+        return _normalized(x, self.eps).astype(x.dtype) * _like(self.scale[...], x).astype(x.dtype)
 
 
 class OffsetRMSNorm(nnx.Module):
@@ -32,6 +30,15 @@ class OffsetRMSNorm(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """x [..., size] -> the same shape and dtype."""
-        wide = x.astype(jnp.float32)
-        wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
-        return (wide * (1 + self.scale[...].astype(jnp.float32))).astype(x.dtype)
+        scale = 1 + _like(self.scale[...], x).astype(jnp.float32)
+        return (_normalized(x, self.eps) * scale).astype(x.dtype)
+
+
+def _normalized(x: jax.Array, eps: float) -> jax.Array:
+    wide = x.astype(jnp.float32)
+    return wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
+
+
+def _like(scale: jax.Array, x: jax.Array) -> jax.Array:
+    """A scale [size] with the rank of x, which jax may be set to ask for."""
+    return scale.reshape((1,) * (x.ndim - 1) + (-1,))

@@ -142,5 +142,9 @@ def dense(x: jax.Array, kernel: Any, bias: jax.Array | None, dtype: DTypeLike | 
     It is computed in `dtype`; None means the dtype to which x and bias promote.
     """
     x, bias = promote_dtype(x, bias, dtype=dtype)
-    y = matmul(x, kernel)
-    return y if bias is None else y + bias
+    return with_bias(matmul(x, kernel), bias)
+
+
+def with_bias(y: jax.Array, bias: jax.Array | None) -> jax.Array:
+    """y [..., N] plus the bias [N], if there is one."""
+    return y if bias is None else y + bias.reshape((1,) * (y.ndim - 1) + bias.shape)

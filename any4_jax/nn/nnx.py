@@ -11,7 +11,7 @@ from jax.nn import initializers
 from jax.typing import DTypeLike
 
 from any4_jax.methods import Any4, Method, quantize
-from any4_jax.nn.linen import dense, with_group_size
+from any4_jax.nn.linen import dense, with_bias, with_group_size
 from any4_jax.nn.operator_variables import Codes, Quantized, Tables, blank
 from any4_jax.product import lookup, matmul_each
 
@@ -152,7 +152,7 @@ def call_each(linears: Sequence[Any], x: jax.Array) -> list[jax.Array]:
     if len({inputs.dtype for inputs, _ in promoted}) > 1:
         return [linear(x) for linear in linears]
     ys = matmul_each(promoted[0][0], [linear.weight for linear in linears])
-    return [y if bias is None else y + bias for y, (_, bias) in zip(ys, promoted, strict=True)]
+    return [with_bias(y, bias) for y, (_, bias) in zip(ys, promoted, strict=True)]
 
 
 class Any4Embed(Quantized):

@@ -1,15 +1,16 @@
 """The arrays of an operator as NNX variables, one for each, and the modules that hold them."""
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from flax.nnx import reprlib
 
 from any4_jax.nn.axes import array_axes
-from any4_jax.weights import Place, places
+from any4_jax.weights import Place, is_operator, leaf_of, parts, places
 
 
 class Tables(nnx.Variable):
@@ -45,6 +46,24 @@ class Quantized(nnx.Module):
             self._arrange(value, place=False)
         else:
             super().__setattr__(name, value)
+
+    def __nnx_repr__(self) -> Iterator[reprlib.Object]:
+        # One line. NNX would print the values of the arrays.
+        yield reprlib.Object(f"{type(self).__name__}({self._in_short()})", start="", end="")
+
+    def _in_short(self) -> str:
+        """The sizes, the operator and the size of a weight, in words."""
+        weight = self.weight
+        said = [" x ".join(map(str, weight.shape))]
+        if not is_operator(weight):
+            return ", ".join([*said, str(weight.dtype)])
+        leaf = next(filter(None, map(leaf_of, parts(weight))), None)
+        if leaf is not weight:
+            said.append(type(weight).__name__)
+        if leaf is not None:
+            tables = "a table a row" if leaf.lut.shape[-2] > 1 else "one table"
+            said += [f"{leaf.bits}-bit codes", tables, f"group_size={leaf.group_size}"]
+        return ", ".join([*said, f"{weight.bits_per_weight:.4g} bits a weight"])
 
     @property
     def weight(self) -> Any:

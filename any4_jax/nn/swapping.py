@@ -8,7 +8,7 @@ import dataclasses
 import threading
 from collections.abc import Callable
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from flax import linen as nn
@@ -49,6 +49,37 @@ def quantized_dense(next_fun: Callable[..., Any], args: Any, kwargs: Any, contex
     return call_dense(module, _input(args, kwargs), meta.unbox(kernel), nn.initializers.zeros_init())
 
 
+class Layers(NamedTuple):
+    """The dense layers of a model, by path: the nested keys of the layer in "params".
+
+    Attributes:
+      plain: those that can take an operator, and whether their float kernel is [K, N]; FlaxConv1D has [N, K].
+      special: those that can't because they compute something else than nn.Dense, and why, in words.
+    """
+
+    plain: dict[Path, bool]
+    special: dict[Path, str]
+
+
+def _why_special(module: Any) -> str | None:
+    """Why a layer of one input and one output axis can't take an operator although it is an nn.Dense or DenseGeneral
+    or derives from one, in words; None for all other modules."""
+    if not isinstance(module, nn.Dense | nn.DenseGeneral) or _kernel_is_kn(module) is not None:
+        return None
+    if isinstance(module, nn.DenseGeneral) and not _is_one_to_one(module):
+        return None
+    base = "nn.Dense" if isinstance(module, nn.Dense) else "nn.DenseGeneral"
+    if type(module) not in (nn.Dense, nn.DenseGeneral):
+        return f"a {type(module).__name__}, a subclass of {base}"
+    return f"an {base} with its own dot_general or promote_dtype"
+
+
+def _is_one_to_one(module: Any) -> bool:
+    """Whether an nn.DenseGeneral maps the last axis to one axis, without batch axes."""
+    one = isinstance(module.features, int) or len(module.features) == 1
+    return one and module.axis in (-1, (-1,), [-1]) and not module.batch_dims
+
+
 def _kernel_is_kn(module: Any) -> bool | None:
     """True where a dense layer's float kernel is [K, N], False where it is [N, K], None where it is no dense layer.
 
@@ -59,8 +90,7 @@ def _kernel_is_kn(module: Any) -> bool | None:
     if cls.__name__ == "FlaxConv1D":
         return False
     if cls.__call__ is nn.DenseGeneral.__call__:
-        one_to_one = isinstance(module.features, int) or len(module.features) == 1
-        if not one_to_one or module.axis not in (-1, (-1,), [-1]) or module.batch_dims:
+        if not _is_one_to_one(module):
             return None
     elif cls.__call__ is not nn.Dense.__call__:
         return None
@@ -147,29 +177,41 @@ def tapping(tap: Callable[[Path, jax.Array], None]) -> Interceptor:
     The path is that of the layer's parameters; x [..., K] is the layer's input before any cast, a tracer under jit
     and the lifted transforms. Put it around `quantized_dense`, not inside: that one calls no interceptor below itself.
     """
-    return _visiting(lambda module, x: tap(module.path, x))
+    return _visiting(lambda module: _kernel_is_kn(module) is not None, lambda module, x: tap(module.path, x))
 
 
-def dense_layers(trace: Callable[[], Any]) -> dict[Path, bool]:
+def layers_of(trace: Callable[[], Any]) -> Layers:
     """The dense layers that run in `trace()`, which is traced and not computed.
 
-    Returns:
-      By path (the nested keys of the layer in "params"), whether its float kernel is [K, N]; FlaxConv1D has [N, K].
-      A layer that is applied to its caller's parameters, such as a tied head, owns none and isn't listed. As with
-      `tapping`, layers inside a function that jit has traced before are not seen.
+    A layer that is applied to its caller's parameters, such as a tied head, owns none and isn't listed. As with
+    `tapping`, layers inside a function that jit has traced before are not seen.
     """
-    found: dict[Path, bool] = {}
+    found = Layers({}, {})
 
     def record(module: nn.Module, x: jax.Array) -> None:
-        found[module.path] = bool(_kernel_is_kn(module))
+        special = _why_special(module)
+        if special is None:
+            found.plain[module.path] = bool(_kernel_is_kn(module))
+        else:
+            found.special[module.path] = special
 
-    with nn.intercept_methods(_visiting(record)):
+    with nn.intercept_methods(_visiting(_is_layer, record)):
         jax.eval_shape(lambda: trace())  # a new function: jax would take the result for a known one from its cache
     return found
 
 
-def _visiting(visit: Callable[[nn.Module, jax.Array], None]) -> Interceptor:
-    """Calls visit(module, x) for the dense layers that own a "kernel" in the tree of the outermost module."""
+def dense_layers(trace: Callable[[], Any]) -> dict[Path, bool]:
+    """The plain layers of `layers_of`."""
+    return layers_of(trace).plain
+
+
+def _is_layer(module: Any) -> bool:
+    return _kernel_is_kn(module) is not None or _why_special(module) is not None
+
+
+def _visiting(takes: Callable[[Any], bool], visit: Callable[[nn.Module, jax.Array], None]) -> Interceptor:
+    """Calls visit(module, x) for the modules that takes(module) and that own a "kernel" in the tree of the outermost
+    module."""
     calls = threading.local()
 
     def interceptor(next_fun, args, kwargs, context):
@@ -181,8 +223,7 @@ def _visiting(visit: Callable[[nn.Module, jax.Array], None]) -> Interceptor:
             own = stack[-1][1]
         finally:
             stack.pop()
-        is_dense = context.method_name == "__call__" and _kernel_is_kn(module) is not None
-        if own and is_dense and module.has_variable("params", "kernel"):
+        if own and context.method_name == "__call__" and takes(module) and module.has_variable("params", "kernel"):
             visit(module, _input(args, kwargs))
         return y
 

@@ -13,7 +13,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from any4_jax.choice import Choice, lowered_by_platform, platform_of
 from any4_jax.partition import combine, partition
@@ -138,12 +137,11 @@ def _differentiable(kernel: Backend) -> Callable[..., jax.Array]:
     return functools.partial(coded_product, backend=kernel.name)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
 def coded_product(x: jax.Array, w: QuantizedTensor | Slice, backend: str) -> jax.Array:
     """The product [M, N] of x [M, K] and a weight [N, K] on one backend.
 
-    The custom derivative makes every kernel differentiable. It decodes the dense matrix again in the backward pass
-    instead of keeping it.
+    The custom derivative makes every kernel differentiable, forward, in reverse and more than once.
     """
     kernel = BACKENDS.named(backend)
     return kernel.run(x, operand(kernel, w))
@@ -154,22 +152,30 @@ def operand(kernel: Backend, w: QuantizedTensor | Slice) -> QuantizedTensor | Sl
     return w.matrix() if isinstance(w, Slice) and not kernel.takes_slices else w
 
 
-def _forward(x, w, backend):
-    return coded_product(x, w, backend), (x, w)
+@coded_product.defjvp
+def _(backend, primals, tangents):
+    return coded_product(*primals, backend), product_tangent(*primals, *tangents)
 
 
-def gradients(backend, saved, dy):
-    """The cotangents of x [M, K] and of the weight [N, K] in `saved`, for the cotangent dy [M, N]."""
-    x, w = saved
+@jax.checkpoint
+def product_tangent(x: jax.Array, w: QuantizedTensor | Slice, dx: jax.Array, dw: Any) -> jax.Array:
+    """The tangent [M, N] of a product, for the tangents of x [M, K] and of the weight [N, K].
+
+    It is computed from the dense matrix. Under a checkpoint, a backward pass decodes that again instead of keeping it.
+    """
     tables, codes = partition(w)
-    dense, pull = jax.vjp(lambda t: dequantize(combine(t, codes)), tables)
-    dx = dense_product(dy, dense.T.astype(dy.dtype))
-    (d_tables,) = pull(dense_product(dy.T.astype(jnp.float32), x.T.astype(jnp.float32)))
-    d_codes = jax.tree.map(lambda c: np.zeros(c.shape, jax.dtypes.float0), codes)
-    return dx.astype(x.dtype), combine(d_tables, d_codes)
+    d_tables = jax.tree.map(lambda table, tangent: None if table is None else tangent, tables, dw, is_leaf=_is_none)
+    dense, d_dense = jax.jvp(lambda t: dequantize(combine(t, codes)), (tables,), (d_tables,))
+    # In x's dtype throughout: its transpose multiplies in that dtype too, where accelerators are fast.
+    first = jax.lax.dot_general(dx, dense.astype(x.dtype), _BY_K, precision=jax.lax.Precision.HIGHEST)
+    return first + dense_product(x.astype(jnp.float32), d_dense).astype(x.dtype)
 
 
-coded_product.defvjp(_forward, gradients)
+_BY_K = (((1,), (1,)), ((), ()))
+
+
+def _is_none(node: Any) -> bool:
+    return node is None
 
 
 @product.register(QuantizedTensor)

@@ -69,8 +69,10 @@ def integer_product(x: jax.Array, w: QuantizeInput) -> jax.Array:
     sum_c = c8.sum(axis=2, dtype=jnp.int32).T[:, None, :]
     sizes = jnp.asarray(np.minimum(group, k - group * np.arange(q8.shape[1])), jnp.float32)[:, None, None]
     table = leaf.lut.astype(jnp.float32)
-    middle, step = table[:, 128], table[:, 1] - table[:, 0]
+    middle, step = table[None, None, :, 128], (table[:, 1] - table[:, 0])[None, None]
     s = scaling.scale_values(leaf.scales).T[:, None, :]
     shift = s * middle + (0.0 if leaf.offsets is None else leaf.offsets.astype(jnp.float32).T[:, None, :])
+    z = z[None]
+    qc, sum_q, sum_c = (whole.astype(jnp.float32) for whole in (qc, sum_q, sum_c))
     by_group = s * step * (qc - z * sum_c) + shift * (sum_q - z * sizes)
     return (a * by_group.sum(axis=0)).astype(x.dtype)

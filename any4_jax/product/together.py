@@ -57,21 +57,14 @@ def _separately(x: jax.Array, ws: Sequence[Any], backends: tuple[str, ...]) -> t
     return tuple(plan.coded_product(x, w, backend) for w, backend in zip(ws, backends, strict=True))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
 def _together(x: jax.Array, ws: tuple[Any, ...], backend: str) -> tuple[jax.Array, ...]:
     kernel = plan.BACKENDS.named(backend)
     assert kernel.run_together is not None
-    return kernel.run_together(x, [plan.operand(kernel, w) for w in ws])
+    return tuple(kernel.run_together(x, [plan.operand(kernel, w) for w in ws]))
 
 
-def _forward(x, ws, backend):
-    return _together(x, ws, backend), (x, ws)
-
-
-def _backward(backend, saved, dys):
-    x, ws = saved
-    dxs, dws = zip(*(plan.gradients(backend, (x, w), dy) for w, dy in zip(ws, dys, strict=True)), strict=True)
-    return sum(dxs[1:], dxs[0]), tuple(dws)
-
-
-_together.defvjp(_forward, _backward)
+@_together.defjvp
+def _(backend, primals, tangents):
+    (x, ws), (dx, dws) = primals, tangents
+    return _together(x, ws, backend), tuple(plan.product_tangent(x, w, dx, dw) for w, dw in zip(ws, dws, strict=True))

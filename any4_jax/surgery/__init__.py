@@ -4,7 +4,7 @@ from any4_jax.surgery.containers import Container, container_of, recipe_of
 from any4_jax.surgery.explain import explain
 from any4_jax.surgery.model import map_operators, quantized_leaves
 from any4_jax.surgery.nnx_modules import around, copy_module, holders, linears, matrix_of, replace_module
-from any4_jax.surgery.rules import DEFAULT_RULES, Recipe, Rules, resolve
+from any4_jax.surgery.rules import DEFAULT_RULES, Recipe, Rules, refuse_special, resolve
 
 __all__ = [
     "DEFAULT_RULES",
@@ -21,6 +21,7 @@ __all__ = [
     "matrix_of",
     "quantized_leaves",
     "recipe_of",
+    "refuse_special",
     "replace_module",
     "resolve",
 ]

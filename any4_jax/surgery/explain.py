@@ -28,12 +28,20 @@ def explain(x: Any, w: Any = None, platform: str | None = None, *, rows: int = 1
       Text to print.
 
     Raises:
-      ValueError, TypeError: as `matmul` does, or `platform` is none of these.
+      ValueError, TypeError: as `matmul` does, or `platform` is none of these, `rows` is no count, or there is no dense
+        layer in the model.
     """
     if w is not None:
         return product.explain(x, w, platform)
+    if isinstance(rows, bool) or not isinstance(rows, int) or rows < 1:
+        raise ValueError(f"got rows={rows!r}, need the number of rows of an input, at least 1; pass one")
     container, dtype = container_of(x), _dtype(x)
-    operators = container.operators(x)
+    operators, matrices = container.operators(x), container.matrices(x, None)
+    if not operators and not matrices:
+        raise ValueError(
+            f"got a {type(x).__name__} without dense layers, need a model that quantize_model takes; pass one, or an "
+            "input with an operator"
+        )
     # Once for the whole model: the first matrix of a stack is only a shape below, and tells of no device.
     where = explained_platform(platform, operators)
     groups: dict[str, dict[str, int]] = {}
@@ -48,7 +56,7 @@ def explain(x: Any, w: Any = None, platform: str | None = None, *, rows: int = 1
         # A stack runs one matrix at a time.
         one = operator if len(shape) == 2 else jax.eval_shape(_first(len(shape) - 2), operator)
         tell(path, shape, explain_on(where, jax.ShapeDtypeStruct((rows, shape[-1]), dtype), one))
-    for path, matrix in container.matrices(x, None).items():
+    for path, matrix in matrices.items():
         if matrix.by_name:
             continue
         tell(path, matrix.shape, DENSE)

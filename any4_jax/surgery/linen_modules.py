@@ -16,7 +16,7 @@ from flax.core import meta
 from any4_jax.methods.matrices import Matrix
 from any4_jax.models import hf_flax
 from any4_jax.nn.linen import boxed
-from any4_jax.nn.swapping import Intercepted, dense_layers, intercepted, quantized_dense
+from any4_jax.nn.swapping import Intercepted, intercepted, layers_of, quantized_dense
 from any4_jax.surgery import trees
 from any4_jax.surgery.rules import Recipe
 from any4_jax.weights import is_operator
@@ -39,17 +39,21 @@ def pair_matrices(model: Pair, inputs: Any = None) -> dict[str, Matrix]:
         "kernel".
     """
     module, variables = model
+    rewritten = _wrapped(variables)
     if inputs is None:
-        found = trees.matrices(params_of(variables)).items()
-        return {_layer(path): _unboxed(matrix) for path, matrix in found if trees.is_kernel(path)}
+        here = trees.matrices(params_of(variables)).items()
+        found = {_layer(path): _unboxed(matrix) for path, matrix in here if trees.is_kernel(path)}
+        return _marked(found, rewritten)
     arguments, named = ((), dict(inputs)) if isinstance(inputs, Mapping) else (tuple(inputs), {})
 
     def run(variables, arguments, named):
         return module.apply(variables, *arguments, **named, mutable=True)
 
     whole = variables if "params" in variables else {"params": variables}
-    layers = dense_layers(lambda: jax.eval_shape(run, meta.unbox(whole), arguments, named))
-    return _kernels(params_of(variables), {layer_path(path): transposed for path, transposed in layers.items()})
+    layers = layers_of(lambda: jax.eval_shape(run, meta.unbox(whole), arguments, named))
+    plain = {layer_path(path): turned for path, turned in layers.plain.items()}
+    special = {layer_path(path): reason for path, reason in layers.special.items()}
+    return _marked(_kernels(params_of(variables), plain | dict.fromkeys(special, True)), special | rewritten)
 
 
 def pair_operators(model: Pair) -> dict[str, Any]:
@@ -68,7 +72,8 @@ def pair_replace(model: Pair, done: Mapping[str, Any], recipe: Recipe | None) ->
 
 def hf_matrices(model: Any, inputs: Any = None) -> dict[str, Matrix]:
     """The kernels of the Dense layers of a Hugging Face Flax model, which are found by tracing it."""
-    return _kernels(model.params, hf_flax.dense_paths(model))
+    plain, special = hf_flax.layers_by_name(model)
+    return _marked(_kernels(model.params, plain | dict.fromkeys(special, True)), special)
 
 
 def hf_operators(model: Any) -> dict[str, Any]:
@@ -160,8 +165,30 @@ def _kernels(params: Mapping[str, Any], layers: Mapping[str, bool]) -> dict[str,
     return {path: _unboxed(m) for path, m in found.items() if not is_operator(m.array)}
 
 
+def _marked(found: Mapping[str, Matrix], special: Mapping[str, str]) -> dict[str, Matrix]:
+    """The matrices, of which those in `special` can't be quantized, for the reasons there."""
+    return {path: dataclasses.replace(matrix, special=special.get(path)) for path, matrix in found.items()}
+
+
+def _wrapped(variables: Mapping[str, Any]) -> dict[str, str]:
+    """The layers whose kernels nn.WeightNorm or nn.SpectralNorm rewrites in each call, and the reason in words.
+
+    These keep an array "layer/kernel/scale" or "layer/kernel/u" for a layer, which is within them or beside them.
+    """
+    found = {}
+    for path in trees.leaves(_unfrozen(variables)):
+        scope, _, name = path.rpartition(".")
+        layer, within, last = name.partition("/kernel/")
+        if within:
+            wrapper = "nn.WeightNorm" if last == "scale" else "nn.SpectralNorm"
+            scopes = scope.split(".")[1 if "params" in variables else 0 :]
+            for outer in (scopes, scopes[:-1]):
+                found[".".join([*outer, *layer.split("/")])] = f"within an {wrapper}, which rewrites its kernel"
+    return found
+
+
 def _unboxed(matrix: Matrix) -> Matrix:
-    return Matrix(meta.unbox(matrix.array), matrix.transposed)
+    return dataclasses.replace(matrix, array=meta.unbox(matrix.array))
 
 
 def _operators(params: Mapping[str, Any]) -> dict[str, Any]:

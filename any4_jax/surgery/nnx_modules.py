@@ -3,6 +3,7 @@
 The original module stays as it was; new modules share its arrays.
 """
 
+import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -14,6 +15,7 @@ from any4_jax.methods.matrices import Matrix
 from any4_jax.models.fold import module_at
 from any4_jax.nn.nnx import Any4Embed, Any4Linear
 from any4_jax.nn.operator_variables import Quantized
+from any4_jax.nn.plain import rewritten, why_not_plain
 from any4_jax.surgery import fitting, trees
 from any4_jax.surgery.rules import Recipe
 from any4_jax.surgery.trees import dotted
@@ -33,14 +35,17 @@ def holders(model: nnx.Module) -> dict[str, Any]:
 
 def matrix_of(layer: nnx.Linear | nnx.Embed) -> Matrix:
     """The float weight of a layer."""
+    special = why_not_plain(layer)
     if isinstance(layer, nnx.Embed):
-        return Matrix(layer.embedding.get_value(), transposed=False, by_name=True)
-    return Matrix(layer.kernel.get_value(), transposed=True)
+        return Matrix(layer.embedding.get_value(), transposed=False, by_name=True, special=special)
+    return Matrix(layer.kernel.get_value(), transposed=True, special=special)
 
 
 def matrices(model: nnx.Module) -> dict[str, Matrix]:
     """The float weights of dense layers and embeddings, by dotted path."""
-    return {path: matrix_of(layer) for path, layer in holders(model).items() if not isinstance(layer, Quantized)}
+    found = {path: matrix_of(layer) for path, layer in holders(model).items() if not isinstance(layer, Quantized)}
+    wrapped = {dotted(path): reason for path, reason in rewritten(model).items()}
+    return found | {path: dataclasses.replace(found[path], special=wrapped[path]) for path in found if path in wrapped}
 
 
 def operators(model: nnx.Module) -> dict[str, Any]:
@@ -49,11 +54,22 @@ def operators(model: nnx.Module) -> dict[str, Any]:
 
 
 def around(layer: Any, weight: Any) -> Any:
-    """The layer with the operator `weight` [*L, N, K] as its matrix."""
-    if isinstance(layer, nnx.Embed | Any4Embed):
+    """A layer that computes what this one does, with the operator `weight` [*L, N, K] as its matrix.
+
+    Raises:
+      ValueError: no quantized layer computes what the layer does.
+    """
+    if isinstance(layer, Quantized):
+        new: Any = copy_module(layer)
+        new.weight = weight
+        return new
+    special = why_not_plain(layer)
+    if special is not None:
+        raise ValueError(f"got {special}, whose place a quantized layer can't take; pass a plain layer of flax")
+    if isinstance(layer, nnx.Embed):
         return Any4Embed.of(weight, dtype=layer.dtype)
-    of_kernel = layer.kernel_metadata if isinstance(layer, Any4Linear) else layer.kernel.get_metadata()
     bias, of_bias = (None, {}) if layer.bias is None else (layer.bias.get_value(), layer.bias.get_metadata())
+    of_kernel = layer.kernel.get_metadata()
     return Any4Linear.of(weight, bias=bias, dtype=layer.dtype, kernel_metadata=of_kernel, bias_metadata=of_bias)
 
 

@@ -2,10 +2,14 @@
 
 import dataclasses
 import re
-from collections.abc import Collection, Iterable, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from any4_jax.methods import AnyMethod
 from any4_jax.methods.base import Note
+from any4_jax.methods.matrices import Matrix
+
+_NAMED = 3
 
 Rules = Sequence[tuple[str, AnyMethod | None]]
 
@@ -26,19 +30,38 @@ class Recipe:
     rules: tuple[tuple[str, AnyMethod | None], ...]
     linears: tuple[tuple[str, AnyMethod, tuple[tuple[str, Note], ...]], ...]
 
+    def __repr__(self) -> str:
+        """How many linears each method quantized; the fields themselves are as long as the model has linears."""
+        counts = Counter(method.name for _, method, _ in self.linears)
+        return f"Recipe({', '.join(f'{count} linears: {name}' for name, count in counts.items())})"
 
-def matching(paths: Iterable[str], pattern: str) -> list[str]:
+
+def matching(paths: Iterable[str], pattern: str, quantized: Collection[str] = ()) -> list[str]:
     """The paths that a regex matches in full.
 
+    Args:
+      paths: of the linears that can be chosen.
+      pattern: the regex.
+      quantized: the paths of linears that can't be chosen, because they are quantized already.
+
     Raises:
+      TypeError: the pattern is no text.
       ValueError: the regex doesn't compile, or matches no path.
     """
     paths = list(paths)
+    if not isinstance(pattern, str):
+        raise TypeError(f"got {pattern!r} as a regular expression of paths, need a str; pass one")
     try:
         compiled = re.compile(pattern)
     except re.error as error:
         raise ValueError(f"got rule {pattern!r}, which is not a regular expression ({error}); correct it") from None
     found = [path for path in paths if compiled.fullmatch(path)]
+    already = [path for path in quantized if compiled.fullmatch(path)]
+    if already and not found:
+        raise ValueError(
+            f"rule {pattern!r} matches only linears that are quantized already (the first is {already[0]!r}); quantize "
+            "the float model"
+        )
     if not found:
         raise ValueError(
             f"rule {pattern!r} matches none of the {len(paths)} linears (the first is "
@@ -48,24 +71,64 @@ def matching(paths: Iterable[str], pattern: str) -> list[str]:
 
 
 def resolve(
-    paths: Iterable[str], method: AnyMethod | None, rules: Rules | None, by_name: Collection[str] = ()
+    paths: Iterable[str],
+    method: AnyMethod | None,
+    rules: Rules | None,
+    by_name: Collection[str] = (),
+    quantized: Collection[str] = (),
 ) -> dict[str, AnyMethod]:
     """The method for each path that is to be quantized.
 
     Rules are tried in order: the caller's, DEFAULT_RULES, then `method` for all other paths. The first rule whose
     regex matches the whole path decides; None leaves the linear as it is. Only a caller's rule can choose a path of
-    `by_name`.
+    `by_name`. `quantized` are the paths of linears that are quantized already, for messages.
 
     Raises:
+      TypeError: the rules are no pairs of a regex and a method or None.
       ValueError: a rule of the caller matches no path, or its regex doesn't compile.
     """
     paths = list(paths)
     chosen: dict[str, AnyMethod | None] = {}
-    for pattern, decided in rules or ():
-        for path in matching(paths, pattern):
+    for pattern, decided in _pairs(rules):
+        for path in matching(paths, pattern, quantized):
             chosen.setdefault(path, decided)
     for pattern, decided in (*DEFAULT_RULES, (r".*", method)):
         for path in filter(re.compile(pattern).fullmatch, paths):
             chosen.setdefault(path, None if path in by_name else decided)
     # In the order of the paths, not of the rules.
     return {path: taken for path in paths if (taken := chosen[path]) is not None}
+
+
+def _pairs(rules: Rules | None) -> Rules:
+    """The caller's rules, each a pair of a regex and a method or None."""
+    need = "need pairs of a regex and a method or None, such as [(r'.*mlp.*', None)]"
+    if rules is None:
+        return ()
+    if not isinstance(rules, Sequence) or isinstance(rules, str):
+        raise TypeError(f"got rules of type {type(rules).__name__}, {need}; pass a list of them")
+    for rule in rules:
+        if not isinstance(rule, tuple | list) or len(rule) != 2:
+            raise TypeError(f"got the rule {rule!r}, {need}; write it so")
+        if rule[1] is not None and not callable(getattr(rule[1], "apply", None)):
+            raise TypeError(f"got the rule {rule!r}, whose second part is no method, {need}; write it so")
+    return rules
+
+
+def refuse_special(matrices: Mapping[str, Matrix], chosen: Iterable[str]) -> None:
+    """Refuses to quantize layers that compute something else than a quantized layer would.
+
+    Args:
+      matrices: by path.
+      chosen: the paths that are to be quantized.
+
+    Raises:
+      ValueError: one of `chosen` can't be quantized.
+    """
+    found = {path: special for path in chosen if (special := matrices[path].special) is not None}
+    if found:
+        named = ", ".join(f"{path} ({special})" for path, special in list(found.items())[:_NAMED])
+        rest = f" and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
+        raise ValueError(
+            f"got layers that a quantized one can't take the place of: {named}{rest}; leave each as it is with a rule "
+            f"such as ({re.escape(next(iter(found)))!r}, None), or make it a plain layer of flax"
+        )

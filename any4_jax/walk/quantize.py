@@ -29,6 +29,7 @@ from any4_jax.surgery import (
     copy_module,
     holders,
     recipe_of,
+    refuse_special,
     replace_module,
     resolve,
 )
@@ -89,9 +90,16 @@ def quantize_model(
     container = container_of(model)
     matrices = container.matrices(model, inputs)
     by_name = {path for path, matrix in matrices.items() if matrix.by_name}
-    chosen = resolve(matrices, method, rules, by_name)
+    done = container.operators(model)
+    chosen = resolve(matrices, method, rules, by_name, done)
+    refuse_special(matrices, chosen)
     if not chosen:
         found = len(matrices) - len(by_name)
+        if done:
+            raise ValueError(
+                f"got a model of which {len(done)} layers are quantized already, and the rules leave the other {found} "
+                "alone; quantize the float model, or name one of the others by a rule"
+            )
         raise ValueError(f"found {found} linear layers and the rules leave all of them alone; name one to quantize")
     count = _counting(len(chosen), progress)
     wider = any(scope_of(m) != "matrix" for m in chosen.values())

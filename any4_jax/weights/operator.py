@@ -47,6 +47,21 @@ class Operator:
         """8 * bytes of the stored arrays / number of weights."""
         return 8 * self.nbytes / math.prod(self.shape)
 
+    def __repr__(self) -> str:
+        """One line: the shapes and dtypes of arrays, the values of static fields, and no value of any array."""
+        made: Any = self  # `operator` makes a dataclass of each class
+        fields = dataclasses.fields(made)
+        return f"{type(self).__name__}({', '.join(f'{f.name}={_in_short(getattr(self, f.name))}' for f in fields)})"
+
+
+def _in_short(value: Any) -> str:
+    if isinstance(value, tuple | list):
+        inner = ", ".join(map(_in_short, value))
+        return f"[{inner}]" if isinstance(value, list) else f"({inner}{',' if len(value) == 1 else ''})"
+    if hasattr(value, "shape") and hasattr(value, "dtype"):
+        return f"{value.dtype}{list(value.shape)}"
+    return repr(value)
+
 
 @dataclasses.dataclass(frozen=True)
 class _Registration:
@@ -94,7 +109,7 @@ def operator(
                 f"got an operator {cls.__name__}, but in checkpoints that name means "
                 f"{taken.__module__}.{taken.__qualname__}; choose another name"
             )
-        made: Any = dataclasses.dataclass(frozen=True)(cls)
+        made: Any = dataclasses.dataclass(frozen=True, repr=False)(cls)
         names = [field.name for field in dataclasses.fields(made)]
         unknown = [name for name in (*static, *axes, *trains) if name not in names]
         if unknown:

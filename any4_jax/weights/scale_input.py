@@ -36,7 +36,7 @@ def _(w: ScaleInput, dtype=jnp.float32) -> jax.Array:
 
 @product.register
 def _(w: ScaleInput, x, backend=None):
-    return product(w.inner, (x.astype(jnp.float32) * w.scale.astype(jnp.float32)).astype(x.dtype), backend)
+    return product(w.inner, (x.astype(jnp.float32) * w.scale.astype(jnp.float32)[None]).astype(x.dtype), backend)
 
 
 @take_rows.register

@@ -49,7 +49,7 @@ def _scattered(rows: jax.Array, columns: jax.Array, values: jax.Array, n: int, k
 
 @product.register
 def _(w: Sparse, x, backend=None):
-    terms = x[:, w.columns].astype(jnp.float32) * w.values.astype(jnp.float32)
+    terms = x[:, w.columns].astype(jnp.float32) * w.values.astype(jnp.float32)[None]
     return jnp.zeros((x.shape[0], w.n)).at[:, w.rows].add(terms).astype(x.dtype)
 
 

@@ -1,0 +1,50 @@
+"""Which NNX layers compute what a quantized layer would compute in their place."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from flax.linen import dtypes as linen_dtypes
+from flax.nnx.nn import dtypes
+
+_CLASSES = (nnx.Linear, nnx.Embed)
+_WRAPPERS = (nnx.WeightNorm, nnx.SpectralNorm)
+_PROMOTIONS = (dtypes.promote_dtype, linen_dtypes.promote_dtype)
+
+
+def why_not_plain(layer: Any) -> str | None:
+    """Why no Any4Linear or Any4Embed can take the place of an nnx.Linear or nnx.Embed, in words; None if one can.
+
+    A subclass may compute something else, and so may functions of the caller's that the layer calls. `precision` is no
+    reason: products of quantized weights run at HIGHEST.
+    """
+    base = next((cls for cls in _CLASSES if isinstance(layer, cls)), None)
+    if type(layer) is not base:
+        of = "no nnx.Linear or nnx.Embed" if base is None else f"a subclass of nnx.{base.__name__}"
+        return f"a {type(layer).__name__}, {of}"
+    changed = []
+    if layer.promote_dtype not in _PROMOTIONS:
+        changed.append("promote_dtype")
+    if isinstance(layer, nnx.Linear):
+        if layer.dot_general is not jax.lax.dot_general:
+            changed.append("dot_general")
+        if not _is_dtype_of(layer.preferred_element_type, layer.dtype):
+            changed.append("preferred_element_type")
+    return f"an nnx.{base.__name__} with its own {' and '.join(changed)}" if changed else None
+
+
+def _is_dtype_of(preferred: Any, dtype: Any) -> bool:
+    """Whether a product has the dtype of the layer's output anyway."""
+    return preferred is None or (dtype is not None and jnp.dtype(preferred) == jnp.dtype(dtype))
+
+
+def rewritten(model: nnx.Module) -> dict[tuple, str]:
+    """The layers whose float arrays a wrapper of flax rewrites in each call, by path, and why they stay, in words."""
+    found = {}
+    for path, node in nnx.iter_modules(model):
+        if isinstance(node, _WRAPPERS):
+            for inner, layer in nnx.iter_modules(node.layer_instance):
+                if isinstance(layer, _CLASSES):
+                    found[*path, "layer_instance", *inner] = f"within an nnx.{type(node).__name__}, which rewrites it"
+    return found
