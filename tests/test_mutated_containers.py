@@ -1,4 +1,4 @@
-"""Cut and mutated GGUF and safetensors files: each is read, or refused in one sentence, within the memory of its size."""
+"""Cut and mutated GGUF and safetensors files: each is read, or refused in one sentence, in little memory."""
 
 import json
 import random

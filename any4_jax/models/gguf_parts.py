@@ -26,10 +26,10 @@ def read_parts(path: Path) -> list[Header]:
         return [header]
     parts = []
     # Looked for one by one, because the count is only a claim.
-    for part in _paths(path, header.metadata.index(NUMBER), count):
-        if not part.exists():
-            raise FileNotFoundError(f"{path} is one of {count} parts, and {part.name} is missing; fetch all parts")
-        parts.append(header if part == path else read_header(part))
+    for file in _paths(path, header.metadata.index(NUMBER), count):
+        if not file.exists():
+            raise FileNotFoundError(f"{path} is one of {count} parts, and {file.name} is missing; fetch all parts")
+        parts.append(header if file == path else read_header(file))
     for number, part in enumerate(parts):
         if (got := part.metadata.index(NUMBER)) != number:
             raise ValueError(

@@ -14,7 +14,7 @@ from any4_jax.schema import Schema, check, read_json
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
-# Values of these are wrong without the scales, which are tensors of their own under names that differ from tool to tool.
+# Values of these are wrong without their scales, which are tensors whose names differ from tool to tool.
 _SCALED = ("F8_", "F6_", "F4")
 
 
