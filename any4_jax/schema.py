@@ -88,7 +88,7 @@ def _complaint(error: pydantic.ValidationError, content: Any) -> str:
     place = ".".join(map(str, keys))
     if first["type"] == "missing":
         return f"{f': {place}' if place else ''} lacks {first['loc'][-1]}"
-    if first["type"] == "extra_forbidden":
+    if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         return f": {place} is unknown"
     need = first["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
     shown = repr(value) if len(repr(value)) <= _SHOWN else f"{repr(value)[:_SHOWN]}..."

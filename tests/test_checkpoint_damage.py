@@ -1,6 +1,8 @@
 """Damaged and forged checkpoints: each is refused by the name of what is wrong."""
 
 import json
+import os
+import signal
 
 import numpy as np
 import pytest
@@ -116,3 +118,38 @@ def test_what_is_no_manifest_is_refused(copied, raw):
     (copied / "any4.json").write_bytes(raw)
     with pytest.raises(ValueError, match="any4.json is not"):
         checkpoint.read_manifest(copied)
+
+
+def pipe(file):
+    os.mkfifo(file)
+
+
+def loop(file):
+    file.symlink_to(file.name)
+
+
+def folder(file):
+    file.mkdir()
+
+
+def device(file):
+    file.symlink_to("/dev/zero")
+
+
+IRREGULAR = ((pipe, "is a named pipe"), (loop, "is a link to itself"), (folder, "is a folder"), (device, "is a link out"))
+
+
+@pytest.mark.parametrize("name", ["any4.json", "data/files/tokenizer.json", "data/arrays/manifest.ocdbt", "data/arrays/x"])
+@pytest.mark.parametrize(("make", "said"), IRREGULAR, ids=[make.__name__ for make, _ in IRREGULAR])
+def test_only_regular_files_are_read(copied, name, make, said):
+    """Nothing waits for a pipe or reads a device without end: the alarm would end the whole run of tests."""
+    if name.endswith("x") and make is folder:
+        pytest.skip("an empty folder holds nothing that could be read")
+    file = copied / name.replace("data", data_directory(copied).name)
+    file.unlink(missing_ok=True)
+    make(file)
+    signal.alarm(20)
+    with pytest.raises(ValueError, match=f"{file.name} {said}.*; put the file") as caught:
+        checkpoint.read(copied)
+    assert "\n" not in str(caught.value)
+    signal.alarm(0)

@@ -46,11 +46,12 @@ def describe(model: Any, arrays: dict[str, Any]) -> dict[str, Any]:
     """
     check_nesting(model)
     tree, recipe = container_of(model).tree(model), recipe_of(model)
-    check_operators(tree)
-    return _identity(model) | {
+    content = _identity(model) | {
         "tree": describe_tree(tree, "", arrays),
         "recipe": None if recipe is None else recipe_spec(recipe),
     }
+    check_operators(tree)
+    return content
 
 
 def build(content: Mapping[str, Any], take: Take, into: Any = None) -> Any:
@@ -175,11 +176,11 @@ def _hf_flax(content: Mapping[str, Any], tree: Any, into: Any) -> Any:
 
 def _config(family: families.Family, content: Any) -> Any:
     """The config of a family from JSON; its fields have their declared types and ranges."""
+    check(family.config, content, "its config", "save it again")
     try:
-        check(family.config, content, "its config", "save it again")
         return family.config_from_json(content)
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"its config lacks or misnames {error}; save it again") from None
+    except TypeError as error:
+        raise ValueError(f"its config has a field that {family.config.__name__} lacks ({error}); save it again") from None
 
 
 def _dtype(name: Any) -> Any:

@@ -204,7 +204,7 @@ def _is_floating(node: Any) -> bool:
 def _described(value: Any) -> str:
     """An array's dtype and shape, or what else is in a field."""
     if isinstance(value, tuple):
-        return shown([_described(item) for item in value])
+        return f"({', '.join(map(_described, value))})"[:120]
     if is_operator(value):
         return f"a {type(value).__name__} {list(value.shape)}"
     return f"{value.dtype} {list(value.shape)}" if _is_array(value) else shown(value)
