@@ -16,9 +16,7 @@ from float_models import NNXNet
 
 import any4_jax as a4
 from any4_jax.checkpoint import manifest as manifests
-from any4_jax.checkpoint import store
-from any4_jax.checkpoint.contents import build, current
-from any4_jax.checkpoint.model import _taking
+from any4_jax.checkpoint.contents import abstract, build, current
 from any4_jax.methods import Any4, Int, quantize
 from any4_jax.models.config import LlamaConfig, RopeScaling
 from any4_jax.models.llama import Llama
@@ -110,8 +108,7 @@ def loaded_abstractly(body: dict[str, Any], into: Any) -> Any:
     """What `load` does with a manifest that has a right digest, except for reading arrays and files."""
     body = body | {"sha256": manifests._digest({key: value for key, value in body.items() if key != "sha256"})}
     manifest = manifests.decode(manifests._text(body))
-    shapes = {name: jax.ShapeDtypeStruct(a.shape, jnp.dtype(a.dtype)) for name, a in manifest.arrays.items()}
-    return build(current(manifest.content), _taking(shapes), into)
+    return build(current(manifest.content), abstract(manifest), into)
 
 
 @pytest.mark.parametrize("name, count", [("decoder", 60), ("tree", 120), ("own", 30), ("nnx_lora", 90)])

@@ -17,6 +17,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 
@@ -24,7 +25,7 @@ from any4_jax.checkpoint import schema1
 from any4_jax.checkpoint.content_schema import Content2, check_content
 from any4_jax.checkpoint.depth import check_nesting
 from any4_jax.checkpoint.laws import check_operator
-from any4_jax.checkpoint.manifest import shown
+from any4_jax.checkpoint.manifest import Manifest, shown
 from any4_jax.checkpoint.operators import recipe_from_spec, recipe_spec
 from any4_jax.checkpoint.trees import build_tree, describe_tree
 from any4_jax.models import families, hf_flax, hf_identity
@@ -100,6 +101,22 @@ def contents(content: Mapping[str, Any], take: Take) -> Any:
     return tree
 
 
+def taking(arrays: Mapping[str, Any]) -> Take:
+    """A function from a name to its array. It raises ValueError if there is none of this name."""
+
+    def take(name: str) -> Any:
+        if name not in arrays:
+            raise ValueError(f"the model's description has the array {shown(name)}, which any4.json lacks; save it again")
+        return arrays[name]
+
+    return take
+
+
+def abstract(manifest: Manifest) -> Take:
+    """As `taking`, with the shapes and dtypes of a manifest in place of arrays."""
+    return taking({name: jax.ShapeDtypeStruct(a.shape, jnp.dtype(a.dtype)) for name, a in manifest.arrays.items()})
+
+
 def check_operators(tree: Any) -> None:
     """Raises ValueError unless the arrays of each operator of a tree belong together."""
     for path, leaf in trees.leaves(tree).items():
@@ -147,13 +164,13 @@ def _decoder(content: Mapping[str, Any], tree: Any, recipe: Recipe | None, into:
     if into is not None:
         _check_decoder(into, family, config, dtype)
     try:
-        abstract = family.abstract(config, dtype)
+        empty = family.abstract(config, dtype)
     # Any number of the config may be one that a module of some family can't be made with.
     except Exception as error:
         raise ValueError(f"its config makes no {family.module.__name__} ({_line(error)}); save it again") from None
     try:
         # The weights may differ in dtype from the activations, and the config doesn't say how.
-        return nnx_modules.fill(abstract, tree, recipe, declared=False)
+        return nnx_modules.fill(empty, tree, recipe, declared=False)
     except fitting.Misfit as misfit:
         raise ValueError(
             f"its contents don't fit a {family.module.__name__} of its own config ({misfit.faults}), so it "

@@ -2,18 +2,17 @@
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from any4_jax.checkpoint import store
 from any4_jax.checkpoint.arrays import ShardingRule
-from any4_jax.checkpoint.contents import build, contents, current, describe, names
+from any4_jax.checkpoint.contents import abstract, build, contents, current, describe, names, taking
 from any4_jax.checkpoint.into import placement
-from any4_jax.checkpoint.manifest import Manifest, shown
+from any4_jax.checkpoint.manifest import Manifest
 from any4_jax.models.hf_flax import is_hf_flax
 from any4_jax.models.tokenizer import Tokenizer
 from any4_jax.surgery import container_of, linen_modules, trees
@@ -89,7 +88,7 @@ def load(path: str | os.PathLike[str], *, into: Any = None, sharding: ShardingRu
     arrays, content, files = store.read(path, sharding=sharding)
     tokenizer = {name.removeprefix(_TOKENIZER): raw for name, raw in files.items() if name.startswith(_TOKENIZER)}
     with _about(path):
-        model = build(current(content), _taking(arrays), into)
+        model = build(current(content), taking(arrays), into)
         if tokenizer and not isinstance(model, Mapping | tuple) and getattr(model, "tokenizer", None) is None:
             model.tokenizer = Tokenizer.from_files(tokenizer)
     return model
@@ -98,22 +97,10 @@ def load(path: str | os.PathLike[str], *, into: Any = None, sharding: ShardingRu
 def _rule(manifest: Manifest, into: Any) -> ShardingRule:
     """How the arrays are sharded. Raises ValueError if the contents don't fit, before any array is read."""
     content = current(manifest.content)
-    shapes = {name: jax.ShapeDtypeStruct(a.shape, jnp.dtype(a.dtype)) for name, a in manifest.arrays.items()}
-    take = _taking(shapes)
+    take = abstract(manifest)
     build(content, take, into)
     given, named = trees.leaves(contents(content, take)), trees.leaves(names(content))
     return placement(trees.leaves(container_of(into).tree(into)), given, named)
-
-
-def _taking(arrays: Mapping[str, Any]) -> Callable[[str], Any]:
-    """A function from a name to its array. It raises ValueError if there is none of this name."""
-
-    def take(name: str) -> Any:
-        if name not in arrays:
-            raise ValueError(f"the model's description names the array {shown(name)}, which any4.json lacks; save it again")
-        return arrays[name]
-
-    return take
 
 
 @contextlib.contextmanager
