@@ -82,12 +82,14 @@ def _complaint(error: pydantic.ValidationError, content: Any) -> str:
     keys, value = [], content
     # Behind the keys of the content itself come names of pydantic's own, such as the branch of a union.
     for key in first["loc"]:
-        if isinstance(value, Mapping) and key in value or isinstance(value, list) and isinstance(key, int):
+        if isinstance(value, Mapping) and key in value or isinstance(value, list) and key in range(len(value)):
             keys.append(key)
             value = value[key]  # type: ignore[index,call-overload]
     place = ".".join(map(str, keys))
     if first["type"] == "missing":
         return f"{f': {place}' if place else ''} lacks {first['loc'][-1]}"
+    if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+        return f": {place} is unknown"
     need = first["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
     shown = repr(value) if len(repr(value)) <= _SHOWN else f"{repr(value)[:_SHOWN]}..."
     return f": {place or 'it'} is {shown}, and {need} is needed"

@@ -1,6 +1,8 @@
 """Damaged and forged checkpoints: each is refused by the name of what is wrong."""
 
 import json
+import os
+import signal
 
 import numpy as np
 import pytest
@@ -57,7 +59,12 @@ def put(key, value):
     return lambda body: body.__setitem__(key, value)
 
 
+def nested(depth):
+    return {"a": nested(depth - 1)} if depth else {}
+
+
 FILE_ENTRY = {"size": 0, "sha256": "0" * 64}
+ARRAY_ENTRY = {"shape": [], "dtype": "bool", "sha256": []}
 FORGED = {
     "newer": (put("schema", 3), r"newer any4_jax \(schema 3\); this one reads schemas up to 2, so upgrade"),
     "schema 0": (put("schema", 0), "is damaged: it has schema 0"),
@@ -66,14 +73,14 @@ FORGED = {
     "data outside": (put("data", "../data-0123456789ab"), "names the data directory '../data"),
     "file outside": (put("files", {"../x": FILE_ENTRY}), "could leave the checkpoint: the path '../x'"),
     "absolute file": (put("files", {"/x": FILE_ENTRY}), "could leave the checkpoint: the path '/x'"),
-    "array outside": (put("arrays", {"a/../../b": {}}), "names an array: the name"),
-    "file size": (put("files", {"x": FILE_ENTRY | {"size": -1}}), "no valid size and sha256 for file 'x'"),
-    "array shape": (matrix_entry(shape=[-1, 3]), "no valid shape, dtype and sha256"),
+    "array outside": (put("arrays", {"a/../../b": ARRAY_ENTRY}), "names an array: the name"),
+    "file size": (put("files", {"x": FILE_ENTRY | {"size": -1}}), "files.x.size is -1, and greater than or equal to 0 is needed"),
+    "array shape": (matrix_entry(shape=[-1, 3]), r"uint8/matrix\.shape\.0 is -1, and greater than or equal to 0 is needed"),
     "other shape": (matrix_entry(shape=[3, 5]), r"uint8 \[5, 3\] on disk but uint8 \[3, 5\]"),
     "huge shape": (matrix_entry(shape=[1 << 40, 1 << 20]), r"uint8 \[5, 3\] on disk"),
     "other dtype": (matrix_entry(dtype="int8"), r"uint8 \[5, 3\] on disk but int8 \[5, 3\]"),
     "cast dtype": (matrix_entry(dtype="float32"), r"uint8 \[5, 3\] on disk but float32 \[5, 3\]"),
-    "unknown dtype": (matrix_entry(dtype="posit8"), "dtype 'posit8'"),
+    "unknown dtype": (matrix_entry(dtype="posit8"), "dtype is 'posit8', and 'bool', .* is needed"),
     "array hash": (
         matrix_entry(sha256=["0" * 64]),
         "'layers.0.q_proj/uint8/matrix' doesn't match its sha256",
@@ -83,7 +90,10 @@ FORGED = {
         lambda body: body["arrays"].update(ghost=body["arrays"]["layers.0.q_proj/uint8/matrix"]),
         "array 'ghost' is not readable",
     ),
-    "content": (put("content", []), '"content" that is not an object'),
+    "array keys": (matrix_entry(order="C"), r"uint8/matrix\.order is unknown"),
+    "array rank": (matrix_entry(shape=[1] * 65), "shape"),
+    "deep": (put("content", nested(200)), "nested more than 150 deep"),
+    "content": (put("content", []), r"content is \[\], and an object is needed"),
 }
 
 
@@ -108,3 +118,38 @@ def test_what_is_no_manifest_is_refused(copied, raw):
     (copied / "any4.json").write_bytes(raw)
     with pytest.raises(ValueError, match="any4.json is not"):
         checkpoint.read_manifest(copied)
+
+
+def pipe(file):
+    os.mkfifo(file)
+
+
+def loop(file):
+    file.symlink_to(file.name)
+
+
+def folder(file):
+    file.mkdir()
+
+
+def device(file):
+    file.symlink_to("/dev/zero")
+
+
+IRREGULAR = ((pipe, "is a named pipe"), (loop, "is a link to itself"), (folder, "is a folder"), (device, "is a link out"))
+
+
+@pytest.mark.parametrize("name", ["any4.json", "data/files/tokenizer.json", "data/arrays/manifest.ocdbt", "data/arrays/x"])
+@pytest.mark.parametrize(("make", "said"), IRREGULAR, ids=[make.__name__ for make, _ in IRREGULAR])
+def test_only_regular_files_are_read(copied, name, make, said):
+    """Nothing waits for a pipe or reads a device without end: the alarm would end the whole run of tests."""
+    if name.endswith("x") and make is folder:
+        pytest.skip("an empty folder holds nothing that could be read")
+    file = copied / name.replace("data", data_directory(copied).name)
+    file.unlink(missing_ok=True)
+    make(file)
+    signal.alarm(20)
+    with pytest.raises(ValueError, match=f"{file.name} {said}.*; put the file") as caught:
+        checkpoint.read(copied)
+    assert "\n" not in str(caught.value)
+    signal.alarm(0)

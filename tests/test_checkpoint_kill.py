@@ -156,6 +156,35 @@ def test_kill_at_twenty_moments_leaves_the_old_or_the_new(killed):
     assert sorted(path.name.split("-")[0] for path in killed.root.iterdir()) == ["any4.json", "data"]
 
 
+FULL = """
+import resource, signal, sys
+import numpy as np
+import jax
+from any4_jax import checkpoint
+
+jax.devices()
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
+rng = np.random.default_rng(0)
+arrays = {f"a{i}": rng.integers(0, 256, (1000, 1000), np.uint8) for i in range(8)}
+for _ in range(3):
+    try:
+        checkpoint.write(sys.argv[1], arrays, {}, {})
+    except OSError as error:
+        print(error)
+"""
+
+
+def test_a_full_disk_prints_nothing_but_our_sentence_and_leaves_nothing(tmp_path):
+    root = tmp_path / "c"
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(Path(__file__).parent.parent)}
+    done = subprocess.run([sys.executable, "-c", FULL, str(root)], env=environment, capture_output=True, text=True)
+    said = f"can't write checkpoint {root} (File too large); free some space there or pass another directory"
+    assert done.stdout.splitlines() == [said] * 3
+    assert done.stderr == ""
+    assert not root.exists()
+
+
 def test_a_disk_that_takes_no_more_is_one_sentence(killed):
     before = killed.loaded_version()
     counts, _ = killed.save("full")

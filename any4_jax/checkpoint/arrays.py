@@ -13,15 +13,18 @@ For three random arrays of 100 MB, resident memory grew by 1.12x their size this
 
 import hashlib
 import math
+import os
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from any4_jax.checkpoint.manifest import ArrayEntry
+from any4_jax.checkpoint.manifest import ArrayEntry, DType
+from any4_jax.checkpoint.quiet import reported_once
 
 Sharding = jax.sharding.Sharding
 ShardingRule = Sharding | Callable[[str, jax.ShapeDtypeStruct], Sharding | None] | None
@@ -36,10 +39,8 @@ _ALIGNMENT = 64
 # Enough for OCDBT's index: without it, each array that is read walks the index from disk again.
 _INDEX_CACHE_BYTES = 2 << 20
 
-_AS_STORED = (
-    "bool int8 int16 int32 uint8 uint16 uint32 float16 float32 bfloat16 float8_e4m3fn float8_e5m2 float8_e8m0fnu"
-)
-_STORED_DTYPE = {name: name for name in _AS_STORED.split()} | {"int4": "int8", "uint4": "uint8"}
+# tensorstore has no 4-bit integers.
+_STORED_DTYPE = {name: name for name in get_args(DType)} | {"int4": "int8", "uint4": "uint8"}
 
 
 def check_array(name: str, array: object) -> None:
@@ -75,7 +76,7 @@ def _is_on_host(array: jax.Array) -> bool:
 
 def array_entry(array: jax.Array | np.ndarray, host: np.ndarray) -> ArrayEntry:
     """The manifest's entry for `array`, whose stored form is `host`."""
-    return ArrayEntry(tuple(array.shape), str(array.dtype), _digests(host))
+    return ArrayEntry(tuple(array.shape), cast(DType, str(array.dtype)), _digests(host))
 
 
 def save_arrays(directory: Path, arrays: Mapping[str, np.ndarray]) -> None:
@@ -92,13 +93,14 @@ def save_arrays(directory: Path, arrays: Mapping[str, np.ndarray]) -> None:
     if not tree:
         return
     handler = ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_zarr3=False)
-    with ocp.Checkpointer(handler) as checkpointer:
+    with reported_once(directory.parent), ocp.Checkpointer(handler) as checkpointer:
         save_args = {name: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES) for name in tree}
         try:
             checkpointer.save(directory.absolute(), args=ocp.args.PyTreeSave(tree, save_args=save_args))
         except ValueError as error:
             # This is how tensorstore reports a failed write (disk full, file too large).
-            raise OSError(_first_line(error)) from error
+            code = re.search(r"os_error_code='(\d+)'", str(error))
+            raise OSError(*((int(code[1]), os.strerror(int(code[1]))) if code else (_first_line(error),))) from error
 
 
 def load_arrays(
@@ -110,11 +112,8 @@ def load_arrays(
     others are loaded.
 
     Raises:
-      ValueError: an array has an unknown dtype, is damaged, or doesn't fit its sharding; the message names it.
+      ValueError: an array is damaged, or doesn't fit its sharding; the message names it.
     """
-    for name, entry in entries.items():
-        if entry.dtype not in _STORED_DTYPE:
-            raise ValueError(f"array {name!r} has dtype {entry.dtype!r}, which this any4_jax doesn't know")
     stores = _open(directory, {name: entry for name, entry in entries.items() if 0 not in entry.shape})
     for name in sorted(entries, key=lambda name: -math.prod(entries[name].shape)):
         yield name, _place(name, _load(name, entries[name], stores.get(name)), sharding)

@@ -13,20 +13,26 @@ The content of a manifest (schema 2) is a JSON object with these keys, whatever 
 `any4_jax.checkpoint.schema1` converts contents of schema 1 to this form.
 """
 
-import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from any4_jax.checkpoint import schema1
+from any4_jax.checkpoint.content_schema import Content2, check_content
+from any4_jax.checkpoint.depth import check_nesting
+from any4_jax.checkpoint.laws import check_operator
+from any4_jax.checkpoint.manifest import Manifest, shown
 from any4_jax.checkpoint.operators import recipe_from_spec, recipe_spec
 from any4_jax.checkpoint.trees import build_tree, describe_tree
 from any4_jax.models import families, hf_flax, hf_identity
 from any4_jax.models.base import Decoder
-from any4_jax.surgery import Recipe, container_of, fitting, linen_modules, nnx_modules, recipe_of
+from any4_jax.schema import check
+from any4_jax.surgery import Recipe, container_of, fitting, linen_modules, nnx_modules, recipe_of, trees
+from any4_jax.weights import is_operator
 
 Take = Callable[[str], Any]
 
@@ -36,57 +42,101 @@ def describe(model: Any, arrays: dict[str, Any]) -> dict[str, Any]:
 
     Raises:
       TypeError: the model is a Decoder whose class belongs to no family.
-      ValueError: a key isn't a string, or holds "." or "/".
+      ValueError: a key isn't a string, or holds "." or "/"; the model contains itself, or is nested too deeply; the
+        arrays of an operator don't belong together.
     """
-    recipe = recipe_of(model)
-    return _identity(model) | {
-        "tree": describe_tree(container_of(model).tree(model), "", arrays),
+    check_nesting(model)
+    tree, recipe = container_of(model).tree(model), recipe_of(model)
+    content = _identity(model) | {
+        "tree": describe_tree(tree, "", arrays),
         "recipe": None if recipe is None else recipe_spec(recipe),
     }
+    check_operators(tree)
+    return content
 
 
 def build(content: Mapping[str, Any], take: Take, into: Any = None) -> Any:
     """The inverse of `describe`.
 
     Args:
-      content: a content of schema 2.
+      content: what `current` returned.
       take: maps a name to its array, or to a ShapeDtypeStruct that stands for it.
       into: see `any4_jax.load`.
 
     Raises:
-      ValueError: the content is malformed, contradicts itself, or doesn't fit `into`.
+      ValueError: the content contradicts itself or its arrays, or doesn't fit `into`.
     """
     tree, recipe = contents(content, take), recipe_in(content)
     if is_decoder(content):
         return _decoder(content, tree, recipe, into)
     if content["family"] == "hf_flax":
-        with _parsing():
-            into = hf_identity.model_for(content, into)
+        into = _hf_flax(content, tree, into)
     return tree if into is None else container_of(into).fill(into, tree, recipe)
 
 
 def current(content: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The content of a manifest in the form of schema 2, whichever schema it was written in."""
-    with _parsing():
-        return schema1.upgraded(content)
+    """The content of a manifest in the form of schema 2, whichever schema it was written in; its types are checked.
+
+    Raises:
+      ValueError: it is not what its schema declares.
+    """
+    upgraded = schema1.upgraded(content)
+    check_content(Content2, upgraded)
+    return upgraded
+
+
+def is_described(content: Mapping[str, Any]) -> bool:
+    """Whether a manifest's content is that of a model. A caller of `checkpoint.write` may keep anything there."""
+    return "tree" in content or "kind" in content
 
 
 def contents(content: Mapping[str, Any], take: Take) -> Any:
-    """Only the tree of arrays and operators."""
-    with _parsing():
-        return build_tree(content["tree"], take)
+    """Only the tree of arrays and operators; the arrays of each operator belong together.
+
+    Raises:
+      ValueError: they don't, or an operator isn't registered.
+    """
+    tree = build_tree(content["tree"], take)
+    check_operators(tree)
+    return tree
+
+
+def taking(arrays: Mapping[str, Any]) -> Take:
+    """A function from a name to its array. It raises ValueError if there is none of this name."""
+
+    def take(name: str) -> Any:
+        if name not in arrays:
+            raise ValueError(f"the model's description has the array {shown(name)}, which any4.json lacks; save it again")
+        return arrays[name]
+
+    return take
+
+
+def abstract(manifest: Manifest) -> Take:
+    """As `taking`, with the shapes and dtypes of a manifest in place of arrays."""
+    return taking({name: jax.ShapeDtypeStruct(a.shape, jnp.dtype(a.dtype)) for name, a in manifest.arrays.items()})
+
+
+def check_operators(tree: Any) -> None:
+    """Raises ValueError unless the arrays of each operator of a tree belong together."""
+    for path, leaf in trees.leaves(tree).items():
+        if is_operator(leaf):
+            check_operator(path, leaf)
+
+
+def names(content: Mapping[str, Any]) -> Any:
+    """The tree with the names of arrays in place of arrays."""
+    return build_tree(content["tree"], lambda name: name)
 
 
 def recipe_in(content: Mapping[str, Any]) -> Recipe | None:
     """How the model was quantized, or None."""
-    with _parsing():
-        return None if content["recipe"] is None else recipe_from_spec(content["recipe"])
+    return None if content["recipe"] is None else recipe_from_spec(content["recipe"])
 
 
 def is_decoder(content: Mapping[str, Any]) -> bool:
     """Whether the model is a decoder of this library."""
-    with _parsing():
-        return content["family"] not in families.WITHOUT_FAMILY
+    return content["family"] not in families.WITHOUT_FAMILY
 
 
 def _identity(model: Any) -> dict[str, Any]:
@@ -109,19 +159,70 @@ def _identity(model: Any) -> dict[str, Any]:
 def _decoder(content: Mapping[str, Any], tree: Any, recipe: Recipe | None, into: Any) -> nnx.Module:
     """The decoder of a config with the contents of `tree`, created without float weights."""
     family = families.named(content["family"])
-    with _parsing():
-        config, dtype = family.config_from_json(content["config"]), jnp.dtype(content["dtype"])
+    _check_layers(content, tree)
+    config, dtype = _config(family, content["config"]), _dtype(content["dtype"])
     if into is not None:
         _check_decoder(into, family, config, dtype)
-    abstract = family.abstract(config, dtype)
+    try:
+        empty = family.abstract(config, dtype)
+    # Any number of the config may be one that a module of some family can't be made with.
+    except Exception as error:
+        raise ValueError(f"its config makes no {family.module.__name__} ({_line(error)}); save it again") from None
     try:
         # The weights may differ in dtype from the activations, and the config doesn't say how.
-        return nnx_modules.fill(abstract, tree, recipe, declared=False)
+        return nnx_modules.fill(empty, tree, recipe, declared=False)
     except fitting.Misfit as misfit:
         raise ValueError(
             f"its contents don't fit a {family.module.__name__} of its own config ({misfit.faults}), so it "
             "contradicts itself; save it again"
         ) from None
+
+
+def _hf_flax(content: Mapping[str, Any], tree: Any, into: Any) -> Any:
+    """The Hugging Face model that receives the contents of `tree`, or None; see `hf_identity.model_for`."""
+    _check_layers(content, tree)
+    _dtype(content["dtype"])
+    try:
+        return hf_identity.model_for(content, into)
+    except (ValueError, ImportError):
+        raise
+    # transformers checks little of a config before it makes a model of it.
+    except Exception as error:
+        raise ValueError(f"its config makes no Hugging Face model ({_line(error)}); save it again") from None
+
+
+def _config(family: families.Family, content: Any) -> Any:
+    """The config of a family from JSON; its fields have their declared types and ranges."""
+    check(family.config, content, "its config", "save it again")
+    try:
+        return family.config_from_json(content)
+    except TypeError as error:
+        raise ValueError(f"its config has a field that {family.config.__name__} lacks ({error}); save it again") from None
+
+
+def _dtype(name: Any) -> Any:
+    """The dtype of activations. Raises ValueError unless it is a floating one."""
+    try:
+        dtype = jnp.dtype(name)
+    except TypeError:
+        dtype = None
+    if name is None or dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(f"its activations have dtype {shown(name)}, and a floating one is needed; save it again")
+    return dtype
+
+
+def _check_layers(content: Mapping[str, Any], tree: Any) -> None:
+    """Raises ValueError if the config has more layers than there are arrays: to make such a model takes minutes."""
+    layers, stored = (content["config"] or {}).get("num_hidden_layers"), len(trees.leaves(tree))
+    if isinstance(layers, int) and layers > stored:
+        raise ValueError(
+            f"its config has num_hidden_layers={shown(layers)}, and its {stored} arrays and operators are too few for "
+            "these; save it again"
+        )
+
+
+def _line(error: Exception) -> str:
+    return shown((str(error).splitlines() or [""])[0] or type(error).__name__)
 
 
 def _check_decoder(into: Any, family: families.Family, config: Any, dtype: Any) -> None:
@@ -138,11 +239,3 @@ def _check_decoder(into: Any, family: families.Family, config: Any, dtype: Any) 
             raise ValueError(f"its {name} has {field.name}={ours!r}, and `into` has {theirs!r}; omit `into`")
     if into.dtype != dtype:
         raise ValueError(f"its {name} has dtype {dtype}, and `into` has {into.dtype}; omit `into`")
-
-
-@contextlib.contextmanager
-def _parsing() -> Iterator[None]:
-    try:
-        yield
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"any4.json lacks or misnames {error}; save it again") from error

@@ -1,17 +1,25 @@
 """The directory of a checkpoint: the names in it, its lock, flushing it to disk, and links that lead out of it."""
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import os
 import re
 import shutil
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
 from any4_jax.checkpoint.manifest import DATA_NAME, FileEntry
 
 MANIFEST_NAME = "any4.json"
+_IRREGULAR = (
+    (stat.S_ISFIFO, "a named pipe"),
+    (stat.S_ISDIR, "a folder"),
+    (stat.S_ISSOCK, "a socket"),
+    (lambda mode: True, "a device"),
+)
 _TEMPORARY_NAME = re.compile(r"any4\.json\.[0-9a-f]{12}\.tmp")
 
 
@@ -122,14 +130,36 @@ def write_synced(file: Path, raw: bytes) -> None:
 
 
 def inside(root: Path, file: Path) -> Path:
-    """`file`, unless symbolic links lead out of `root`: a load reads only what was saved.
+    """`file`, unless it leads out of `root` or is no regular file: a load reads only what was saved, and never waits.
 
     Raises:
-      ValueError: `file` lies outside `root`.
+      ValueError: symbolic links lead out of `root` or in a circle, or `file` is a named pipe, a device or a folder.
+      OSError: there is no such file.
     """
-    if not file.resolve().is_relative_to(root.resolve()):
-        raise ValueError(f"checkpoint {root}: {file.relative_to(root)} is a link out of it; put the file itself there")
+    name = file.relative_to(root)
+    try:
+        real = file.resolve()
+        mode = file.stat().st_mode
+    except (RuntimeError, OSError) as error:
+        if isinstance(error, OSError) and error.errno != errno.ELOOP:
+            raise
+        raise ValueError(f"checkpoint {root}: {name} is a link to itself; put the file itself there") from None
+    if not real.is_relative_to(root.resolve()):
+        raise ValueError(f"checkpoint {root}: {name} is a link out of it; put the file itself there")
+    if not stat.S_ISREG(mode):
+        kind = next(kind for test, kind in _IRREGULAR if test(mode))
+        raise ValueError(f"checkpoint {root}: {name} is {kind}, and only regular files are read; put the file there")
     return file
+
+
+def check_regular(root: Path, folder: Path) -> None:
+    """Raises ValueError unless all that is in `folder` is regular files and folders inside of `root`.
+
+    Orbax's arrays are read by a library that opens whatever it finds.
+    """
+    for where, folders, names in os.walk(folder):
+        for name in [*names, *(name for name in folders if os.path.islink(os.path.join(where, name)))]:
+            inside(root, Path(where, name))
 
 
 def _sync(path: Path, flags: int) -> None:

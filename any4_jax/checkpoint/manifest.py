@@ -16,34 +16,70 @@ The text on disk must equal, byte for byte, the encoding of the values that it p
 values alone would not notice a changed space or a duplicate key.
 """
 
+import dataclasses
 import hashlib
 import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any, Literal, NoReturn
+
+import pydantic
+from pydantic import Field
+
+from any4_jax.schema import check
 
 SCHEMA = 2
 DATA_NAME = re.compile(r"data-[0-9a-f]{12}")
-_DIGEST = re.compile(r"[0-9a-f]{64}")
+DEPTH = 150
+"""How deep the objects and lists of a manifest may nest; some parsers of JSON stop at 200."""
+
 _KEYS = {"schema", "library", "data", "arrays", "files", "content", "sha256"}
+_SHOWN = 60
+
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Size = Annotated[int, Field(ge=0, lt=2**63)]
+DType = Literal[
+    "bool",
+    "int8",
+    "int16",
+    "int32",
+    "uint8",
+    "uint16",
+    "uint32",
+    "float16",
+    "float32",
+    "bfloat16",
+    "float8_e4m3fn",
+    "float8_e5m2",
+    "float8_e8m0fnu",
+    "int4",
+    "uint4",
+]
+"""The dtypes of arrays that a checkpoint holds, as numpy or ml_dtypes name them."""
+
+_EXACT = pydantic.ConfigDict(extra="forbid")
 
 
 @dataclass(frozen=True)
 class ArrayEntry:
-    """An array: shape; dtype as numpy or ml_dtypes name it; sha256, one hex digest per block of the C-order bytes."""
+    """An array: its shape; its dtype; sha256, one hex digest per block of the C-order bytes."""
 
-    shape: tuple[int, ...]
-    dtype: str
-    sha256: tuple[str, ...]
+    __pydantic_config__ = _EXACT
+
+    shape: Annotated[tuple[Size, ...], Field(max_length=64)]
+    dtype: DType
+    sha256: tuple[Digest, ...]
 
 
 @dataclass(frozen=True)
 class FileEntry:
     """A file: size in bytes; sha256, the hex digest of the whole file."""
 
-    size: int
-    sha256: str
+    __pydantic_config__ = _EXACT
+
+    size: Size
+    sha256: Digest
 
 
 @dataclass(frozen=True)
@@ -65,17 +101,38 @@ def check_name(name: object, what: str) -> None:
     good = isinstance(name, str) and "\\" not in name and "\0" not in name and ":" not in name
     if not good or any(part in ("", ".", "..") for part in str(name).split("/")):
         raise ValueError(
-            f"{what} {name!r} is not a relative path of plain parts; "
+            f"{what} {shown(name)} is not a relative path of plain parts; "
             'use parts between "/", none of them empty, "." or "..", without backslash, colon or NUL'
         )
+
+
+def shown(value: object) -> str:
+    """A value as text for a message, cut where it is long."""
+    text = repr(value)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+
+
+def check_depth(value: object, what: str) -> None:
+    """Raise ValueError if JSON values are nested more than DEPTH deep; `what` begins the message."""
+    level = [value]
+    for _ in range(DEPTH + 1):
+        level = [inner for outer in level if isinstance(outer, dict | list | tuple) for inner in _within(outer)]
+        if not level:
+            return
+    raise ValueError(f"{what} nested more than {DEPTH} deep; nest less")
+
+
+def _within(outer: Any) -> Any:
+    return outer.values() if isinstance(outer, dict) else outer
 
 
 def encode(manifest: Manifest) -> bytes:
     """The bytes of `any4.json`.
 
     Raises:
-      TypeError, ValueError: `content` is not plain JSON; NaN is not either.
+      TypeError, ValueError: `content` is not plain JSON, or nested too deeply; NaN is not JSON either.
     """
+    check_depth(manifest.content, "it is")
     body = {
         "schema": SCHEMA,
         "library": dict(manifest.library),
@@ -97,75 +154,49 @@ def decode(raw: bytes) -> Manifest:
       ValueError: it isn't a valid manifest; the message is a phrase that continues "any4.json ...".
     """
     try:
-        value = json.loads(raw.decode("utf-8"))
+        value = json.loads(raw.decode("utf-8"), parse_constant=_no_number)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"is not valid JSON ({error})") from None
     if not isinstance(value, dict) or type(value.get("schema")) is not int:
         raise ValueError('is not an any4_jax manifest (it has no integer "schema")')
     if value["schema"] > SCHEMA:
         raise ValueError(
-            f"was written by a newer any4_jax (schema {value['schema']}); "
+            f"was written by a newer any4_jax (schema {shown(value['schema'])}); "
             f"this one reads schemas up to {SCHEMA}, so upgrade any4_jax"
         )
     if value["schema"] < 1 or set(value) != _KEYS:
         raise ValueError(
-            f"is damaged: it has schema {value['schema']} and the keys {sorted(value)}; "
-            f"schemas 1 to {SCHEMA} have the keys {sorted(_KEYS)}"
+            f"is damaged: it has schema {shown(value['schema'])} and the keys {shown(sorted(value))}; "
+            f"schemas 1 to {SCHEMA} have the keys {', '.join(sorted(_KEYS))}"
         )
+    check_depth(value, "is damaged: it is")
     body = {key: item for key, item in value.items() if key != "sha256"}
-    if value["sha256"] != _digest(body) or _text(value) != raw:
+    try:
+        intact = value["sha256"] == _digest(body) and _text(value) == raw
+    except ValueError as error:
+        # JSON has no infinity, but reads 1e999 as one.
+        raise ValueError(f"is damaged: a number in it is too large ({error})") from None
+    if not intact:
         raise ValueError("is damaged or was edited: its text doesn't match its own sha256")
     return _build(body)
 
 
+def _no_number(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not a number of JSON")
+
+
 def _build(body: dict[str, Any]) -> Manifest:
     """The typed manifest of a body whose digest matches. A digest can be forged, so every field is checked too."""
-    data, library, content = body["data"], body["library"], body["content"]
-    if not isinstance(data, str) or not DATA_NAME.fullmatch(data):
-        raise ValueError(f'names the data directory {data!r}, and "data-" with 12 hex digits is needed')
-    if not isinstance(library, dict) or not all(isinstance(version, str) for version in library.values()):
-        raise ValueError('has a "library" that is not an object of version strings')
-    if not isinstance(content, dict):
-        raise ValueError('has a "content" that is not an object')
-    if not isinstance(body["arrays"], dict) or not isinstance(body["files"], dict):
-        raise ValueError('has "arrays" or "files" that are not objects')
-    for name in body["arrays"]:
+    fields = {name: value for name, value in body.items() if name != "schema"}
+    manifest = check(Manifest, fields, "is damaged", "restore it from a copy")
+    if not DATA_NAME.fullmatch(manifest.data):
+        raise ValueError(f'names the data directory {shown(manifest.data)}, and "data-" with 12 hex digits is needed')
+    for name in manifest.arrays:
         check_name(name, "names an array: the name")
-    for name in body["files"]:
+    for name in manifest.files:
         check_name(name, "names a file that could leave the checkpoint: the path")
-    arrays = {name: _array_entry(name, entry) for name, entry in body["arrays"].items()}
-    files = {name: _file_entry(name, entry) for name, entry in body["files"].items()}
-    return Manifest(library=library, data=data, arrays=arrays, files=files, content=content)
-
-
-def _array_entry(name: str, entry: object) -> ArrayEntry:
-    if not (
-        isinstance(entry, dict)
-        and set(entry) == {"shape", "dtype", "sha256"}
-        and isinstance(entry["shape"], list)
-        and all(type(size) is int and size >= 0 for size in entry["shape"])
-        and isinstance(entry["dtype"], str)
-        and isinstance(entry["sha256"], list)
-        and all(_is_digest(digest) for digest in entry["sha256"])
-    ):
-        raise ValueError(f"has no valid shape, dtype and sha256 for array {name!r}")
-    return ArrayEntry(tuple(entry["shape"]), entry["dtype"], tuple(entry["sha256"]))
-
-
-def _file_entry(name: str, entry: object) -> FileEntry:
-    if not (
-        isinstance(entry, dict)
-        and set(entry) == {"size", "sha256"}
-        and type(entry["size"]) is int
-        and entry["size"] >= 0
-        and _is_digest(entry["sha256"])
-    ):
-        raise ValueError(f"has no valid size and sha256 for file {name!r}")
-    return FileEntry(entry["size"], entry["sha256"])
-
-
-def _is_digest(value: object) -> bool:
-    return isinstance(value, str) and _DIGEST.fullmatch(value) is not None
+    # Not the parser's copy, whose floats need not be the same to the last bit.
+    return dataclasses.replace(manifest, content=body["content"])
 
 
 def _digest(body: dict[str, Any]) -> str:

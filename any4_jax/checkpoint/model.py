@@ -6,12 +6,11 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from any4_jax.checkpoint import store
 from any4_jax.checkpoint.arrays import ShardingRule
-from any4_jax.checkpoint.contents import build, contents, current, describe
+from any4_jax.checkpoint.contents import abstract, build, contents, current, describe, names, taking
 from any4_jax.checkpoint.into import placement
 from any4_jax.checkpoint.manifest import Manifest
 from any4_jax.models.hf_flax import is_hf_flax
@@ -38,7 +37,8 @@ def save(path: str | os.PathLike[str], model: Any) -> None:
 
     Raises:
       TypeError: the model is none of these, or a Decoder whose class belongs to no family.
-      ValueError: a key or a module's name isn't a string, or holds "." or "/".
+      ValueError: a key or a module's name isn't a string, or holds "." or "/"; a tree contains itself, or is nested more
+        than 64 deep; the arrays of an operator don't belong together.
       FileExistsError: `path` holds something other than a checkpoint.
       OSError: `path` can't be written, or another save to it is running.
     """
@@ -88,7 +88,7 @@ def load(path: str | os.PathLike[str], *, into: Any = None, sharding: ShardingRu
     arrays, content, files = store.read(path, sharding=sharding)
     tokenizer = {name.removeprefix(_TOKENIZER): raw for name, raw in files.items() if name.startswith(_TOKENIZER)}
     with _about(path):
-        model = build(current(content), arrays.__getitem__, into)
+        model = build(current(content), taking(arrays), into)
         if tokenizer and not isinstance(model, Mapping | tuple) and getattr(model, "tokenizer", None) is None:
             model.tokenizer = Tokenizer.from_files(tokenizer)
     return model
@@ -97,10 +97,10 @@ def load(path: str | os.PathLike[str], *, into: Any = None, sharding: ShardingRu
 def _rule(manifest: Manifest, into: Any) -> ShardingRule:
     """How the arrays are sharded. Raises ValueError if the contents don't fit, before any array is read."""
     content = current(manifest.content)
-    shapes = {name: jax.ShapeDtypeStruct(a.shape, jnp.dtype(a.dtype)) for name, a in manifest.arrays.items()}
-    build(content, shapes.__getitem__, into)
-    given, names = (trees.leaves(contents(content, take)) for take in (shapes.__getitem__, lambda name: name))
-    return placement(trees.leaves(container_of(into).tree(into)), given, names)
+    take = abstract(manifest)
+    build(content, take, into)
+    given, named = trees.leaves(contents(content, take)), trees.leaves(names(content))
+    return placement(trees.leaves(container_of(into).tree(into)), given, named)
 
 
 @contextlib.contextmanager

@@ -34,7 +34,7 @@ def to_arrays(model: Any) -> tuple[dict[str, Any], dict[str, Any]]:
 
     Raises:
       TypeError: the model is a Decoder whose class belongs to no family.
-      ValueError: a key isn't a string, or holds "." or "/".
+      ValueError: as `any4_jax.save`.
     """
     arrays: dict[str, Any] = {}
     spec = describe(model, arrays)

@@ -37,25 +37,37 @@ def operator_spec(operator: Any, name: str, arrays: dict[str, jax.Array]) -> Any
     return {"array": name}
 
 
-def operator_from_spec(spec: Any, take: Callable[[str], jax.Array]) -> Any:
-    """The inverse of `operator_spec`; `take` maps a name to its array.
+def operator_from_spec(spec: Any, take: Callable[[str], jax.Array], name: str = "it") -> Any:
+    """The inverse of `operator_spec`.
+
+    Args:
+      spec: what `operator_spec` returned.
+      take: maps a name to its array.
+      name: what the operator is called in messages.
 
     Raises:
-      ValueError: the spec names an operator that is not registered.
+      ValueError: the spec names an operator that is not registered, or doesn't have the fields of its class.
     """
     if isinstance(spec, list):
-        return tuple(operator_from_spec(item, take) for item in spec)
+        return tuple(operator_from_spec(item, take, name) for item in spec)
     if not isinstance(spec, dict):
         return spec
     if "operator" not in spec:
         return take(spec["array"])
-    name, known = spec["operator"], operator_types()
-    if name not in known:
+    kind, known = spec["operator"], operator_types()
+    if kind not in known:
         raise ValueError(
-            f"got an operator {name!r}, and the registered ones are {', '.join(known)}; import the module that "
+            f"got an operator {kind!r}, and the registered ones are {', '.join(known)}; import the module that "
             "registers it, or upgrade any4_jax"
         )
-    return known[name](**{key: operator_from_spec(value, take) for key, value in spec.items() if key != "operator"})
+    fields = {key: value for key, value in spec.items() if key != "operator"}
+    declared = dataclasses.fields(known[kind])
+    needed = {f.name for f in declared if f.default is f.default_factory is dataclasses.MISSING}
+    lacking, unknown = sorted(needed - set(fields)), sorted(set(fields) - {f.name for f in declared})
+    if lacking or unknown:
+        wrong = f"lacks {lacking[0]!r}" if lacking else f"has no field {unknown[0]!r}"
+        raise ValueError(f"{name}: its {kind} {wrong}; save it again, or upgrade any4_jax")
+    return known[kind](**{key: operator_from_spec(value, take, name) for key, value in fields.items()})
 
 
 def recipe_spec(recipe: Recipe) -> dict[str, Any]:
@@ -72,13 +84,30 @@ def recipe_from_spec(spec: Mapping[str, Any]) -> Recipe:
     """The inverse of `recipe_spec`.
 
     Raises:
-      ValueError: this version doesn't have the method, or one of its fields.
+      ValueError: this version doesn't have a method or one of its fields, or a field or note has a value that it can't
+        have.
     """
+    rules = tuple((pattern, _method(entry, f"rule {pattern!r}")) for pattern, entry in spec["rules"])
     linears = []
     for path, entry in sorted(spec["linears"].items()):
-        method = method_from_json(entry)
-        assert method is not None
         # JSON turned the tuples of notes into lists.
         notes = {name: plain_note(note) for name, note in entry["notes"].items()}
-        linears.append((path, method, tuple(sorted(notes.items()))))
-    return Recipe(tuple((pattern, method_from_json(entry)) for pattern, entry in spec["rules"]), tuple(linears))
+        linears.append((path, _method(entry, path), tuple(sorted(notes.items()))))
+    recipe = Recipe(rules, tuple(linears))
+    try:
+        hash(recipe)
+    except TypeError as error:
+        raise ValueError(f"its recipe has a note or a field of a kind that none has ({error}); save it again") from None
+    return recipe
+
+
+def _method(entry: Any, where: str) -> Any:
+    try:
+        return method_from_json(entry)
+    except ValueError as error:
+        raise ValueError(f"{where} of its recipe: {error}") from None
+    # A method checks the values of its fields as it likes, and may be of another package.
+    except Exception as error:
+        raise ValueError(
+            f"{where} of its recipe has no fields that its method takes ({type(error).__name__}: {error}); save it again"
+        ) from None

@@ -152,6 +152,8 @@ class PartialStore:
             self._remove()
 
     def _read(self, path: str, key: str) -> Result:
+        if not self._file(path).is_file():
+            raise ValueError("there is no regular file, and a named pipe would be waited for")
         with safetensors.safe_open(self._file(path), framework="numpy") as file:
             metadata = file.metadata()
             text = metadata["description"]

@@ -10,6 +10,7 @@ arrays of an operator were named "<path of the linear>/<field>".
 from collections.abc import Mapping
 from typing import Any
 
+from any4_jax.checkpoint.content_schema import Decoder1, Other1, check_content
 from any4_jax.models import families
 
 # Schema 1 knew one family of decoders.
@@ -19,10 +20,16 @@ _EMBEDDING = "embed_tokens"
 
 
 def upgraded(content: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A content of schema 1 in the form of schema 2; any other content unchanged."""
+    """A content of schema 1 in the form of schema 2; any other content unchanged.
+
+    Raises:
+      ValueError: it is not what schema 1 declares.
+    """
     if content.get("kind") == _FAMILY:
+        check_content(Decoder1, content)
         return _decoder(content)
     if content.get("kind") == "tree":
+        check_content(Other1, content)
         return _other(content)
     return content
 
@@ -62,7 +69,15 @@ def _recipe(recipe: Mapping[str, Any] | None) -> dict[str, Any] | None:
 
 
 def _put(tree: dict[str, Any], keys: list[str], leaf: Any) -> None:
-    """Adds a leaf to a tree's JSON."""
+    """Adds a leaf to a tree's JSON.
+
+    Raises:
+      ValueError: the place is another leaf's, or lies within one.
+    """
     for key in keys[:-1]:
         tree = tree["dict"].setdefault(key, {"dict": {}})
+        if "dict" not in tree:
+            break
+    if keys[-1] in tree.get("dict", keys[-1:]):
+        raise ValueError(f"the model's description has two leaves at {'.'.join(keys)}; save it again")
     tree["dict"][keys[-1]] = {"leaf": leaf}

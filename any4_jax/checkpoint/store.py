@@ -87,7 +87,7 @@ def read_manifest(path: str | os.PathLike[str]) -> Manifest:
     Raises:
       FileNotFoundError: `path` holds no checkpoint.
       OSError: any4.json can't be read.
-      ValueError: any4.json is damaged, or of a newer version.
+      ValueError: any4.json is damaged, of a newer version, or no regular file.
     """
     root = Path(path)
     try:
@@ -111,7 +111,8 @@ def verify(path: str | os.PathLike[str]) -> Manifest:
 
     Raises:
       FileNotFoundError, OSError: see `read_manifest`.
-      ValueError: as `read_manifest`, or a file is missing or damaged; the message names the first such file.
+      ValueError: as `read_manifest`, or a file is missing, damaged or no regular file; the message names the first
+        such file.
     """
     root = Path(path)
     manifest = read_manifest(root)
@@ -128,6 +129,7 @@ def verify(path: str | os.PathLike[str]) -> Manifest:
             if found.size == wanted.size:
                 fault = "is damaged (its sha256 differs)"
         raise ValueError(f"checkpoint {root}: {manifest.data}/{name} {fault}; restore the checkpoint from a copy")
+    directory.check_regular(root, root / manifest.data)
     return manifest
 
 

@@ -33,10 +33,19 @@ def describe_tree(node: Any, name: str, arrays: dict[str, Any]) -> Any:
     return {"leaf": {"array": name}}
 
 
-def build_tree(spec: Mapping[str, Any], take: Callable[[str], Any]) -> Any:
-    """The inverse of `describe_tree`; `take` maps a name to its array."""
+def build_tree(spec: Mapping[str, Any], take: Callable[[str], Any], name: str = "") -> Any:
+    """The inverse of `describe_tree`.
+
+    Args:
+      spec: what `describe_tree` returned.
+      take: maps a name to its array.
+      name: where the tree is, for messages.
+
+    Raises:
+      ValueError: an operator isn't registered, or lacks a field or has one that its class doesn't have.
+    """
     if "dict" in spec:
-        return {key: build_tree(value, take) for key, value in spec["dict"].items()}
+        return {key: build_tree(value, take, f"{name}.{key}" if name else key) for key, value in spec["dict"].items()}
     if "list" in spec:
-        return [build_tree(value, take) for value in spec["list"]]
-    return operator_from_spec(spec["leaf"], take)
+        return [build_tree(value, take, f"{name}.{i}" if name else str(i)) for i, value in enumerate(spec["list"])]
+    return operator_from_spec(spec["leaf"], take, name)

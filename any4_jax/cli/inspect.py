@@ -5,14 +5,14 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from any4_jax import checkpoint
 from any4_jax.checkpoint import Manifest
-from any4_jax.checkpoint.contents import contents, current
+from any4_jax.checkpoint.contents import abstract, contents, current, is_described
 from any4_jax.cli.output import megabytes, table
 from any4_jax.surgery import quantized_leaves
+from any4_jax.weights import LowRank, Sum
 
 
 def add(commands: Any, common: argparse.ArgumentParser) -> None:
@@ -25,17 +25,20 @@ def add(commands: Any, common: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     manifest = checkpoint.verify(args.checkpoint)
-    content = current(manifest.content)
+    content = current(manifest.content) if is_described(manifest.content) else {}
     sizes = {name: math.prod(a.shape) * jnp.dtype(a.dtype).itemsize for name, a in manifest.arrays.items()}
     writer = ", ".join(f"{name} {version}" for name, version in manifest.library.items())
     print(f"{args.checkpoint}: {_subject(content)}, written by {writer}")
     print(f"checksums: all {len(manifest.files)} files are as they were written, {len(sizes)} arrays\n")
 
     recipe = (content.get("recipe") or {}).get("linears", {})
-    rows, stored, weights = [], 0, 0
+    rows, stored, weights, updates = [], 0, 0, 0
     for place, operator in _operators(content, manifest).items():
         named = next((name for name in _names(place) if name in recipe), None)
-        method = type(operator).__name__ if named is None else recipe[named]["method"]
+        base, added = _split(operator)
+        method = type(base).__name__ if named is None else recipe[named]["method"]
+        method += "".join(f" + LoRA rank {update.a.shape[-2]}" for update in added)
+        updates += sum(update.nbytes for update in added)
         shape = " x ".join(map(str, operator.shape))
         rows.append(
             [_shown(place, content), method, f"{operator.bits_per_weight:.3f}", shape, megabytes(operator.nbytes)]
@@ -46,8 +49,9 @@ def run(args: argparse.Namespace) -> int:
         print(f"no layer is quantized; parameters {megabytes(sum(sizes.values()))} MB")
         return 0
     print(table(["layer", "method", "bits/weight", "shape", "MB"], rows))
+    of_these = f" ({megabytes(updates)} MB of them LoRA)" if updates else ""
     print(
-        f"\n{len(rows)} layers quantized: {8 * stored / weights:.3f} bits per weight, {megabytes(stored)} MB; "
+        f"\n{len(rows)} layers quantized: {8 * stored / weights:.3f} bits per weight, {megabytes(stored)} MB{of_these}; "
         f"the other parameters {megabytes(sum(sizes.values()) - stored)} MB"
     )
     for line in _settings(recipe.values()):
@@ -57,12 +61,14 @@ def run(args: argparse.Namespace) -> int:
 
 def _operators(content: Mapping[str, Any], manifest: Manifest) -> dict[str, Any]:
     """The operator of each quantized matrix, with shapes in place of arrays, by its place in the tree."""
+    return quantized_leaves(contents(content, abstract(manifest))) if content else {}
 
-    def abstract(name: str) -> Any:
-        entry = manifest.arrays[name]
-        return jax.ShapeDtypeStruct(entry.shape, jnp.dtype(entry.dtype))
 
-    return quantized_leaves(contents(content, abstract)) if "tree" in content else {}
+def _split(operator: Any) -> tuple[Any, list[LowRank]]:
+    """What a method made of a matrix, and the low-rank update that `add_lora` added to it, if any."""
+    if isinstance(operator, Sum) and isinstance(operator.terms[-1], LowRank) and len(operator.terms) == 2:
+        return operator.terms[0], [operator.terms[1]]
+    return operator, []
 
 
 def _subject(content: Mapping[str, Any]) -> str:
