@@ -143,5 +143,5 @@ def test_only_regular_files_are_read(tmp_path: Path, files: dict[str, bytes], na
     (tmp_path / VOCABULARY).write_bytes(files[VOCABULARY])
     (tmp_path / name).unlink(missing_ok=True)
     os.mkfifo(tmp_path / name)
-    with pytest.raises(ValueError, match=f"{name} is no regular file"):
+    with pytest.raises(ValueError, match=f"{name} is a named pipe, and a regular file is needed"):
         Tokenizer.from_folder(tmp_path)

@@ -7,19 +7,13 @@ import hashlib
 import os
 import re
 import shutil
-import stat
 from collections.abc import Iterator
 from pathlib import Path
 
 from any4_jax.checkpoint.manifest import DATA_NAME, FileEntry
+from any4_jax.regular_file import irregular
 
 MANIFEST_NAME = "any4.json"
-_IRREGULAR = (
-    (stat.S_ISFIFO, "a named pipe"),
-    (stat.S_ISDIR, "a folder"),
-    (stat.S_ISSOCK, "a socket"),
-    (lambda mode: True, "a device"),
-)
 _TEMPORARY_NAME = re.compile(r"any4\.json\.[0-9a-f]{12}\.tmp")
 
 
@@ -146,13 +140,12 @@ def inside(root: Path, file: Path) -> Path:
         raise ValueError(f"checkpoint {root}: {name} is a link to itself; put the file itself there") from None
     if not real.is_relative_to(root.resolve()):
         raise ValueError(f"checkpoint {root}: {name} is a link out of it; put the file itself there")
-    if not stat.S_ISREG(mode):
-        kind = next(kind for test, kind in _IRREGULAR if test(mode))
+    if kind := irregular(mode):
         raise ValueError(f"checkpoint {root}: {name} is {kind}, and only regular files are read; put the file there")
     return file
 
 
-def check_regular(root: Path, folder: Path) -> None:
+def check_contained(root: Path, folder: Path) -> None:
     """Raises ValueError unless all that is in `folder` is regular files and folders inside of `root`.
 
     Orbax's arrays are read by a library that opens whatever it finds.

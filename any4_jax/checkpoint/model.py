@@ -5,7 +5,6 @@ import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import jax
 from flax import nnx
 
 from any4_jax.checkpoint import store

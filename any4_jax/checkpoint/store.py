@@ -129,7 +129,7 @@ def verify(path: str | os.PathLike[str]) -> Manifest:
             if found.size == wanted.size:
                 fault = "is damaged (its sha256 differs)"
         raise ValueError(f"checkpoint {root}: {manifest.data}/{name} {fault}; restore the checkpoint from a copy")
-    directory.check_regular(root, root / manifest.data)
+    directory.check_contained(root, root / manifest.data)
     return manifest
 
 

@@ -11,7 +11,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 
 from any4_jax.models.gguf_metadata import Metadata, shown
-from any4_jax.models.regular_file import check_regular
+from any4_jax.regular_file import check_regular
 
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)

@@ -9,7 +9,7 @@ import numpy as np
 
 from any4_jax.models.gguf_header import Entry, Header
 from any4_jax.models.gguf_metadata import shown
-from any4_jax.models.regular_file import check_regular
+from any4_jax.regular_file import check_regular
 
 # Types that are stored as they are used; the gguf package decodes the others.
 PLAIN = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(jnp.bfloat16)}

@@ -16,6 +16,7 @@ from any4_jax.models.family import Family, matches, renamed
 from any4_jax.models.safetensors_reader import SafetensorsFolder
 from any4_jax.models.stored import Stored, floats
 from any4_jax.models.tokenizer import Tokenizer
+from any4_jax.regular_file import read_regular
 from any4_jax.schema import Schema, check, read_json
 
 
@@ -114,7 +115,7 @@ def load_folder(folder: Path, dtype: DTypeLike | None = None) -> Decoder:
     """
     content = _json(folder / "config.json")
     generation = folder / "generation_config.json"
-    config = read_config(content, _json(generation) if generation.is_file() else None)
+    config = read_config(content, _json(generation) if generation.exists() else None)
     model = from_tensors(config, SafetensorsFolder(folder), dtype)
     model.tokenizer = Tokenizer.from_folder(folder)
     return model
@@ -175,6 +176,6 @@ def _list(items: list[str]) -> str:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
+    if not path.exists():
         raise FileNotFoundError(f"{path.parent} has no {path.name}; give the folder of a Hugging Face model")
-    return read_json(path.read_bytes(), str(path))
+    return read_json(read_regular(path), str(path))

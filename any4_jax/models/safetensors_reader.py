@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import safetensors
 
-from any4_jax.models.regular_file import check_regular, read_regular
+from any4_jax.regular_file import check_regular, read_regular
 from any4_jax.schema import Schema, check, read_json
 
 SINGLE = "model.safetensors"

@@ -85,11 +85,7 @@ class Tokenizer:
             ValueError: see `from_files`; or one of the names is no regular file.
         """
         paths = [folder / name for name in FILES if (folder / name).exists()]
-        for path in paths:
-            # Reading a named pipe would wait for ever.
-            if not path.is_file():
-                raise ValueError(f"{path} is no regular file, and one is needed; put the model's own file there")
-        files = _with_vocabulary({path.name: path.read_bytes() for path in paths})
+        files = _with_vocabulary({path.name: read_regular(path) for path in paths})
         return cls(files) if VOCABULARY in files else None
 
     @property

@@ -1,4 +1,4 @@
-"""Only regular files are read: a named pipe in a model's folder would make its reader wait for ever."""
+"""Only regular files are read: a named pipe would make its reader wait for ever."""
 
 import stat
 from pathlib import Path
@@ -27,10 +27,17 @@ def check_regular(path: Path) -> int:
     except (OSError, ValueError) as error:  # ValueError: the name holds characters that no file's name can
         reason = getattr(error, "strerror", None) or str(error)
         raise FileNotFoundError(f"{str(path)!r} can't be found ({reason}); check the name, or fetch it") from None
-    if stat.S_ISREG(found.st_mode):
+    kind = irregular(found.st_mode)
+    if kind is None:
         return found.st_size
-    kind = next((words for matches, words in _KINDS if matches(found.st_mode)), "no file")
     raise ValueError(f"{path} is {kind}, and a regular file is needed; put the file itself there")
+
+
+def irregular(mode: int) -> str | None:
+    """What a file with this `st_mode` is; None if it is a regular file."""
+    if stat.S_ISREG(mode):
+        return None
+    return next((words for matches, words in _KINDS if matches(mode)), "no file")
 
 
 def read_regular(path: Path) -> bytes:
