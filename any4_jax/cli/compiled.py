@@ -3,7 +3,9 @@
 import hashlib
 import os
 import platform
+import warnings
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -20,7 +22,8 @@ def keep() -> None:
     It stays off if the environment variable ANY4_NO_COMPILATION_CACHE is set, if jax was given a folder or told to have
     none, and where the folder can't be written: a command runs without it too.
     """
-    if os.environ.get(OFF) or jax.config.jax_compilation_cache_dir or not jax.config.jax_enable_compilation_cache:
+    given: Any = jax.config
+    if os.environ.get(OFF) or given.jax_compilation_cache_dir or not given.jax_enable_compilation_cache:
         return
     folder = cache_dir() / "compiled" / _processor()
     try:
@@ -33,6 +36,8 @@ def keep() -> None:
     jax.config.update("jax_compilation_cache_max_size", MOST_BYTES)
     # By default, programs that compile within a second are left out: for a small model, all of them.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    # As on a full disk: the program is compiled, as it would be without the cache.
+    warnings.filterwarnings("ignore", message="Error (reading|writing) persistent compilation cache")
 
 
 def _processor() -> str:

@@ -51,15 +51,12 @@ def where_the_bits_go(operators: Iterable[Any]) -> str:
 
 
 @functools.cache
-def _nbytes(shape: tuple[int, ...], method: AnyMethod) -> int | None:
+def _nbytes(shape: tuple[int, ...], method: Any) -> int | None:
     """The bytes of a matrix as this method stores it; None if its shape alone doesn't say."""
     if scope_of(method) != "matrix":
         return None
     try:
-        stored = jax.eval_shape(
-            lambda w: quantize(w, method),
-            jax.ShapeDtypeStruct(shape[-2:], jnp.float32),  # type: ignore[arg-type]
-        )
+        stored = jax.eval_shape(lambda w: quantize(w, method), jax.ShapeDtypeStruct(shape[-2:], jnp.float32))
     except Exception:  # it needs statistics; this is an estimate, which stops no work
         return None
     return stored.nbytes * math.prod(shape[:-2])
