@@ -223,3 +223,42 @@ def test_compiled_programs_are_kept_in_the_users_cache(variables, own, on, tmp_p
         assert (Path(folder).parent, size) == (tmp_path / "compiled", compiled.MOST_BYTES)
     else:
         assert (folder, size) == (start["jax_compilation_cache_dir"], before["jax_compilation_cache_max_size"])
+
+
+SAMPLED = [*RAW, "--prompt", "Once upon", "--temperature", "1", "--seed", "3"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "settings"),
+    [
+        (["--min-p", "0.2"], {"min_p": 0.2}),
+        (["--repetition-penalty", "1.5"], {"repetition_penalty": 1.5}),
+        (["--presence-penalty", "1"], {"presence_penalty": 1.0}),
+        (["--frequency-penalty", "1"], {"frequency_penalty": 1.0}),
+        (["--stop", "zzz", "--stop", "e"], {"stop": ["zzz", "e"]}),
+        (["--n", "2"], {"n": 2}),
+    ],
+)
+def test_flags_of_sampling_are_the_arguments_of_generate(flags, settings, capsys) -> None:
+    assert main([*SAMPLED, *flags]) == 0
+    fixed = {"max_new_tokens": 8, "temperature": 1.0, "seed": 3}
+    texts = a4.generate(a4.models.load("tiny"), "Once upon", **fixed, **settings)
+    written = texts if isinstance(texts, str) else "\n".join(f"--- {i}\n{text}" for i, text in enumerate(texts, 1))
+    assert capsys.readouterr().out == written + "\n"
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--min-p", "0.5"], "got --min-p without a temperature"),
+        (["--n", "2"], "got --n without a temperature"),
+        (["--n", "0"], "--n: got '0'"),
+        (["--min-p", "2"], "--min-p: got '2', need a number of at least 0 and at most 1"),
+        (["--repetition-penalty", "0"], "need a number above 0"),
+        (["--presence-penalty", "3"], "of at least -2 and at most 2"),
+        (["--stop", ""], "got an empty --stop"),
+    ],
+)
+def test_flags_of_sampling_are_refused(flags, words, capsys) -> None:
+    assert main([*RAW, "--prompt", "x", *flags]) == 2
+    assert words in capsys.readouterr().err

@@ -5,6 +5,7 @@ import sys
 from typing import Any
 
 from any4_jax.cli.errors import CommandLineError, WorkError
+from any4_jax.cli.numbers import count
 from any4_jax.cli.sampling import add_sampling, check_sampling, write
 from any4_jax.cli.sources import MODEL_HELP, given_text, open_model, prompt_text
 from any4_jax.models import Decoder
@@ -25,6 +26,7 @@ def add(commands: Any, common: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--system", metavar="TEXT", help="a system message before the prompt, for a chat template")
     add_sampling(parser)
+    parser.add_argument("--n", type=count, metavar="N", help="so many texts, each sampled on its own (default: 1)")
     parser.set_defaults(run=run)
 
 
@@ -37,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
     model = open_model(args.model)
     answers = model.tokenizer is not None and model.tokenizer.chat_template is not None and not args.raw
     ids = _ids(model, args.model, text, system, answers)
-    if not write(model, ids, args).tokens:
+    if not write(model, ids, args, args.n or 1).tokens:
         advice = "try --raw, which continues the text" if answers else "try another prompt"
         print(f"any4: the model ended at once, without a word; {advice}", file=sys.stderr)
     return 0
