@@ -20,7 +20,9 @@ _WORDS = {"codes": "codes", "lut": "tables", "scales": "scales", "offsets": "off
 def expected(model: Decoder, method: AnyMethod | None, rules: Rules) -> str:
     """One line on what a model's linears will take, computed from their shapes before anything is quantized."""
     matrices = container_of(model).matrices(model, None)
-    chosen = resolve(matrices, method, rules, {path for path, matrix in matrices.items() if matrix.by_name})
+    chosen: dict[str, Any] = resolve(
+        matrices, method, rules, {path for path, matrix in matrices.items() if matrix.by_name}
+    )
     weights = sum(math.prod(matrices[path].shape) for path in chosen)
     before = sum(matrices[path].array.nbytes for path in chosen)
     line = f"to quantize: {len(chosen)} layers, {weights / 1e6:.3g} million weights, {megabytes(before)} MB"
