@@ -1,5 +1,10 @@
 """any4_jax: learned 4-bit weights for language models in JAX."""
 
+# Before all others: Ctrl-C while the command imports them.
+import any4_jax.cli.interrupts  # noqa: F401
+
+# isort: split
+
 from any4_jax import clustering, data, evaluation, kv_cache, methods, models, nn, statistics, surgery, weights
 from any4_jax.checkpoint import from_arrays, load, save, to_arrays
 from any4_jax.generate import generate

@@ -248,10 +248,10 @@ def test_an_engine_that_stops_early_is_not_timed(stream) -> None:
     ("argv", "code", "words"),
     [
         (["gemm", "--shapes", "64"], 2, "got '64', need NxK or one of smollm2-135m, llama-3.2-1b"),
-        (["gemm", "--m", "0"], 2, "got '0', need a whole number above 0"),
+        (["gemm", "--m", "0"], 2, "got '0', need a whole number of at least 1"),
         (["gemm", "--platform", "cuda"], 2, "got --platform cuda, and jax runs on cpu here"),
         (["gemm", "--out", "no/such/folder/r.json"], 1, "its folder is missing"),
-        (["decode", "--tokens", "1"], 2, "got --tokens 1"),
+        (["decode", "--tokens", "1"], 2, "--tokens: got '1'"),
         (["decode", "tiny", "tiny"], 2, "some more than once"),
         (["decode", "tiny", "--shape", "llama-3.2-1b"], 2, "got --shape and the model tiny"),
         ([], 2, "BENCHMARK"),

@@ -10,7 +10,13 @@ import any4_jax as a4
 from any4_jax.cli import main
 from any4_jax.cli.output import table
 from any4_jax.data import assets, stories
+from any4_jax.models import Tokenizer
 from cuda_ffi import registration
+
+
+@pytest.fixture(autouse=True)
+def plain_tokenizer(monkeypatch):
+    monkeypatch.setattr(Tokenizer, "chat_template", None, raising=False)
 
 
 @pytest.mark.parametrize(
@@ -46,7 +52,7 @@ from cuda_ffi import registration
         (["generate", "tiny"], 2, "--prompt"),
         (["generate", "{missing}", "--prompt", "x"], 1, "missing"),
         (["generate", "tiny", "--prompt", "Once", "--max-new-tokens", "9999"], 1, "512"),
-        (["generate", "tiny", "--prompt", "Once", "--temperature", "hot"], 2, "invalid float value: 'hot'"),
+        (["generate", "tiny", "--prompt", "Once", "--temperature", "hot"], 2, "got 'hot', need a number"),
         (["eval", "tiny"], 2, "--text FILE"),
         (["eval", "tiny", "--tasks", "wikitext-3"], 2, "invalid choice: 'wikitext-3'"),
         (["eval", "tiny", "--text", "{missing}"], 1, "missing"),
@@ -57,16 +63,47 @@ from cuda_ffi import registration
         (["inspect", "{missing}"], 1, "any4.json"),
         (["explain", "{missing}"], 1, "missing"),
         (["demo", "--model", "tiny", "--out", "{full}"], 1, "not empty"),
-        (["demo", "--model", "tiny", "--group-size", "0"], 2, "group_size"),
+        (["demo", "--model", "tiny", "--group-size", "0"], 2, "--group-size: got '0'"),
+        (["demo", "--windows", "-1"], 2, "--windows: got '-1'"),
+        (["explain", "tiny", "--rows", "0"], 2, "--rows: got '0'"),
+        (["eval", "tiny", "--text", "{short}", "--windows", "-1"], 2, "--windows: got '-1'"),
+        (["eval", "tiny", "--text", "{short}", "--seqlen", "1"], 2, "--seqlen: got '1', need a whole number of at"),
+        (["eval", "tiny", "--text", "{short}"], 1, "windows of 512"),
+        (["generate", "tiny", "--prompt", ""], 2, "the prompt is empty; pass at least one character"),
+        (["generate", "tiny", "--prompt-file", "{empty}"], 2, "the prompt is empty"),
+        (["generate", "tiny", "--prompt-file", "{binary}"], 1, "binary is not UTF-8 text"),
+        (["generate", "tiny", "--prompt-file", "{missing}"], 1, "missing: No such file"),
+        (["generate", "tiny", "--prompt-file", "{short}", "--prompt", "x"], 2, "not allowed with"),
+        (["generate", "tiny", "--prompt", "a\udcff"], 1, "the prompt is not UTF-8 text"),
+        (["generate", "tiny", "--prompt", "x", "--system", "a\udcff"], 1, "the system message is not UTF-8 text"),
+        (["generate", "tiny", "--prompt", "x", "--raw", "--system", "y"], 2, "--raw"),
+        (["generate", "tiny", "--prompt", "x", "--system", "y"], 1, "no chat template"),
+        (["generate", "tiny", "--prompt", "x", "--max-new-tokens", "0"], 2, "--max-new-tokens: got '0'"),
+        (["generate", "tiny", "--prompt", "x", "--top-k", "3"], 2, "got --top-k without a temperature"),
+        (["generate", "tiny", "--prompt", "x", "--top-p", "0.5"], 2, "got --top-p without a temperature"),
+        (["generate", "tiny", "--prompt", "x", "--seed", "0"], 2, "got --seed without a temperature"),
+        (["generate", "tiny", "--prompt", "x", "--temperature", "1", "--top-k", "0"], 2, "--top-k: got '0'"),
+        (
+            ["generate", "tiny", "--prompt", "x", "--temperature", "1", "--top-p", "0"],
+            2,
+            "number above 0 and at most 1",
+        ),
+        (["generate", "tiny", "--prompt", "x", "--temperature", "1", "--seed", "-1"], 2, "--seed: got '-1'"),
+        (["generate", "tiny", "--prompt", "x", "--temperature", "nan"], 2, "got 'nan', need a number"),
+        (["chat", "tiny"], 1, "no chat template"),
+        (["--import", "no.such", "generate", "tiny", "--prompt", "x"], 2, "got --import no.such"),
+        (["generate", "tiny", "--prompt", "x", "--import", ".relative"], 2, "got --import .relative"),
+        (["completion", "fish"], 2, "invalid choice: 'fish'"),
     ],
 )
 def test_exit_code_and_one_sentence(argv, code, words, tmp_path, capsys):
-    paths = {name: tmp_path / name for name in ("new", "missing", "full", "binary", "blank", "short")}
+    paths = {name: tmp_path / name for name in ("new", "missing", "full", "binary", "blank", "short", "empty")}
     paths["full"].mkdir()
     (paths["full"] / "thesis.txt").write_text("years of work")
     paths["binary"].write_bytes(b"\xff\xfe\x00\x01")
     paths["blank"].write_text("\n")
     paths["short"].write_text("Lily had a ball.")
+    paths["empty"].write_text("\n")
     before = sorted(tmp_path.rglob("*"))
 
     assert main([part.format(**paths) for part in argv]) == code
@@ -97,7 +134,7 @@ def test_interrupt_is_130(monkeypatch, capsys):
 
     monkeypatch.setattr("any4_jax.cli.generate.open_model", interrupt)
     assert main(["generate", "tiny", "--prompt", "x"]) == 130
-    assert capsys.readouterr().err == "any4: interrupted\n"
+    assert capsys.readouterr().err == "any4: interrupted; nothing was kept, so running it again begins anew\n"
 
 
 def test_a_bug_is_no_bare_key(monkeypatch, capsys):

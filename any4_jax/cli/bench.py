@@ -7,9 +7,10 @@ from typing import Any
 from any4_jax.benchmarks import decode, machine, quantize, shapes
 from any4_jax.benchmarks.timing import StreamingRead
 from any4_jax.cli.bench_gemm import add_gemm
-from any4_jax.cli.bench_shared import add_common, add_machine, check, count, finish, heading
+from any4_jax.cli.bench_shared import add_common, add_machine, check, finish, heading
 from any4_jax.cli.errors import CommandLineError
 from any4_jax.cli.methods import add_method, method_from
+from any4_jax.cli.numbers import at_least, count
 from any4_jax.cli.options import checked
 from any4_jax.cli.output import progress, table
 from any4_jax.cli.sources import MODEL_HELP, open_model
@@ -47,7 +48,9 @@ def _add_decode(parser: argparse.ArgumentParser) -> None:
         help="time a model of this shape with random weights instead: in bfloat16, and with 4-bit linears",
     )
     parser.add_argument("--prompt-tokens", type=count, default=32, metavar="N", help="(default: 32)")
-    parser.add_argument("--tokens", type=count, default=128, metavar="N", help="new tokens, 2 or more (default: 128)")
+    parser.add_argument(
+        "--tokens", type=at_least(2), default=128, metavar="N", help="new tokens, 2 or more (default: 128)"
+    )
     add_common(parser, rounds=5)
     parser.set_defaults(run=run_decode)
 
@@ -74,8 +77,6 @@ def run_decode(args: argparse.Namespace) -> int:
     check(args)
     if len(set(args.models)) < len(args.models):
         raise CommandLineError(f"got the models {' '.join(args.models)}, some more than once; give each once")
-    if args.tokens < 2:
-        raise CommandLineError(f"got --tokens {args.tokens}, and the first comes from the prompt; give 2 or more")
     if args.shape is not None and args.models:
         raise CommandLineError(f"got --shape and the model {args.models[0]}; give one or the other")
     models = _of_shape(args.shape) if args.shape else {name: open_model(name) for name in args.models or ["tiny"]}

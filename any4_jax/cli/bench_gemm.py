@@ -7,10 +7,12 @@ from typing import Any
 
 from any4_jax.benchmarks import gemm, gemm_cuda, machine
 from any4_jax.benchmarks.plot import speed_plot
-from any4_jax.cli.bench_shared import add_common, check, count, finish, heading
+from any4_jax.cli.bench_shared import add_common, check, finish, heading
 from any4_jax.cli.bench_tune import run_tune
 from any4_jax.cli.errors import CommandLineError
+from any4_jax.cli.numbers import count
 from any4_jax.cli.output import progress, table
+from any4_jax.packing import PLANES
 
 ON_CUDA = "llama-3.2-1b-together,llama-3.1-8b-together,llama-3.1-70b-together,squares"
 
@@ -26,7 +28,9 @@ def add_gemm(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--m", type=_counts, metavar="M,...", help="rows of the input (default: 1,16; on cuda 1 to 2048)"
     )
-    parser.add_argument("--bits", type=int, default=4, metavar="B", help="of a code (default: 4)")
+    parser.add_argument(
+        "--bits", type=int, choices=sorted(PLANES), default=4, metavar="B", help="of a code (default: 4)"
+    )
     parser.add_argument("--group-size", type=count, default=128, metavar="G", help="(default: 128)")
     parser.add_argument(
         "--rotate-mb",

@@ -6,6 +6,7 @@ from pathlib import Path
 from any4_jax.benchmarks import machine, schema
 from any4_jax.choice import PLATFORMS
 from any4_jax.cli.errors import CommandLineError, WorkError
+from any4_jax.cli.numbers import count
 
 
 def add_common(parser: argparse.ArgumentParser, rounds: int) -> None:
@@ -47,9 +48,3 @@ def finish(args: argparse.Namespace, result: schema.Result) -> int:
         schema.write(args.out, result)
         print(f"wrote {args.out}")
     return 0
-
-
-def count(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"got {text!r}, need a whole number above 0")
-    return int(text)

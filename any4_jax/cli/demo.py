@@ -9,6 +9,7 @@ import numpy as np
 
 from any4_jax import checkpoint, models
 from any4_jax.cli.errors import WorkError
+from any4_jax.cli.numbers import count
 from any4_jax.cli.options import checked
 from any4_jax.cli.output import megabytes, progress
 from any4_jax.cli.sources import check_output
@@ -84,10 +85,10 @@ def add(commands: Any, common: argparse.ArgumentParser) -> None:
         metavar="PATH",
         help="any model that `any4 quantize` takes (default: SmolLM2-135M, fetched once)",
     )
-    parser.add_argument("--group-size", type=int, default=64, metavar="G", help="(default: 64)")
+    parser.add_argument("--group-size", type=count, default=64, metavar="G", help="(default: 64)")
     parser.add_argument(
         "--windows",
-        type=int,
+        type=count,
         default=WINDOWS,
         metavar="N",
         help=f"measure on N windows of {SEQLEN} tokens, or as many as the text has (default: {WINDOWS})",

@@ -6,9 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from any4_jax.cli.errors import CommandLineError, WorkError
+from any4_jax.cli.numbers import at_least, count
 from any4_jax.cli.output import progress, table
 from any4_jax.cli.sources import MODEL_HELP, open_model, read_text
 from any4_jax.evaluation import perplexity
+
+SEQLEN = 2048
 
 
 def add(commands: Any, common: argparse.ArgumentParser) -> None:
@@ -18,8 +21,13 @@ def add(commands: Any, common: argparse.ArgumentParser) -> None:
         "--tasks", nargs="+", choices=sorted(TASKS), default=[], help="data sets, fetched from the network"
     )
     parser.add_argument("--text", metavar="FILE", help="measure on the text of this file")
-    parser.add_argument("--seqlen", type=int, default=2048, metavar="N", help="tokens in a window (default: 2048)")
-    parser.add_argument("--windows", type=int, metavar="N", help="use only the first N windows")
+    parser.add_argument(
+        "--seqlen",
+        type=at_least(2),
+        metavar="N",
+        help=f"tokens in a window (default: {SEQLEN}, or the model's context if that is shorter)",
+    )
+    parser.add_argument("--windows", type=count, metavar="N", help="use only the first N windows")
     parser.add_argument("--out", metavar="FILE", help="write the results here as JSON")
     parser.set_defaults(run=run)
 
@@ -33,17 +41,18 @@ def run(args: argparse.Namespace) -> int:
     if args.text is not None:
         sources[args.text] = read_text(args.text)
     model = open_model(args.model)
+    seqlen = args.seqlen or min(SEQLEN, model.config.max_position_embeddings)
 
     results: dict[str, dict[str, Any]] = {}
     for name, text in sources.items():
         with progress(name, "window") as bar:
-            measured = perplexity(model, text, seqlen=args.seqlen, windows=args.windows, progress=bar)
+            measured = perplexity(model, text, seqlen=seqlen, windows=args.windows, progress=bar)
         results[name] = {
             "perplexity": measured.value,
             "standard_error": measured.bootstrap(),
             "nats_per_token": measured.nll,
             "windows": len(measured.window_nll),
-            "seqlen": args.seqlen,
+            "seqlen": seqlen,
             "window_nats_per_token": measured.window_nll.tolist(),
         }
     rows = [
@@ -56,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
         ]
         for name, r in results.items()
     ]
-    print(table(["text", "perplexity", "error", "nats/token", f"windows of {args.seqlen}"], rows))
+    print(table(["text", "perplexity", "error", "nats/token", f"windows of {seqlen}"], rows))
     if args.out is not None:
         Path(args.out).write_text(json.dumps({"model": args.model, "results": results}, indent=2) + "\n")
     return 0

@@ -3,6 +3,7 @@
 import argparse
 from typing import Any
 
+from any4_jax.cli.numbers import count
 from any4_jax.cli.sources import MODEL_HELP, open_any
 from any4_jax.surgery import explain
 
@@ -12,7 +13,7 @@ def add(commands: Any, common: argparse.ArgumentParser) -> None:
         "explain", parents=[common], help="which kernel each linear runs on here, and why", allow_abbrev=False
     )
     parser.add_argument("model", metavar="CKPT_OR_MODEL", help=f"a checkpoint, {MODEL_HELP}")
-    parser.add_argument("--rows", type=int, default=1, metavar="M", help="rows of the input; 1 is decoding (default)")
+    parser.add_argument("--rows", type=count, default=1, metavar="M", help="rows of the input; 1 is decoding (default)")
     parser.set_defaults(run=run)
 
 

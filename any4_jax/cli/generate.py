@@ -2,14 +2,13 @@
 
 import argparse
 import sys
-import time
 from typing import Any
 
-from any4_jax.cli.errors import WorkError
-from any4_jax.cli.sources import MODEL_HELP, open_model
-from any4_jax.generate import generate_tokens
-from any4_jax.generate.streaming import TextStream
-from any4_jax.generate.text import STREAM_CHUNK
+from any4_jax.cli.errors import CommandLineError, WorkError
+from any4_jax.cli.numbers import count
+from any4_jax.cli.sampling import add_sampling, check_sampling, write
+from any4_jax.cli.sources import MODEL_HELP, given_text, open_model, prompt_text
+from any4_jax.models import Decoder
 
 
 def add(commands: Any, common: argparse.ArgumentParser) -> None:
@@ -17,47 +16,41 @@ def add(commands: Any, common: argparse.ArgumentParser) -> None:
         "generate", parents=[common], help="text from a model or checkpoint", allow_abbrev=False
     )
     parser.add_argument("model", metavar="CKPT_OR_MODEL", help=f"a checkpoint, {MODEL_HELP}")
-    parser.add_argument("--prompt", required=True, metavar="TEXT", help="the text to continue")
-    parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="(default: 64)")
+    prompt = parser.add_mutually_exclusive_group(required=True)
+    prompt.add_argument("--prompt", metavar="TEXT", help="what to answer, or to continue; - reads it from stdin")
+    prompt.add_argument("--prompt-file", metavar="FILE", help="read it from a file, without the newline at its end")
     parser.add_argument(
-        "--temperature", type=float, default=0.0, metavar="T", help="0 takes the likeliest token (default)"
+        "--raw",
+        action="store_true",
+        help="continue the text as it is; by default, a model that has a chat template answers it",
     )
-    parser.add_argument("--top-k", type=int, metavar="K", help="sample among the K likeliest tokens")
-    parser.add_argument(
-        "--top-p", type=float, metavar="P", help="sample among the likeliest tokens that together have this probability"
-    )
-    parser.add_argument("--seed", type=int, help="of the sampling (default: 0)")
+    parser.add_argument("--system", metavar="TEXT", help="a system message before the prompt, for a chat template")
+    add_sampling(parser)
+    parser.add_argument("--n", type=count, metavar="N", help="so many texts, each sampled on its own (default: 1)")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
+    check_sampling(args)
+    if args.raw and args.system is not None:
+        raise CommandLineError("got --system with --raw, which continues text without messages; leave one out")
+    text = prompt_text(args.prompt, args.prompt_file)
+    system = None if args.system is None else given_text(args.system, "the system message")
     model = open_model(args.model)
-    if model.tokenizer is None:
-        raise WorkError(f"{args.model} has no tokenizer, and a text prompt needs one; add its tokenizer.json")
-    prompt = model.tokenizer.encode(args.prompt)
-    text = TextStream(model.tokenizer.decode, prompt, lambda piece: print(piece, end="", flush=True))
-    count, clock = 0, [time.perf_counter()]
-    for chunk in generate_tokens(
-        model,
-        [prompt],
-        max_new_tokens=args.max_new_tokens,
-        temperature=args.temperature,
-        top_k=args.top_k,
-        top_p=args.top_p,
-        seed=args.seed,
-        chunk=STREAM_CHUNK,
-    ):
-        text.extend(chunk[0])
-        count += len(chunk[0])
-        clock.append(time.perf_counter())
-        if len(clock) == 3:
-            warm_count = count
-    text.finish()
-    print()
-    # The first two chunks include compiling the prefill and the loop, so the rate is that of the others.
-    line = f"{count} tokens in {clock[-1] - clock[0]:.1f} s"
-    if len(clock) > 3 and count > warm_count:
-        rate = (count - warm_count) / (clock[-1] - clock[2])
-        line += f": {clock[2] - clock[0]:.1f} s to compile and read the prompt, then {rate:.1f} tokens/s"
-    print(line, file=sys.stderr)
+    answers = model.tokenizer is not None and model.tokenizer.chat_template is not None and not args.raw
+    ids = _ids(model, args.model, text, system, answers)
+    if not write(model, ids, args, args.n or 1).tokens:
+        advice = "try --raw, which continues the text" if answers else "try another prompt"
+        print(f"any4: the model ended at once, without a word; {advice}", file=sys.stderr)
     return 0
+
+
+def _ids(model: Decoder, name: str, text: str, system: str | None, answers: bool) -> list[int]:
+    if model.tokenizer is None:
+        raise WorkError(f"{name} has no tokenizer, and a text prompt needs one; add its tokenizer.json")
+    if answers:
+        before = [] if system is None else [{"role": "system", "content": system}]
+        return model.tokenizer.encode_chat([*before, {"role": "user", "content": text}])
+    if system is not None:
+        raise WorkError(f"{name} has no chat template, and --system needs one; write it into the prompt")
+    return model.tokenizer.encode(text)

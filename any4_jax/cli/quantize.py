@@ -1,6 +1,7 @@
 """`any4 quantize`: reads a model, writes a checkpoint of 4-bit weights."""
 
 import argparse
+import math
 import os
 import sys
 import time
@@ -12,9 +13,11 @@ from tqdm import tqdm
 from any4_jax import checkpoint, models
 from any4_jax.checkpoint.partial import PartialStore
 from any4_jax.cli.errors import WorkError
+from any4_jax.cli.interrupts import AGAIN, Interrupted
 from any4_jax.cli.methods import add_method, method_from
 from any4_jax.cli.options import checked
 from any4_jax.cli.output import Progress, megabytes, progress
+from any4_jax.cli.sizes import expected, where_the_bits_go
 from any4_jax.cli.sources import MODEL_HELP, calibration_text, check_output, is_checkpoint
 from any4_jax.methods import CATALOGUE
 from any4_jax.surgery import quantized_leaves
@@ -24,7 +27,11 @@ from any4_jax.walk import quantize_model
 def add(commands: Any, common: argparse.ArgumentParser, argv: Sequence[str]) -> None:
     """Adds the command; `argv` is scanned for --method, whose fields become flags, before it is parsed."""
     parser = commands.add_parser(
-        "quantize", parents=[common], help="quantize a model, write a checkpoint", allow_abbrev=False
+        "quantize",
+        parents=[common],
+        help="quantize a model, write a checkpoint",
+        epilog="Each method has fields of its own, which are flags: any4 quantize --method M --help shows those of M.",
+        allow_abbrev=False,
     )
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     parser.add_argument(
@@ -69,21 +76,35 @@ def run(args: argparse.Namespace) -> int:
 
     begin = time.perf_counter()
     # abspath removes a trailing slash, which would put the folder inside OUT.
-    with PartialStore(os.path.abspath(args.out) + ".partial", resume=args.resume) as finished:
-        model = models.load(args.model)
-        with progress("quantize", "linear") as bar:
-            step = _telling(finished, bar)
-            model = quantize_model(model, method, data=text, rules=rules, progress=step, finished=finished)
-        checkpoint.save(args.out, model)
-        finished.clear()
+    partial = os.path.abspath(args.out) + ".partial"
+    try:
+        with PartialStore(partial, resume=args.resume) as finished:
+            model = models.load(args.model)
+            print(expected(model, method, rules), file=sys.stderr)
+            with progress("quantize", "linear") as bar:
+                step = _telling(finished, bar)
+                model = quantize_model(model, method, data=text, rules=rules, progress=step, finished=finished)
+            checkpoint.save(args.out, model)
+            finished.clear()
+    except KeyboardInterrupt:
+        raise Interrupted(_after(partial, args)) from None
     leaves = quantized_leaves(model)
     stored = sum(leaf.nbytes for leaf in leaves.values())
-    weights = sum(leaf.shape[-2] * leaf.shape[-1] for leaf in leaves.values())
+    weights = sum(math.prod(leaf.shape) for leaf in leaves.values())
     print(
         f"{len(leaves)} layers quantized: {8 * stored / weights:.3f} bits per weight, "
         f"{megabytes(stored)} MB, {time.perf_counter() - begin:.1f} s; wrote {args.out}"
     )
+    print(where_the_bits_go(leaves.values()))
     return 0
+
+
+def _after(partial: str, args: argparse.Namespace) -> str:
+    """What running the command again does after an interrupt."""
+    if not os.path.isdir(partial):
+        return AGAIN
+    without = "" if args.resume else "without --no-resume "
+    return f"run it again {without}to continue with what {args.out.rstrip('/')}.partial keeps"
 
 
 def _telling(finished: PartialStore, bar: Progress) -> Callable[[int, int, str], None]:

@@ -1,14 +1,15 @@
 """Opens what a command line names: models, checkpoints, texts, output folders."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
 from any4_jax import checkpoint, models
 from any4_jax.checkpoint import directory
-from any4_jax.cli.errors import WorkError
+from any4_jax.cli.errors import CommandLineError, WorkError
 from any4_jax.data import texts
 
-MODEL_HELP = "a Hugging Face folder or hub id, a GGUF file, or 'tiny' (bundled)"
+MODEL_HELP = "a Hugging Face folder or hub id, a GGUF file, 'tiny' (bundled), or 'smollm2' (93 MB, fetched once)"
 
 
 def is_checkpoint(path: str | Path) -> bool:
@@ -50,13 +51,52 @@ def read_text(path: str) -> str:
       OSError: it can't be read.
       WorkError: it is not UTF-8, or is empty.
     """
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise WorkError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}); convert it first") from error
+    text = decoded(Path(path).read_bytes(), path)
     if not text.strip():
         raise WorkError(f"{path} holds no text; give a file with at least a few sentences")
     return text
+
+
+def prompt_text(given: str | None, file: str | None) -> str:
+    """The text of --prompt, or of stdin if that is "-", or of --prompt-file; those two without a newline at the end.
+
+    Raises:
+      OSError: the file can't be read.
+      WorkError: it is not UTF-8.
+      CommandLineError: it is empty.
+    """
+    if file is not None:
+        text = decoded(Path(file).read_bytes(), file).removesuffix("\n")
+    elif given == "-":
+        text = decoded(sys.stdin.buffer.read(), "the prompt on stdin").removesuffix("\n")
+    else:
+        text = given_text(given or "", "the prompt")
+    if not text:
+        raise CommandLineError("the prompt is empty; pass at least one character")
+    return text
+
+
+def given_text(text: str, name: str) -> str:
+    """A text of the command line, if it is UTF-8: Python passes other bytes on as surrogates, which no tokenizer takes.
+
+    Raises:
+      WorkError: it is not.
+    """
+    decoded(text.encode("utf-8", "surrogateescape"), name)
+    return text
+
+
+def decoded(raw: bytes, name: str) -> str:
+    """The text of UTF-8 bytes, with each end of a line as "\\n".
+
+    Raises:
+      WorkError: they are not UTF-8.
+    """
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise WorkError(f"{name} is not UTF-8 text ({error.reason} at byte {error.start}); convert it first") from error
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def check_output(path: str) -> None:
