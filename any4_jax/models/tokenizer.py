@@ -11,6 +11,7 @@ from tokenizers.processors import TemplateProcessing
 from any4_jax.models import chat, vocab_merges
 from any4_jax.models.end_tokens import end_ids
 from any4_jax.models.special_tokens import ADDED, SETTINGS, SPECIAL_MAP, SpecialTokens, read_special_tokens
+from any4_jax.regular_file import read_regular
 
 VOCABULARY = "tokenizer.json"
 FILES = (VOCABULARY, *vocab_merges.FILES, SETTINGS, SPECIAL_MAP, ADDED, *chat.FILES)
