@@ -1,5 +1,6 @@
 """What methods are given and give, checked."""
 
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -71,9 +72,12 @@ def check_gathered(k: int, method: AnyMethod, gathered: Gathered | None, path: s
         )
 
 
-def refuse_faults(finite: dict[str, Any], path: str) -> None:
-    """Raises ValueError for the first of _FAULTS that `checks` found; traced checks are passed over."""
-    for name, fault in _FAULTS.items():
-        ok = finite.get(name, True)
-        if not isinstance(ok, jax.core.Tracer) and not np.asarray(ok):
-            raise ValueError(f"{path}: {fault}")
+def refuse_faults(finite: Mapping[str, Any], path: str, results: Iterable[Result]) -> None:
+    """Raises ValueError for the first of _FAULTS that `checks` found, or of what the results themselves tell; traced
+    checks are passed over."""
+    told = [(is_so, text, numbers) for one in results for text, (is_so, *numbers) in one.faults.items()]
+    seen = [(~jnp.asarray(finite[name]), fault, []) for name, fault in _FAULTS.items() if name in finite]
+    # What is stored is at fault because of what the method tells of it.
+    for is_so, fault, numbers in (*seen[:-1], *told, *seen[-1:]):
+        if not isinstance(is_so, jax.core.Tracer) and np.asarray(is_so):
+            raise ValueError(f"{path}: {fault.format(*map(np.asarray, numbers))}")

@@ -39,14 +39,20 @@ class RoundToNearest:
     def _check_scale_dtype(self) -> None:
         scaling.check_stored_dtype("scale_dtype", self.scale_dtype)
 
+    def scale_groups(self, w: jax.Array, importance: jax.Array, lut: jax.Array) -> scaling.GroupScales:
+        """Scales and offsets [N, ceil(K/G)] of weights [N, K], from their extremes alone."""
+        del importance, lut
+        fmt = self.format(w.shape[1])
+        return scaling.group_scales(
+            w, min(self.group_size, w.shape[1]), rule=fmt.rule, bits=fmt.bits, dtype=jnp.dtype(self.scale_dtype)
+        )
+
     def apply(self, w: jax.Array, gathered: Gathered | None) -> Result:
         del gathered
         group_size = min(self.group_size, w.shape[1])
         fmt = self.format(w.shape[1])
-        scales, offsets = scaling.group_scales(
-            w, group_size, rule=fmt.rule, bits=fmt.bits, dtype=jnp.dtype(self.scale_dtype)
-        )
         table = jnp.asarray([fmt.levels], jnp.dtype(self.table_dtype))
+        scales, offsets = self.scale_groups(w, jnp.ones(w.shape[1], jnp.float32), table)
         leaf = weights.encode(w, table, scales, offsets, bits=fmt.bits, group_size=group_size, uniform=fmt.uniform)
         return Result(leaf)
 
