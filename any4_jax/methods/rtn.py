@@ -1,4 +1,4 @@
-"""Round to nearest: fixed tables, and group scales from the weights alone."""
+"""Round to nearest: fixed tables, and group scales from each group's extremes, or from a narrower range."""
 
 import dataclasses
 from typing import ClassVar, Literal
@@ -8,24 +8,31 @@ import jax.numpy as jnp
 
 from any4_jax import formats, scaling, weights
 from any4_jax.methods.base import Result
-from any4_jax.statistics import Gathered, Statistic
+from any4_jax.methods.clipping import clipped_scales
+from any4_jax.statistics import Gathered, Moments, Statistic
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RoundToNearest:
-    """What the fixed-table methods share: scale each group and take the nearest level. Statistics are not used.
+    """What the fixed-table methods share: scale each group and take the nearest level.
 
     Attributes:
       group_size: G; larger than K means the whole row.
+      clip: narrow the range of each group where that lowers its error, in which each input counts by E[x^2] if there
+        are statistics, else by 1.
       scale_dtype: stored dtype of scales and offsets.
       table_dtype: stored dtype of the table.
     """
 
     sequential: ClassVar[bool] = False
-    needs: ClassVar[tuple[Statistic, ...]] = ()
     group_size: int = 128
+    clip: bool = False
     scale_dtype: str = "bfloat16"
     table_dtype: str = "bfloat16"
+
+    @property
+    def needs(self) -> tuple[Statistic, ...]:
+        return (Moments(),) if self.clip else ()
 
     def format(self, k: int) -> formats.Format:
         """The format for rows of K = `k` weights."""
@@ -40,21 +47,28 @@ class RoundToNearest:
         scaling.check_stored_dtype("scale_dtype", self.scale_dtype)
 
     def scale_groups(self, w: jax.Array, importance: jax.Array, lut: jax.Array) -> scaling.GroupScales:
-        """Scales and offsets [N, ceil(K/G)] of weights [N, K], from their extremes alone."""
-        del importance, lut
-        fmt = self.format(w.shape[1])
-        return scaling.group_scales(
-            w, min(self.group_size, w.shape[1]), rule=fmt.rule, bits=fmt.bits, dtype=jnp.dtype(self.scale_dtype)
-        )
+        """Scales and offsets [N, ceil(K/G)] of weights [N, K] for the table."""
+        fmt, group_size, dtype = self.format(w.shape[1]), min(self.group_size, w.shape[1]), jnp.dtype(self.scale_dtype)
+
+        def scale(w: jax.Array) -> scaling.GroupScales:
+            return scaling.group_scales(w, group_size, rule=fmt.rule, bits=fmt.bits, dtype=dtype)
+
+        if not self.clip:
+            return scale(w)
+        return clipped_scales(scale, w, importance, lut, group_size=group_size, uniform=fmt.uniform)
 
     def apply(self, w: jax.Array, gathered: Gathered | None) -> Result:
-        del gathered
-        group_size = min(self.group_size, w.shape[1])
-        fmt = self.format(w.shape[1])
+        k = w.shape[1]
+        fmt = self.format(k)
         table = jnp.asarray([fmt.levels], jnp.dtype(self.table_dtype))
-        scales, offsets = self.scale_groups(w, jnp.ones(w.shape[1], jnp.float32), table)
-        leaf = weights.encode(w, table, scales, offsets, bits=fmt.bits, group_size=group_size, uniform=fmt.uniform)
-        return Result(leaf)
+        importance = jnp.ones(k, jnp.float32)
+        if self.clip and gathered is not None:
+            importance = gathered[Moments()].second_moment
+        scales, offsets = self.scale_groups(w, importance, table)
+        leaf = weights.encode(
+            w, table, scales, offsets, bits=fmt.bits, group_size=min(self.group_size, k), uniform=fmt.uniform
+        )
+        return Result(leaf, {"clip_weight": "None" if gathered is None else "second_moment"} if self.clip else {})
 
 
 @dataclasses.dataclass(frozen=True)
