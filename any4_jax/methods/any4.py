@@ -198,8 +198,8 @@ class Any4:
         group_size = w.shape[1] if self.group_size is None else min(self.group_size, w.shape[1])
         start = Fit(lut, *self._first_scales(w, group_size))
         if self.refit and self.group_size is not None:
-            rounds = {"searches": self.scale_search, "max_rounds": self.max_iter}
-            start = refit(w, importance, start, group_size, entries=slice(0), **rounds)
+            searches, rounds, kept = self.scale_search, self.max_iter, slice(0)
+            start = refit(w, importance, start, group_size, searches=searches, max_rounds=rounds, entries=kept)
         return scaling.GroupScales(start.scales, start.offsets)
 
     def _encode(self, w, importance, sample, group_size, table) -> weights.QuantizedTensor:

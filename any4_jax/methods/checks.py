@@ -75,8 +75,8 @@ def check_gathered(k: int, method: AnyMethod, gathered: Gathered | None, path: s
 def refuse_faults(finite: Mapping[str, Any], path: str, results: Iterable[Result]) -> None:
     """Raises ValueError for the first of _FAULTS that `checks` found, or of what the results themselves tell; traced
     checks are passed over."""
-    told = [(is_so, text, numbers) for one in results for text, (is_so, *numbers) in one.faults.items()]
-    seen = [(~jnp.asarray(finite[name]), fault, []) for name, fault in _FAULTS.items() if name in finite]
+    told: list[Any] = [(is_so, text, numbers) for one in results for text, (is_so, *numbers) in one.faults.items()]
+    seen: list[Any] = [(~jnp.asarray(finite[name]), fault, ()) for name, fault in _FAULTS.items() if name in finite]
     # What is stored is at fault because of what the method tells of it.
     for is_so, fault, numbers in (*seen[:-1], *told, *seen[-1:]):
         if not isinstance(is_so, jax.core.Tracer) and np.asarray(is_so):

@@ -86,7 +86,7 @@ class GPTQ:
         codes, grid = compensate(
             w[:, order],
             upper,
-            Grid(leaf.lut, _plain(leaf.scales), _plain(leaf.offsets)),
+            Grid(leaf.lut, _plain(leaf.scales), None if leaf.offsets is None else _plain(leaf.offsets)),
             (straight if moving else order) // leaf.group_size,
             block=self.block,
             uniform=leaf.uniform,
@@ -119,6 +119,6 @@ class GPTQ:
         return operator
 
 
-def _plain(stored: Any) -> jax.Array | None:
+def _plain(stored: Any) -> jax.Array:
     """Scales or offsets as an array, where they are an operator themselves."""
     return weights.dequantize(stored) if weights.is_operator(stored) else stored
