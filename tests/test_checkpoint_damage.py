@@ -74,8 +74,14 @@ FORGED = {
     "file outside": (put("files", {"../x": FILE_ENTRY}), "could leave the checkpoint: the path '../x'"),
     "absolute file": (put("files", {"/x": FILE_ENTRY}), "could leave the checkpoint: the path '/x'"),
     "array outside": (put("arrays", {"a/../../b": ARRAY_ENTRY}), "names an array: the name"),
-    "file size": (put("files", {"x": FILE_ENTRY | {"size": -1}}), "files.x.size is -1, and greater than or equal to 0 is needed"),
-    "array shape": (matrix_entry(shape=[-1, 3]), r"uint8/matrix\.shape\.0 is -1, and greater than or equal to 0 is needed"),
+    "file size": (
+        put("files", {"x": FILE_ENTRY | {"size": -1}}),
+        "files.x.size is -1, and greater than or equal to 0 is needed",
+    ),
+    "array shape": (
+        matrix_entry(shape=[-1, 3]),
+        r"uint8/matrix\.shape\.0 is -1, and greater than or equal to 0 is needed",
+    ),
     "other shape": (matrix_entry(shape=[3, 5]), r"uint8 \[5, 3\] on disk but uint8 \[3, 5\]"),
     "huge shape": (matrix_entry(shape=[1 << 40, 1 << 20]), r"uint8 \[5, 3\] on disk"),
     "other dtype": (matrix_entry(dtype="int8"), r"uint8 \[5, 3\] on disk but int8 \[5, 3\]"),
@@ -136,10 +142,17 @@ def device(file):
     file.symlink_to("/dev/zero")
 
 
-IRREGULAR = ((pipe, "is a named pipe"), (loop, "is a link to itself"), (folder, "is a folder"), (device, "is a link out"))
+IRREGULAR = (
+    (pipe, "is a named pipe"),
+    (loop, "is a link to itself"),
+    (folder, "is a folder"),
+    (device, "is a link out"),
+)
 
 
-@pytest.mark.parametrize("name", ["any4.json", "data/files/tokenizer.json", "data/arrays/manifest.ocdbt", "data/arrays/x"])
+@pytest.mark.parametrize(
+    "name", ["any4.json", "data/files/tokenizer.json", "data/arrays/manifest.ocdbt", "data/arrays/x"]
+)
 @pytest.mark.parametrize(("make", "said"), IRREGULAR, ids=[make.__name__ for make, _ in IRREGULAR])
 def test_only_regular_files_are_read(copied, name, make, said):
     """Nothing waits for a pipe or reads a device without end: the alarm would end the whole run of tests."""

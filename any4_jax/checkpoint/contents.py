@@ -106,7 +106,9 @@ def taking(arrays: Mapping[str, Any]) -> Take:
 
     def take(name: str) -> Any:
         if name not in arrays:
-            raise ValueError(f"the model's description has the array {shown(name)}, which any4.json lacks; save it again")
+            raise ValueError(
+                f"the model's description has the array {shown(name)}, which any4.json lacks; save it again"
+            )
         return arrays[name]
 
     return take
@@ -197,7 +199,9 @@ def _config(family: families.Family, content: Any) -> Any:
     try:
         return family.config_from_json(content)
     except TypeError as error:
-        raise ValueError(f"its config has a field that {family.config.__name__} lacks ({error}); save it again") from None
+        raise ValueError(
+            f"its config has a field that {family.config.__name__} lacks ({error}); save it again"
+        ) from None
 
 
 def _dtype(name: Any) -> Any:

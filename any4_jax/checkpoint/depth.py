@@ -22,7 +22,9 @@ def check_nesting(model: Any) -> None:
         if not inner:
             continue
         if id(node) in around:
-            raise ValueError(f"{_shown(name)} is a {type(node).__name__} that contains itself; save a tree without cycles")
+            raise ValueError(
+                f"{_shown(name)} is a {type(node).__name__} that contains itself; save a tree without cycles"
+            )
         if len(around) > NESTING:
             raise ValueError(f"{_shown(name)} is nested more than {NESTING} deep; save a flatter tree")
         stack += [(f"{name}.{key}".lstrip("."), value, (*around, id(node))) for key, value in inner]
