@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from any4_jax import product
-from any4_jax.product.explain import DENSE, explain_on, explained_platform
+from any4_jax.product.explain import DENSE, check_rows, explain_on, explained_platform
 from any4_jax.surgery.containers import container_of
 
 _NUMBER = re.compile(r"\b\d+\b")
@@ -28,10 +28,12 @@ def explain(x: Any, w: Any = None, platform: str | None = None, *, rows: int = 1
       Text to print.
 
     Raises:
-      ValueError, TypeError: as `matmul` does, or `platform` is none of these.
+      ValueError, TypeError: as `matmul` does, or `platform` is none of these, `rows` is below 1, or a model has no
+        linear layers.
     """
     if w is not None:
         return product.explain(x, w, platform)
+    check_rows(rows)
     container, dtype = container_of(x), _dtype(x)
     operators = container.operators(x)
     # Once for the whole model: the first matrix of a stack is only a shape below, and tells of no device.
@@ -53,6 +55,8 @@ def explain(x: Any, w: Any = None, platform: str | None = None, *, rows: int = 1
             continue
         tell(path, matrix.shape, DENSE)
 
+    if not groups:
+        raise ValueError(f"found no linear layers in a {type(x).__name__}; pass a model, or an input and a weight")
     head = f"platform {where}, inputs {jnp.dtype(dtype).name} [{rows}, K]"
     paragraphs = []
     for text, places in groups.items():
