@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from any4_jax.methods.checks import all_finite
@@ -18,7 +19,19 @@ _all_finite = jax.jit(all_finite)
 
 def is_finite(tree: Any) -> bool:
     """Whether no floating-point array of a tree holds NaN or infinity."""
-    return bool(_all_finite(tree))
+    return all(map(bool, [_finite(array) for array in jax.tree.leaves(tree) if _is_float(array)]))
+
+
+def _finite(array: Any) -> Any:
+    """Whether a floating-point array holds neither NaN nor infinity; a bool that a device may still be computing."""
+    if isinstance(array, jax.Array) and (array.devices() - set(jax.devices("cpu")) or not array.is_fully_addressable):
+        return _all_finite(array)
+    # Numpy looks at it where it lies, and nothing is compiled for its shape.
+    return np.isfinite(np.asarray(array)).all()
+
+
+def _is_float(array: Any) -> bool:
+    return hasattr(array, "__array__") and jnp.issubdtype(array.dtype, jnp.floating)
 
 
 def refuse_nonfinite(model: Any, apart: Iterable[jax.Array] = ()) -> None:
@@ -34,10 +47,10 @@ def refuse_nonfinite(model: Any, apart: Iterable[jax.Array] = ()) -> None:
     skipped = {id(array) for array in apart}
     # One bool for each array, all of them on their way before the first is waited for.
     finite = {
-        path: _all_finite(array)
+        path: _finite(array)
         for path, leaf in _parameters(model).items()
         for array in jax.tree.leaves(leaf)
-        if hasattr(array, "__array__") and jnp.issubdtype(array.dtype, jnp.floating) and id(array) not in skipped
+        if _is_float(array) and id(array) not in skipped
     }
     bad = [path for path, whole in finite.items() if not whole]
     if bad:

@@ -102,6 +102,7 @@ def quantize_model(
             )
         raise ValueError(f"found {found} linear layers and the rules leave all of them alone; name one to quantize")
     if stats is not None:
+        _check(chosen, stats)
         _check_stats(stats, {*matrices, *container.operators(model)}, chosen, by_name)
     refuse_nonfinite(model, [matrices[path].array for path in chosen])
     count = _counting(len(chosen), progress)
