@@ -13,6 +13,7 @@ from any4_jax.methods.base import (
     SiteResult,
     SiteWeights,
 )
+from any4_jax.methods.fields import Fields
 from any4_jax.methods.lifts import on_block, on_site
 from any4_jax.methods.rtn import AF4, FP4, MX4, NF4, Int
 from any4_jax.methods.spec import CATALOGUE
@@ -28,6 +29,7 @@ __all__ = [
     "Block",
     "BlockMethod",
     "BlockResult",
+    "Fields",
     "Int",
     "Method",
     "Result",

@@ -68,7 +68,7 @@ def apply_method(
         raise ValueError(f"{path} has shape {tuple(w.shape)}, need [N, K] with N, K >= 1; reshape it or leave it out")
     check_gathered(w.shape[0] if transposed else w.shape[1], method, gathered, path)
     result, finite = _apply(w, gathered, method, transposed)
-    refuse_faults(finite, path)
+    refuse_faults(finite, path, result.operator)
     return result
 
 
@@ -86,8 +86,9 @@ def quantize(w: Any, method: Method, stats: Gathered | None = None, *, transpose
 
     Raises:
       ValueError: the weight is empty, not two-dimensional or not finite; the statistics have another K, are not finite,
-        or lack one that the method needs; scales overflow their dtype; the method's fields contradict each other, or
-        need statistics and there are none; the method quantizes several matrices together.
+        have signs that no activations give, or lack one that the method needs; scales or tables are too large or too
+        small for their dtype; a field of the method is not of its type; the fields contradict each other, or need
+        statistics and there are none; the method quantizes several matrices together.
       TypeError: the weight is not floating, or is quantized already.
     """
     return apply_method(w, method, stats, transposed=transposed, path=path).operator
@@ -101,7 +102,7 @@ def apply_site(site: SiteWeights, method: SiteMethod, gathered: Gathered | None,
     """
     check_gathered(next(iter(site.weights.values())).shape[1], method, gathered, path)
     result, finite = _apply_site(site, gathered, method)
-    refuse_faults(finite, path)
+    refuse_faults(finite, path, [one.operator for one in result.results.values()])
     return result
 
 

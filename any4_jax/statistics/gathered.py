@@ -40,6 +40,9 @@ class Statistic(Protocol):
         """The accumulator of the same tokens with every x multiplied by factor [K], which is positive."""
         ...
 
+    # Those that can tell add `possible(accumulator) -> bool []`: whether any activations give it. It looks at signs;
+    # NaN and infinity are found without it.
+
 
 @jax.tree_util.register_pytree_with_keys_class
 class Gathered(Mapping[Statistic, Any]):
@@ -80,6 +83,11 @@ class Gathered(Mapping[Statistic, Any]):
             return scaled(accumulator, factor)
 
         return Gathered({s: one(s, accumulator) for s, accumulator in self.items()}, self.k, self.stack)
+
+    def possible(self) -> jax.Array:
+        """Whether any activations give such statistics, bool []: no count, magnitude or second moment is negative."""
+        told = [s.possible(a) for s, a in self.items() if hasattr(s, "possible")]
+        return jnp.stack([jnp.array(True), *told]).all()
 
     def of_expert(self, index: int) -> "Gathered":
         """The statistics of one expert."""
