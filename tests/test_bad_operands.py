@@ -73,7 +73,7 @@ def test_an_index_that_is_traced_is_clipped() -> None:
 
 
 EXPLAINED = [
-    (lambda: explain(None), ValueError, "no linear layers NoneType"),
+    (lambda: explain(None), ValueError, "without dense layers NoneType"),
     (lambda: explain(None, LEAF), TypeError, "NoneType ShapeDtypeStruct"),
     (lambda: explain(X, LEAF, "foo"), ValueError, "platform='foo' 'cpu'"),
     (lambda: explain({"d": {"kernel": W}}, platform="foo"), ValueError, "platform='foo' 'cpu'"),
