@@ -83,7 +83,7 @@ TYPES = [
     (Int, "symmetric", "no"), (Int, "symmetric", 1), (Int, "bits", True), (Int, "bits", 4.0), (Int, "group_size", 32.0),
     (NF4, "group_size", "32"), (NF4, "group_size", None), (NF4, "group_size", True), (NF4, "scale_dtype", jnp.float32),
     (AF4, "table_dtype", None), (MX4, "scale", "Round"), (MX4, "group_size", np.int64(32)), (Any4, "max_iter", 1.5),
-    (Any4, "max_iter", 0), (Any4, "sample_tokens", 0), (Any4, "scale_weighting", True), (Any4, "tol", float("nan")),
+    (Any4, "max_iter", -1), (Any4, "sample_tokens", 0), (Any4, "scale_weighting", True), (Any4, "tol", float("nan")),
     (Any4, "tol", -1.0), (Any4, "tol", "1e-4"), (Any4, "bias_pow", float("inf")), (Any4, "seed", -1),
     (Any4, "solver", None), (Any4, "init", 3), (Any4, "per_row", "yes"), (Any4, "sample_weight", ""),
 ]  # fmt: skip

@@ -76,7 +76,7 @@ class Any4(Fields):
     init: Init | None = None
     sample_weight: SampleWeight | None = "auto"
     scale_weighting: Literal[0, 1, 2] = 2
-    max_iter: Count = 300
+    max_iter: Index = 300
     sample_tokens: Count = 512
     tol: NotNegative = 1e-4
     seed: Index = 0
