@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from random import Random
+from typing import Any
 
 from flax import nnx
 from float_models import NNXNet
@@ -21,7 +23,7 @@ from fuzz.judge import Case, Finding, load_and_run, use
 from fuzz.mutations import Changed, change_bytes, change_json, change_value, to_json
 from fuzz.originals import TEMPLATE
 
-FORWARD = 0.25
+FORWARD = 0.5
 """The share of the models that are run; the others are only loaded."""
 _INSERTED = (
     *("{{ messages }}", "{{ 10**10**10 }}", "{% for i in range(10**9) %}{% endfor %}", "{{ x.y.z }}", "{% if %}"),
@@ -29,6 +31,8 @@ _INSERTED = (
     *("{{ 'a' * 10**9 }}", "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "{{ messages | tojson }}", "(" * 3000),
     *("{{ " + "(" * 3000 + "1" + ")" * 3000 + " }}", "{% include 'x' %}", "{{ strftime_now(1) }}", "{{ bos_token() }}"),
 )
+# Messages repeat a path as it is given, so these can be printed.
+_PIECES = ("", "/", "//", "..", "/..", "~", "~x/", " ", "y" * 300, ".gguf", "a/b", "%", "/dev/null")
 _NESTED_IFS = "{% if true %}" * 500 + "{% endif %}" * 500
 
 
@@ -59,8 +63,12 @@ def change_file(path: Path, draw: Random, change: Callable[[bytes, Random], Chan
             path.symlink_to(path.name)
         return f"{path.name} is {words}", (path.name,)
     changed = change(path.read_bytes(), draw)
+    if draw.random() < 0.3:
+        with contextlib.suppress(Exception):  # the first change left nothing that can be taken apart
+            second = change(changed.content, draw)
+            changed = Changed(second.content, f"{changed.words}; {second.words}", changed.keys + second.keys)
     put(path, changed.content)
-    keys = [key for key in changed.keys if not key.isdigit() and len(key) > 3][-1:]
+    keys = [key for key in changed.keys if not key.isdigit() and len(key) > 3]
     return f"{path.name}: {changed.words}", (path.name, str(path.parent), *keys)
 
 
@@ -159,6 +167,29 @@ def change_manifest(content: bytes, draw: Random) -> Changed:
         return changed._replace(content=to_json(body))
 
 
+def path(draw: Random, originals: Path, folder: Path) -> Case:
+    """What is given as a path."""
+    for name in ("folders/llama", "checkpoints/decoder", "ggufs", "configs/opt/transformers4"):
+        shutil.copytree(originals / name, folder / Path(name).name, copy_function=os.link)
+    os.mkfifo(folder / "pipe.gguf")
+    (folder / "empty.gguf").touch()
+    (folder / "loop.gguf").symlink_to("loop.gguf")
+    inside = sorted(path.relative_to(folder) for path in folder.rglob("*"))
+    text = str(draw.choice(inside))
+    at = draw.randrange(len(text))
+    piece = draw.choice((*_PIECES, text[::-1]))
+    words = draw.choice([text, text[:at] + piece + text[at:], piece, text[:at]])
+    given: Any = draw.choice([words, str(folder / words), None, 7, b"x", [], Path(words), folder / words, folder])
+    load = draw.choice([a4.load, a4.models.load])
+
+    def run() -> str:
+        with contextlib.chdir(folder):
+            loaded = load(given)
+        return use(loaded, False, folder) if isinstance(loaded, Decoder) else "contents"
+
+    return Case(f"{load.__module__}.load of {given!r}"[:200], folder, (), run)
+
+
 def cli(draw: Random, originals: Path, folder: Path) -> Case:
     """A command line, whose model may be changed too."""
     return commands.case(draw, originals, folder, {"gguf": gguf, "folder": folder_of, "checkpoint": checkpoint})
@@ -172,6 +203,7 @@ KINDS: dict[str, Callable[[Random, Path, Path], Case]] = {
     "safetensors": safetensors,
     "gguf": gguf,
     "checkpoint": checkpoint,
+    "path": path,
     "cli": cli,
 }
 

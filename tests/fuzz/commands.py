@@ -38,6 +38,12 @@ _LINES = tuple(
         "--import json inspect C",
     )
 )
+# Letter -> the kind of case that changes it, and the original.
+_ORIGINALS = {
+    "M": ("gguf", "ggufs/gguf_llama.gguf"),
+    "F": ("folder", "folders/llama"),
+    "C": ("checkpoint", "checkpoints/decoder"),
+}
 _WORDS = (
     *("", " ", "x", "-1", "0", "1", "2", "7", "64", "100000", "2147483647", "2147483648", "9" * 400, "1e308", "1e-400"),
     *("nan", "inf", "-inf", "-0.0", "0x10", "1_0", "None", "none", "True", "[]", "{}", "a\nb", "\udcff", "\u0663"),
@@ -57,22 +63,19 @@ def case(
     (folder / "T").write_text("the hat is in the sea, and that is it. " * 8)
     line = list(draw.choice(_LINES))
     words = ""
-    changed = draw.choice(sorted(changes)) if draw.random() < 0.3 else None
-    for letter, kind, original in (
-        ("M", "gguf", "ggufs/gguf_llama.gguf"),
-        ("F", "folder", "folders/llama"),
-        ("C", "checkpoint", "checkpoints/decoder"),
-    ):
-        if kind == changed:
+    changed = draw.choice([word for word in line if word in _ORIGINALS] or [None]) if draw.random() < 0.4 else None
+    for letter, (kind, original) in _ORIGINALS.items():
+        if letter == changed:
             inner = changes[kind](draw, originals, folder)
             words = inner.words
-            made = next(path for path in folder.iterdir() if path.name not in ("M", "F", "C", "T"))
-            made.rename(folder / letter)
+            for path in {*folder.iterdir()} - {folder / name for name in (*_ORIGINALS, "T")}:
+                path.rename(folder / letter)
         elif (originals / original).is_dir():
             shutil.copytree(originals / original, folder / letter, copy_function=os.link)
         else:
             shutil.copy(originals / original, folder / letter)
-    (folder / "M").rename(folder / "M.gguf")
+    if os.path.lexists(folder / "M"):
+        (folder / "M").rename(folder / "M.gguf")
     if not words or draw.random() < 0.3:
         for _ in range(draw.choice((1, 1, 2))):
             line = change_line(line, draw)

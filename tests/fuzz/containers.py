@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import struct
 from random import Random
 from typing import Any
 
+import gguf
+import numpy as np
 from gguf_bytes import ARRAY, BOOL, F32, I32, SCALARS, STRING, U32, Tensor, container, pair
 
 from fuzz.mutations import Changed, change_bytes, change_value, to_json
@@ -155,8 +158,36 @@ def _change_tensor(tensors: list[Tensor], draw: Random) -> str:
 def change_safetensors(content: bytes, draw: Random) -> Changed:
     """A safetensors file with one changed value of its header, or one changed byte."""
     length = int.from_bytes(content[:8], "little")
-    if draw.random() < 0.4:
+    kind = draw.random()
+    if kind < 0.3:
         return change_bytes(content, draw, 8 + length)
+    if kind < 0.45:
+        return _change_number(content, 8 + length, draw)
     changed = change_value(json.loads(content[8 : 8 + length]), draw)
     header = to_json(changed.content)
     return changed._replace(content=len(header).to_bytes(8, "little") + header + content[8 + length :])
+
+
+def _change_number(content: bytes, first: int, draw: Random) -> Changed:
+    """One stored number becomes NaN, infinite or large."""
+    at = first + draw.randrange((len(content) - first) // 4) * 4
+    word = draw.choice((b"\0\0\300\177", b"\0\0\200\177", b"\0\0\200\377", b"\377\377\177\177"))
+    return Changed(content[:at] + word + content[at + 4 :], f"the number at {at} is {struct.unpack('<f', word)[0]}")
+
+
+def quantized(content: bytes) -> bytes:
+    """A GGUF file of float16 tensors, whose matrices with rows of whole blocks become 4 and 8 bits."""
+    pairs, tensors, data = take_apart(content)
+    kinds = gguf.GGMLQuantizationType
+    made, parts = [], b""
+    for at, one in enumerate(tensors):
+        kind = kinds(one.kind)
+        size = math.prod(one.dims) * {kinds.F16: 2, kinds.F32: 4}[kind]
+        raw = data[one.offset : one.offset + size]
+        if len(one.dims) == 2 and one.dims[0] % 32 == 0:
+            values = np.frombuffer(raw, np.float16).reshape(one.dims[::-1]).astype(np.float32)
+            kind = (kinds.Q4_0, kinds.Q8_0)[at % 2]
+            raw = gguf.quants.quantize(values, kind).tobytes()
+        made.append(one._replace(kind=int(kind), offset=len(parts)))
+        parts += raw + b"\0" * (-len(raw) % 32)
+    return container((pair(*one) for one in pairs), made, parts)

@@ -17,7 +17,7 @@ SIZES: tuple[Any, ...] = (2**31 - 1, 2**31, 2**40, 2**63, 2**64, 10**30, 10**400
 TEXTS: tuple[Any, ...] = ("", "x", "1", "nan", " ", "..", "/dev/null", "a\nb", "\0", "\ud800", "\U0001f600", "y" * 5000)
 OTHERS: tuple[Any, ...] = ([], {}, [[]], {"": 0}, [None], [1, 2, 3], {"a": {"b": []}}, list(range(2000)))
 VALUES = (*SCALARS, *SIZES, *TEXTS, *OTHERS, *(_MARK.format(kind) for kind in _NESTS))
-NAMES = ("x", "", "0", "..", "a.b", "A" * 300)
+NAMES = ("a\nb", "\ud800", "x", "", "0", "..", "a.b", "A" * 300)
 
 
 class Changed(NamedTuple):

@@ -15,6 +15,7 @@ import any4_jax as a4
 from any4_jax.models import from_tensors, read_config
 from any4_jax.models.tiny import random_tensors
 from any4_jax.weights import LowRank, PermuteInput, QuantizeInput, ScaleInput, Sparse, Sum
+from fuzz.containers import quantized
 
 LLAMA: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -73,6 +74,60 @@ GPT2 = {
 }
 
 
+_ADDED = {**_TOKEN, "id": 1, "content": "</s>", "special": True}
+UNIGRAM: dict[str, Any] = {
+    "version": "1.0",
+    "truncation": {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0},
+    "padding": {
+        "strategy": {"Fixed": 8},
+        "direction": "Right",
+        "pad_to_multiple_of": None,
+        "pad_id": 0,
+        "pad_type_id": 0,
+        "pad_token": "<unk>",
+    },
+    "added_tokens": [_ADDED],
+    "normalizer": {
+        "type": "Sequence",
+        "normalizers": [
+            {"type": "NFKC"},
+            {"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "},
+            {"type": "Strip", "strip_left": True, "strip_right": True},
+            {"type": "Prepend", "prepend": "\u2581"},
+        ],
+    },
+    "pre_tokenizer": {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "always", "split": True},
+    "post_processor": {
+        "type": "TemplateProcessing",
+        "single": [{"Sequence": {"id": "A", "type_id": 0}}, {"SpecialToken": {"id": "</s>", "type_id": 0}}],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {"</s>": {"id": "</s>", "ids": [1], "tokens": ["</s>"]}},
+    },
+    "decoder": {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "always", "split": True},
+    "model": {
+        "type": "Unigram",
+        "unk_id": 0,
+        "byte_fallback": False,
+        "vocab": [["<unk>", 0.0], ["</s>", 0.0], ["\u2581the", -1.5], ["\u2581", -2.0], ["h", -3.0], ["at", -3.5]],
+    },
+}
+WORD_PIECES: dict[str, Any] = UNIGRAM | {
+    "truncation": None,
+    "padding": None,
+    "normalizer": {"type": "BertNormalizer", "clean_text": True, "handle_chinese_chars": True, "lowercase": True},
+    "pre_tokenizer": {"type": "BertPreTokenizer"},
+    "post_processor": {"type": "BertProcessing", "sep": ["</s>", 1], "cls": ["[UNK]", 0]},
+    "decoder": {"type": "WordPiece", "prefix": "##", "cleanup": True},
+    "model": {
+        "type": "WordPiece",
+        "unk_token": "[UNK]",
+        "continuing_subword_prefix": "##",
+        "max_input_chars_per_word": 100,
+        "vocab": {"[UNK]": 0, "</s>": 1, "the": 2, "h": 3, "##at": 4},
+    },
+}
+
+
 def write_all(folder: Path) -> None:
     """Writes configs/, folders/, ggufs/ and checkpoints/."""
     for variant in VARIANTS:
@@ -81,6 +136,7 @@ def write_all(folder: Path) -> None:
     (folder / "ggufs").mkdir()
     for path in GOLDEN.glob("gguf_*.gguf"):
         shutil.copy(path, folder / "ggufs")
+    (folder / "ggufs" / "quantized.gguf").write_bytes(quantized((GOLDEN / "gguf_llama.gguf").read_bytes()))
     _write_checkpoints(folder / "checkpoints")
 
 
@@ -97,7 +153,7 @@ def _write_folders(folder: Path) -> None:
     tensors = random_tensors(read_config(LLAMA))
     shards = {f"model-0000{i + 1}-of-00002.safetensors": sorted(tensors)[i::2] for i in range(2)}
     index = {"metadata": {"total_size": 1}, "weight_map": {name: at for at, names in shards.items() for name in names}}
-    for inner in ("llama", "gpt2"):
+    for inner in ("llama", "gpt2", "bytes", "unigram", "pieces"):
         (folder / inner).mkdir(parents=True)
         for name, content in (JSONS | {"model.safetensors.index.json": index}).items():
             (folder / inner / name).write_text(json.dumps(content))
@@ -106,11 +162,24 @@ def _write_folders(folder: Path) -> None:
     with a4.data.bundled("stories260k") as stories:
         shutil.copy(stories / "tokenizer.json", folder / "llama")
     (folder / "llama" / "chat_template.jinja").write_text(TEMPLATE)
-    for name in ("special_tokens_map.json", "added_tokens.json"):
-        (folder / "gpt2" / name).unlink()
+    for inner in ("gpt2", "bytes", "unigram", "pieces"):
+        for name in ("special_tokens_map.json", "added_tokens.json"):
+            (folder / inner / name).unlink()
+    plain = {"tokenizer_class": "PreTrainedTokenizerFast"}
+    tokenizers = {"bytes": _byte_level(), "unigram": UNIGRAM, "pieces": WORD_PIECES}
+    for inner, content in tokenizers.items():
+        (folder / inner / "tokenizer.json").write_text(json.dumps(content))
+        (folder / inner / "tokenizer_config.json").write_text(json.dumps(plain))
     for name, content in GPT2.items():
         (folder / "gpt2" / name).write_text(json.dumps(content))
     (folder / "gpt2" / "merges.txt").write_text("#version: 0.2\nt h\nth e\n\u0120 the\n")
+
+
+def _byte_level() -> dict[str, Any]:
+    """tokenizer.json as a GGUF file of Qwen has it: pieces cut by regular expressions, then bytes."""
+    tokenizer = a4.models.load(GOLDEN / "gguf_qwen3.gguf").tokenizer
+    content: dict[str, Any] = json.loads(tokenizer.files["tokenizer.json"])
+    return content
 
 
 def _write_checkpoints(folder: Path) -> None:
