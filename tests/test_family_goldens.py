@@ -74,6 +74,26 @@ def test_rows_padded_on_the_left_equal_their_single_runs(variant: str) -> None:
         assert error(row[first:], wanted.logits[0, : length - first]) < 1e-4
 
 
+@pytest.mark.parametrize("variant", ["rope_dynamic", "rope_longrope"])
+def test_a_row_within_the_original_context_is_not_rotated_for_a_longer_row(variant: str) -> None:
+    wanted = golden(variant)
+    model = wanted.model()
+    length, own = 40, 20
+    tokens = np.random.default_rng(0).integers(0, model.config.vocab_size, (2, length)).astype(np.int32)
+    start = np.asarray([0, length - own], np.int32)
+    assert own < model.config.rope_scaling.original_max_position_embeddings < length
+
+    @jax.jit
+    def run(model: Any) -> jax.Array:
+        caches = model.init_cache(2, length, start=jnp.asarray(start))
+        x, _ = model.decode(tokens, caches, jnp.arange(length, dtype=jnp.int32)[None] - start[:, None])
+        return model.head(x)
+
+    got = np.asarray(run(model))
+    for row, first, alone in zip(got, start, tokens, strict=True):
+        assert error(row[first:], np.asarray(model(alone[None, first:]))[0]) < 1e-5
+
+
 @pytest.mark.parametrize("variant", FAMILIES)
 def test_sites_hold_every_linear_once_and_factors_fold_into_what_is_before_them(variant: str) -> None:
     wanted = golden(variant)
