@@ -13,7 +13,10 @@ from flax import nnx
 
 import any4_jax as a4
 from any4_jax.models import read_config
+from any4_jax.models.families import by_gguf
 from any4_jax.models.fold import fold, inputs_of, is_foldable
+from any4_jax.models.gguf_file import GGUFFile
+from any4_jax.models.gguf_metadata import Metadata
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -142,3 +145,14 @@ def test_a_gguf_gives_the_logits_of_llama_cpp(name: str) -> None:
     got = a4.models.load(GOLDEN / f"gguf_{name}.gguf", dtype="float32")(tokens[None])[0]
     assert error(got, torch) < 1e-4
     assert error(got, logits) < 2e-3
+
+
+def test_a_gemma_2_file_without_caps_or_window_has_those_of_the_published_models() -> None:
+    file = GGUFFile(GOLDEN / "gguf_gemma2.gguf")
+    keys = ("attn_logit_softcapping", "final_logit_softcapping", "attention.sliding_window")
+    file.metadata = Metadata(
+        file.path, {key: value for key, value in file.metadata.items() if key.partition(".")[2] not in keys}, {}
+    )
+    config = by_gguf("gemma2")[1].read_config(file)
+    assert (config.attn_logit_softcapping, config.final_logit_softcapping) == (50.0, 30.0)
+    assert config.windows[:2] == (4096, None)
