@@ -91,3 +91,27 @@ def test_config_refuses_by_name(change: dict, words: str) -> None:
     with pytest.raises(ValueError, match=words) as caught:
         read_config({**BASE, **change})
     assert "\n" not in str(caught.value)
+
+
+MOE = {**BASE, "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "num_hidden_layers": 2}
+
+
+@pytest.mark.parametrize(
+    "change, windows",
+    [
+        ({"use_sliding_window": True, "sliding_window": 6}, (6, 6)),
+        ({"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1}, (6, 6)),
+        ({"use_sliding_window": False, "sliding_window": 6}, ()),
+    ],
+)
+def test_qwen3_moe_has_its_window_in_every_block(change: dict, windows: tuple[int, ...]) -> None:
+    assert read_config({**MOE, **change}).windows == windows
+
+
+@pytest.mark.parametrize("key", ["bos_token_id", "eos_token_id", "max_window_layers", "mlp_only_layers"])
+def test_a_negative_id_or_layer_of_qwen_is_refused(key: str) -> None:
+    config = {**MOE, key: [-1] if key == "mlp_only_layers" else -1}
+    if key == "max_window_layers":
+        config = {**config, "architectures": ["Qwen2ForCausalLM"]}
+    with pytest.raises(ValueError, match=f"{key}.* -1"):
+        read_config(config)

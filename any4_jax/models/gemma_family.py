@@ -108,6 +108,14 @@ def _from_gguf(file: GGUFFile, said: DecoderMetadata) -> dict[str, Any]:
 
 def _gemma2_from_gguf(file: GGUFFile) -> Gemma2Config:
     said = metadata(file)
+    # The first files lack these; llama.cpp gives them the numbers of the published models.
+    published = GemmaFile.model_fields
+    missing = {
+        "window": published["sliding_window"].default,
+        "softcap": published["attn_logit_softcapping"].default,
+        "final_softcap": published["final_logit_softcapping"].default,
+    }
+    said = said.model_copy(update={key: number for key, number in missing.items() if getattr(said, key) is None})
     return build_from_gguf(Gemma2Config, file, said, **_from_gguf(file, said))
 
 

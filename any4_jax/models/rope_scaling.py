@@ -30,12 +30,13 @@ class Scaling(Protocol):
     def amplitude(self) -> float: ...
 
     def frequencies(self, theta: float, size: int, length: jax.Array | None) -> Any:
-        """Radians per position, float32 [D/2].
+        """Radians per position, float32 [D/2], or [B, D/2] if `by_length`.
 
         Args:
             theta: the base of the frequencies.
             size: D.
-            length: int32 scalar, the tokens in the text so far, if `by_length`.
+            length: int32 [B], the tokens in each text so far, if `by_length`; None means within the original context,
+                and a result [1, D/2].
         """
         ...
 
@@ -108,9 +109,9 @@ class DynamicScaling:
 
     def frequencies(self, theta: float, size: int, length: jax.Array | None = None) -> jax.Array:
         context = self.original_max_position_embeddings
-        seen = jnp.maximum(context if length is None else length, context).astype(jnp.float32)
+        seen = jnp.maximum(_column(length), context).astype(jnp.float32)
         grown = theta * (self.factor * seen / context - (self.factor - 1)) ** (size / (size - 2))
-        return 1.0 / grown ** (jnp.arange(0, size, 2, dtype=jnp.float32) / size)
+        return 1.0 / grown ** (jnp.arange(0, size, 2, dtype=jnp.float32)[None] / size)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -189,9 +190,14 @@ class LongRopeScaling:
         return self.attention_factor
 
     def frequencies(self, theta: float, size: int, length: jax.Array | None = None) -> jax.Array:
-        short, long = (np.asarray(f, np.float32) for f in (self.short_factor, self.long_factor))
-        is_long = jnp.asarray(0 if length is None else length) > self.original_max_position_embeddings
-        return jnp.asarray(plain_frequencies(theta, size)) / jnp.where(is_long, long, short)
+        short, long = (np.asarray([f], np.float32) for f in (self.short_factor, self.long_factor))
+        is_long = _column(length) > self.original_max_position_embeddings
+        return jnp.asarray(plain_frequencies(theta, size))[None] / jnp.where(is_long, long, short)
+
+
+def _column(length: jax.Array | None) -> jax.Array:
+    """Lengths as int32 [B, 1]; None is one text of no tokens."""
+    return jnp.zeros((1, 1), jnp.int32) if length is None else length[:, None]
 
 
 def _kind(value: Any) -> str:
