@@ -66,6 +66,12 @@ def test_config_defaults(change: dict, generation: dict | None, field: str, expe
         ({"rope_scaling": {**LLAMA3, "type": "llama3", "low_freq_factor": 4.0}}, "low_freq_factor is 4.0, and less"),
         ({"rope_scaling": {**LLAMA3, "type": "llama3", "factor": float("nan")}}, "factor is nan"),
         ({"rope_scaling": {"type": "longrope", "short_factor": [1.0], "long_factor": [2.0]}}, "lacks factor"),
+        (
+            {"rope_scaling": {"type": "longrope", "short_factor": [1.0], "long_factor": [2.0], "factor": 2.0}},
+            "longrope rope scaling has 1 and 1 factors, and",
+        ),
+        ({"architectures": ["y" * 200]}, "a name of at most 100 printable characters is needed"),
+        ({"hidden_act": "a\nb"}, "a name of at most 100 printable characters is needed"),
         ({"rope_scaling": "dynamic"}, "rope_scaling is 'dynamic'"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5, and only 1 is supported"),
         ({"rms_norm_eps": None}, "rms_norm_eps is None, and a valid number is needed"),

@@ -86,7 +86,7 @@ def from_tensors(config: Any, tensors: Mapping[str, np.ndarray], dtype: DTypeLik
             # Nobody else holds this copy, so jax may keep its buffer instead of copying again.
             variables[path] = variables[path].replace(jnp.asarray(value))
     if misshapen:
-        raise ValueError(f"tensors don't have the shapes of the config: {_list(misshapen)}; use its own config.json")
+        raise ValueError(f"tensors don't have the shapes of the config: {_list(misshapen, 4)}; use its own config.json")
     filled: Decoder = nnx.merge(graphdef, nnx.from_flat_state(variables))
     return filled
 
@@ -170,9 +170,8 @@ def _check_names(family: Family, tensors: Mapping[str, np.ndarray], wanted: set[
         raise ValueError(f"the tensors are not those of the config: {'; '.join(parts)}; use its own config.json")
 
 
-def _list(items: list[str]) -> str:
+def _list(items: list[str], most: int = 8) -> str:
     """The items as text: all of a few, the first of many."""
-    most = 8
     return ", ".join(items[:most]) + (f" and {len(items) - most} more" if len(items) > most else "")
 
 

@@ -22,9 +22,13 @@ class Scaling(Protocol):
     Attributes:
         by_length: whether the frequencies depend on the length of the text.
         amplitude: the factor of the rotated channels.
+        made_for: the numbers of frequencies for which it has factors of their own; empty if it fits any number.
     """
 
     by_length: bool
+
+    @property
+    def made_for(self) -> tuple[int, ...]: ...
 
     @property
     def amplitude(self) -> float: ...
@@ -62,6 +66,7 @@ class RopeScaling:
     rope_type: Literal["llama3"] = "llama3"
 
     by_length = False
+    made_for = ()
     amplitude = 1.0
 
     def __post_init__(self) -> None:
@@ -86,6 +91,7 @@ class LinearScaling:
     rope_type: Literal["linear"] = "linear"
 
     by_length = False
+    made_for = ()
     amplitude = 1.0
 
     def frequencies(self, theta: float, size: int, length: jax.Array | None = None) -> np.ndarray:
@@ -105,6 +111,7 @@ class DynamicScaling:
     rope_type: Literal["dynamic"] = "dynamic"
 
     by_length = True
+    made_for = ()
     amplitude = 1.0
 
     def frequencies(self, theta: float, size: int, length: jax.Array | None = None) -> jax.Array:
@@ -137,6 +144,7 @@ class YarnScaling:
     rope_type: Literal["yarn"] = "yarn"
 
     by_length = False
+    made_for = ()
 
     @property
     def amplitude(self) -> float:
@@ -184,6 +192,10 @@ class LongRopeScaling:
     rope_type: Literal["longrope"] = "longrope"
 
     by_length = True
+
+    @property
+    def made_for(self) -> tuple[int, ...]:
+        return len(self.short_factor), len(self.long_factor)
 
     @property
     def amplitude(self) -> float:
