@@ -28,7 +28,8 @@ def moe() -> MoE:
 
 @pytest.fixture
 def quantized(moe: MoE) -> MoE:
-    made = a4.quantize_model(moe, a4.methods.NF4(group_size=8), rules=[("gate", None)])
+    made = a4.quantize_model(moe, a4.methods.NF4(group_size=8))
+    assert isinstance(made.router, nnx.Linear)
     assert isinstance(made.experts.up_proj, Any4Linear)
     return made
 
@@ -41,7 +42,7 @@ def one_by_one(moe: MoE, x: np.ndarray) -> np.ndarray:
         else np.asarray(getattr(moe.experts, name).kernel[...])
         for name in ("gate_proj", "up_proj", "down_proj")
     }
-    logits = x @ np.asarray(moe.gate.kernel[...])
+    logits = x @ np.asarray(moe.router.kernel[...])
     out = np.zeros_like(x)
     for place in np.ndindex(*x.shape[:2]):
         best = np.argsort(-logits[place])[:TOP]

@@ -134,7 +134,7 @@ QWEN3_MOE = Family(
     model_types=("qwen3_moe",),
     read_config=_from_hf,
     names=(
-        ("layers.{i}.mlp.gate.kernel", _MLP + ".gate.weight"),
+        ("layers.{i}.mlp.router.kernel", _MLP + ".gate.weight"),
         ("layers.{i}.mlp.experts.{linear}_proj.kernel", _MLP + ".experts.{expert}.{linear}_proj.weight"),
         *NAMES,
     ),
