@@ -23,8 +23,8 @@ Positive = Annotated[Finite, Field(gt=0)]
 
 
 def _printable(text: str) -> str:
-    if len(text) > _LONGEST_NAME or not text.isprintable():
-        raise ValueError(f"a name of at most {_LONGEST_NAME} printable characters")
+    if not 0 < len(text) <= _LONGEST_NAME or not text.isprintable():
+        raise ValueError(f"a name of 1 to {_LONGEST_NAME} printable characters")
     return text
 
 

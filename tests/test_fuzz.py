@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from fuzz.cases import KINDS
-from fuzz.judge import Case, Finding, command, judged
+from fuzz.judge import Case, Finding, command, judged, load_and_run
 from fuzz.originals import write_all
 from fuzz.pool import Outcome, Worker
 
@@ -34,7 +34,7 @@ def test_mutated_inputs_give_a_result_or_one_sentence(kind: str, worker: Worker)
     outcomes = [worker.run(kind, number) for number in range(len(range(first, COUNT, len(KINDS))))]
     findings = [str(outcome) for outcome in outcomes if outcome.verdict == "finding"]
     assert not findings, "\n".join(findings)
-    assert {outcome.verdict for outcome in outcomes} == {"result", "refused"}
+    assert any(outcome.verdict == "refused" for outcome in outcomes)
 
 
 @pytest.mark.parametrize("number", range(3))
@@ -43,10 +43,8 @@ def test_a_case_is_known_by_its_number(number: int, worker: Worker) -> None:
     assert (first.verdict, first.change) == (second.verdict, second.change)
 
 
-def test_what_is_unchanged_is_no_finding_and_loads(worker: Worker, originals: Path) -> None:
+def test_what_is_unchanged_loads(originals: Path) -> None:
     """Else each change of it would be refused for another reason."""
-    from fuzz.judge import load_and_run
-
     for path in sorted((*originals.glob("folders/*"), *originals.glob("configs/*/*"), *originals.glob("ggufs/*"))):
         assert load_and_run(path, False, originals) == "a model"
 
