@@ -214,8 +214,9 @@ def _add(tokenizer: tokenizers.Tokenizer, special: SpecialTokens) -> None:
     declared = set(special.ids.values())
     for role in ("bos_token", "eos_token"):
         text = special.roles.get(role)
-        missing = role in special.sources and text not in declared and text is not None
-        if missing and tokenizer.token_to_id(text) is None:
+        if text is None or role not in special.sources or text in declared:
+            continue
+        if tokenizer.token_to_id(text) is None:
             raise ValueError(
                 f"{role} of {special.sources[role]} is {text[:60]!r}, which {VOCABULARY} lacks; use files of one model"
             )
