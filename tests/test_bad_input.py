@@ -172,7 +172,7 @@ GIVEN = [
      ValueError, "without those of b.kernel calibrate rule"),
     (lambda: quantize_model({"a": {"kernel": W.T}}, Any4(), stats={}), ValueError, "without those of a.kernel"),
     (lambda: quantize_model(quantize_model({"a": {"kernel": W.T}}, NF4()), NF4()),
-     ValueError, "1 linears already (a.kernel)"),
+     ValueError, "1 layers are quantized already (a.kernel)"),
 ]  # fmt: skip
 CHECKPOINTS = [
     (lambda path: save(path, [X]), TypeError, "list NNX dict"),
