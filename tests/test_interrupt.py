@@ -149,8 +149,8 @@ def test_generate_at_random_moments(commands) -> None:
         code, out, err = commands.run(*work, after=draws.uniform(0, seconds))
         if code == 130:
             interrupted += 1
-            (line,) = err
-            assert line == "any4: interrupted; nothing was kept, so running it again begins anew"
+            # The rate of a text that was whole may stand before it.
+            assert err[-1] == "any4: interrupted; nothing was kept, so running it again begins anew" and len(err) <= 2
             assert whole.startswith(out.removesuffix("\n"))
         else:
             assert (code, out) == (0, whole)
