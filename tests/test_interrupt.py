@@ -113,7 +113,7 @@ def test_quantize_at_random_moments(commands, tmp_path) -> None:
     seconds = time.monotonic() - begin
     out = tmp_path / "out"
     interrupted = 0
-    for _ in range(12):
+    for _ in range(6):
         kept = out.is_dir()
         code, _, err = commands.run("quantize", "tiny", out, *work, after=draws.uniform(0, seconds))
         assert code in (0, 130), err
@@ -131,7 +131,7 @@ def test_quantize_at_random_moments(commands, tmp_path) -> None:
             assert said == []
         if out.is_dir():
             assert arrays(out) == arrays(tmp_path / "whole")
-    assert interrupted >= 6
+    assert interrupted >= 3
     assert commands.run("quantize", "tiny", out, *work)[0] == 0
     assert arrays(out) == arrays(tmp_path / "whole")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
@@ -145,7 +145,7 @@ def test_generate_at_random_moments(commands) -> None:
     seconds = time.monotonic() - begin
     assert code == 0
     interrupted = 0
-    for _ in range(6):
+    for _ in range(4):
         code, out, err = commands.run(*work, after=draws.uniform(0, seconds))
         if code == 130:
             interrupted += 1
@@ -154,7 +154,7 @@ def test_generate_at_random_moments(commands) -> None:
             assert whole.startswith(out.removesuffix("\n"))
         else:
             assert (code, out) == (0, whole)
-    assert interrupted >= 2
+    assert interrupted >= 1
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from fuzz.judge import Case, Finding, load_and_run, use
 from fuzz.mutations import Changed, change_bytes, change_json, change_value, to_json
 from fuzz.originals import TEMPLATE
 
-FORWARD = 0.5
+FORWARD = 0.25
 """The share of the models that are run; the others are only loaded."""
 _INSERTED = (
     *("{{ messages }}", "{{ 10**10**10 }}", "{% for i in range(10**9) %}{% endfor %}", "{{ x.y.z }}", "{% if %}"),
