@@ -58,7 +58,8 @@ def test_cached_decoding_equals_the_whole_forward(variant: str) -> None:
     assert error(np.concatenate(got, axis=1), wanted.logits) < 1e-4
 
 
-@pytest.mark.parametrize("variant", FAMILIES)
+# One of each way to see positions: two ropes and windows, experts, learned positions.
+@pytest.mark.parametrize("variant", ["gemma3", "mixtral", "opt"])
 def test_rows_padded_on_the_left_equal_their_single_runs(variant: str) -> None:
     wanted = golden(variant)
     model, length = wanted.model(), 20
