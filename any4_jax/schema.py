@@ -8,6 +8,8 @@ from typing import Annotated, Any, TypeVar
 import pydantic
 from pydantic import Field
 
+from any4_jax.one_line import one_line
+
 T = TypeVar("T")
 
 Count = Annotated[int, Field(ge=1, lt=2**31)]
@@ -19,7 +21,18 @@ Finite = Annotated[float, Field(allow_inf_nan=False)]
 Positive = Annotated[Finite, Field(gt=0)]
 """A finite number above 0."""
 
+
+def _printable(text: str) -> str:
+    if not 0 < len(text) <= _LONGEST_NAME or not text.isprintable():
+        raise ValueError(f"a name of 1 to {_LONGEST_NAME} printable characters")
+    return text
+
+
+Name = Annotated[str, pydantic.AfterValidator(_printable)]
+"""The name of a kind, such as an activation: what a message may repeat."""
+
 _SHOWN = 60
+_LONGEST_NAME = 100
 
 
 class Schema(pydantic.BaseModel):
@@ -85,7 +98,7 @@ def _complaint(error: pydantic.ValidationError, content: Any) -> str:
         if isinstance(value, Mapping) and key in value or isinstance(value, list) and key in range(len(value)):
             keys.append(key)
             value = value[key]  # type: ignore[index,call-overload]
-    place = ".".join(map(str, keys))
+    place = one_line(".".join(map(str, keys)), _SHOWN)
     if first["type"] == "missing":
         return f"{f': {place}' if place else ''} lacks {first['loc'][-1]}"
     if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):

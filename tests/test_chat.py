@@ -172,7 +172,7 @@ def test_a_template_that_fails_says_so_in_a_sentence(template: str, words: str) 
         ([{"role": "user", "content": None}], "messages.0.content is None"),
         ([{"role": 1, "content": "a"}], "messages.0.role is 1"),
         ([{"role": "user", "content": [{"type": "text"}]}], "messages.0.content is"),
-        ([{"role": "user", "content": "a", "name": "b"}], "messages.0.name is 'b'"),
+        ([{"role": "user", "content": "a", "name": "b"}], "messages.0.name is unknown"),
         ([{"role": "user", "content": "\udce9"}], "'content' of message 0 of the chat holds '.udce9' at character 0"),
         ([{"role": "user", "content": object()}], "plain JSON"),
     ],

@@ -1,5 +1,6 @@
 """Trees that contain themselves or have no end are refused before anything is written, and a later save works."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -18,9 +19,12 @@ def deep(depth: int, wrap) -> dict:
 
 def cyclic(kind) -> dict:
     tree = {"a": jnp.ones(3)}
-    inner: dict | list = {} if kind is dict else []
-    inner.update(up=tree) if isinstance(inner, dict) else inner.append(inner)
-    return tree | {"b": inner} if isinstance(inner, list) else tree.update(b=inner) or tree
+    if kind is dict:
+        tree["b"] = {"up": tree}
+    else:
+        tree["b"] = []
+        tree["b"].append(tree["b"])
+    return tree
 
 
 CASES = {
@@ -40,7 +44,7 @@ def test_what_has_no_end_is_refused(tree, said, tmp_path) -> None:
         assert len(str(caught.value)) < 300 and "\n" not in str(caught.value)
     assert not (tmp_path / "c").exists()
     a4.save(tmp_path / "c", deep(60, lambda node: {"a": node}))
-    assert jnp.ndim(a4.load(tmp_path / "c")["a"]["a"]["a"]["a"] is not None) == 0
+    np.testing.assert_array_equal(jax.tree.leaves(a4.load(tmp_path / "c")), [jnp.ones(3)])
 
 
 def test_an_operator_that_would_not_load_is_not_saved(tmp_path) -> None:

@@ -13,7 +13,10 @@ from flax import nnx
 
 import any4_jax as a4
 from any4_jax.models import read_config
+from any4_jax.models.families import by_gguf
 from any4_jax.models.fold import fold, inputs_of, is_foldable
+from any4_jax.models.gguf_file import GGUFFile
+from any4_jax.models.gguf_metadata import Metadata
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -55,7 +58,8 @@ def test_cached_decoding_equals_the_whole_forward(variant: str) -> None:
     assert error(np.concatenate(got, axis=1), wanted.logits) < 1e-4
 
 
-@pytest.mark.parametrize("variant", FAMILIES)
+# One of each way to see positions: two ropes and windows, experts, learned positions.
+@pytest.mark.parametrize("variant", ["gemma3", "mixtral", "opt"])
 def test_rows_padded_on_the_left_equal_their_single_runs(variant: str) -> None:
     wanted = golden(variant)
     model, length = wanted.model(), 20
@@ -72,6 +76,26 @@ def test_rows_padded_on_the_left_equal_their_single_runs(variant: str) -> None:
     assert np.isfinite(got).all()
     for row, first in zip(got, start, strict=True):
         assert error(row[first:], wanted.logits[0, : length - first]) < 1e-4
+
+
+@pytest.mark.parametrize("variant", ["rope_dynamic", "rope_longrope"])
+def test_a_row_within_the_original_context_is_not_rotated_for_a_longer_row(variant: str) -> None:
+    wanted = golden(variant)
+    model = wanted.model()
+    length, own = 40, 20
+    tokens = np.random.default_rng(0).integers(0, model.config.vocab_size, (2, length)).astype(np.int32)
+    start = np.asarray([0, length - own], np.int32)
+    assert own < model.config.rope_scaling.original_max_position_embeddings < length
+
+    @jax.jit
+    def run(model: Any) -> jax.Array:
+        caches = model.init_cache(2, length, start=jnp.asarray(start))
+        x, _ = model.decode(tokens, caches, jnp.arange(length, dtype=jnp.int32)[None] - start[:, None])
+        return model.head(x)
+
+    got = np.asarray(run(model))
+    for row, first, alone in zip(got, start, tokens, strict=True):
+        assert error(row[first:], np.asarray(model(alone[None, first:]))[0]) < 1e-5
 
 
 @pytest.mark.parametrize("variant", FAMILIES)
@@ -110,9 +134,9 @@ def test_it_is_quantized_saved_loaded_and_generates(variant: str, tmp_path) -> N
 
 
 def _linears(model: Any) -> set[str]:
-    """The dotted paths of all linears but the head."""
+    """The dotted paths of all linears but the head and routers."""
     paths = [path for path, _ in nnx.to_flat_state(nnx.state(model)) if path[-1] == "kernel"]
-    return {".".join(map(str, path[:-1])) for path in paths} - {"lm_head"}
+    return {".".join(map(str, path[:-1])) for path in paths if path[-2] not in ("lm_head", "router")}
 
 
 @pytest.mark.parametrize("name", GGUFS)
@@ -122,3 +146,14 @@ def test_a_gguf_gives_the_logits_of_llama_cpp(name: str) -> None:
     got = a4.models.load(GOLDEN / f"gguf_{name}.gguf", dtype="float32")(tokens[None])[0]
     assert error(got, torch) < 1e-4
     assert error(got, logits) < 2e-3
+
+
+def test_a_gemma_2_file_without_caps_or_window_has_those_of_the_published_models() -> None:
+    file = GGUFFile(GOLDEN / "gguf_gemma2.gguf")
+    keys = ("attn_logit_softcapping", "final_logit_softcapping", "attention.sliding_window")
+    file.metadata = Metadata(
+        file.path, {key: value for key, value in file.metadata.items() if key.partition(".")[2] not in keys}, {}
+    )
+    config = by_gguf("gemma2")[1].read_config(file)
+    assert (config.attn_logit_softcapping, config.final_logit_softcapping) == (50.0, 30.0)
+    assert config.windows[:2] == (4096, None)

@@ -66,6 +66,12 @@ def test_config_defaults(change: dict, generation: dict | None, field: str, expe
         ({"rope_scaling": {**LLAMA3, "type": "llama3", "low_freq_factor": 4.0}}, "low_freq_factor is 4.0, and less"),
         ({"rope_scaling": {**LLAMA3, "type": "llama3", "factor": float("nan")}}, "factor is nan"),
         ({"rope_scaling": {"type": "longrope", "short_factor": [1.0], "long_factor": [2.0]}}, "lacks factor"),
+        (
+            {"rope_scaling": {"type": "longrope", "short_factor": [1.0], "long_factor": [2.0], "factor": 2.0}},
+            "longrope rope scaling has 1 and 1 factors, and",
+        ),
+        ({"architectures": ["y" * 200]}, "a name of 1 to 100 printable characters is needed"),
+        ({"hidden_act": "a\nb"}, "a name of 1 to 100 printable characters is needed"),
         ({"rope_scaling": "dynamic"}, "rope_scaling is 'dynamic'"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5, and only 1 is supported"),
         ({"rms_norm_eps": None}, "rms_norm_eps is None, and a valid number is needed"),
@@ -91,3 +97,27 @@ def test_config_refuses_by_name(change: dict, words: str) -> None:
     with pytest.raises(ValueError, match=words) as caught:
         read_config({**BASE, **change})
     assert "\n" not in str(caught.value)
+
+
+MOE = {**BASE, "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "num_hidden_layers": 2}
+
+
+@pytest.mark.parametrize(
+    "change, windows",
+    [
+        ({"use_sliding_window": True, "sliding_window": 6}, (6, 6)),
+        ({"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1}, (6, 6)),
+        ({"use_sliding_window": False, "sliding_window": 6}, ()),
+    ],
+)
+def test_qwen3_moe_has_its_window_in_every_block(change: dict, windows: tuple[int, ...]) -> None:
+    assert read_config({**MOE, **change}).windows == windows
+
+
+@pytest.mark.parametrize("key", ["bos_token_id", "eos_token_id", "max_window_layers", "mlp_only_layers"])
+def test_a_negative_id_or_layer_of_qwen_is_refused(key: str) -> None:
+    config = {**MOE, key: [-1] if key == "mlp_only_layers" else -1}
+    if key == "max_window_layers":
+        config = {**config, "architectures": ["Qwen2ForCausalLM"]}
+    with pytest.raises(ValueError, match=f"{key}.* -1"):
+        read_config(config)

@@ -113,7 +113,7 @@ def test_quantize_at_random_moments(commands, tmp_path) -> None:
     seconds = time.monotonic() - begin
     out = tmp_path / "out"
     interrupted = 0
-    for _ in range(12):
+    for _ in range(6):
         kept = out.is_dir()
         code, _, err = commands.run("quantize", "tiny", out, *work, after=draws.uniform(0, seconds))
         assert code in (0, 130), err
@@ -131,7 +131,7 @@ def test_quantize_at_random_moments(commands, tmp_path) -> None:
             assert said == []
         if out.is_dir():
             assert arrays(out) == arrays(tmp_path / "whole")
-    assert interrupted >= 6
+    assert interrupted >= 3
     assert commands.run("quantize", "tiny", out, *work)[0] == 0
     assert arrays(out) == arrays(tmp_path / "whole")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
@@ -145,16 +145,16 @@ def test_generate_at_random_moments(commands) -> None:
     seconds = time.monotonic() - begin
     assert code == 0
     interrupted = 0
-    for _ in range(6):
+    for _ in range(4):
         code, out, err = commands.run(*work, after=draws.uniform(0, seconds))
         if code == 130:
             interrupted += 1
-            (line,) = err
-            assert line == "any4: interrupted; nothing was kept, so running it again begins anew"
+            # The rate of a text that was whole may stand before it.
+            assert err[-1] == "any4: interrupted; nothing was kept, so running it again begins anew" and len(err) <= 2
             assert whole.startswith(out.removesuffix("\n"))
         else:
             assert (code, out) == (0, whole)
-    assert interrupted >= 2
+    assert interrupted >= 1
 
 
 @pytest.mark.parametrize(
@@ -177,10 +177,9 @@ def test_a_step_raises_what_was_swallowed(monkeypatch) -> None:
             bar(2, 2)
 
 
-@pytest.mark.parametrize("arguments", [["-m", "any4_jax"], ["-c", "from any4_jax.cli import main; main()"]])
-def test_during_imports(arguments) -> None:
+def test_during_imports() -> None:
     process = subprocess.Popen(
-        [sys.executable, *arguments, "--version"],
+        [sys.executable, "-m", "any4_jax", "--version"],
         env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -191,8 +190,13 @@ def test_during_imports(arguments) -> None:
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
-    if arguments[0] == "-m":
-        assert (process.returncode, out) == (130, "")
-        assert err.splitlines() == ["any4: interrupted; nothing was kept, so running it again begins anew"]
-    else:  # another program: its interrupt stays its own
-        assert "Traceback" in err and process.returncode == -signal.SIGINT
+    assert (process.returncode, out) == (130, "")
+    assert err.splitlines() == ["any4: interrupted; nothing was kept, so running it again begins anew"]
+
+
+def test_another_program_keeps_its_interrupts() -> None:
+    code = "import signal, any4_jax; print(signal.getsignal(signal.SIGINT) is signal.default_int_handler)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(REPOSITORY)}, capture_output=True, text=True
+    )
+    assert done.stdout == "True\n", done.stderr

@@ -114,6 +114,13 @@ def test_one_program_a_shape_and_none_the_second_time(model: Llama, count_compil
     assert compiles.count == 0
 
 
+@pytest.mark.parametrize("ids", [[[0, 128]], [[-1, 3]]])
+def test_ids_outside_the_vocabulary_are_refused(model: Llama, ids: list) -> None:
+    for tokens in (np.asarray(ids), jnp.asarray(ids)):
+        with pytest.raises(ValueError, match=r"and the vocabulary is 0\.\.127; use the model's own tokenizer"):
+            model(tokens)
+
+
 def test_layers_share_one_program(model: Llama, count_compiles: Any) -> None:
     splits = [nnx.split(layer) for layer in model.layers]
     assert len({graphdef for graphdef, _ in splits}) == 1

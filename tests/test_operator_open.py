@@ -225,7 +225,9 @@ def test_low_rank_updates_go_on_top_and_are_counted(make: Any, tmp_path: Path, c
     a4.save(tmp_path / "tuned", tree)
     assert main(["inspect", str(tmp_path / "tuned")]) == 0
     bits = 8 * sum(term.nbytes for term in total.terms) / (N * K)
-    assert re.search(rf"^layer\.weight +Sum +{bits:.3f} +{N} x {K}", capsys.readouterr().out, re.MULTILINE)
+    assert re.search(
+        rf"^layer\.weight +\w+ \+ LoRA rank 2 +{bits:.3f} +{N} x {K}", capsys.readouterr().out, re.MULTILINE
+    )
 
 
 def test_registrations_are_checked() -> None:

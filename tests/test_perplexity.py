@@ -121,8 +121,17 @@ def test_paired_difference_is_sharper_than_unpaired():
     [
         (random_ids(99), {"seqlen": 100}, ValueError, "99 tokens"),
         (random_ids(99), {"seqlen": 20, "windows": 5}, ValueError, "4 windows of 20, and 5"),
-        (random_ids(99), {"seqlen": 20, "windows": 0}, ValueError, "4 windows"),
+        (random_ids(99), {"seqlen": 20, "windows": 0}, ValueError, "windows=0, and at least 1"),
+        (random_ids(99), {"seqlen": 20, "windows": -1}, ValueError, "windows=-1, and at least 1"),
+        (random_ids(99), {"seqlen": 20, "windows": 1.5}, TypeError, "windows=1.5 is a float"),
         (random_ids(99), {"seqlen": 1}, ValueError, "at least 2"),
+        (random_ids(99), {"seqlen": 0}, ValueError, "at least 2"),
+        (random_ids(99), {"seqlen": -1}, ValueError, "at least 2"),
+        (random_ids(99), {"seqlen": 1.5}, TypeError, "seqlen=1.5 is a float"),
+        (random_ids(99), {"seqlen": True}, TypeError, "seqlen=True is a bool"),
+        ([3, -1, 2], {"seqlen": 2}, ValueError, "ids from -1"),
+        ([3, 2**40], {"seqlen": 2}, ValueError, "ids from 0 to 1099511627776, the vocabulary has 11"),
+        ([], {"seqlen": 2}, ValueError, "0 tokens"),
         (random_ids(99), {"seqlen": 65}, ValueError, "context of 64"),
         ("a text", {"seqlen": 2}, TypeError, "without a tokenizer"),
         (random_ids(99).reshape(3, 33), {"seqlen": 5}, TypeError, "one row"),
@@ -131,14 +140,25 @@ def test_paired_difference_is_sharper_than_unpaired():
 )
 def test_refusals(ids, arguments, error, words):
     class Short:
-        config = SimpleNamespace(max_position_embeddings=64)
+        config = SimpleNamespace(max_position_embeddings=64, vocab_size=VOCABULARY)
 
         def __call__(self, tokens):
             raise AssertionError("the model ran although the input is wrong")
 
-    model = Short() if arguments["seqlen"] == 65 else uniform
+    model = uniform if "seqlen" in arguments and arguments["seqlen"] == 100 else Short()
     with pytest.raises(error, match=words):
         perplexity(model, ids, **arguments)
+
+
+def test_windows_are_as_long_as_the_context_by_default():
+    class Short:
+        config = SimpleNamespace(max_position_embeddings=64, vocab_size=VOCABULARY)
+
+        def __call__(self, tokens):
+            return uniform(tokens)
+
+    assert perplexity(Short(), random_ids(200)).seqlen == 64
+    assert perplexity(uniform, random_ids(5000)).seqlen == 2048
 
 
 def test_windows_of_different_texts_are_not_paired():

@@ -131,7 +131,14 @@ def makefile(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
 def test_make_without_a_target_names_the_targets(makefile) -> None:
     done = makefile()
     assert done.returncode == 0
-    assert [line.split()[1] for line in done.stdout.splitlines()] == ["demo", "test", "lint", "sanitize", "clean"]
+    assert [line.split()[1] for line in done.stdout.splitlines()] == [
+        "demo",
+        "test",
+        "lint",
+        "sanitize",
+        "fuzz",
+        "clean",
+    ]
 
 
 def test_make_clean_removes_what_make_made(makefile, tmp_path: Path) -> None:

@@ -119,10 +119,52 @@ def test_constant_groups_stay_finite(rule, value: float) -> None:
     w = jnp.full((2, 8), value)
     scales, offsets = group_scales(w, 4, rule=rule, bits=4, dtype=jnp.bfloat16)
     assert np.isfinite(np.asarray(normalize(w, scales, offsets, 4))).all()
-    floored = rule == "asymmetric" or (value == 0 and rule != "absmax")
-    if floored:
-        smallest = 1e-6 / (7 if rule == "symmetric" else 15)
-        np.testing.assert_allclose(np.asarray(scales, np.float32), smallest, rtol=2**-8)
+    if rule == "asymmetric" or value == 0:
+        # A group without extent is its offset.
+        assert not np.asarray(scales, np.float32).any() and not np.asarray(normalize(w, scales, offsets, 4)).any()
+        assert offsets is None or (np.asarray(offsets, np.float32) == value).all()
+    else:
+        assert np.asarray(scales, np.float32).all()
+
+
+@pytest.mark.parametrize("k", [-110, -60, -20, 20, 60, 120])
+@pytest.mark.parametrize("rule", ["asymmetric", "integer_zero", "symmetric", "absmax", "e8m0_round", "e8m0_ocp"])
+def test_no_size_of_weights_is_special(rule, k: int, rng: np.random.Generator) -> None:
+    w = rng.normal(size=(6, 32)).astype(np.float32)
+    w[1, 8:16], w[2] = 0.5, 0
+    dtype = jnp.uint8 if rule.startswith("e8m0") else jnp.float32
+    near, far = (group_scales(jnp.asarray(v), 8, rule=rule, bits=4, dtype=dtype) for v in (w, w * np.float32(2.0**k)))
+    values, moved = (np.asarray(scaling.scale_values(each.scales)) for each in (near, far))
+    np.testing.assert_array_equal(moved, values * np.float32(2.0**k))
+    if near.offsets is not None:
+        np.testing.assert_array_equal(far.offsets, np.asarray(near.offsets) * np.float32(2.0**k))
+
+
+def test_a_unit_is_a_power_of_two_near_the_largest_weight() -> None:
+    largest = [0.0, 1.0, 1.9, -3.0, 2.0**-126, 3e38, 2.0**-20]
+    w = jnp.asarray([[x, -x] for x in largest], jnp.float32)
+    found = scaling.unit(w, jnp.bfloat16)[:, 0]
+    assert found.tolist() == [1.0, 1.0, 1.0, 2.0, 2.0**-126, 2.0**126, 2.0**-20]
+    np.testing.assert_array_equal((w / found[:, None]) * found[:, None], w)
+    # One for all rows, and none where the dtype has too few exponents to need it.
+    assert scaling.unit(w, jnp.float32, axis=None).tolist() == [[2.0**126]]
+    assert scaling.unit(w, jnp.float16).tolist() == scaling.unit(w, jnp.uint8).tolist() == [[1.0]] * len(largest)
+
+
+@pytest.mark.parametrize(
+    "dtype,value,unit,expected",
+    [
+        ("float16", 1.5, 2.0**-14, 1.5 * 2.0**-14), ("float16", 1.5, 2.0**-15, np.nan),
+        ("float16", 2.0, 2.0**15, np.inf),
+        ("bfloat16", 1.5, 2.0**-126, 1.5 * 2.0**-126), ("bfloat16", 0.5, 2.0**-126, np.nan), ("float32", 0.0, 0.5, 0.0),
+        ("bfloat16", 4.0, 2.0**126, np.inf), ("float32", -0.25, 2.0**-125, np.nan),
+    ],
+)  # fmt: skip
+def test_what_a_dtype_can_t_hold_is_marked(dtype: str, value: float, unit: float, expected: float) -> None:
+    moved = scaling.in_units(jnp.asarray([value], dtype), jnp.float32(unit))
+    assert moved.dtype == dtype
+    np.testing.assert_array_equal(np.asarray(moved, np.float32), [np.float32(expected)])
+    assert bool(scaling.is_lost(moved)[0]) == np.isnan(expected)
 
 
 def test_group_size_below_one_is_refused() -> None:

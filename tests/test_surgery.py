@@ -196,7 +196,7 @@ def test_rules_that_are_no_pairs_are_refused(rules, message: str) -> None:
 
 @pytest.mark.parametrize("rows", [0, -1, 1.5, True])
 def test_explain_needs_rows_and_layers(model, rows) -> None:
-    with pytest.raises(ValueError, match=f"got rows={rows}, need the number of rows"):
+    with pytest.raises(ValueError, match=f"got rows={rows}, need an integer of at least 1"):
         explain(model, rows=rows)
     with pytest.raises(ValueError, match="got a NoneType without dense layers, need a model"):
         explain(None)

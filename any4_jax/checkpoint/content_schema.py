@@ -1,7 +1,7 @@
 """What a content may be, declared: its schemas 1 and 2, see `any4_jax.checkpoint.contents` and `schema1`.
 
-A manifest that was edited may carry a right digest of itself, so nothing in it is believed before it is checked. Whether
-an operator's arrays and fields belong together is the matter of `any4_jax.checkpoint.laws`.
+A manifest that was edited may carry a right digest of itself, so nothing in it is believed before it is checked.
+Whether an operator's arrays and fields belong together is the matter of `any4_jax.checkpoint.laws`.
 """
 
 import json

@@ -30,7 +30,6 @@ from any4_jax.checkpoint.operators import recipe_from_spec, recipe_spec
 from any4_jax.checkpoint.trees import build_tree, describe_tree
 from any4_jax.models import families, hf_flax, hf_identity
 from any4_jax.models.base import Decoder
-from any4_jax.schema import check
 from any4_jax.surgery import Recipe, container_of, fitting, linen_modules, nnx_modules, recipe_of, trees
 from any4_jax.weights import is_operator
 
@@ -162,7 +161,7 @@ def _decoder(content: Mapping[str, Any], tree: Any, recipe: Recipe | None, into:
     """The decoder of a config with the contents of `tree`, created without float weights."""
     family = families.named(content["family"])
     _check_layers(content, tree)
-    config, dtype = _config(family, content["config"]), _dtype(content["dtype"])
+    config, dtype = family.config_from_json(content["config"]), _dtype(content["dtype"])
     if into is not None:
         _check_decoder(into, family, config, dtype)
     try:
@@ -191,17 +190,6 @@ def _hf_flax(content: Mapping[str, Any], tree: Any, into: Any) -> Any:
     # transformers checks little of a config before it makes a model of it.
     except Exception as error:
         raise ValueError(f"its config makes no Hugging Face model ({_line(error)}); save it again") from None
-
-
-def _config(family: families.Family, content: Any) -> Any:
-    """The config of a family from JSON; its fields have their declared types and ranges."""
-    check(family.config, content, "its config", "save it again")
-    try:
-        return family.config_from_json(content)
-    except TypeError as error:
-        raise ValueError(
-            f"its config has a field that {family.config.__name__} lacks ({error}); save it again"
-        ) from None
 
 
 def _dtype(name: Any) -> Any:

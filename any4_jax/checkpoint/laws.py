@@ -46,7 +46,7 @@ def check_operator(name: str, w: Any) -> None:
     for part in reversed(parts(w)):
         kind = type(part).__name__
         _check_types(name, part)
-        wrong = fault(part) or _shape_fault(part) or _matrix_fault(part)
+        wrong = _own_fault(part) or _shape_fault(part) or _matrix_fault(part)
         if wrong:
             raise ValueError(f"{name}: the arrays of its {kind} don't belong together: {wrong}; {_ADVICE}")
 
@@ -55,7 +55,7 @@ def check_operator(name: str, w: Any) -> None:
 def fault(w: Any) -> str | None:
     """What is wrong with an operator whose fields have their types; None if nothing is. A phrase that names the field.
 
-    Raises nothing. Register a function for an operator that needs one.
+    Register a function for an operator that needs one; whatever it raises is a fault too.
     """
     return None
 
@@ -153,6 +153,13 @@ def _holds(hint: Any, value: Any) -> bool:
     if isinstance(hint, type) and issubclass(hint, Operator):
         return isinstance(value, hint)
     return all(_is_array(node) or is_operator(node) for node in jax.tree.leaves(value, is_leaf=is_operator))
+
+
+def _own_fault(w: Any) -> str | None:
+    try:
+        return fault(w)
+    except Exception as error:
+        return f"they give no shape ({_first_line(error)})"
 
 
 def _shape_fault(w: Any) -> str | None:

@@ -36,8 +36,8 @@ def save(path: str | os.PathLike[str], model: Any) -> None:
 
     Raises:
       TypeError: the model is none of these, or a Decoder whose class belongs to no family.
-      ValueError: a key or a module's name isn't a string, or holds "." or "/"; a tree contains itself, or is nested more
-        than 64 deep; the arrays of an operator don't belong together.
+      ValueError: a key or a module's name isn't a string, or holds "." or "/"; a tree contains itself, or is nested
+        more than 64 deep; the arrays of an operator don't belong together.
       FileExistsError: `path` holds something other than a checkpoint.
       OSError: `path` can't be written, or another save to it is running.
     """

@@ -109,5 +109,5 @@ def _method(entry: Any, where: str) -> Any:
     # A method checks the values of its fields as it likes, and may be of another package.
     except Exception as error:
         raise ValueError(
-            f"{where} of its recipe has no fields that its method takes ({type(error).__name__}: {error}); save it again"
+            f"{where} of its recipe has fields that its method refuses ({type(error).__name__}: {error}); save it again"
         ) from None

@@ -12,6 +12,7 @@ from any4_jax import __version__
 from any4_jax.cli import bench, chat, completion, demo, evaluate, explain, generate, inspect, quantize
 from any4_jax.cli.errors import CommandLineError, sentence
 from any4_jax.cli.interrupts import INTERRUPTED, came, check, line
+from any4_jax.one_line import one_line
 
 DONE, FAILED, WRONG = 0, 1, 2
 
@@ -20,7 +21,7 @@ class _Parser(argparse.ArgumentParser):
     """Says what is wrong in one line, without the usage that argparse prints first."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(WRONG, f"any4: error: {message}; see {self.prog} --help\n")
+        self.exit(WRONG, f"any4: error: {one_line(message)}; see {self.prog} --help\n")
 
 
 def run(argv: Sequence[str]) -> int:

@@ -10,7 +10,7 @@ import numpy as np
 from any4_jax import checkpoint, models
 from any4_jax.cli.errors import WorkError
 from any4_jax.cli.numbers import count
-from any4_jax.cli.options import checked
+from any4_jax.cli.options import build
 from any4_jax.cli.output import megabytes, progress
 from any4_jax.cli.sources import check_output
 from any4_jax.data import assets, texts
@@ -99,9 +99,9 @@ def add(commands: Any, common: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     methods = {
-        "int4": checked(Int(group_size=args.group_size, zero_point="integer"), False),
-        "nf4": NF4(group_size=args.group_size),
-        "any4": Any4(group_size=args.group_size),
+        "int4": build(Int, args, group_size=args.group_size, zero_point="integer"),
+        "nf4": build(NF4, args, group_size=args.group_size),
+        "any4": build(Any4, args, group_size=args.group_size),
     }
     check_output(args.out)
     steps = _Steps()

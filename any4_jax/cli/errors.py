@@ -1,5 +1,7 @@
 """The errors that a command may raise, with their exit codes and messages."""
 
+from any4_jax.one_line import one_line
+
 
 class CommandLineError(Exception):
     """The command line is wrong: exit code 2."""
@@ -11,9 +13,9 @@ class WorkError(Exception):
 
 def sentence(error: BaseException) -> str:
     """The one line that is shown for an error."""
-    text = " ".join(str(error).split())
+    text = one_line(error)
     if isinstance(error, OSError) and error.strerror and error.filename:
-        return f"{error.filename}: {error.strerror}"
+        return one_line(f"{error.filename}: {error.strerror}")
     if isinstance(error, (CommandLineError, WorkError, ValueError, TypeError, OSError, RuntimeError)) and text:
         return text
     # The text of a KeyError alone ("'x'") is not a sentence.

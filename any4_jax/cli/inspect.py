@@ -51,8 +51,8 @@ def run(args: argparse.Namespace) -> int:
     print(table(["layer", "method", "bits/weight", "shape", "MB"], rows))
     of_these = f" ({megabytes(updates)} MB of them LoRA)" if updates else ""
     print(
-        f"\n{len(rows)} layers quantized: {8 * stored / weights:.3f} bits per weight, {megabytes(stored)} MB{of_these}; "
-        f"the other parameters {megabytes(sum(sizes.values()) - stored)} MB"
+        f"\n{len(rows)} layers quantized: {8 * stored / weights:.3f} bits per weight, {megabytes(stored)} MB{of_these}"
+        f"; the other parameters {megabytes(sum(sizes.values()) - stored)} MB"
     )
     for line in _settings(recipe.values()):
         print(line)

@@ -1,5 +1,7 @@
 """Opens what a command line names: models, checkpoints, texts, output folders."""
 
+import os
+import stat
 import sys
 from pathlib import Path
 from typing import Any
@@ -51,7 +53,7 @@ def read_text(path: str) -> str:
       OSError: it can't be read.
       WorkError: it is not UTF-8, or is empty.
     """
-    text = decoded(Path(path).read_bytes(), path)
+    text = decoded(_content(path), path)
     if not text.strip():
         raise WorkError(f"{path} holds no text; give a file with at least a few sentences")
     return text
@@ -66,7 +68,7 @@ def prompt_text(given: str | None, file: str | None) -> str:
       CommandLineError: it is empty.
     """
     if file is not None:
-        text = decoded(Path(file).read_bytes(), file).removesuffix("\n")
+        text = decoded(_content(file), file).removesuffix("\n")
     elif given == "-":
         text = decoded(sys.stdin.buffer.read(), "the prompt on stdin").removesuffix("\n")
     else:
@@ -84,6 +86,14 @@ def given_text(text: str, name: str) -> str:
     """
     decoded(text.encode("utf-8", "surrogateescape"), name)
     return text
+
+
+def _content(path: str) -> bytes:
+    """The bytes of a file or of a pipe, but of no device other than a terminal: /dev/zero has no end."""
+    with open(path, "rb") as file:
+        if stat.S_ISCHR(os.fstat(file.fileno()).st_mode) and not file.isatty():
+            raise WorkError(f"{path} is a device, and a file or a pipe is needed; give one that holds text")
+        return file.read()
 
 
 def decoded(raw: bytes, name: str) -> str:

@@ -17,6 +17,7 @@ import numpy as np
 # Short windows are batched up to this many tokens: the program dequantizes the weights once per call, which would
 # dominate windows of a few hundred tokens.
 _BATCH_TOKENS = 2048
+_SEQLEN = 2048
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,7 +63,7 @@ def perplexity(
     model: Callable[[jax.Array], jax.Array],
     text_or_ids: str | Sequence[int] | np.ndarray | jax.Array,
     *,
-    seqlen: int = 2048,
+    seqlen: int | None = None,
     windows: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Perplexity:
@@ -75,19 +76,23 @@ def perplexity(
     Args:
       model: maps int32 tokens [B, T] to logits [B, T, V]. A text needs its `.tokenizer`.
       text_or_ids: a text, or integer token ids [tokens].
-      seqlen: tokens in a window, at least 2.
-      windows: how many windows to use, from the first on; None takes all.
+      seqlen: tokens in a window, at least 2; None means 2048, or the model's context if that is shorter.
+      windows: how many windows to use, from the first on, at least 1; None takes all.
       progress: called with (windows done, windows in total).
 
     Raises:
-      ValueError: the text is too short for the windows, `seqlen` is below 2, or a window exceeds the model's context.
-      TypeError: the ids are not one row of integers, or a text is given for a model without a tokenizer.
+      ValueError: the text is too short for the windows, `seqlen` is below 2, `windows` below 1, a window exceeds the
+        model's context, or a token is outside of its vocabulary.
+      TypeError: the ids are not one row of integers, a text is given for a model without a tokenizer, or `seqlen` or
+        `windows` is no integer.
     """
+    seqlen = _checked_seqlen(model, seqlen)
+    if windows is not None:
+        _check_size("windows", windows, 1, "use None for all")
     ids = _token_ids(model, text_or_ids)
-    _check_seqlen(model, seqlen)
     available = len(ids) // seqlen
     wanted = available if windows is None else windows
-    if wanted < 1 or wanted > available:
+    if available == 0 or wanted > available:
         raise ValueError(
             f"the text has {len(ids)} tokens, which make {available} windows of {seqlen}, and "
             f"{max(wanted, 1)} are needed; give a longer text, fewer windows, or a smaller seqlen"
@@ -142,17 +147,34 @@ def _token_ids(model: Any, text_or_ids: Any) -> np.ndarray:
             raise TypeError("got a text for a model without a tokenizer; pass token ids instead")
         return np.asarray(tokenizer.encode(text_or_ids), np.int32)
     ids = np.asarray(text_or_ids)
+    if ids.size == 0:  # of no dtype that means anything: numpy makes floats of []
+        return np.zeros(0, np.int32)
     if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer):
         raise TypeError(f"got token ids of shape {ids.shape} and dtype {ids.dtype}; pass one row of integers")
+    vocabulary = getattr(getattr(model, "config", None), "vocab_size", None)
+    low, top = int(ids.min(initial=0)), int(ids.max(initial=0))
+    if low < 0 or (vocabulary is not None and top >= vocabulary):
+        raise ValueError(
+            f"got token ids from {low} to {top}, the vocabulary has {vocabulary or 'none below 0'}; use its tokenizer"
+        )
     return ids.astype(np.int32)
 
 
-def _check_seqlen(model: Any, seqlen: int) -> None:
-    if seqlen < 2:
-        raise ValueError(f"seqlen={seqlen}, and a window needs at least 2 tokens to predict one; pass a larger seqlen")
+def _checked_seqlen(model: Any, seqlen: int | None) -> int:
     context = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    if seqlen is None:
+        return _SEQLEN if context is None else min(_SEQLEN, context)
+    _check_size("seqlen", seqlen, 2, "a window needs 2 tokens to predict one")
     if context is not None and seqlen > context:
         raise ValueError(f"seqlen={seqlen} is longer than the model's context of {context}; pass a smaller seqlen")
+    return seqlen
+
+
+def _check_size(name: str, value: Any, least: int, why: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+        raise TypeError(f"{name}={value!r} is a {type(value).__name__}, and an integer is needed; {why}")
+    if value < least:
+        raise ValueError(f"{name}={value}, and at least {least} is needed; {why}")
 
 
 def _resampled_means(values: np.ndarray, n: int, seed: int) -> np.ndarray:

@@ -13,6 +13,7 @@ from any4_jax.methods.base import (
     SiteResult,
     SiteWeights,
 )
+from any4_jax.methods.fields import Fields
 from any4_jax.methods.gptq import GPTQ
 from any4_jax.methods.lifts import on_block, on_site
 from any4_jax.methods.rtn import AF4, FP4, MX4, NF4, Int
@@ -30,6 +31,7 @@ __all__ = [
     "Block",
     "BlockMethod",
     "BlockResult",
+    "Fields",
     "Int",
     "Method",
     "Result",

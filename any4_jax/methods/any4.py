@@ -1,19 +1,24 @@
 """any4 (arXiv 2507.04610): each row of a weight matrix learns its own table of 2, 4, 8 or 16 values."""
 
 import dataclasses
-from typing import ClassVar, Literal, get_args
+from typing import Annotated, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
+from pydantic import Field
 
 from any4_jax import clustering, formats, scaling, weights
 from any4_jax.methods.base import Result
+from any4_jax.methods.fields import Fields
 from any4_jax.methods.gradient import train_tables
+from any4_jax.methods.units import put_back
 from any4_jax.refit import Fit, refit
+from any4_jax.schema import Count, Finite, Index, Positive
 from any4_jax.statistics import Gathered, Moments, Sample, Statistic
 
 Solver = Literal["exact", "lloyd", "gradient"]
 Init = Literal["kmeans++", "random", "int", "nf4", "quantile"]
+NotNegative = Annotated[Finite, Field(ge=0)]
 SampleWeight = Literal["auto", "second_moment", "mean_abs", "abs_mean"]
 
 _BINS = 1 << 14
@@ -27,7 +32,7 @@ for another number XLA may order sums and fuse products differently, and a row's
 
 
 @dataclasses.dataclass(frozen=True)
-class Any4:
+class Any4(Fields):
     """Learned tables.
 
     A row is scaled group by group (scaling.py), its scaled weights u are clustered in one dimension, and the cluster
@@ -64,24 +69,24 @@ class Any4:
 
     name: ClassVar[str] = "any4"
     bits: Literal[2, 3, 4] = 4
-    group_size: int | None = 128
+    group_size: Count | None = 128
     symmetric: bool = False
     per_row: bool = True
     solver: Solver = "exact"
     init: Init | None = None
     sample_weight: SampleWeight | None = "auto"
     scale_weighting: Literal[0, 1, 2] = 2
-    max_iter: int = 300
-    sample_tokens: int = 512
-    tol: float = 1e-4
-    seed: int = 0
+    max_iter: Index = 300
+    sample_tokens: Count = 512
+    tol: NotNegative = 1e-4
+    seed: Index = 0
     keep_outliers: bool = False
-    bias_pow: float = 1.0
+    bias_pow: Positive = 1.0
     refit: bool = True
-    scale_search: int = 2
+    scale_search: Index = 2
     sequential: bool = False
-    scale_dtype: str = "bfloat16"
-    table_dtype: str = "bfloat16"
+    scale_dtype: scaling.StoredDtype = "bfloat16"
+    table_dtype: scaling.StoredDtype = "bfloat16"
 
     @classmethod
     def paper(cls, **fields) -> "Any4":
@@ -99,36 +104,17 @@ class Any4:
         return dataclasses.replace(published, **fields)
 
     def check(self, gathered: bool) -> None:
-        for field, choices in (
-            ("bits", (2, 3, 4)),
-            ("solver", get_args(Solver)),
-            ("init", (None, *get_args(Init))),
-            ("sample_weight", (None, *get_args(SampleWeight))),
-            ("scale_weighting", (0, 1, 2)),
-        ):
-            if getattr(self, field) not in choices:
-                raise ValueError(f"got {field}={getattr(self, field)!r}, need one of {choices}; choose one of these")
-        if self.group_size is not None:
-            scaling.check_group_size(self.group_size)
-        scaling.check_stored_dtype("scale_dtype", self.scale_dtype)
-        scaling.check_stored_dtype("table_dtype", self.table_dtype)
         if self.solver == "exact" and self.init is not None:
             raise ValueError(
                 f"got init={self.init!r} with solver='exact', which has no start; pass init=None or solver='lloyd'"
             )
         if self.init == "nf4" and self.bits != 4:
             raise ValueError(f"got init='nf4' with bits={self.bits}, nf4 has 16 levels; pass bits=4 or another init")
-        if not self.bias_pow > 0:
-            raise ValueError(f"got bias_pow={self.bias_pow}, need a positive power; pass 1 for none")
         if self.solver == "gradient" and not self.per_row:
             raise ValueError(
                 "got solver='gradient' with per_row=False, it trains a table for each row; pass per_row=True or "
                 "another solver"
             )
-        if self.sample_tokens < 1:
-            raise ValueError(f"got sample_tokens={self.sample_tokens}, need 1 or more; pass a number of tokens")
-        if self.scale_search < 0:
-            raise ValueError(f"got scale_search={self.scale_search}, need a number of rounds; pass 0 for none")
         if self.sample_weight not in (None, "auto") and not gathered:
             raise ValueError(
                 f"got sample_weight={self.sample_weight!r} without statistics of the layer's input; pass stats "
@@ -156,10 +142,15 @@ class Any4:
         k = w.shape[1]
         importance = self._importance(gathered, k)
         group_size = k if self.group_size is None else min(self.group_size, k)
-        table = None if self.per_row else self._matrix_table(w, importance, group_size)
+        # The solvers square weights, and rows that share a table must share a unit.
+        stored = self.table_dtype if self.group_size is None else self.scale_dtype
+        unit = scaling.unit(w, jnp.dtype(stored), axis=1 if self.per_row else None)
+        even = w / unit
+        table = None if self.per_row else self._matrix_table(even, importance, group_size)
         drawn = Sample(self.sample_tokens)
         sample = gathered[drawn].x if gathered is not None and drawn in self.needs else None
-        leaf = self._map_rows(lambda rows: self._encode(rows, importance, sample, group_size, table), w)
+        leaf = self._map_rows(lambda rows: self._encode(rows, importance, sample, group_size, table), even)
+        leaf = put_back(leaf, w, unit, self.format().rule)
         return Result(leaf, {"sample_weight": str(self.resolved_weight(gathered is not None))})
 
     def _map_rows(self, f, w: jax.Array) -> weights.QuantizedTensor:

@@ -87,8 +87,9 @@ def quantize(w: Any, method: Method, stats: Gathered | None = None, *, transpose
 
     Raises:
       ValueError: the weight is empty, not two-dimensional or not finite; the statistics have another K, are not finite,
-        or lack one that the method needs; scales overflow their dtype; the method's fields contradict each other, or
-        need statistics and there are none; the method quantizes several matrices together.
+        have signs that no activations give, or lack one that the method needs; scales or tables are too large or too
+        small for their dtype; a field of the method is not of its type; the fields contradict each other, or need
+        statistics and there are none; the method quantizes several matrices together.
       TypeError: the weight is not floating, or is quantized already.
     """
     return apply_method(w, method, stats, transposed=transposed, path=path).operator

@@ -7,24 +7,43 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from any4_jax import scaling
 from any4_jax.methods.base import AnyMethod, Result
-from any4_jax.partition import partition
+from any4_jax.methods.fields import check_fields
 from any4_jax.statistics import Gathered
+from any4_jax.weights import is_operator, places
 
 _FAULTS = {
     "weights": "the weights hold NaN or infinite values, need finite ones; fix the checkpoint or leave the layer out",
-    "statistics": "the statistics hold NaN or infinite values, need finite ones; gather them from other text",
+    "statistics": "the statistics hold NaN or infinite values, need finite ones; activations that overflow float16 do "
+    "that, so load the model with dtype='bfloat16' or 'float32' and gather them again",
+    "signs": "the statistics hold negative counts, magnitudes or squares, which no activations have; gather them with "
+    "calibrate(model, data, method)",
     "factor": "the method's input_scale has factors that are not positive and finite, need such; correct the method",
-    "stored": "its scales or tables overflow the dtype they are stored in; pass scale_dtype='float32' and "
-    "table_dtype='float32'",
+    "stored": "",
 }
-"""What is wrong where a check fails; the first of them is the cause of the others."""
+"""What is wrong where a check fails; the first of them is the cause of the others. `_unheld` tells the last."""
 
 
 def checks(weights: Any, gathered: Any, made: Any) -> dict[str, jax.Array]:
     """Whether all is well, by the keys of _FAULTS."""
-    looked_at = {"weights": weights, "statistics": gathered, "stored": partition(made)[0]}
-    return {name: all_finite(tree) for name, tree in looked_at.items()}
+    looked_at = {"weights": weights, "statistics": gathered}
+    found = {name: all_finite(tree) for name, tree in looked_at.items()}
+    signs = jnp.array(True) if gathered is None else gathered.possible()
+    return {**found, "signs": signs, "stored": ~jnp.stack([*_faulty(made).values(), jnp.array(False)]).any()}
+
+
+def _faulty(made: Any) -> dict[str, jax.Array]:
+    """Whether the array at each place of the operators made holds what its dtype can't, bool []."""
+    operators = jax.tree.leaves(made, is_leaf=is_operator)
+    found = {}
+    for index, operator in enumerate(operators):
+        for place, array in places(operator):
+            if jnp.issubdtype(array.dtype, jnp.inexact):
+                found[f"{index}/{place.name}"] = ~jnp.isfinite(array).all()
+            elif place.trained == "tables":
+                found[f"{index}/{place.name}"] = scaling.is_lost(array).any()
+    return found
 
 
 def check_type(method: AnyMethod, result: Any, need: type) -> None:
@@ -63,6 +82,7 @@ def check_gathered(k: int, method: AnyMethod, gathered: Gathered | None, path: s
         raise ValueError(
             f"{path} has K={k} inputs but its statistics have {gathered.k}; gather them at this linear's input"
         )
+    check_fields(method)
     method.check(gathered is not None)
     missing = [] if gathered is None else [statistic for statistic in method.needs if statistic not in gathered]
     if missing:
@@ -72,12 +92,39 @@ def check_gathered(k: int, method: AnyMethod, gathered: Gathered | None, path: s
         )
 
 
-def refuse_faults(finite: Mapping[str, Any], path: str, results: Iterable[Result]) -> None:
-    """Raises ValueError for the first of _FAULTS that `checks` found, or of what the results themselves tell; traced
-    checks are passed over."""
+def refuse_faults(finite: Mapping[str, Any], path: str, results: Iterable[Result] = ()) -> None:
+    """Raises ValueError for the first of _FAULTS that `checks` found in what a method gave, or that the results tell
+    themselves; traced checks are passed over."""
+    results = list(results)
     told: list[Any] = [(is_so, text, numbers) for one in results for text, (is_so, *numbers) in one.faults.items()]
     seen: list[Any] = [(~jnp.asarray(finite[name]), fault, ()) for name, fault in _FAULTS.items() if name in finite]
     # What is stored is at fault because of what the method tells of it.
     for is_so, fault, numbers in (*seen[:-1], *told, *seen[-1:]):
         if not isinstance(is_so, jax.core.Tracer) and np.asarray(is_so):
-            raise ValueError(f"{path}: {fault.format(*map(np.asarray, numbers))}")
+            words = fault.format(*map(np.asarray, numbers)) or _unheld([one.operator for one in results])
+            raise ValueError(f"{path}: {words}")
+
+
+_WIDER = {
+    ("float16", "small"): "pass {field}='bfloat16' or {field}='float32'",
+    ("float16", "large"): "pass {field}='bfloat16' or {field}='float32'",
+    ("bfloat16", "large"): "pass {field}='float32', or scale the weights by a power of two",
+}
+"""What to do about values that are too small or too large for a dtype, where another dtype holds them."""
+
+
+def _unheld(made: Any) -> str:
+    """What the stored dtype of the first array at fault can't hold, and what to do."""
+    arrays = {
+        f"{index}/{place.name}": array
+        for index, operator in enumerate(jax.tree.leaves(made, is_leaf=is_operator))
+        for place, array in places(operator)
+    }
+    # Tables are learned for their scales, so that a fault of the scales is one of the table too.
+    where = min((name for name, faulty in _faulty(made).items() if faulty), key=lambda name: name.endswith("lut"))
+    array, name = arrays[where], where.rpartition("/")[2]
+    what, field = ("table", "table_dtype") if name == "lut" else (name or "values", "scale_dtype")
+    too = "small" if bool(scaling.is_lost(array).any()) else "large"
+    dtype = "e8m0" if array.dtype == jnp.uint8 else str(array.dtype)
+    advice = _WIDER.get((dtype, too), "scale the weights by a power of two").format(field=field)
+    return f"its {what} would be too {too} for {dtype}; {advice}"

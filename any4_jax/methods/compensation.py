@@ -27,10 +27,12 @@ class Factor(NamedTuple):
 
     Attributes:
       upper: U, float32 [K, K], upper triangular with ones on the diagonal.
+      pivots: the diagonal of R, float32 [K].
       positive: whether the Hessian is positive definite, bool [].
     """
 
     upper: jax.Array
+    pivots: jax.Array
     positive: jax.Array
 
 
@@ -52,7 +54,15 @@ def factor(hessian: jax.Array, order: jax.Array, damping: float) -> Factor:
     pivots = jnp.diagonal(reverse)
     # A pivot below the rounding error of its sum is noise: exact arithmetic would give zero, or less.
     positive = (jnp.square(pivots) > jnp.finfo(jnp.float32).eps * damped).all()
-    return Factor(jnp.triu(reverse / pivots), positive)
+    return Factor(jnp.triu(reverse / pivots), pivots, positive)
+
+
+def solve(factored: Factor, rows: jax.Array) -> jax.Array:
+    """X with X H = rows, both float32 [N, K] with columns in the sequence of the factor of H."""
+    upper = factored.upper
+    inner = jax.scipy.linalg.solve_triangular(upper, rows.T, lower=False, unit_diagonal=True)
+    inner = inner / jnp.square(factored.pivots)[:, None]
+    return jax.scipy.linalg.solve_triangular(upper, inner, trans=1, lower=False, unit_diagonal=True).T
 
 
 class Grid(NamedTuple):

@@ -1,16 +1,22 @@
 """GPTQ (arXiv 2210.17323): codes that compensate each other's errors, on the tables and scales of any other method."""
 
 import dataclasses
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import Annotated, Any, ClassVar, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+from pydantic import Field
 
 from any4_jax import scaling, weights
 from any4_jax.methods.any4 import Any4
 from any4_jax.methods.base import Method, Result
-from any4_jax.methods.compensation import Grid, Rescale, compensate, factor
-from any4_jax.statistics import Gathered, Hessian, Statistic
+from any4_jax.methods.compensation import HIGHEST, Grid, Rescale, compensate, factor, solve
+from any4_jax.methods.fields import Fields
+from any4_jax.schema import Count, Finite
+from any4_jax.statistics import Drift, Gathered, Hessian, Statistic
+
+Share = Annotated[Finite, Field(ge=0, le=1)]
+NotNegative = Annotated[Finite, Field(ge=0)]
 
 
 @runtime_checkable
@@ -24,7 +30,7 @@ class ScalesGroups(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
-class GPTQ:
+class GPTQ(Fields):
     """Error compensation: the inner method gives tables, scales and offsets, and GPTQ the codes.
 
     The columns of a matrix are quantized in sequence. Each takes the code that is nearest once the errors of the
@@ -39,6 +45,9 @@ class GPTQ:
       static_groups: scale all groups before any weight is changed, by the inner method. Else a group's scale and offset
         are found when its first column comes, from the weights as compensated so far.
       damping: the share of the mean E[x^2] that is added to the diagonal of H.
+      asymmetric: what share of the earlier layers' errors the weights take over. In place of W the matrix
+        W + asymmetric * W E[(x_float - x) x^T] H^-1 is quantized, which for inputs x of the model as quantized so far
+        gives what W gives for those of the float model (GPTAQ, arXiv 2504.02692, which takes over all).
       block: columns between two updates from all columns before. It changes nothing beyond rounding.
       sequential: gather statistics from the model as quantized so far.
     """
@@ -47,21 +56,19 @@ class GPTQ:
     inner: Method = Any4()
     act_order: bool = True
     static_groups: bool = True
-    damping: float = 0.01
-    block: int = 128
+    damping: NotNegative = 0.01
+    asymmetric: Share = 0.5
+    block: Count = 128
     sequential: bool = True
 
     @property
     def needs(self) -> tuple[Statistic, ...]:
-        return (Hessian(), *self.inner.needs)
+        drift = (Drift(),) if self.asymmetric and self.sequential else ()
+        return (Hessian(), *drift, *self.inner.needs)
 
     def check(self, gathered: bool) -> None:
         if not gathered:
             raise ValueError("got no statistics, gptq needs the Hessian of each layer's input; pass data")
-        if not self.damping >= 0:
-            raise ValueError(f"got damping={self.damping}, need a share of at least 0; pass 0.01 or so")
-        if self.block < 1:
-            raise ValueError(f"got block={self.block}, need at least 1 column; pass 128 or so")
         if not self.static_groups and not isinstance(self.inner, ScalesGroups):
             raise ValueError(
                 f"got static_groups=False with {self.inner.name}, which has no scale_groups to scale one group apart; "
@@ -71,33 +78,39 @@ class GPTQ:
 
     def apply(self, w: jax.Array, gathered: Gathered | None) -> Result:
         assert gathered is not None  # `check` refuses to go on without
+        seen, k = gathered[Hessian()], w.shape[1]
+        energy, straight = jnp.diagonal(seen.mean), jnp.arange(k, dtype=jnp.int32)
+        order = jnp.argsort(energy, descending=True).astype(jnp.int32) if self.act_order else straight
+        factored = factor(seen.mean, order, self.damping)
+        if Drift() in self.needs:
+            unit = scaling.unit(w, jnp.float32)
+            lacking = jnp.matmul(w / unit, gathered[Drift()].mean, precision=HIGHEST)[:, order]
+            w = w + self.asymmetric * unit * solve(factored, lacking)[:, jnp.argsort(order)]
         given = self.inner.apply(w, gathered)
         leaf = self._leaf(given.operator)
-        seen, k = gathered[Hessian()], w.shape[1]
-        hessian = seen.mean
-        straight = jnp.arange(k, dtype=jnp.int32)
-        energy = jnp.diagonal(hessian)
-        order = jnp.argsort(energy, descending=True).astype(jnp.int32) if self.act_order else straight
-        upper, positive = factor(hessian, order, self.damping)
         # Groups of the sequence, rather than of neighbours in the matrix.
         moving = not self.static_groups and leaf.group_size < k
+        scales, offsets = _plain(leaf.scales), None if leaf.offsets is None else _plain(leaf.offsets)
+        unit = scaling.unit(w, scales.dtype if moving else jnp.float32)
         inner: Any = self.inner
-        rescale = Rescale(inner.scale_groups, energy[order], leaf.group_size) if moving else None
         codes, grid = compensate(
-            w[:, order],
-            upper,
-            Grid(leaf.lut, _plain(leaf.scales), None if leaf.offsets is None else _plain(leaf.offsets)),
+            (w / unit)[:, order],
+            factored.upper,
+            Grid(leaf.lut, scales, offsets) if moving else Grid(leaf.lut, *_values(scales, offsets, unit)),
             (straight if moving else order) // leaf.group_size,
             block=self.block,
             uniform=leaf.uniform,
-            rescale=rescale,
+            rescale=Rescale(inner.scale_groups, energy[order], leaf.group_size) if moving else None,
         )
+        if moving:
+            scales = scaling.in_units(grid.scales, unit)
+            offsets = None if grid.offsets is None else scaling.in_units(grid.offsets, unit)
         # Codes under a Hessian that isn't positive definite are noise: a method around this one shall see it too.
         operator: Any = weights.from_codes(
             codes if moving else codes[:, jnp.argsort(order)],
-            jnp.where(positive, leaf.lut, jnp.nan).astype(leaf.lut.dtype),
-            grid.scales if moving else leaf.scales,
-            grid.offsets if moving else leaf.offsets,
+            jnp.where(factored.positive, leaf.lut, jnp.nan).astype(leaf.lut.dtype),
+            scales if moving else leaf.scales,
+            offsets if moving else leaf.offsets,
             bits=leaf.bits,
             group_size=leaf.group_size,
             uniform=leaf.uniform,
@@ -108,7 +121,7 @@ class GPTQ:
             f"the Hessian of {{}} tokens with damping={self.damping} is not positive definite, K={k} inputs need at "
             f"least {k} tokens that differ, or damping; pass more data or a larger damping"
         )
-        return Result(operator, dict(given.notes), {fault: (~positive, seen.count)})
+        return Result(operator, dict(given.notes), {fault: (~factored.positive, seen.count)})
 
     def _leaf(self, operator: Any) -> weights.QuantizedTensor:
         if not isinstance(operator, weights.QuantizedTensor):
@@ -122,3 +135,9 @@ class GPTQ:
 def _plain(stored: Any) -> jax.Array:
     """Scales or offsets as an array, where they are an operator themselves."""
     return weights.dequantize(stored) if weights.is_operator(stored) else stored
+
+
+def _values(scales: jax.Array, offsets: jax.Array | None, unit: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+    """Stored scales and offsets over a power of two, in float32."""
+    over = None if offsets is None else offsets.astype(jnp.float32) / unit
+    return scaling.scale_values(scales) / unit, over

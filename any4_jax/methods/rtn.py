@@ -9,11 +9,14 @@ import jax.numpy as jnp
 from any4_jax import formats, scaling, weights
 from any4_jax.methods.base import Result
 from any4_jax.methods.clipping import clipped_scales
+from any4_jax.methods.fields import Fields
+from any4_jax.methods.units import put_back
+from any4_jax.schema import Count
 from any4_jax.statistics import Gathered, Moments, Statistic
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RoundToNearest:
+class RoundToNearest(Fields):
     """What the fixed-table methods share: scale each group and take the nearest level.
 
     Attributes:
@@ -25,10 +28,10 @@ class RoundToNearest:
     """
 
     sequential: ClassVar[bool] = False
-    group_size: int = 128
+    group_size: Count = 128
     clip: bool = False
-    scale_dtype: str = "bfloat16"
-    table_dtype: str = "bfloat16"
+    scale_dtype: scaling.StoredDtype = "bfloat16"
+    table_dtype: scaling.StoredDtype = "bfloat16"
 
     @property
     def needs(self) -> tuple[Statistic, ...]:
@@ -39,12 +42,7 @@ class RoundToNearest:
         raise NotImplementedError
 
     def check(self, gathered: bool) -> None:
-        scaling.check_group_size(self.group_size)
-        scaling.check_stored_dtype("table_dtype", self.table_dtype)
-        self._check_scale_dtype()
-
-    def _check_scale_dtype(self) -> None:
-        scaling.check_stored_dtype("scale_dtype", self.scale_dtype)
+        del gathered  # no two fields contradict each other
 
     def scale_groups(self, w: jax.Array, importance: jax.Array, lut: jax.Array) -> scaling.GroupScales:
         """Scales and offsets [N, ceil(K/G)] of weights [N, K] for the table."""
@@ -60,15 +58,17 @@ class RoundToNearest:
     def apply(self, w: jax.Array, gathered: Gathered | None) -> Result:
         k = w.shape[1]
         fmt = self.format(k)
+        unit = scaling.unit(w, jnp.dtype(self.scale_dtype))
         table = jnp.asarray([fmt.levels], jnp.dtype(self.table_dtype))
         importance = jnp.ones(k, jnp.float32)
         if self.clip and gathered is not None:
             importance = gathered[Moments()].second_moment
-        scales, offsets = self.scale_groups(w, importance, table)
+        scales, offsets = self.scale_groups(w / unit, importance, table)
         leaf = weights.encode(
-            w, table, scales, offsets, bits=fmt.bits, group_size=min(self.group_size, k), uniform=fmt.uniform
+            w / unit, table, scales, offsets, bits=fmt.bits, group_size=min(self.group_size, k), uniform=fmt.uniform
         )
-        return Result(leaf, {"clip_weight": "None" if gathered is None else "second_moment"} if self.clip else {})
+        notes = {"clip_weight": "None" if gathered is None else "second_moment"} if self.clip else {}
+        return Result(put_back(leaf, w, unit, fmt.rule), notes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,13 +86,6 @@ class Int(RoundToNearest):
     bits: Literal[2, 3, 4, 5, 6, 8] = 4
     symmetric: bool = False
     zero_point: Literal["integer", "float"] = "integer"
-
-    def check(self, gathered: bool) -> None:
-        super().check(gathered)
-        if self.bits not in (2, 3, 4, 5, 6, 8):
-            raise ValueError(f"got bits={self.bits}, integers have 2, 3, 4, 5, 6 or 8 bits; choose one of these")
-        if self.zero_point not in ("integer", "float"):
-            raise ValueError(f"got zero_point={self.zero_point!r}, need 'integer' or 'float'; choose one of these")
 
     def format(self, k: int) -> formats.Format:
         if self.symmetric:
@@ -140,23 +133,14 @@ class MX4(RoundToNearest):
     Attributes:
       scale: "round" rounds the group's max|w| before it takes the exponent, as any4's reference does; "ocp" takes the
         floor, as the specification does.
-      group_size: G; the specification's blocks have 32 weights.
+      group_size: G; the specification's blocks have 32 weights, and other sizes are stored as any other format's.
       scale_dtype: "uint8", for the exponents of OCP's e8m0; nothing else is allowed.
     """
 
     name: ClassVar[str] = "mx4"
     scale: Literal["round", "ocp"] = "round"
-    group_size: int = dataclasses.field(default=32, kw_only=True)
-    scale_dtype: str = dataclasses.field(default="uint8", kw_only=True)
-
-    def check(self, gathered: bool) -> None:
-        super().check(gathered)
-        if self.scale not in ("round", "ocp"):
-            raise ValueError(f"got scale={self.scale!r}, need 'round' or 'ocp'; choose one of these")
-
-    def _check_scale_dtype(self) -> None:
-        if self.scale_dtype != "uint8":
-            raise ValueError(f"got scale_dtype={self.scale_dtype!r}, mx4 stores e8m0 exponents; leave it at 'uint8'")
+    group_size: Count = dataclasses.field(default=32, kw_only=True)
+    scale_dtype: Literal["uint8"] = dataclasses.field(default="uint8", kw_only=True)  # type: ignore[assignment]
 
     def format(self, k: int) -> formats.Format:
         return formats.mx4(self.scale)

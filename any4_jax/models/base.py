@@ -201,13 +201,21 @@ class Decoder(nnx.Module):
 
         Raises:
             TypeError: tokens are not integers.
-            ValueError: tokens are not [B, T] with T > 0.
+            ValueError: tokens are not [B, T] with T > 0, or one is outside of the vocabulary.
         """
         tokens = tokens if isinstance(tokens, jax.Array) else np.asarray(tokens)
         if not jnp.issubdtype(tokens.dtype, jnp.integer):
             raise TypeError(f"tokens are {tokens.dtype}, and integer token ids are needed; encode the text first")
         if tokens.ndim != 2 or tokens.shape[1] == 0:
             raise ValueError(f"tokens have shape {tokens.shape}, and [batch, length > 0] is needed; add a batch axis")
+        if not isinstance(tokens, jax.core.Tracer) and tokens.size:
+            # In numpy, where nothing is compiled.
+            low, high = np.min(np.asarray(tokens)), np.max(np.asarray(tokens))
+            if low < 0 or high >= self.config.vocab_size:
+                raise ValueError(
+                    f"token ids are in {low}..{high}, and the vocabulary is 0..{self.config.vocab_size - 1}; use the "
+                    "model's own tokenizer"
+                )
         return _logits(self, tokens)
 
 

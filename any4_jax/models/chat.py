@@ -10,6 +10,7 @@ from pydantic import ConfigDict, Field
 
 from any4_jax.models.chat_sandbox import Sandbox
 from any4_jax.models.special_tokens import SETTINGS
+from any4_jax.one_line import one_line
 from any4_jax.schema import Schema, check, read_json
 
 TEMPLATE = "chat_template.jinja"
@@ -87,13 +88,14 @@ def render(template: str, messages: Sequence[Mapping[str, str]], special: Mappin
     try:
         return sandbox.template(template).render(**variables, add_generation_prompt=prompt)
     except _Refused as error:
-        raise ValueError(f"the chat template refuses the messages: {error}") from None
+        raise ValueError(f"the chat template refuses the messages: {one_line(error)}") from None
     except jinja2.TemplateSyntaxError as error:
         raise ValueError(
-            f"the chat template is no valid Jinja (line {error.lineno}: {error.message}); use another template"
+            f"the chat template is no valid Jinja (line {error.lineno}: {one_line(error.message)}); "
+            "use another template"
         ) from None
     except Exception as error:  # what a template computes can raise anything
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = one_line(error) or type(error).__name__
         raise ValueError(f"the chat template fails ({reason}); use another template, or other messages") from None
 
 

@@ -17,7 +17,8 @@ class LlamaConfig:
     The config of a family with such blocks is a subclass, which overrides what differs.
 
     Raises:
-        ValueError: num_attention_heads is no multiple of num_key_value_heads, or head_dim is odd.
+        ValueError: num_attention_heads is no multiple of num_key_value_heads, head_dim is odd, or rope_scaling has
+            another number of factors than there are frequencies.
     """
 
     vocab_size: Count
@@ -45,6 +46,12 @@ class LlamaConfig:
             )
         if self.head_dim % 2:
             raise ValueError(f"head_dim is {self.head_dim}, and an even number is needed to rotate pairs of channels")
+        scaling, frequencies = self.rope_scaling, self.head_dim // 2
+        if scaling is not None and set(scaling.made_for) - {frequencies}:
+            raise ValueError(
+                f"{scaling.rope_type} rope scaling has {' and '.join(map(str, scaling.made_for))} factors, and "
+                f"{frequencies} of each kind are needed for head_dim={self.head_dim}"
+            )
 
     @property
     def output_bias(self) -> bool:

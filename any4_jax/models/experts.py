@@ -58,7 +58,7 @@ class MoE(nnx.Module):
     """A router and its experts, in place of an MLP.
 
     Attributes:
-        gate: the router, a linear E -> X.
+        router: a linear E -> X.
         experts: see `Experts`.
         top: how many experts a token reaches.
         normalized: whether their weights sum to 1; else they keep their share in the softmax over all experts.
@@ -67,7 +67,7 @@ class MoE(nnx.Module):
     def __init__(self, hidden: int, inner: int, count: int, layers: Layers, *, top: int, normalized: bool) -> None:
         """`hidden` is E, `inner` F, `count` X."""
         self.top, self.normalized, self.count = top, normalized, count
-        self.gate = layers.linear(hidden, count)
+        self.router = layers.linear(hidden, count)
         self.experts = Experts(count, hidden, inner, layers)
 
     def sites(self, path: str, after: str) -> tuple[Site, ...]:
@@ -78,14 +78,14 @@ class MoE(nnx.Module):
         """
         gate, up, down = (f"{path}.experts.{name}_proj" for name in ("gate", "up", "down"))
         return (
-            Site("router_in", (f"{path}.gate",), None),
+            Site("router_in", (f"{path}.router",), None),
             Site("experts_in", (gate, up), None),
             Site("experts_out", (down,), None),
         )
 
     def route(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         """x [B, T, E] -> the experts of each token int32 [B, T, top], and their weights [B, T, top] in x's dtype."""
-        shares = jax.nn.softmax(self.gate(x).astype(jnp.float32), axis=-1)
+        shares = jax.nn.softmax(self.router(x).astype(jnp.float32), axis=-1)
         weights, chosen = jax.lax.top_k(shares, self.top)
         if self.normalized:
             weights = weights / weights.sum(axis=-1, keepdims=True)

@@ -14,7 +14,7 @@ from any4_jax.models.mixtral import MIXTRAL
 from any4_jax.models.opt_family import OPT_FAMILY
 from any4_jax.models.qwen import QWEN2, QWEN3
 from any4_jax.models.qwen3_moe import QWEN3_MOE
-from any4_jax.schema import Schema, check
+from any4_jax.schema import Name, Schema, check
 
 __all__ = [
     "FAMILIES",
@@ -36,8 +36,8 @@ WITHOUT_FAMILY = ("hf_flax", "nnx", "linen", "tree")
 class _Named(Schema):
     """How config.json names the model."""
 
-    architectures: tuple[str, ...] | None = None
-    model_type: str | None = None
+    architectures: tuple[Name, ...] | None = None
+    model_type: Name | None = None
 
 
 FAMILIES: dict[str, Family] = {}

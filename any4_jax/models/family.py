@@ -152,7 +152,8 @@ class Family:
             ValueError: `content` lacks a field, has one that the config doesn't have, or a value doesn't fit its field.
         """
         source, advice = f"the config of family {self.name!r}", "save the model again"
+        config: Any = check(self.config, content, source, advice)
         unknown = sorted(set(content) - {field.name for field in dataclasses.fields(self.config)})
         if unknown:
             raise ValueError(f"{source} has the unknown keys {', '.join(unknown)}; upgrade any4_jax, or {advice}")
-        return check(self.config, dict(content), source, advice)
+        return config

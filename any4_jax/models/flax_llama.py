@@ -9,6 +9,7 @@ without editing any class of transformers: only the module of a model that is cr
 
 import copy
 import dataclasses
+import os
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -149,7 +150,7 @@ def _is_method(context: nn.module.InterceptorContext, name: str, *methods: str) 
 def _configs(source: str | Path, shape: LlamaConfig) -> tuple[dict[str, Any], Any]:
     """config.json as a dict, and transformers' GenerationConfig if there is a generation_config.json."""
     transformers = flax_transformers()
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))
     if path.is_file() or (str(source) == "tiny" and not path.is_dir()):
         return _config_of(shape), None
     where = str(path) if path.is_dir() else str(source)

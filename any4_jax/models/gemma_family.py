@@ -10,7 +10,7 @@ from any4_jax.models.gguf_config import build as build_from_gguf
 from any4_jax.models.gguf_file import GGUFFile
 from any4_jax.models.hf_config import CONFIG, DecoderFile, build, read, refuse_activation, windows
 from any4_jax.models.llama_family import GGUF_ATTENTION, GGUF_MLP, GGUF_OUTSIDE, NAMES
-from any4_jax.schema import Count, Index, Positive
+from any4_jax.schema import Count, Index, Name, Positive
 
 _GELU = ("gelu_pytorch_tanh",)
 # The largest models, told by their number of blocks, divide scores by the channels a head would have if heads filled
@@ -34,7 +34,7 @@ class GemmaFile(DecoderFile):
     bos_token_id: Index | None = 2
     eos_token_id: Index | tuple[Index, ...] | None = 1
     sliding_window: Count | None = 4096
-    hidden_activation: str | None = "gelu_pytorch_tanh"
+    hidden_activation: Name | None = "gelu_pytorch_tanh"
     query_pre_attn_scalar: Positive = 256
     attn_logit_softcapping: Positive | None = 50.0
     final_logit_softcapping: Positive | None = 30.0
@@ -108,6 +108,14 @@ def _from_gguf(file: GGUFFile, said: DecoderMetadata) -> dict[str, Any]:
 
 def _gemma2_from_gguf(file: GGUFFile) -> Gemma2Config:
     said = metadata(file)
+    # The first files lack these; llama.cpp gives them the numbers of the published models.
+    published = GemmaFile.model_fields
+    missing = {
+        "window": published["sliding_window"].default,
+        "softcap": published["attn_logit_softcapping"].default,
+        "final_softcap": published["final_logit_softcapping"].default,
+    }
+    said = said.model_copy(update={key: number for key, number in missing.items() if getattr(said, key) is None})
     return build_from_gguf(Gemma2Config, file, said, **_from_gguf(file, said))
 
 

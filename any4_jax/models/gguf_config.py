@@ -9,7 +9,7 @@ from any4_jax.models.config import LlamaConfig
 from any4_jax.models.gguf_file import GGUFFile
 from any4_jax.models.rope import Rope
 from any4_jax.models.rope_scaling import AnyScaling, LinearScaling, RopeScaling, YarnScaling
-from any4_jax.schema import Count, Index, Positive, Schema, check
+from any4_jax.schema import Count, Index, Name, Positive, Schema, check
 
 C = TypeVar("C", bound=LlamaConfig)
 
@@ -35,7 +35,7 @@ class DecoderMetadata(Schema):
     rope_theta: Positive = Field(10000.0, alias="rope.freq_base")
     local_theta: Positive = Field(10000.0, alias="rope.freq_base_swa")
     vocab_size: Count | None = None
-    scaling: str = Field("none", alias="rope.scaling.type")
+    scaling: Name = Field("none", alias="rope.scaling.type")
     old_factor: Positive = Field(1.0, alias="rope.scale_linear")
     factor: Positive | None = Field(None, alias="rope.scaling.factor")
     attention_factor: Positive | None = Field(None, alias="rope.scaling.attn_factor")

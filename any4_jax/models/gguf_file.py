@@ -6,9 +6,11 @@ from typing import Any
 
 import numpy as np
 
-from any4_jax.models.gguf_metadata import Metadata, Values, shown
+from any4_jax.models.gguf_metadata import Metadata, Values
 from any4_jax.models.gguf_parts import NUMBER, read_parts
 from any4_jax.models.gguf_tensors import StoredTensor, locate
+from any4_jax.one_line import shown
+from any4_jax.schema import Name
 
 
 class GGUFFile(Values, Mapping[str, np.ndarray]):
@@ -42,7 +44,7 @@ class GGUFFile(Values, Mapping[str, np.ndarray]):
         self.path = path
         parts = read_parts(path)
         self.metadata = Metadata.joined(path, [part.metadata for part in parts], frozenset({NUMBER}))
-        self.architecture: str = self.metadata.text("general.architecture")
+        self.architecture: str = self.metadata.value("general.architecture", Name)
         self._tensors: dict[str, StoredTensor] = {}
         for part in parts:
             for name, tensor in locate(part).items():

@@ -10,7 +10,8 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from any4_jax.models.gguf_metadata import Metadata, shown
+from any4_jax.models.gguf_metadata import Metadata
+from any4_jax.one_line import shown
 from any4_jax.regular_file import check_regular
 
 _MAGIC = b"GGUF"

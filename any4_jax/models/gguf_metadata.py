@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from any4_jax.one_line import shown
 from any4_jax.schema import Count, Finite, Index, Positive, check
 
 D = TypeVar("D")
@@ -14,7 +15,6 @@ REQUIRED: Any = object()
 """The default of a value that must be there."""
 
 _ADVICE = "convert the model again"
-_SHOWN = 60
 
 
 class Values(ABC):
@@ -146,11 +146,3 @@ class Metadata(Values, Mapping[str, Any]):
 
     def __len__(self) -> int:
         return len(self._values)
-
-
-def shown(value: Any) -> str:
-    """A value from a file as part of a message: short, on one line; a plain name has no quotes."""
-    if isinstance(value, str) and value.isprintable() and value and len(value) <= _SHOWN:
-        return value
-    start = repr(value[: _SHOWN + 1] if isinstance(value, str | bytes | list) else value)
-    return start if len(start) <= _SHOWN else f"{start[:_SHOWN]}..."

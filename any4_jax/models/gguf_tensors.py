@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from any4_jax.models.gguf_header import Entry, Header
-from any4_jax.models.gguf_metadata import shown
+from any4_jax.one_line import shown
 from any4_jax.regular_file import check_regular
 
 # Types that are stored as they are used; the gguf package decodes the others.

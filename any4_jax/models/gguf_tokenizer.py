@@ -10,7 +10,7 @@ from any4_jax.models.end_tokens import ENDS_OF_TURN
 from any4_jax.models.gguf_cuts import CUTS
 from any4_jax.models.special_tokens import SETTINGS
 from any4_jax.models.tokenizer import VOCABULARY, Tokenizer
-from any4_jax.schema import Index, Schema, check
+from any4_jax.schema import Index, Name, Schema, check
 
 _CONTROL, _USER_DEFINED = 3, 4
 _SPACE = "\u2581"
@@ -26,7 +26,7 @@ class _Stored(Schema):
     model_config = ConfigDict(alias_generator=lambda name: _PREFIX + name)
 
     model: str
-    pre: str | None = None
+    pre: Name | None = None
     tokens: Annotated[tuple[str, ...], Field(min_length=1)]
     token_type: tuple[int, ...] | None = None
     scores: tuple[float, ...] | None = None
@@ -53,7 +53,7 @@ def read_tokenizer(metadata: Mapping[str, Any]) -> Tokenizer | None:
     if kind is None:
         return None
     if kind not in ("gpt2", "llama"):
-        raise ValueError(f"{_PREFIX}model {kind!r} is not supported, only 'gpt2' and 'llama' are")
+        raise ValueError(f"{_PREFIX}model {repr(kind)[:60]} is not supported, only 'gpt2' and 'llama' are")
     content = {key: value for key, value in metadata.items() if key.startswith("tokenizer.")}
     stored = check(_Stored, content, _SOURCE, _ADVICE)
     tokens = _distinct(stored.tokens)

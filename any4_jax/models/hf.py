@@ -16,6 +16,7 @@ from any4_jax.models.family import Family, matches, renamed
 from any4_jax.models.safetensors_reader import SafetensorsFolder
 from any4_jax.models.stored import Stored, floats
 from any4_jax.models.tokenizer import Tokenizer
+from any4_jax.one_line import shown
 from any4_jax.regular_file import read_regular
 from any4_jax.schema import Schema, check, read_json
 
@@ -41,7 +42,7 @@ def read_config(config: Mapping[str, Any], generation: Mapping[str, Any] | None 
     if quantized is not None:
         method = quantized.get("quant_method", "of an unnamed method")
         raise ValueError(
-            f"the weights are quantized already ({method}), and float weights are needed; load the float model"
+            f"the weights are quantized already ({shown(method)}), and float weights are needed; load the float model"
         )
     return family.read_config(config, generation)
 
@@ -85,7 +86,7 @@ def from_tensors(config: Any, tensors: Mapping[str, np.ndarray], dtype: DTypeLik
             # Nobody else holds this copy, so jax may keep its buffer instead of copying again.
             variables[path] = variables[path].replace(jnp.asarray(value))
     if misshapen:
-        raise ValueError(f"tensors don't have the shapes of the config: {_list(misshapen)}; use its own config.json")
+        raise ValueError(f"tensors don't have the shapes of the config: {_list(misshapen, 4)}; use its own config.json")
     filled: Decoder = nnx.merge(graphdef, nnx.from_flat_state(variables))
     return filled
 
@@ -163,16 +164,15 @@ def _check_names(family: Family, tensors: Mapping[str, np.ndarray], wanted: set[
                 "say tie_word_embeddings: false to use both, or remove the head"
             )
         found.remove(head)
-    unknown, missing = sorted(found - wanted), sorted(wanted - found)
+    unknown, missing = sorted(map(shown, found - wanted)), sorted(wanted - found)
     if unknown or missing:
         parts = [f"missing {_list(missing)}"] * bool(missing) + [f"unknown {_list(unknown)}"] * bool(unknown)
         raise ValueError(f"the tensors are not those of the config: {'; '.join(parts)}; use its own config.json")
 
 
-def _list(items: list[str]) -> str:
+def _list(items: list[str], most: int = 8) -> str:
     """The items as text: all of a few, the first of many."""
-    shown = 8
-    return ", ".join(items[:shown]) + (f" and {len(items) - shown} more" if len(items) > shown else "")
+    return ", ".join(items[:most]) + (f" and {len(items) - most} more" if len(items) > most else "")
 
 
 def _json(path: Path) -> dict[str, Any]:

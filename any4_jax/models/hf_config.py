@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 
 from any4_jax.models.config import LlamaConfig
 from any4_jax.models.rope_scaling import KINDS, AnyScaling
-from any4_jax.schema import Count, Index, Positive, Schema, check
+from any4_jax.schema import Count, Index, Name, Positive, Schema, check
 
 CONFIG = "config.json"
 ADVICE = "take the file that belongs to the weights"
@@ -39,7 +39,7 @@ class DecoderFile(Schema):
     head_dim: Count | None = None
     max_position_embeddings: Count = 2048
     rms_norm_eps: Positive = 1e-6
-    hidden_act: str = "silu"
+    hidden_act: Name = "silu"
     tie_word_embeddings: bool = False
     attention_bias: bool = False
     mlp_bias: bool = False
@@ -51,7 +51,7 @@ class DecoderFile(Schema):
     original_max_position_embeddings: Count | None = None
     partial_rotary_factor: Positive = 1.0
     sliding_window: Count | None = None
-    layer_types: tuple[str, ...] | None = None
+    layer_types: tuple[Name, ...] | None = None
 
 
 def read(schema: type[S], config: Mapping[str, Any]) -> S:
@@ -151,7 +151,7 @@ def scaling(parameters: Mapping[str, Any], context: int, original: int | None) -
         return None
     if not isinstance(kind, str) or kind not in KINDS:
         known = ", ".join(map(repr, ("default", *KINDS)))
-        raise ValueError(f"rope type {kind!r} is not supported, only {known} are; take another model")
+        raise ValueError(f"rope type {repr(kind)[:60]} is not supported, only {known} are; take another model")
     source = f"the {kind} rope scaling of {CONFIG}"
     content = {"original_max_position_embeddings": context} if kind != "llama3" else {}
     content |= {key: value for key, value in parameters.items() if value is not None} | {"rope_type": kind}

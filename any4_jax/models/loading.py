@@ -1,5 +1,6 @@
 """`load`: one entry point for every kind of model source."""
 
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ from any4_jax.models.base import Decoder
 from any4_jax.models.gguf_reader import read_gguf
 from any4_jax.models.hf import from_tensors, load_folder
 from any4_jax.models.tiny import tiny
+from any4_jax.one_line import one_line
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
@@ -32,7 +34,7 @@ def load(source: str | Path, *, dtype: DTypeLike | None = None) -> Decoder:
         any4_jax.data.assets.AssetUnavailable: the source is "smollm2", and it can't be fetched.
         ValueError: the model is damaged, or of an unsupported kind; the message says what.
     """
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))
     if path.is_dir():
         return load_folder(path, dtype)
     if path.is_file():
@@ -80,7 +82,7 @@ def _snapshot(repository: str) -> Path:
             )
         )
     except Exception as error:  # the hub's client lets its HTTP library's own exceptions through
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = one_line(str(error).strip().partition("\n")[0]) or type(error).__name__
         raise ConnectionError(
             f"{repository} is not a folder here, and the hub did not provide it ({reason}); "
             "check the name and the network, or give a local folder"

@@ -104,7 +104,7 @@ MIXTRAL = Family(
     model_types=("mixtral",),
     read_config=_from_hf,
     names=(
-        ("layers.{i}.mlp.gate.kernel", _MOE + ".gate.weight"),
+        ("layers.{i}.mlp.router.kernel", _MOE + ".gate.weight"),
         ("layers.{i}.mlp.experts.gate_proj.kernel", _MOE + ".experts.{expert}.w1.weight"),
         ("layers.{i}.mlp.experts.up_proj.kernel", _MOE + ".experts.{expert}.w3.weight"),
         ("layers.{i}.mlp.experts.down_proj.kernel", _MOE + ".experts.{expert}.w2.weight"),

@@ -16,7 +16,7 @@ from any4_jax.kv_cache import PLAIN, AttentionSettings, Cache
 from any4_jax.models.attention import Attention
 from any4_jax.models.base import PRECISION, Decoder, Site, Tap, no_tap
 from any4_jax.models.layers import Layers
-from any4_jax.schema import Count, Index
+from any4_jax.schema import Count, Index, Name
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "relu": jax.nn.relu,
@@ -53,7 +53,7 @@ class OPTConfig:
     final_norm: bool = True
     affine: bool = True
     enable_bias: bool = True
-    activation_function: str = "relu"
+    activation_function: Name = "relu"
     tie_word_embeddings: bool = True
     bos_token_id: Index | None = None
     eos_token_ids: tuple[Index, ...] = ()

@@ -6,7 +6,7 @@ from typing import Any
 from any4_jax.models.family import Family
 from any4_jax.models.hf_config import ADVICE, CONFIG, eos_ids, refuse_activation
 from any4_jax.models.opt import ACTIVATIONS, OPT, OPTConfig
-from any4_jax.schema import Count, Index, Schema, check
+from any4_jax.schema import Count, Index, Name, Schema, check
 
 
 class OPTFile(Schema):
@@ -23,7 +23,7 @@ class OPTFile(Schema):
     remove_final_layer_norm: bool = False
     layer_norm_elementwise_affine: bool = True
     enable_bias: bool = True
-    activation_function: str = "relu"
+    activation_function: Name = "relu"
     tie_word_embeddings: bool = True
     bos_token_id: Index | None = 2
     eos_token_id: Index | tuple[Index, ...] | None = 2

@@ -13,7 +13,7 @@ from any4_jax.models.hf_config import DecoderFile, build, read, windows
 from any4_jax.models.llama import Llama
 from any4_jax.models.llama_config import SILU
 from any4_jax.models.llama_family import GGUF_NAMES, IGNORED, NAMES
-from any4_jax.schema import Count
+from any4_jax.schema import Count, Index
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,9 +47,9 @@ class QwenFile(DecoderFile):
     max_position_embeddings: Count = 32768
     sliding_window: Count | None = 4096
     use_sliding_window: bool = False
-    max_window_layers: int = 28
-    bos_token_id: int | None = None
-    eos_token_id: int | tuple[int, ...] | None = None
+    max_window_layers: Index = 28
+    bos_token_id: Index | None = None
+    eos_token_id: Index | tuple[Index, ...] | None = None
 
 
 class Qwen3File(QwenFile):

@@ -56,6 +56,7 @@ class Qwen3MoEFile(QwenFile):
 
     Attributes:
         num_local_experts: what transformers 5 writes in place of num_experts.
+        max_window_layers: transformers ignores it here: if there is a window, all blocks have it.
     """
 
     num_key_value_heads: Count | None = 4
@@ -65,7 +66,7 @@ class Qwen3MoEFile(QwenFile):
     moe_intermediate_size: Count = 768
     norm_topk_prob: bool = False
     decoder_sparse_step: Count = 1
-    mlp_only_layers: tuple[int, ...] | None = None
+    mlp_only_layers: tuple[Index, ...] | None = None
 
 
 class Qwen3MoE(Llama):
@@ -88,7 +89,7 @@ class Qwen3MoE(Llama):
 
 
 def _from_hf(config: Mapping[str, Any], generation: Mapping[str, Any] | None) -> Qwen3MoEConfig:
-    file = read(Qwen3MoEFile, config)
+    file = read(Qwen3MoEFile, {**config, "max_window_layers": 0})
     step, only = file.decoder_sparse_step, file.mlp_only_layers or ()
     return build(
         Qwen3MoEConfig,
@@ -133,7 +134,7 @@ QWEN3_MOE = Family(
     model_types=("qwen3_moe",),
     read_config=_from_hf,
     names=(
-        ("layers.{i}.mlp.gate.kernel", _MLP + ".gate.weight"),
+        ("layers.{i}.mlp.router.kernel", _MLP + ".gate.weight"),
         ("layers.{i}.mlp.experts.{linear}_proj.kernel", _MLP + ".experts.{expert}.{linear}_proj.weight"),
         *NAMES,
     ),

@@ -22,8 +22,8 @@ class Rope:
     scaling: Scaling | None = None
 
     def frequencies(self, length: jax.Array | None = None) -> Any:
-        """Radians per position, float32 [D/2]; `length` int32 is the tokens in the text so far, which some scalings
-        depend on."""
+        """Radians per position, float32 [D/2], or [B, D/2] for a scaling that depends on the length of a text; `length`
+        int32 [B] is the tokens in each text so far."""
         if self.scaling is None:
             return plain_frequencies(self.theta, self.head_dim)
         return self.scaling.frequencies(self.theta, self.head_dim, length)
@@ -31,8 +31,9 @@ class Rope:
     def rotate(self, x: jax.Array, positions: jax.Array) -> jax.Array:
         """Rotate x [B, T, heads, D] by positions int32 [B, T]; computes in float32, returns x's dtype."""
         by_length = self.scaling is not None and self.scaling.by_length
-        frequencies = self.frequencies(positions.max() + 1 if by_length else None)
-        angles = positions.astype(jnp.float32)[:, :, None, None] * frequencies[None, None, None, :]
+        # Of each row alone, so that a row of a batch equals its single run.
+        frequencies = self.frequencies(positions.max(axis=1) + 1 if by_length else None)
+        angles = positions.astype(jnp.float32)[:, :, None, None] * frequencies.reshape(-1, 1, 1, self.head_dim // 2)
         cos, sin = jnp.cos(angles), jnp.sin(angles)
         if self.scaling is not None and self.scaling.amplitude != 1:
             cos, sin = cos * self.scaling.amplitude, sin * self.scaling.amplitude

@@ -22,20 +22,25 @@ class Scaling(Protocol):
     Attributes:
         by_length: whether the frequencies depend on the length of the text.
         amplitude: the factor of the rotated channels.
+        made_for: the numbers of frequencies for which it has factors of their own; empty if it fits any number.
     """
 
     by_length: bool
 
     @property
+    def made_for(self) -> tuple[int, ...]: ...
+
+    @property
     def amplitude(self) -> float: ...
 
     def frequencies(self, theta: float, size: int, length: jax.Array | None) -> Any:
-        """Radians per position, float32 [D/2].
+        """Radians per position, float32 [D/2], or [B, D/2] if `by_length`.
 
         Args:
             theta: the base of the frequencies.
             size: D.
-            length: int32 scalar, the tokens in the text so far, if `by_length`.
+            length: int32 [B], the tokens in each text so far, if `by_length`; None means within the original context,
+                and a result [1, D/2].
         """
         ...
 
@@ -61,6 +66,7 @@ class RopeScaling:
     rope_type: Literal["llama3"] = "llama3"
 
     by_length = False
+    made_for = ()
     amplitude = 1.0
 
     def __post_init__(self) -> None:
@@ -85,6 +91,7 @@ class LinearScaling:
     rope_type: Literal["linear"] = "linear"
 
     by_length = False
+    made_for = ()
     amplitude = 1.0
 
     def frequencies(self, theta: float, size: int, length: jax.Array | None = None) -> np.ndarray:
@@ -104,13 +111,14 @@ class DynamicScaling:
     rope_type: Literal["dynamic"] = "dynamic"
 
     by_length = True
+    made_for = ()
     amplitude = 1.0
 
     def frequencies(self, theta: float, size: int, length: jax.Array | None = None) -> jax.Array:
         context = self.original_max_position_embeddings
-        seen = jnp.maximum(context if length is None else length, context).astype(jnp.float32)
+        seen = jnp.maximum(_column(length), context).astype(jnp.float32)
         grown = theta * (self.factor * seen / context - (self.factor - 1)) ** (size / (size - 2))
-        return 1.0 / grown ** (jnp.arange(0, size, 2, dtype=jnp.float32) / size)
+        return 1.0 / grown ** (jnp.arange(0, size, 2, dtype=jnp.float32)[None] / size)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -136,6 +144,7 @@ class YarnScaling:
     rope_type: Literal["yarn"] = "yarn"
 
     by_length = False
+    made_for = ()
 
     @property
     def amplitude(self) -> float:
@@ -185,13 +194,22 @@ class LongRopeScaling:
     by_length = True
 
     @property
+    def made_for(self) -> tuple[int, ...]:
+        return len(self.short_factor), len(self.long_factor)
+
+    @property
     def amplitude(self) -> float:
         return self.attention_factor
 
     def frequencies(self, theta: float, size: int, length: jax.Array | None = None) -> jax.Array:
-        short, long = (np.asarray(f, np.float32) for f in (self.short_factor, self.long_factor))
-        is_long = jnp.asarray(0 if length is None else length) > self.original_max_position_embeddings
-        return jnp.asarray(plain_frequencies(theta, size)) / jnp.where(is_long, long, short)
+        short, long = (np.asarray([f], np.float32) for f in (self.short_factor, self.long_factor))
+        is_long = _column(length) > self.original_max_position_embeddings
+        return jnp.asarray(plain_frequencies(theta, size))[None] / jnp.where(is_long, long, short)
+
+
+def _column(length: jax.Array | None) -> jax.Array:
+    """Lengths as int32 [B, 1]; None is one text of no tokens."""
+    return jnp.zeros((1, 1), jnp.int32) if length is None else length[:, None]
 
 
 def _kind(value: Any) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import safetensors
 
+from any4_jax.one_line import one_line
 from any4_jax.regular_file import check_regular, read_regular
 from any4_jax.schema import Schema, check, read_json
 
@@ -61,13 +62,13 @@ class SafetensorsFolder(Mapping[str, np.ndarray]):
             for name in _names(folder / shard):
                 if name in self._files:
                     raise ValueError(
-                        f"tensor {name!r} is both in {self._files[name]} and in {folder / shard}; keep one of them"
+                        f"tensor {name[:60]!r} is both in {self._files[name]} and in {folder / shard}; keep one of them"
                     )
                 self._files[name] = folder / shard
         for name, shard in index.items():
             if self._files.get(name) != folder / shard:
                 raise ValueError(
-                    f"{folder / shard} lacks tensor {name!r}, which {INDEX} says it holds; fetch both again"
+                    f"{folder / shard} lacks tensor {name[:60]!r}, which {INDEX} says it holds; fetch both again"
                 )
 
     def __getitem__(self, name: str) -> np.ndarray:
@@ -80,7 +81,7 @@ class SafetensorsFolder(Mapping[str, np.ndarray]):
                 return np.asarray(file.get_tensor(name))
         except Exception as error:  # the reader's exceptions for types that numpy lacks share no base class
             raise ValueError(
-                f"tensor {name!r} of {path} can't be read ({error}); F32, F16 and BF16 are supported"
+                f"tensor {name[:60]!r} of {path} can't be read ({one_line(error)}); F32, F16 and BF16 are supported"
             ) from error
 
     def __iter__(self) -> Iterator[str]:
@@ -97,13 +98,15 @@ def _names(path: Path) -> list[str]:
         with safetensors.safe_open(path, framework="numpy") as file:
             kinds = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
     except (safetensors.SafetensorError, OSError) as error:
-        raise ValueError(f"{path} of {length} bytes is damaged or truncated ({error}); fetch it again") from error
+        raise ValueError(
+            f"{path} of {length} bytes is damaged or truncated ({one_line(error)}); fetch it again"
+        ) from error
     _refuse_twice(path)
     for name, kind in kinds.items():
         if kind.startswith(_SCALED):
             raise ValueError(
-                f"tensor {name!r} of {path} is {kind}, whose scales are not applied, and F32, F16 or BF16 is needed; "
-                "load the float checkpoint, or convert this one to bfloat16 first"
+                f"tensor {name[:60]!r} of {path} is {kind}, whose scales are not applied, and F32, F16 or BF16 is "
+                "needed; load the float checkpoint, or convert this one to bfloat16 first"
             )
     return list(kinds)
 
@@ -119,7 +122,7 @@ def _refuse_twice(path: Path) -> None:
         if len(content) != len(pairs):
             names = [name for name, _ in pairs]
             name = next(name for name in names if names.count(name) > 1)
-            raise ValueError(f"{path} holds {name!r} twice in its header; convert the model again")
+            raise ValueError(f"{path} holds {name[:60]!r} twice in its header; convert the model again")
         return content
 
     with open(path, "rb") as file:
@@ -132,7 +135,9 @@ def _weight_map(path: Path) -> dict[str, str]:
     index = check(_Index, read_json(read_regular(path), str(path)), str(path), "fetch it again").weight_map
     for shard in set(index.values()):
         if shard in ("", "..") or Path(shard).name != shard or not shard.isprintable():
-            raise ValueError(f"{path} names {shard!r}, and file names without a folder are needed; don't trust it")
+            raise ValueError(f"{path} names {shard[:60]!r}, and file names without a folder are needed; don't trust it")
         if Path(shard).suffix != ".safetensors":
-            raise ValueError(f"{path} names {shard!r}, and names of .safetensors files are needed; convert it first")
+            raise ValueError(
+                f"{path} names {shard[:60]!r}, and names of .safetensors files are needed; convert it first"
+            )
     return index

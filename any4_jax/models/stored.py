@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from any4_jax.models.family import EXPERT, Family
+from any4_jax.one_line import shown
 
 Tensors = Mapping[str, np.ndarray]
 
@@ -23,7 +24,7 @@ def floats(name: str, array: Any) -> np.ndarray:
     """
     array = np.asarray(array)
     if array.dtype not in _FLOATS:
-        raise ValueError(f"tensor {name} is {array.dtype}, and {_DTYPES} is needed; load the float checkpoint")
+        raise ValueError(f"tensor {shown(name)} is {array.dtype}, and {_DTYPES} is needed; load the float checkpoint")
     return array
 
 

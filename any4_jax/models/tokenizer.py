@@ -11,6 +11,7 @@ from tokenizers.processors import TemplateProcessing
 from any4_jax.models import chat, vocab_merges
 from any4_jax.models.end_tokens import end_ids
 from any4_jax.models.special_tokens import ADDED, SETTINGS, SPECIAL_MAP, SpecialTokens, read_special_tokens
+from any4_jax.one_line import one_line
 from any4_jax.regular_file import read_regular
 
 VOCABULARY = "tokenizer.json"
@@ -205,7 +206,7 @@ def _said(problem: str, advice: str, work: Callable[[], T]) -> T:
     except (KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
     except BaseException as error:
-        raise ValueError(f"{problem} ({error}); {advice}") from error
+        raise ValueError(f"{problem} ({one_line(error)}); {advice}") from error
 
 
 def _add(tokenizer: tokenizers.Tokenizer, special: SpecialTokens) -> None:
@@ -213,15 +214,16 @@ def _add(tokenizer: tokenizers.Tokenizer, special: SpecialTokens) -> None:
     declared = set(special.ids.values())
     for role in ("bos_token", "eos_token"):
         text = special.roles.get(role)
-        missing = role in special.sources and text not in declared and text is not None
-        if missing and tokenizer.token_to_id(text) is None:
+        if text is None or role not in special.sources or text in declared:
+            continue
+        if tokenizer.token_to_id(text) is None:
             raise ValueError(
-                f"{role} of {special.sources[role]} is {text!r}, which {VOCABULARY} lacks; use files of one model"
+                f"{role} of {special.sources[role]} is {text[:60]!r}, which {VOCABULARY} lacks; use files of one model"
             )
     tokenizer.add_tokens(list(special.add))
     for index, text in special.ids.items():
         if tokenizer.token_to_id(text) != index:
             raise ValueError(
-                f"{SETTINGS} or {ADDED} gives {text!r} the id {index}, which {VOCABULARY} gives "
+                f"{SETTINGS} or {ADDED} gives {text[:60]!r} the id {index}, which {VOCABULARY} gives "
                 f"{tokenizer.token_to_id(text)}; use files of one model"
             )

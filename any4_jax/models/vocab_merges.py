@@ -71,7 +71,7 @@ def _merges(content: bytes, ids: Mapping[str, int]) -> list[list[str]]:
 def _after(bos: str, ids: Mapping[str, int]) -> dict[str, Any]:
     """The post-processor that begins a text with BOS."""
     if bos not in ids:
-        raise ValueError(f"bos_token of {SETTINGS} is {bos!r}, which {VOCAB} lacks; use files of one model")
+        raise ValueError(f"bos_token of {SETTINGS} is {bos[:60]!r}, which {VOCAB} lacks; use files of one model")
     start = {"SpecialToken": {"id": bos, "type_id": 0}}
     first, second = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
     return {

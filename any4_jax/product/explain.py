@@ -21,8 +21,10 @@ def explain(x: Any, w: Any, platform: str | None = None) -> str:
         process's default device.
 
     Raises:
-      ValueError, TypeError: as in `matmul`, or `platform` is none of these.
+      ValueError, TypeError: as in `matmul`, or `platform` is none of these, or x has no shape and dtype.
     """
+    if not hasattr(x, "shape") or not hasattr(x, "dtype"):
+        raise TypeError(f"got x of type {type(x).__name__}, need an array or a ShapeDtypeStruct [..., K]; pass one")
     return explain_on(explained_platform(platform, (x, w)), x, w)
 
 
@@ -30,6 +32,12 @@ def explain_on(where: str, x: Any, w: Any) -> str:
     """As `explain`, on a platform that `explained_platform` found."""
     lines = [line for problem in plan.problems(matmul, x, w) for line in _lines(*problem, where)]
     return "\n".join(lines) if lines else DENSE
+
+
+def check_rows(rows: Any) -> None:
+    """Raises ValueError unless `rows` is a number of rows."""
+    if isinstance(rows, bool) or not isinstance(rows, int) or rows < 1:
+        raise ValueError(f"got rows={rows!r}, need an integer of at least 1; 1 is decoding")
 
 
 def explained_platform(platform: str | None, operands: Any) -> str:

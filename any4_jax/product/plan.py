@@ -29,6 +29,7 @@ from any4_jax.weights import (
     dense_product,
     dequantize,
     is_operator,
+    leaf_of,
     parts,
     product,
 )
@@ -56,8 +57,9 @@ def planned(
 
     Raises:
       ValueError: there is no such backend, or it can't compute the product, or no backend can; the message gives the
-        reason.
+        reason. Or the arrays of a QuantizedTensor don't fit together.
     """
+    check_leaves(w)
     call = call or _differentiable
     record = _RECORD.get()
     if record is not None:
@@ -79,6 +81,8 @@ def planned_each(
     Raises:
       ValueError: no backend can compute one of the products; the message gives the reason.
     """
+    for w in ws:
+        check_leaves(w)
     record = _RECORD.get()
     if record is not None:
         return tuple(_recorded(record, x, w) for w in ws)
@@ -90,6 +94,18 @@ def planned_each(
     if not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(operands)):
         return call(pick(_platform(*operands)))(*operands)
     return lowered_by_platform(pick, (BACKENDS.options[-1],) * len(ws), call)(*operands)
+
+
+def check_leaves(w: Any) -> None:
+    """Checks that the arrays fit together in every QuantizedTensor of an operator, by shapes and dtypes.
+
+    Raises:
+      ValueError, TypeError: they don't; kernels read them as they are.
+    """
+    for part in parts(w):
+        leaf = leaf_of(part)
+        if leaf is not None:
+            leaf.check()
 
 
 def _recorded(record: list[Problem], x: jax.Array, w: Any) -> jax.Array:

@@ -50,3 +50,7 @@ class Hessian:
 
     def scaled(self, accumulator: HessianSum, factor: jax.Array) -> HessianSum:
         return HessianSum(accumulator.count, accumulator.sum * (factor[:, None] * factor))
+
+    def possible(self, accumulator: HessianSum) -> jax.Array:
+        squares = jnp.diagonal(accumulator.sum, axis1=-2, axis2=-1)
+        return (accumulator.count >= 0).all() & (squares >= 0).all()

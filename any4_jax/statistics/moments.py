@@ -62,6 +62,10 @@ class Moments:
         powers = jnp.stack([factor, factor, factor * factor])
         return MomentSums(accumulator.count, accumulator.sums * powers, accumulator.lost * powers)
 
+    def possible(self, accumulator: MomentSums) -> jax.Array:
+        totals = jnp.moveaxis(accumulator.sums + accumulator.lost, -2, 0)
+        return (accumulator.count >= 0).all() & (totals[1:] >= 0).all()
+
 
 @dataclasses.dataclass(frozen=True)
 class AbsMax:
@@ -79,6 +83,9 @@ class AbsMax:
 
     def scaled(self, accumulator: jax.Array, factor: jax.Array) -> jax.Array:
         return accumulator * factor
+
+    def possible(self, accumulator: jax.Array) -> jax.Array:
+        return (accumulator >= 0).all()
 
 
 def _add(sums, lost, values) -> tuple[jax.Array, jax.Array]:

@@ -52,6 +52,9 @@ class Sample:
     def scaled(self, accumulator: SampledTokens, factor: jax.Array) -> SampledTokens:
         return dataclasses.replace(accumulator, x=accumulator.x * factor)
 
+    def possible(self, accumulator: SampledTokens) -> jax.Array:
+        return (accumulator.count >= 0).all()
+
     def _smallest(self, sampled: SampledTokens, x: jax.Array, draws: jax.Array, count: jax.Array) -> SampledTokens:
         every = jnp.concatenate([sampled.draws, draws])
         chosen = jnp.argsort(every, stable=True)[: self.tokens]

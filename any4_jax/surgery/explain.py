@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from any4_jax import product
-from any4_jax.product.explain import DENSE, explain_on, explained_platform
+from any4_jax.product.explain import DENSE, check_rows, explain_on, explained_platform
 from any4_jax.surgery.containers import container_of
 
 _NUMBER = re.compile(r"\b\d+\b")
@@ -33,8 +33,7 @@ def explain(x: Any, w: Any = None, platform: str | None = None, *, rows: int = 1
     """
     if w is not None:
         return product.explain(x, w, platform)
-    if isinstance(rows, bool) or not isinstance(rows, int) or rows < 1:
-        raise ValueError(f"got rows={rows!r}, need the number of rows of an input, at least 1; pass one")
+    check_rows(rows)
     container, dtype = container_of(x), _dtype(x)
     operators, matrices = container.operators(x), container.matrices(x, None)
     if not operators and not matrices:
@@ -61,6 +60,8 @@ def explain(x: Any, w: Any = None, platform: str | None = None, *, rows: int = 1
             continue
         tell(path, matrix.shape, DENSE)
 
+    if not groups:
+        raise ValueError(f"found no linear layers in a {type(x).__name__}; pass a model, or an input and a weight")
     head = f"platform {where}, inputs {jnp.dtype(dtype).name} [{rows}, K]"
     paragraphs = []
     for text, places in groups.items():

@@ -13,8 +13,9 @@ _NAMED = 3
 
 Rules = Sequence[tuple[str, AnyMethod | None]]
 
-DEFAULT_RULES: Rules = ((r"(.*[./])?(lm_head|embed_tokens)([./].*)?", None),)
-"""Tried after the caller's rules: the head and the embedding stay as they are unless one of the caller's names them."""
+DEFAULT_RULES: Rules = ((r"(.*[./])?(lm_head|embed_tokens|router)([./].*)?", None),)
+"""Tried after the caller's rules: the head, the embedding and the routers of experts stay as they are unless one of the
+caller's names them."""
 
 
 @dataclasses.dataclass(frozen=True)

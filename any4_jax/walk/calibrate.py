@@ -11,6 +11,7 @@ from flax import nnx
 
 from any4_jax import statistics
 from any4_jax.methods import AnyMethod
+from any4_jax.methods.checks import refuse_faults
 from any4_jax.methods.matrices import Progress
 from any4_jax.models.base import Decoder
 from any4_jax.models.hf_flax import is_hf_flax
@@ -18,6 +19,7 @@ from any4_jax.statistics import Gathered
 from any4_jax.surgery import Rules, nnx_modules, resolve
 from any4_jax.surgery.linen_modules import is_pair
 from any4_jax.walk.batches import token_batches
+from any4_jax.walk.contents import is_finite, refuse_nonfinite
 from any4_jax.walk.driver import Plan, walk
 from any4_jax.walk.forward import run_hf, run_linen, run_nnx
 
@@ -61,23 +63,25 @@ def calibrate(
 
     Raises:
       ValueError: there is no text or token; the data is text and the model has no tokenizer; `sequential` is True
-        without a method, or for a model without blocks; a Dense layer is under nn.scan.
-      TypeError: the model is none of these.
+        without a method, or for a model without blocks; a Dense layer is under nn.scan; the model or its activations
+        hold NaN or infinite values.
+      TypeError: the model or the data is none of these.
     """
     methods = [m for m in (method, *(m for _, m in rules or ())) if m is not None]
     if sequential is None:
         sequential = any(m.sequential for m in methods)
     if sequential and not methods:
         raise ValueError("got sequential=True without a method, it quantizes as it goes; pass the method to be used")
+    refuse_nonfinite(model)
     needs = tuple(dict.fromkeys((*statistics.DEFAULT, *(statistic for m in methods for statistic in m.needs))))
     if isinstance(model, Decoder):
         found = nnx_modules.matrices(model)
         by_name = {path for path, matrix in found.items() if matrix.by_name}
         assigned = resolve(found, method, rules, by_name) if sequential else {}
         plan = Plan(assigned, token_batches(model, data, batch_size, seqlen), watch=needs, sequential=sequential)
-        return walk(
-            model, plan if progress is None else dataclasses.replace(plan, on_block=_counting(model, progress))
-        ).gathered
+        if progress is not None:
+            plan = dataclasses.replace(plan, on_block=_counting(model, progress))
+        return _finite(walk(model, plan).gathered)
     if sequential:
         raise ValueError(
             f"got sequential calibration of a {type(model).__name__}, only decoders of any4_jax.models are walked "
@@ -85,20 +89,41 @@ def calibrate(
         )
     if is_hf_flax(model):
         if isinstance(data, Sequence) and data and isinstance(data[0], Mapping):
-            return run_hf(model, data, needs, progress)
+            return _finite(run_hf(model, data, needs, progress))
         pieces = token_batches(model, data, batch_size, seqlen)
         named = [{"input_ids": t, "attention_mask": mask.astype(np.int32)} for t, mask in pieces]
-        return run_hf(model, named, needs, progress)
+        return _finite(run_hf(model, named, needs, progress))
     run = run_nnx if isinstance(model, nnx.Module) else run_linen if is_pair(model) else None
     if run is None:
         raise TypeError(
             f"got a {type(model).__name__}, calibrate runs NNX modules, Hugging Face Flax models and pairs (Linen "
             "module, variables); gather statistics of others with any4_jax.statistics.from_activations"
         )
+    if isinstance(data, str | bytes) or not isinstance(data, Iterable):
+        raise TypeError(
+            f"got calibration data of type {type(data).__name__} for a {type(model).__name__}, which runs on batches "
+            "of its own inputs; pass a list of these"
+        )
     batches = [data] if hasattr(data, "shape") else list(data)
     if not batches:
         raise ValueError("got no calibration batches, need at least one; pass a list of the model's inputs")
-    return run(model, batches, needs, progress)
+    return _finite(run(model, batches, needs, progress))
+
+
+def _finite(found: dict[str, Gathered]) -> dict[str, Gathered]:
+    """The statistics, of which none is NaN or infinite.
+
+    Raises:
+      ValueError: one is; the message names the first linear.
+    """
+    # Linears of one site share their statistics.
+    known: dict[int, bool] = {}
+    for path, gathered in found.items():
+        if id(gathered) not in known:
+            known[id(gathered)] = is_finite(gathered)
+        if not known[id(gathered)]:
+            refuse_faults({"statistics": False}, path)
+    return found
 
 
 def _counting(decoder: Decoder, progress: Progress) -> Callable[[str], None]:

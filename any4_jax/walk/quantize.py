@@ -7,6 +7,7 @@ from typing import Any
 
 from any4_jax.methods import AnyMethod
 from any4_jax.methods.base import Note, Result, scope_of
+from any4_jax.methods.fields import check_fields
 from any4_jax.methods.lifts import unlifted
 from any4_jax.methods.matrices import (
     Finished,
@@ -35,6 +36,7 @@ from any4_jax.surgery import (
 )
 from any4_jax.walk.batches import token_batches
 from any4_jax.walk.calibrate import Data, calibrate
+from any4_jax.walk.contents import few, refuse_nonfinite
 from any4_jax.walk.driver import Plan, walk
 
 
@@ -81,9 +83,9 @@ def quantize_model(
       A new model of the same kind.
 
     Raises:
-      ValueError: there is no linear to quantize, a rule matches nothing, `data` and `stats` are both given, a method
-        needs statistics that are missing for its path, a method of sites or blocks is used for a model without blocks,
-        or weights are not finite.
+      ValueError: there is no linear to quantize, or all are quantized already; a rule matches nothing; `data` and
+        `stats` are both given; `stats` has a path that the model lacks, or lacks one that a method needs; a method of
+        sites or blocks is used for a model without blocks; weights or other parameters are not finite.
     """
     if data is not None and stats is not None:
         raise ValueError("got both data and stats, need only one source of statistics; leave one out")
@@ -97,10 +99,14 @@ def quantize_model(
         found = len(matrices) - len(by_name)
         if done:
             raise ValueError(
-                f"got a model of which {len(done)} layers are quantized already, and the rules leave the other {found} "
-                "alone; quantize the float model, or name one of the others by a rule"
+                f"got a model of which {len(done)} layers are quantized already ({few(done)}), and the rules leave the "
+                f"other {found} alone; quantize the float model, or name one of the others by a rule"
             )
         raise ValueError(f"found {found} linear layers and the rules leave all of them alone; name one to quantize")
+    if stats is not None:
+        _check(chosen, stats)
+        _check_stats(stats, {*matrices, *done}, chosen, by_name)
+    refuse_nonfinite(model, [matrices[path].array for path in chosen])
     count = _counting(len(chosen), progress)
     wider = any(scope_of(m) != "matrix" for m in chosen.values())
     batches = []
@@ -169,9 +175,29 @@ def _check(chosen: Mapping[str, AnyMethod], seen: Collection[str]) -> None:
     """Checks each method's fields before any work is done; `seen` are the paths that have statistics."""
     for path, method in chosen.items():
         try:
+            check_fields(method)
             method.check(path in seen)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
+
+
+def _check_stats(
+    stats: Mapping[str, Gathered], known: Collection[str], chosen: Mapping[str, AnyMethod], by_name: Collection[str]
+) -> None:
+    """Checks that a caller's statistics are of this model, and of all its linears that need them."""
+    foreign = [path for path in stats if path not in known]
+    if foreign:
+        raise ValueError(
+            f"got statistics of {few(foreign)}, where the model has no linear; gather them from this model with "
+            "calibrate(model, data, method)"
+        )
+    # What enters an embedding is no activation, so none has statistics unless it is the head too.
+    missing = [path for path, method in chosen.items() if method.needs and path not in stats and path not in by_name]
+    if missing:
+        raise ValueError(
+            f"got statistics without those of {few(missing)}, which the method needs; gather them with "
+            "calibrate(model, data, method), or leave these linears out by a rule"
+        )
 
 
 def _refuse_wider_scopes(container: str, chosen: Mapping[str, AnyMethod]) -> None:

@@ -57,8 +57,50 @@ class QuantizedTensor(Operator):
     def shape(self) -> tuple[int, ...]:
         """(*L, N, K)."""
         plane = self.planes[0]
-        k = plane.shape[-1] * 8 // packing.PLANES[self.bits][0] - self.padding
+        k = plane.shape[-1] * 8 // self._widths[0] - self.padding
         return (*plane.shape[:-1], k)
+
+    @property
+    def _widths(self) -> tuple[int, ...]:
+        """The bits of a code in each plane."""
+        widths = packing.PLANES.get(self.bits)
+        if widths is None or len(self.planes) != len(widths):
+            known = ", ".join(map(str, packing.PLANES))
+            raise ValueError(
+                f"got a QuantizedTensor of {self.bits} bits with {len(self.planes)} planes of codes, need bits of "
+                f"{known} and a plane for each part; make it by weights.from_codes"
+            )
+        return widths
+
+    def check(self) -> None:
+        """Raises ValueError or TypeError where shapes, dtypes and static fields contradict each other.
+
+        Products call it, which costs no look at a value; construction doesn't, since trees are put together often, and
+        from leaves that are no arrays.
+        """
+        for plane in self.planes:
+            if plane.dtype != jnp.uint8:
+                raise TypeError(
+                    f"got a QuantizedTensor with codes of dtype {plane.dtype}, need packed uint8; make it by "
+                    "weights.from_codes"
+                )
+        *stack, n, k = self.shape
+        groups = scaling.group_count(k, self.group_size) if self.group_size >= 1 else 0
+        need = {
+            "codes": [(*stack, n, packing.plane_bytes(k, width)) for width in self._widths],
+            "lut": [(*stack, rows, 2**self.bits) for rows in (1, n)],
+            "scales": [(*stack, n, groups)],
+            "offsets": [(*stack, n, groups)],
+        }
+        got = [("codes", plane) for plane in self.planes]
+        got += [("lut", self.lut), ("scales", self.scales), ("offsets", self.offsets)]
+        for name, array in got:
+            if array is not None and tuple(array.shape) not in need[name]:
+                raise ValueError(
+                    f"got a QuantizedTensor [N, K] = {(n, k)} of {self.bits} bits and group_size={self.group_size} "
+                    f"with {name} of shape {tuple(array.shape)}, need {' or '.join(map(str, need[name]))}; make it by "
+                    "weights.from_codes"
+                )
 
     def unpacked_codes(self) -> jax.Array:
         """The codes, one a byte: uint8 [*L, N, K]."""

@@ -5,9 +5,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from any4_jax.weights.operator import Operator, dequantize, operator, take_rows
 from any4_jax.weights.quantized_tensor import QuantizedTensor
+
+_STACKED = 3
+"""The least number of axes of a stack: [L, N, K]."""
 
 
 @operator(axes={"stack": ".*NK", "index": ""})
@@ -52,16 +56,39 @@ def take(stacked: Any, index: jax.Array | int) -> Any:
 
     Args:
       stacked: an operator whose arrays all have a leading axis L, or any tree of such operators and arrays.
-      index: an integer, or int32 [] that may be traced; clipped to 0..L - 1.
+      index: an integer from 0 to L - 1, or int32 [] that may be traced; a traced one is clipped.
 
     Returns:
       The same tree with a `Slice` in place of each QuantizedTensor; other arrays are indexed. `take` works on slices
       too: `take(take(w, i), j)` is expert j of layer i where w has the axes L, E, N, K.
+
+    Raises:
+      TypeError: the index is no integer.
+      ValueError: an index that is not traced is outside of the stack, or the tree has no leading axis.
     """
-    at = jnp.asarray(index, jnp.int32)
+    at = _checked(stacked, index)
     return jax.tree.map(
         lambda node: _TAKEN.get(type(node), _indexed)(node, at), stacked, is_leaf=lambda node: type(node) in _TAKEN
     )
+
+
+def _checked(stacked: Any, index: Any) -> jax.Array:
+    """The index as int32 []."""
+    dtype = getattr(index, "dtype", np.dtype(type(index)) if type(index) in (int, float, bool) else None)
+    if dtype is None or not jnp.issubdtype(dtype, jnp.integer) or np.ndim(index) != 0:
+        raise TypeError(f"got the index {index!r} of a stack, need one integer; pass a number from 0 on")
+    nodes = jax.tree.leaves(stacked, is_leaf=lambda node: type(node) is Slice)
+    sizes = {tuple(node.shape[:1]) for node in nodes}
+    leaves = jax.tree.leaves(stacked, is_leaf=lambda node: type(node) is QuantizedTensor)
+    single = any(type(leaf) is QuantizedTensor and len(leaf.shape) < _STACKED for leaf in leaves)
+    if single or len(sizes) != 1 or () in sizes:
+        raise ValueError(
+            "got weights that are not stacked along one leading axis, need [L, N, K]; take nothing from a single matrix"
+        )
+    ((length,),) = sizes
+    if not isinstance(index, jax.core.Tracer) and not 0 <= int(index) < length:
+        raise ValueError(f"got the index {int(index)} of a stack of {length}; pass one from 0 to {length - 1}")
+    return jnp.asarray(index, jnp.int32)
 
 
 def _within(outer: Slice, index: jax.Array) -> Slice:
