@@ -42,6 +42,10 @@ def plain_tokenizer(monkeypatch):
             1,
             "'nothing' matches none",
         ),
+        (["quantize", "tiny", "{new}", "--calibrate", "none", "--samples", "2"], 2, "with --calibrate none"),
+        (["quantize", "tiny", "{new}", "--samples", "0"], 2, "--samples"),
+        (["quantize", "tiny", "{new}", "--samples", "2", "--seqlen", "9999"], 1, "of one piece"),
+        (["quantize", "tiny", "{new}", "--method", "gptq", "--calibrate", "none"], 2, "pass data"),
         (["quantize", "tiny", "{new}", "--calibrate", "{missing}"], 1, "missing: No such file"),
         (["quantize", "tiny", "{new}", "--calibrate", "{binary}"], 1, "is not UTF-8 text"),
         (["quantize", "tiny", "{new}", "--calibrate", "{blank}"], 1, "holds no text"),
@@ -163,7 +167,7 @@ def test_quantize_then_inspect(checkpoint, capsys):
     assert len(re.findall(r"^layers\.\d+\S+ +nf4 ", shown, re.MULTILINE)) == 4
     assert "layers.4" not in shown
     # A rule's method takes the flags that it has too; what "auto" came to is told.
-    assert "nf4: group_size=32" in shown
+    assert "nf4: clip=False group_size=32" in shown
     assert "sample_weight=second_moment" in shown
 
 
