@@ -140,7 +140,7 @@ def test_a_method_in_the_catalogue_is_on_the_command_line(
     assert main(["inspect", out]) == 0
     shown = capsys.readouterr().out
     assert len(re.findall(r"^layers\.0\S+ +toy-powers ", shown, re.MULTILINE)) == 7
-    assert "toy-powers: finest=False group_size=32" in " ".join(shown.replace(",", "").split())
+    assert "toy-powers: clip=False finest=False group_size=32" in " ".join(shown.replace(",", "").split())
 
 
 def test_a_statistic_is_gathered_where_a_method_needs_it() -> None:

@@ -10,7 +10,8 @@ import pytest
 from equality import assert_same
 
 from any4_jax import scaling, statistics, weights
-from any4_jax.methods import AF4, CATALOGUE, FP4, MX4, NF4, Any4, Int, Method, quantize
+from any4_jax.methods import AF4, CATALOGUE, FP4, GPTQ, MX4, NF4, Any4, Int, Method, quantize
+from any4_jax.methods.spec import method_from_json, method_to_json
 
 N, K = 12, 40
 
@@ -20,6 +21,7 @@ FIXED = [
 ]
 FIXED += [Int(bits=3, symmetric=True, group_size=16)]
 FIXED += [NF4(group_size=16), FP4(group_size=16), AF4(group_size=16), MX4(), MX4(scale="ocp", group_size=16)]
+FIXED += [Int(bits=3, group_size=16, clip=True), NF4(group_size=24, clip=True), MX4(clip=True)]
 FIXED += [Int(scale_dtype="float32", table_dtype="float32"), NF4(group_size=1), Int(group_size=7)]
 # Every compiled solver costs seconds: few rows, each crossing several options.
 LEARNED = [
@@ -28,7 +30,15 @@ LEARNED = [
     Any4(bits=3, group_size=24, solver="gradient", max_iter=30, keep_outliers=True, refit=False, sample_tokens=48),
     Any4(bits=3, group_size=16, per_row=False, bias_pow=0.8),
 ]
-METHODS = [pytest.param(m, id=f"{m.name}-{i}") for i, m in enumerate(FIXED + LEARNED)]
+COMPENSATED = [
+    GPTQ(Int(bits=3, group_size=16)),
+    GPTQ(Int(group_size=16, zero_point="float"), act_order=False, static_groups=False, block=12),
+    GPTQ(NF4(group_size=7), static_groups=False),
+    GPTQ(MX4(), act_order=False, block=9),
+    GPTQ(LEARNED[0], static_groups=False, act_order=False),
+    GPTQ(LEARNED[1]),
+]
+METHODS = [pytest.param(m, id=f"{m.name}-{i}") for i, m in enumerate(FIXED + LEARNED + COMPENSATED)]
 contract = pytest.mark.parametrize("method", METHODS)
 
 
@@ -42,7 +52,7 @@ def layer(seed: int = 0) -> np.ndarray:
 def stats() -> statistics.Gathered:
     rng = np.random.default_rng(9)
     x = rng.normal(0.2, 10.0 ** rng.uniform(-1, 1, K), (64, K)).astype(np.float32)
-    needs = [s for method in FIXED + LEARNED for s in method.needs]
+    needs = [s for method in FIXED + LEARNED + COMPENSATED for s in method.needs]
     return statistics.from_activations(x, statistics=dict.fromkeys(needs))
 
 
@@ -58,7 +68,8 @@ def run(w: np.ndarray, method: Method):
 
 @contract
 def test_shapes_dtypes_and_size(method) -> None:
-    q = run(layer(), method)
+    whole = run(layer(), method)
+    q, method = getattr(whole, "inner", whole), getattr(method, "inner", method)
     group_size = min(method.group_size, K)
     bits = getattr(method, "bits", 4)
     assert q.shape == (N, K) and q.bits == bits and q.group_size == group_size
@@ -67,8 +78,8 @@ def test_shapes_dtypes_and_size(method) -> None:
     assert q.scales.shape == (N, -(-K // group_size))
     assert (np.diff(np.asarray(q.lut, np.float32), axis=1) >= 0).all()
     assert int(q.unpacked_codes().max()) < 2**bits
-    assert np.isfinite(dequantize(q)).all()
-    assert q.bits_per_weight == 8 * sum(a.nbytes for a in jax.tree.leaves(q)) / (N * K)
+    assert np.isfinite(dequantize(whole)).all()
+    assert whole.bits_per_weight == 8 * sum(a.nbytes for a in jax.tree.leaves(whole)) / (N * K)
 
 
 @contract
@@ -203,8 +214,11 @@ def test_mx4_stores_the_groups_that_it_is_asked_for() -> None:
 def test_zero_and_constant_rows_and_groups(method) -> None:
     w, q = layer(), run(layer(), method)
     back = np.asarray(dequantize(q))
-    zeros = 16 // q.group_size * q.group_size
+    # Groups that are scaled as they come hold what compensates the errors of others.
+    group_size = getattr(q, "inner", q).group_size
+    zeros = 16 // group_size * group_size * getattr(method, "static_groups", True)
     assert not back[2].any() and not back[7, :zeros].any()
+    method = getattr(method, "inner", method)
     if getattr(method, "per_row", True):
         np.testing.assert_allclose(back[5], w[5], rtol=0.35 if isinstance(method, MX4) else 0.02)
 
@@ -263,6 +277,22 @@ def test_codes_suit_the_stored_scales(method) -> None:
     np.testing.assert_allclose(chosen, best, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("method", [Int(3, group_size=16), NF4(group_size=16), FP4(group_size=7), MX4()], ids=repr)
+def test_a_clipped_range_lowers_the_weighted_error_of_every_group(method) -> None:
+    w, h = layer(), np.asarray(STATS[statistics.Moments()].second_moment)
+    clip = dataclasses.replace(method, clip=True)
+
+    def errors(q, h):
+        lost = np.pad(h * (np.asarray(dequantize(q)) - w) ** 2, ((0, 0), (0, -K % method.group_size)))
+        return lost.reshape(N, -1, method.group_size).sum(axis=2)
+
+    plain, weighted, alone = run(w, method), run(w, clip), run_without_stats(w, clip)
+    for clipped, counts in ((weighted, h), (alone, np.ones(K))):
+        before, after = errors(plain, counts), errors(clipped, counts)
+        assert (after <= before * (1 + 1e-5) + 1e-12).all() and after.sum() < 0.95 * before.sum()
+    assert errors(weighted, h).sum() < errors(alone, h).sum()
+
+
 def test_more_bits_and_smaller_groups_are_closer() -> None:
     w = layer()
 
@@ -279,5 +309,6 @@ def test_the_catalogue_names_each_method_once() -> None:
     for cls in CATALOGUE.values():
         method = cls()
         assert isinstance(method, Method)
-        assert cls(**dataclasses.asdict(method)) == method and hash(method) == hash(cls())
-        assert all(isinstance(v, (int, float, str, bool, type(None))) for v in dataclasses.asdict(method).values())
+        assert method_from_json(method_to_json(method)) == method and hash(method) == hash(cls())
+        fields = [getattr(method, field.name) for field in dataclasses.fields(cls)]
+        assert all(isinstance(v, (int, float, str, bool, type(None), Method)) for v in fields)

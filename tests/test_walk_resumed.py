@@ -13,7 +13,7 @@ from toy_methods import EvenInputs, FitNorms, Nested
 from any4_jax.checkpoint import load, save
 from any4_jax.checkpoint.partial import PartialStore
 from any4_jax.cli import main
-from any4_jax.methods import CATALOGUE, NF4, Int, Result, on_block, on_site
+from any4_jax.methods import CATALOGUE, GPTQ, NF4, Int, Result, on_block, on_site
 from any4_jax.methods.matrices import plain_note
 from any4_jax.models.tiny import random_llama
 from any4_jax.walk import calibrate, quantize_model
@@ -64,6 +64,7 @@ def test_statistics_in_hand_are_part_of_what_is_kept(model, tmp_path) -> None:
 
 
 WALKS = [(SEQUENTIAL, limit) for limit in (0, 3, 8, 13)]
+WALKS += [(GPTQ(NF, static_groups=False), 9)]
 # A site and a block are kept whole: one place in each of the two blocks will do.
 WALKS += [
     (method, limit) for method in (EvenInputs(Int(8, group_size=16)), FitNorms(Nested(NF), 2)) for limit in (0, 8)

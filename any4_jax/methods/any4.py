@@ -174,13 +174,24 @@ class Any4(Fields):
 
     def _scaled(self, w, importance, group_size):
         """(u, sample weights, scales, offsets) of some rows."""
-        fmt = self.format()
-        scales, offsets = scaling.group_scales(
-            w, group_size, rule=fmt.rule, bits=fmt.bits, dtype=jnp.dtype(self.scale_dtype)
-        )
+        scales, offsets = self._first_scales(w, group_size)
         u = scaling.normalize(w, scales, offsets, group_size)
         by_group = scaling.expand(scaling.scale_values(scales), group_size, w.shape[1])
         return u, importance * by_group**self.scale_weighting, scales, offsets
+
+    def _first_scales(self, w, group_size) -> scaling.GroupScales:
+        """The scales that the groups' extremes give: what tables are learned for, and the refit starts from."""
+        fmt = self.format()
+        return scaling.group_scales(w, group_size, rule=fmt.rule, bits=fmt.bits, dtype=jnp.dtype(self.scale_dtype))
+
+    def scale_groups(self, w: jax.Array, importance: jax.Array, lut: jax.Array) -> scaling.GroupScales:
+        """Scales and offsets [N, ceil(K/G)] of weights [N, K] for tables that stay as they are."""
+        group_size = w.shape[1] if self.group_size is None else min(self.group_size, w.shape[1])
+        start = Fit(lut, *self._first_scales(w, group_size))
+        if self.refit and self.group_size is not None:
+            searches, rounds, kept = self.scale_search, self.max_iter, slice(0)
+            start = refit(w, importance, start, group_size, searches=searches, max_rounds=rounds, entries=kept)
+        return scaling.GroupScales(start.scales, start.offsets)
 
     def _encode(self, w, importance, sample, group_size, table) -> weights.QuantizedTensor:
         u, sample_weight, scales, offsets = self._scaled(w, importance, group_size)

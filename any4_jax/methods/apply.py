@@ -1,5 +1,6 @@
 """Applying a method to one matrix, one site or one block, with checks of its inputs and its results."""
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -68,8 +69,8 @@ def apply_method(
         raise ValueError(f"{path} has shape {tuple(w.shape)}, need [N, K] with N, K >= 1; reshape it or leave it out")
     check_gathered(w.shape[0] if transposed else w.shape[1], method, gathered, path)
     result, finite = _apply(w, gathered, method, transposed)
-    refuse_faults(finite, path, result.operator)
-    return result
+    refuse_faults(finite, path, [result])
+    return dataclasses.replace(result, faults={})
 
 
 def quantize(w: Any, method: Method, stats: Gathered | None = None, *, transposed: bool = False, path="the weight"):
@@ -102,8 +103,9 @@ def apply_site(site: SiteWeights, method: SiteMethod, gathered: Gathered | None,
     """
     check_gathered(next(iter(site.weights.values())).shape[1], method, gathered, path)
     result, finite = _apply_site(site, gathered, method)
-    refuse_faults(finite, path, [one.operator for one in result.results.values()])
-    return result
+    refuse_faults(finite, path, result.results.values())
+    usable = {name: dataclasses.replace(one, faults={}) for name, one in result.results.items()}
+    return dataclasses.replace(result, results=usable)
 
 
 def apply_block(block: Block, method: BlockMethod, path: str) -> BlockResult:

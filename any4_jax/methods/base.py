@@ -34,20 +34,24 @@ class Result:
     Attributes:
       operator: an operator of shape [N, K].
       notes: what the method found, for the manifest. Strings and bools are static; numbers may be traced scalars.
+      faults: why there is no usable result, which `apply` can't raise where it depends on traced values: by the
+        sentence, with {} for each number in it, whether it is so (bool []) and the numbers. The first that is so is
+        raised as a ValueError; none are kept.
     """
 
     operator: Any
     notes: Mapping[str, Note] = dataclasses.field(default_factory=dict)
+    faults: Mapping[str, tuple[Any, ...]] = dataclasses.field(default_factory=dict)
 
     def tree_flatten(self) -> tuple[Any, Any]:
         found = {name: note for name, note in self.notes.items() if not _is_static_note(note)}
         said = tuple((name, note) for name, note in self.notes.items() if _is_static_note(note))
-        return (self.operator, found), said
+        return (self.operator, found, dict(self.faults)), said
 
     @classmethod
     def tree_unflatten(cls, said: Any, children: Any) -> "Result":
-        operator, found = children
-        return cls(operator, dict(said) | found)
+        operator, found, faults = children
+        return cls(operator, dict(said) | found, faults)
 
 
 def _is_static_note(note: Note) -> bool:

@@ -1,6 +1,6 @@
 """What methods are given and give, checked."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -92,13 +92,17 @@ def check_gathered(k: int, method: AnyMethod, gathered: Gathered | None, path: s
         )
 
 
-def refuse_faults(finite: Mapping[str, Any], path: str, made: Any = None) -> None:
-    """Raises ValueError for the first of _FAULTS that `checks` found in what a method `made`; traced checks are passed
-    over."""
-    for name, fault in _FAULTS.items():
-        ok = finite.get(name, True)
-        if not isinstance(ok, jax.core.Tracer) and not np.asarray(ok):
-            raise ValueError(f"{path}: {fault or _unheld(made)}")
+def refuse_faults(finite: Mapping[str, Any], path: str, results: Iterable[Result] = ()) -> None:
+    """Raises ValueError for the first of _FAULTS that `checks` found in what a method gave, or that the results tell
+    themselves; traced checks are passed over."""
+    results = list(results)
+    told: list[Any] = [(is_so, text, numbers) for one in results for text, (is_so, *numbers) in one.faults.items()]
+    seen: list[Any] = [(~jnp.asarray(finite[name]), fault, ()) for name, fault in _FAULTS.items() if name in finite]
+    # What is stored is at fault because of what the method tells of it.
+    for is_so, fault, numbers in (*seen[:-1], *told, *seen[-1:]):
+        if not isinstance(is_so, jax.core.Tracer) and np.asarray(is_so):
+            words = fault.format(*map(np.asarray, numbers)) or _unheld([one.operator for one in results])
+            raise ValueError(f"{path}: {words}")
 
 
 _WIDER = {

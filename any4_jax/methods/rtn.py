@@ -1,4 +1,4 @@
-"""Round to nearest: fixed tables, and group scales from the weights alone."""
+"""Round to nearest: fixed tables, and group scales from each group's extremes, or from a narrower range."""
 
 import dataclasses
 from typing import ClassVar, Literal
@@ -8,27 +8,34 @@ import jax.numpy as jnp
 
 from any4_jax import formats, scaling, weights
 from any4_jax.methods.base import Result
+from any4_jax.methods.clipping import clipped_scales
 from any4_jax.methods.fields import Fields
 from any4_jax.methods.units import put_back
 from any4_jax.schema import Count
-from any4_jax.statistics import Gathered, Statistic
+from any4_jax.statistics import Gathered, Moments, Statistic
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RoundToNearest(Fields):
-    """What the fixed-table methods share: scale each group and take the nearest level. Statistics are not used.
+    """What the fixed-table methods share: scale each group and take the nearest level.
 
     Attributes:
       group_size: G; larger than K means the whole row.
+      clip: narrow the range of each group where that lowers its error, in which each input counts by E[x^2] if there
+        are statistics, else by 1.
       scale_dtype: stored dtype of scales and offsets.
       table_dtype: stored dtype of the table.
     """
 
     sequential: ClassVar[bool] = False
-    needs: ClassVar[tuple[Statistic, ...]] = ()
     group_size: Count = 128
+    clip: bool = False
     scale_dtype: scaling.StoredDtype = "bfloat16"
     table_dtype: scaling.StoredDtype = "bfloat16"
+
+    @property
+    def needs(self) -> tuple[Statistic, ...]:
+        return (Moments(),) if self.clip else ()
 
     def format(self, k: int) -> formats.Format:
         """The format for rows of K = `k` weights."""
@@ -37,17 +44,31 @@ class RoundToNearest(Fields):
     def check(self, gathered: bool) -> None:
         del gathered  # no two fields contradict each other
 
+    def scale_groups(self, w: jax.Array, importance: jax.Array, lut: jax.Array) -> scaling.GroupScales:
+        """Scales and offsets [N, ceil(K/G)] of weights [N, K] for the table."""
+        fmt, group_size, dtype = self.format(w.shape[1]), min(self.group_size, w.shape[1]), jnp.dtype(self.scale_dtype)
+
+        def scale(w: jax.Array) -> scaling.GroupScales:
+            return scaling.group_scales(w, group_size, rule=fmt.rule, bits=fmt.bits, dtype=dtype)
+
+        if not self.clip:
+            return scale(w)
+        return clipped_scales(scale, w, importance, lut, group_size=group_size, uniform=fmt.uniform)
+
     def apply(self, w: jax.Array, gathered: Gathered | None) -> Result:
-        del gathered
-        group_size, dtype = min(self.group_size, w.shape[1]), jnp.dtype(self.scale_dtype)
-        fmt = self.format(w.shape[1])
-        unit = scaling.unit(w, dtype)
-        scales, offsets = scaling.group_scales(w / unit, group_size, rule=fmt.rule, bits=fmt.bits, dtype=dtype)
+        k = w.shape[1]
+        fmt = self.format(k)
+        unit = scaling.unit(w, jnp.dtype(self.scale_dtype))
         table = jnp.asarray([fmt.levels], jnp.dtype(self.table_dtype))
+        importance = jnp.ones(k, jnp.float32)
+        if self.clip and gathered is not None:
+            importance = gathered[Moments()].second_moment
+        scales, offsets = self.scale_groups(w / unit, importance, table)
         leaf = weights.encode(
-            w / unit, table, scales, offsets, bits=fmt.bits, group_size=group_size, uniform=fmt.uniform
+            w / unit, table, scales, offsets, bits=fmt.bits, group_size=min(self.group_size, k), uniform=fmt.uniform
         )
-        return Result(put_back(leaf, w, unit, fmt.rule))
+        notes = {"clip_weight": "None" if gathered is None else "second_moment"} if self.clip else {}
+        return Result(put_back(leaf, w, unit, fmt.rule), notes)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,6 +1,16 @@
 """What methods learn from the activations that enter a linear: a protocol, and the statistics that follow it."""
 
-from any4_jax.statistics.gathered import DEFAULT, Gathered, Statistic, empty, from_activations, merge, update
+from any4_jax.statistics.drift import Drift, DriftSum
+from any4_jax.statistics.gathered import (
+    DEFAULT,
+    Gathered,
+    Statistic,
+    empty,
+    from_activations,
+    is_paired,
+    merge,
+    update,
+)
 from any4_jax.statistics.hessian import Hessian, HessianSum
 from any4_jax.statistics.moments import AbsMax, Moments, MomentSums
 from any4_jax.statistics.sample import Sample, SampledTokens
@@ -8,6 +18,8 @@ from any4_jax.statistics.sample import Sample, SampledTokens
 __all__ = [
     "DEFAULT",
     "AbsMax",
+    "Drift",
+    "DriftSum",
     "Gathered",
     "Hessian",
     "HessianSum",
@@ -18,6 +30,7 @@ __all__ = [
     "Statistic",
     "empty",
     "from_activations",
+    "is_paired",
     "merge",
     "update",
 ]

@@ -42,6 +42,14 @@ class Statistic(Protocol):
 
     # Those that can tell add `possible(accumulator) -> bool []`: whether any activations give it. It looks at signs;
     # NaN and infinity are found without it.
+    #
+    # Those that compare x with the float model's activations say so by `paired: ClassVar[bool] = True`. Their `update`
+    # has one argument more, x_float float32 [T, K].
+
+
+def is_paired(statistic: Statistic) -> bool:
+    """Whether a statistic is of the float model's activations too."""
+    return getattr(statistic, "paired", False)
 
 
 @jax.tree_util.register_pytree_with_keys_class
@@ -127,7 +135,11 @@ def _stacked(accumulator: Any, experts: int) -> Any:
 
 
 def update(
-    gathered: Gathered, x: jax.Array, mask: jax.Array | None = None, routed: jax.Array | None = None
+    gathered: Gathered,
+    x: jax.Array,
+    mask: jax.Array | None = None,
+    routed: jax.Array | None = None,
+    x_float: jax.Array | None = None,
 ) -> Gathered:
     """The statistics with more tokens.
 
@@ -135,38 +147,44 @@ def update(
       x: [..., K], any float dtype; reduced in float32. If each expert has an input of its own, [E, ..., K].
       mask: bool [...], False for tokens that don't count (padding); None counts all.
       routed: bool [E, ...], which tokens reached which expert, for statistics per expert; else None.
+      x_float: what the float model has in place of x, of the same shape; None where that is x itself.
 
     Raises:
-      ValueError: x ends in another K, or `routed` is missing for statistics per expert or given for others.
+      ValueError: x ends in another K, x_float has another shape, or `routed` is missing for statistics per expert or
+        given for others.
     """
     if x.shape[-1] != gathered.k:
         raise ValueError(f"got inputs of shape {x.shape} for statistics of K={gathered.k}; gather them at one input")
+    if x_float is not None and x_float.shape != x.shape:
+        raise ValueError(f"got x of shape {x.shape} and x_float of shape {x_float.shape}, need the same; pass both")
     wanted = () if routed is None else routed.shape[:1]
     if wanted != gathered.stack:
         raise ValueError(
             f"got tokens routed to {wanted} experts for statistics of {gathered.stack}; make both for the same experts"
         )
     apart = routed is not None and x.shape[:-1] == routed.shape
-    x = x.astype(jnp.float32).reshape(*wanted * apart, -1, gathered.k)
-    keep = jnp.ones(x.shape[-2], bool) if mask is None else mask.reshape(-1)
-    x = jnp.where(keep[:, None], x, 0.0)
+    pair = (x,) if x_float is None else (x, x_float)
+    pair = tuple(each.astype(jnp.float32).reshape(*wanted * apart, -1, gathered.k) for each in pair)
+    keep = jnp.ones(pair[0].shape[-2], bool) if mask is None else mask.reshape(-1)
 
-    def one(accumulators: dict[Statistic, Any], x: jax.Array, keep: jax.Array) -> dict[Statistic, Any]:
-        return {statistic: statistic.update(a, x, keep) for statistic, a in accumulators.items()}
+    def one(accumulators: dict[Statistic, Any], pair: tuple[jax.Array, ...], keep: jax.Array) -> dict[Statistic, Any]:
+        rows, *floats = (jnp.where(keep[:, None], each, 0.0) for each in pair)
+        return {
+            statistic: statistic.update(a, rows, keep, *(floats or [rows]) * is_paired(statistic))
+            for statistic, a in accumulators.items()
+        }
 
     if routed is None:
-        return Gathered(one(dict(gathered), x, keep), gathered.k)
+        return Gathered(one(dict(gathered), pair, keep), gathered.k)
 
     statistics, accumulators = tuple(gathered), tuple(gathered.values())
 
-    def of_expert(accumulators: tuple[Any, ...], reached: jax.Array, own: jax.Array | None) -> tuple[Any, ...]:
-        kept = keep & reached
-        rows = jnp.where(kept[:, None], x if own is None else own, 0.0)
-        return tuple(one(dict(zip(statistics, accumulators, strict=True)), rows, kept).values())
+    def of_expert(accumulators: tuple[Any, ...], reached: jax.Array, own: Any) -> tuple[Any, ...]:
+        return tuple(one(dict(zip(statistics, accumulators, strict=True)), own or pair, keep & reached).values())
 
     # One expert after the other: under vmap, each would hold a copy of all tokens.
     routes = routed.reshape(routed.shape[0], -1)
-    new = jax.lax.map(lambda both: of_expert(*both), (accumulators, routes, x if apart else None))
+    new = jax.lax.map(lambda both: of_expert(*both), (accumulators, routes, pair if apart else None))
     return Gathered(dict(zip(statistics, new, strict=True)), gathered.k, gathered.stack)
 
 

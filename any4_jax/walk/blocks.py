@@ -14,7 +14,7 @@ from any4_jax.methods.base import AnyMethod, BlockResult, Result, SiteWeights, s
 from any4_jax.methods.matrices import Job, Matrix, quantize_matrices
 from any4_jax.models.base import Decoder, Site
 from any4_jax.models.fold import is_foldable, rescaled, scale_channels
-from any4_jax.statistics import Gathered, Statistic
+from any4_jax.statistics import Gathered, Statistic, is_paired
 from any4_jax.walk.capture import positions_of, run_block
 from any4_jax.walk.records import Captured, Contents, Kept, contents_of, site_units, with_contents
 from any4_jax.weights import ScaleInput, is_operator
@@ -33,7 +33,8 @@ class WalkedBlock:
       path: the path of the block in the decoder.
       decoder: the model.
       caches: (B, T) -> an empty cache of this block.
-      float_inputs: what enters the block in the float model; None where no method asks for `targets`.
+      float_inputs: what enters the block in the float model; None where no method asks for `targets` or for statistics
+        of pairs, or all inputs are the float model's.
       given: statistics from the caller, by the path of a linear in the decoder.
       watch: statistics that are gathered at every site besides those that methods need, and recorded.
       keep_outputs: whether the next block gets the outputs of `module`, not those of the quantized block.
@@ -218,9 +219,13 @@ class WalkedBlock:
         self, contents: Contents, inputs: list[jax.Array], seen: dict[str, Gathered], outputs: bool
     ) -> tuple[list[jax.Array], dict[str, Gathered]]:
         graphdef, state = nnx.split(self.module_of(contents))
+        paired = any(is_paired(statistic) for gathered in seen.values() for statistic in gathered)
+        beside: list[tuple[Any, ...]] = [()] * len(inputs)
+        if paired and self.float_inputs is not None and not self.keep_outputs:
+            beside = [(*nnx.split(self.module), x_float) for x_float in self.float_inputs]
         ys = []
-        for x, mask in zip(inputs, self.masks, strict=True):
+        for x, mask, floats in zip(inputs, self.masks, beside, strict=True):
             cache = self.caches(*x.shape[:2])
-            y, seen = run_block(type(self.decoder).block, graphdef, state, x, cache, mask, seen, outputs)
+            y, seen = run_block(type(self.decoder).block, graphdef, state, x, cache, mask, seen, outputs, *floats)
             ys.append(y)
         return ys, seen

@@ -26,7 +26,7 @@ def embed(decoder: Decoder, tokens: jax.Array) -> jax.Array:
     return decoder.embed(tokens, positions_of(tokens))
 
 
-@functools.partial(jax.jit, static_argnames=("block", "graphdef", "outputs"))
+@functools.partial(jax.jit, static_argnames=("block", "graphdef", "outputs", "float_graphdef"))
 def run_block(
     block: Any,
     graphdef: Any,
@@ -36,6 +36,9 @@ def run_block(
     mask: jax.Array,
     seen: Mapping[str, Gathered],
     outputs: bool,
+    float_graphdef: Any = None,
+    float_state: Any = None,
+    x_float: jax.Array | None = None,
 ) -> tuple[jax.Array | None, dict[str, Gathered]]:
     """Runs a block on a batch.
 
@@ -47,11 +50,20 @@ def run_block(
       mask: bool [B, T], False for tokens that don't count.
       seen: the statistics so far, by the name of each site to watch.
       outputs: whether to return the output; if not, XLA drops what comes after the last site of `seen`.
+      float_graphdef, float_state, x_float: `nnx.split` of the float block and what enters it in the float model, for
+        statistics of pairs; None where that is the same block and the same x.
 
     Returns:
       (the output [B, T, E] or None, the statistics with this batch's tokens added).
     """
-    new = dict(seen)
+    new, beside = dict(seen), dict[str, jax.Array]()
+    if x_float is not None:
+
+        def keep(site: str, value: jax.Array, routed: jax.Array | None = None) -> None:
+            del routed  # tokens count for the expert that they reach in the quantized model
+            beside[site] = value
+
+        block(float_graphdef, float_state, x_float, cache, positions_of(x), keep)
 
     def tap(site: str, value: jax.Array, routed: jax.Array | None = None) -> None:
         if site not in new:
@@ -59,13 +71,17 @@ def run_block(
         gathered = new[site]
         if gathered.stack and routed is None:
             routed = jnp.ones((*gathered.stack, *value.shape[:-1]), bool)
-        new[site] = statistics.update(gathered, value, mask, routed if gathered.stack else None)
+        new[site] = statistics.update(gathered, value, mask, routed if gathered.stack else None, beside.get(site))
 
     y, _ = block(graphdef, state, x, cache, positions_of(x), tap)
     return (y if outputs else None), new
 
 
 @jax.jit
-def gather_head(decoder: Decoder, x: jax.Array, mask: jax.Array, seen: Gathered) -> Gathered:
-    """The statistics of the head's input with more tokens: outputs x [B, T, E] of the last block, mask bool [B, T]."""
-    return statistics.update(seen, decoder.head_input(x), mask)
+def gather_head(
+    decoder: Decoder, x: jax.Array, mask: jax.Array, seen: Gathered, x_float: jax.Array | None = None
+) -> Gathered:
+    """The statistics of the head's input with more tokens: outputs x [B, T, E] of the last block, those of the float
+    model's, or None where statistics of pairs are of x alone; mask bool [B, T]."""
+    beside = None if x_float is None else decoder.head_input(x_float)
+    return statistics.update(seen, decoder.head_input(x), mask, None, beside)

@@ -17,7 +17,7 @@ from any4_jax.methods.base import AnyMethod, BlockMethod, BlockResult, Note, Res
 from any4_jax.methods.lifts import OnBlock, needs_of
 from any4_jax.methods.matrices import Finished, Job, find_finished, quantize_matrices
 from any4_jax.models.base import Decoder
-from any4_jax.statistics import Gathered, Statistic
+from any4_jax.statistics import Gathered, Statistic, is_paired
 from any4_jax.surgery import nnx_modules
 from any4_jax.walk.batches import Batch
 from any4_jax.walk.blocks import WalkedBlock
@@ -80,7 +80,9 @@ def walk(decoder: Decoder, plan: Plan) -> Walked:
     done = Walked([], {}, {}, {})
     masks = [mask for _, mask in plan.batches]
     hidden = [embed(decoder, tokens) for tokens, _ in plan.batches]
-    floats = hidden if any(getattr(method, "targets", False) for method in plan.assigned.values()) else None
+    methods = plan.assigned.values()
+    paired = plan.sequential and any(is_paired(statistic) for method in methods for statistic in method.needs)
+    floats = hidden if paired or any(getattr(method, "targets", False) for method in methods) else None
     caches = _Caches(decoder)
     for index, module in enumerate(decoder.blocks):
         path, own = decoder.block_path(index), contents_of(module)
@@ -120,7 +122,7 @@ def walk(decoder: Decoder, plan: Plan) -> Walked:
                 dict.fromkeys((f"{path}.{x}" for x in site.linears), block.captured.gathered[site.name])
             )
         plan.on_block(path)
-    _quantize_rest(decoder, plan, hidden, masks, kept, done)
+    _quantize_rest(decoder, plan, hidden, floats if paired else None, masks, kept, done)
     return done
 
 
@@ -174,7 +176,9 @@ def _quantize_whole(block: WalkedBlock, method: BlockMethod | Any) -> BlockResul
     return BlockResult({**block.contents, **found.operator}, found.notes)
 
 
-def _quantize_rest(decoder, plan: Plan, hidden: list[Any], masks: list[Any], kept: Kept, done: Walked) -> None:
+def _quantize_rest(
+    decoder, plan: Plan, hidden: list[Any], floats: list[Any] | None, masks: list[Any], kept: Kept, done: Walked
+) -> None:
     """Quantizes what lies outside of the blocks: the head, with statistics of its input, and embeddings, without."""
     head = decoder.head_site
     heads = [path for path in head.linears if path in nnx_modules.holders(decoder)]
@@ -184,8 +188,8 @@ def _quantize_rest(decoder, plan: Plan, hidden: list[Any], masks: list[Any], kep
     gathered = dict(plan.given)
     if hidden and heads and (plan.watch or needs):
         seen = statistics.empty(hidden[0].shape[-1], dict.fromkeys((*plan.watch, *needs)))
-        for x, mask in zip(hidden, masks, strict=True):
-            seen = gather_head(decoder, x, mask, seen)
+        for x, mask, x_float in zip(hidden, masks, floats or [None] * len(hidden), strict=True):
+            seen = gather_head(decoder, x, mask, seen, x_float)
         gathered |= dict.fromkeys(heads, seen)
         done.gathered.update(dict.fromkeys(heads, seen) if plan.watch else {})
     matrices = nnx_modules.matrices(decoder)

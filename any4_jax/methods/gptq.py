@@ -1,0 +1,143 @@
+"""GPTQ (arXiv 2210.17323): codes that compensate each other's errors, on the tables and scales of any other method."""
+
+import dataclasses
+from typing import Annotated, Any, ClassVar, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+from pydantic import Field
+
+from any4_jax import scaling, weights
+from any4_jax.methods.any4 import Any4
+from any4_jax.methods.base import Method, Result
+from any4_jax.methods.compensation import HIGHEST, Grid, Rescale, compensate, factor, solve
+from any4_jax.methods.fields import Fields
+from any4_jax.schema import Count, Finite
+from any4_jax.statistics import Drift, Gathered, Hessian, Statistic
+
+Share = Annotated[Finite, Field(ge=0, le=1)]
+NotNegative = Annotated[Finite, Field(ge=0)]
+
+
+@runtime_checkable
+class ScalesGroups(Protocol):
+    """A method that can scale groups of weights apart from the rest of their rows, for given tables."""
+
+    def scale_groups(self, w: jax.Array, importance: jax.Array, lut: jax.Array) -> scaling.GroupScales:
+        """Scales and offsets [N, ceil(K/G)], in stored dtypes, of weights w float32 [N, K] for tables lut
+        [N or 1, 2**bits], where the error of each input counts by importance float32 [K]."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class GPTQ(Fields):
+    """Error compensation: the inner method gives tables, scales and offsets, and GPTQ the codes.
+
+    The columns of a matrix are quantized in sequence. Each takes the code that is nearest once the errors of the
+    columns before it are compensated, as far as inputs that occur together allow (compensation.py). What counts is the
+    error of the layer's output, tr((W - Q) H (W - Q)^T) with H = E[x x^T]. The weights of inputs that were always zero
+    are rounded to nearest.
+
+    Attributes:
+      inner: what gives tables and scales: any method whose result is one table-coded matrix.
+      act_order: take the columns by E[x^2], the largest first. Where groups are static, this costs nothing later; else
+        groups are of columns in that sequence, and a `PermuteInput` puts the inputs into it.
+      static_groups: scale all groups before any weight is changed, by the inner method. Else a group's scale and offset
+        are found when its first column comes, from the weights as compensated so far.
+      damping: the share of the mean E[x^2] that is added to the diagonal of H.
+      asymmetric: what share of the earlier layers' errors the weights take over. In place of W the matrix
+        W + asymmetric * W E[(x_float - x) x^T] H^-1 is quantized, which for inputs x of the model as quantized so far
+        gives what W gives for those of the float model (GPTAQ, arXiv 2504.02692, which takes over all).
+      block: columns between two updates from all columns before. It changes nothing beyond rounding.
+      sequential: gather statistics from the model as quantized so far.
+    """
+
+    name: ClassVar[str] = "gptq"
+    inner: Method = Any4()
+    act_order: bool = True
+    static_groups: bool = True
+    damping: NotNegative = 0.01
+    asymmetric: Share = 0.5
+    block: Count = 128
+    sequential: bool = True
+
+    @property
+    def needs(self) -> tuple[Statistic, ...]:
+        drift = (Drift(),) if self.asymmetric and self.sequential else ()
+        return (Hessian(), *drift, *self.inner.needs)
+
+    def check(self, gathered: bool) -> None:
+        if not gathered:
+            raise ValueError("got no statistics, gptq needs the Hessian of each layer's input; pass data")
+        if not self.static_groups and not isinstance(self.inner, ScalesGroups):
+            raise ValueError(
+                f"got static_groups=False with {self.inner.name}, which has no scale_groups to scale one group apart; "
+                "pass static_groups=True"
+            )
+        self.inner.check(gathered)
+
+    def apply(self, w: jax.Array, gathered: Gathered | None) -> Result:
+        assert gathered is not None  # `check` refuses to go on without
+        seen, k = gathered[Hessian()], w.shape[1]
+        energy, straight = jnp.diagonal(seen.mean), jnp.arange(k, dtype=jnp.int32)
+        order = jnp.argsort(energy, descending=True).astype(jnp.int32) if self.act_order else straight
+        factored = factor(seen.mean, order, self.damping)
+        if Drift() in self.needs:
+            unit = scaling.unit(w, jnp.float32)
+            lacking = jnp.matmul(w / unit, gathered[Drift()].mean, precision=HIGHEST)[:, order]
+            w = w + self.asymmetric * unit * solve(factored, lacking)[:, jnp.argsort(order)]
+        given = self.inner.apply(w, gathered)
+        leaf = self._leaf(given.operator)
+        # Groups of the sequence, rather than of neighbours in the matrix.
+        moving = not self.static_groups and leaf.group_size < k
+        scales, offsets = _plain(leaf.scales), None if leaf.offsets is None else _plain(leaf.offsets)
+        unit = scaling.unit(w, scales.dtype if moving else jnp.float32)
+        inner: Any = self.inner
+        codes, grid = compensate(
+            (w / unit)[:, order],
+            factored.upper,
+            Grid(leaf.lut, scales, offsets) if moving else Grid(leaf.lut, *_values(scales, offsets, unit)),
+            (straight if moving else order) // leaf.group_size,
+            block=self.block,
+            uniform=leaf.uniform,
+            rescale=Rescale(inner.scale_groups, energy[order], leaf.group_size) if moving else None,
+        )
+        if moving:
+            scales = scaling.in_units(grid.scales, unit)
+            offsets = None if grid.offsets is None else scaling.in_units(grid.offsets, unit)
+        # Codes under a Hessian that isn't positive definite are noise: a method around this one shall see it too.
+        operator: Any = weights.from_codes(
+            codes if moving else codes[:, jnp.argsort(order)],
+            jnp.where(factored.positive, leaf.lut, jnp.nan).astype(leaf.lut.dtype),
+            scales if moving else leaf.scales,
+            offsets if moving else leaf.offsets,
+            bits=leaf.bits,
+            group_size=leaf.group_size,
+            uniform=leaf.uniform,
+        )
+        if moving and self.act_order:
+            operator = weights.PermuteInput(operator, order)
+        fault = (
+            f"the Hessian of {{}} tokens with damping={self.damping} is not positive definite, K={k} inputs need at "
+            f"least {k} tokens that differ, or damping; pass more data or a larger damping"
+        )
+        return Result(operator, dict(given.notes), {fault: (~factored.positive, seen.count)})
+
+    def _leaf(self, operator: Any) -> weights.QuantizedTensor:
+        if not isinstance(operator, weights.QuantizedTensor):
+            raise ValueError(
+                f"got inner={self.inner.name}, which gives a {type(operator).__name__}, and gptq chooses the codes of "
+                "one QuantizedTensor; pass a method that gives one"
+            )
+        return operator
+
+
+def _plain(stored: Any) -> jax.Array:
+    """Scales or offsets as an array, where they are an operator themselves."""
+    return weights.dequantize(stored) if weights.is_operator(stored) else stored
+
+
+def _values(scales: jax.Array, offsets: jax.Array | None, unit: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+    """Stored scales and offsets over a power of two, in float32."""
+    over = None if offsets is None else offsets.astype(jnp.float32) / unit
+    return scaling.scale_values(scales) / unit, over
