@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
+import jax
 import numpy as np
 import pytest
 
@@ -14,6 +15,7 @@ from any4_jax import benchmarks, cli
 from any4_jax.benchmarks import gemm, quantize
 from any4_jax.data import texts
 from any4_jax.methods import GPTQ, NF4, Any4
+from any4_jax.statistics import Drift, Hessian, Moments
 
 FOLDER = Path(__file__).resolve().parent.parent / "examples" / "benchmarks"
 
@@ -140,6 +142,26 @@ def test_bench_quantize_counts_a_models_linears(tmp_path: Path, monkeypatch: pyt
     assert [(row["n"], row["k"], row["measured"]) for row in result.rows] == [(8, 16, 2)] * 4
     assert [row["matrices"] for row in result.rows] == [6, 6, 6, 3]
     assert "refit=False" in result.settings["method"] and "21 linears" in capsys.readouterr().out
+
+
+def test_bench_quantize_takes_methods_with_a_hessian(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.setitem(gemm.SHAPES, "small", ((8, 16),) * 4)
+    monkeypatch.setitem(quantize.BLOCKS, "small", 1)
+    assert cli.main(["bench", "quantize", "--shape", "small", "--matrices", "1", "--method", "gptq"]) == 0
+    assert "7 linears" in capsys.readouterr().out
+
+
+def test_random_statistics_are_of_inputs_that_occur_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quantize, "TOKENS", 64)
+    found = quantize.random_statistics(jax.random.key(0), 96, (Moments(), Hessian(), Drift()))
+    hessian = np.asarray(found[Hessian()].mean, np.float64)
+    energy = np.diag(hessian)
+    assert found[Hessian()].count == 128 and np.linalg.eigvalsh(hessian)[0] > 0
+    np.testing.assert_allclose(energy, found[Moments()].second_moment, rtol=1e-4)
+    assert energy.max() > 30 * energy.min()
+    correlation = hessian / np.sqrt(energy * energy[:, None])
+    assert np.abs(correlation - np.eye(96)).mean() > 0.1
+    assert 0 < np.abs(found[Drift()].mean).max() < 0.2 * energy.max()
 
 
 def test_the_models_are_those_whose_shapes_are_known() -> None:
