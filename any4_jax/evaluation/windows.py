@@ -57,7 +57,10 @@ def batches(rows: np.ndarray, progress: Progress | None) -> Iterator[tuple[np.nd
 def resampled_error(
     values: np.ndarray, n: int, seed: int, of: Callable[[np.ndarray], np.ndarray] = np.asarray
 ) -> float:
-    """The standard deviation of `of` the mean over n resamplings with replacement of the windows' values [windows]."""
+    """The standard deviation of `of` the mean over n resamplings with replacement of the windows' values [windows]; 0
+    for one window."""
+    if len(values) == 1:  # else what is left of rounding
+        return 0.0
     index = np.random.default_rng(seed).integers(0, len(values), (n, len(values)))
     return float(of(values[index].mean(axis=1)).std())
 
