@@ -150,7 +150,7 @@ def _gptq(g: int) -> list[Case]:
     choices: tuple[tuple[str, dict[str, Any]], ...] = (
         *((f"asymmetric {alpha:g}", dict(asymmetric=alpha)) for alpha in (0.0, 0.25, 0.75, 1.0)),
         ("columns in their order", dict(act_order=False)),
-        *((f"damping {damping:g}", dict(damping=damping)) for damping in (0.001, 0.03, 0.1)),
+        *((f"damping {damping:g}", dict(damping=damping)) for damping in (0.001, 0.01, 0.03, 0.1)),
         ("inputs of the float model", dict(sequential=False, asymmetric=0.0)),
     )
     return [
@@ -172,7 +172,13 @@ def _gptq(g: int) -> list[Case]:
 def _gptq_tokens(g: int) -> list[Case]:
     sizes = ((2, 512), (8, 512), (32, 512), (128, 512), (32, 2048), (128, 2048))
     method = GPTQ(inner=Any4(group_size=g))
-    return [Case("GPTQ any4", method), *(_on_text("GPTQ any4", method, s, t) for s, t in sizes)]
+    published = dataclasses.replace(method, damping=0.01)
+    return [
+        Case("GPTQ any4", method),
+        *(_on_text("GPTQ any4", method, s, t) for s, t in sizes),
+        Case("GPTQ any4, damping 0.01", published),
+        *(_on_text("GPTQ any4, damping 0.01", published, s) for s in (8, 32, 128)),
+    ]
 
 
 def _bits_kl(g: int) -> list[Case]:
