@@ -211,6 +211,22 @@ def test_eval_writes_what_it_shows(checkpoint, tmp_path, capsys):
     assert 0 < result["nats_per_token"] - float_result["nats_per_token"] < 0.5
 
 
+def test_eval_against_another_model(checkpoint, tmp_path, capsys):
+    text, out = tmp_path / "text.txt", tmp_path / "results.json"
+    text.write_text(stories())
+    flags = ["--text", str(text), "--seqlen", "128", "--windows", "4", "--out", str(out)]
+    assert main(["eval", checkpoint, "--against", "tiny", *flags]) == 0
+    shown, written = capsys.readouterr().out, json.loads(out.read_text())
+    (result,) = written["results"].values()
+    compared = result["against"]
+    assert (written["model"], written["against"]) == (checkpoint, "tiny")
+    assert f"{result['perplexity']:.4f}" in shown and f"{compared['kl_nats_per_token']:.5f}" in shown
+    assert f"{compared['kl_standard_error']:.5f}" in shown and f"{compared['top1_agreement']:.2%}" in shown
+    assert 0 < compared["kl_standard_error"] < compared["kl_nats_per_token"] < 0.5 < compared["top1_agreement"] < 1
+    assert compared["perplexity"] < result["perplexity"]  # the float model's
+    assert len(compared["window_kl_nats_per_token"]) == 4
+
+
 def test_demo_offline(tmp_path, capsys, monkeypatch):
     def unavailable():
         raise assets.AssetUnavailable("there is no network here")
