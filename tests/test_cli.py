@@ -44,7 +44,7 @@ def plain_tokenizer(monkeypatch):
         ),
         (["quantize", "tiny", "{new}", "--calibrate", "none", "--samples", "2"], 2, "with --calibrate none"),
         (["quantize", "tiny", "{new}", "--samples", "0"], 2, "--samples"),
-        (["quantize", "tiny", "{new}", "--samples", "2", "--seqlen", "9999"], 1, "of one piece"),
+        (["quantize", "tiny", "{new}", "--samples", "2", "--calibrate", "{short}"], 1, "of one piece"),
         (["quantize", "tiny", "{new}", "--method", "gptq", "--calibrate", "none"], 2, "pass data"),
         (["quantize", "tiny", "{new}", "--calibrate", "{missing}"], 1, "missing: No such file"),
         (["quantize", "tiny", "{new}", "--calibrate", "{binary}"], 1, "is not UTF-8 text"),

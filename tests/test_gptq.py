@@ -15,8 +15,8 @@ from toy_methods import EvenInputs, Nested
 from any4_jax import scaling, statistics
 from any4_jax.checkpoint import load, save
 from any4_jax.cli.methods import add_method, method_from
+from any4_jax.compensation import factor
 from any4_jax.methods import GPTQ, NF4, Any4, Int, Result, matrices, quantize
-from any4_jax.methods.compensation import factor
 from any4_jax.models.tiny import random_llama
 from any4_jax.statistics import Hessian
 from any4_jax.surgery import quantized_leaves

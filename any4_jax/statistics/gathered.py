@@ -44,7 +44,7 @@ class Statistic(Protocol):
     # NaN and infinity are found without it.
     #
     # Those that compare x with the float model's activations say so by `paired: ClassVar[bool] = True`. Their `update`
-    # has one argument more, x_float float32 [T, K].
+    # has one argument more, x_float float32 [T, K], which is left out where that is x itself.
 
 
 def is_paired(statistic: Statistic) -> bool:
@@ -169,8 +169,9 @@ def update(
 
     def one(accumulators: dict[Statistic, Any], pair: tuple[jax.Array, ...], keep: jax.Array) -> dict[Statistic, Any]:
         rows, *floats = (jnp.where(keep[:, None], each, 0.0) for each in pair)
+        more: dict[bool, Any] = {False: (), True: floats}
         return {
-            statistic: statistic.update(a, rows, keep, *(floats or [rows]) * is_paired(statistic))
+            statistic: statistic.update(a, rows, keep, *more[is_paired(statistic)])
             for statistic, a in accumulators.items()
         }
 
