@@ -99,11 +99,11 @@ def run(args: argparse.Namespace) -> int:
     try:
         with PartialStore(partial, resume=args.resume) as finished:
             model = models.load(args.model)
-            print(expected(model, method, rules), file=sys.stderr)
             seqlen = min(args.seqlen or SEQLEN, model.config.max_position_embeddings)
             data: Any = text
             if text is not None and args.samples is not None:
                 data = pieces(model.tokenizer.encode(text), args.samples, seqlen)
+            print(expected(model, method, rules), file=sys.stderr)
             with progress("quantize", "linear") as bar:
                 step = _telling(finished, bar)
                 model = quantize_model(

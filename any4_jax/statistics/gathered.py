@@ -163,7 +163,7 @@ def update(
             f"got tokens routed to {wanted} experts for statistics of {gathered.stack}; make both for the same experts"
         )
     apart = routed is not None and x.shape[:-1] == routed.shape
-    pair = (x,) if x_float is None else (x, x_float)
+    pair: tuple[jax.Array, ...] = (x,) if x_float is None else (x, x_float)
     pair = tuple(each.astype(jnp.float32).reshape(*wanted * apart, -1, gathered.k) for each in pair)
     keep = jnp.ones(pair[0].shape[-2], bool) if mask is None else mask.reshape(-1)
 
