@@ -33,6 +33,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 from ablation_bench import Bench
 from ablation_cases import OTHER, STUDIES, TEXT, Case, reference
 
@@ -89,6 +90,8 @@ def main() -> None:
         help="write the results here as JSON, as they come; a file with the same settings is continued",
     )
     args = parser.parse_args()
+    # A GPU's default, TF32, adds to every figure what no method is to blame for.
+    jax.config.update("jax_default_matmul_precision", "highest")
 
     bench = Bench(args)
     every = [(study, case) for study in args.only for case in STUDIES[study](args.group_size)]
