@@ -14,9 +14,6 @@ import jax.numpy as jnp
 from any4_jax import formats, scaling
 from any4_jax.refit.normal_equations import HIGHEST
 
-_BLOCK = 128
-"""Columns that are worked on between two products with all columns. It changes nothing beyond rounding."""
-
 
 class Grid(NamedTuple):
     """The values that weights may take, float32: tables [R, 2**bits], scales and offsets (or None) [R, ceil(K/G)]."""
@@ -44,8 +41,9 @@ def descend(
     pull: jax.Array,
     group_size: int,
     *,
-    sweeps: int,
+    sweeps: int | jax.Array,
     uniform: bool,
+    block: int = 128,
 ) -> jax.Array:
     """Codes after some sweeps over the columns. No step raises a row's error, beyond rounding.
 
@@ -56,14 +54,15 @@ def descend(
       codes: the codes to start from, uint8 [R, K].
       pull: (w - q) H for these codes, float32 [R, K].
       group_size: G.
-      sweeps: how often each column is visited.
+      sweeps: how often each column is visited, an int or int32 [].
       uniform: whether tables are arithmetic ramps, see `formats.nearest`.
+      block: columns that are worked on between two products with all columns. It changes nothing beyond rounding.
 
     Returns:
       uint8 [R, K]. A code changes only where the error falls.
     """
     k = target.shape[1]
-    block = min(_BLOCK, k)
+    block = min(block, k)
     blocks = -(-k // block)
     target, scales = target.T, grid.scales.T
     offsets = None if grid.offsets is None else grid.offsets.T

@@ -167,7 +167,7 @@ def _are_free(scales: jax.Array) -> bool:
     return scales.dtype != jnp.uint8
 
 
-@functools.partial(jax.jit, static_argnames=("group_size", "rounds", "sweeps", "first", "stop", "uniform"))
+@functools.partial(jax.jit, static_argnames=("group_size", "first", "stop", "uniform"))
 def _improve(target, hessian, start, codes, *, group_size, rounds, sweeps, first, stop, uniform):
     hessian = hessian / scaling.power_of_two(jnp.diagonal(hessian).max())
 
