@@ -12,10 +12,10 @@ from equality import assert_same
 from flax import nnx
 from toy_methods import EvenInputs, FitNorms, Nested
 
-from any4_jax.methods import NF4, Any4, Int, matrices, on_block, on_site
+from any4_jax.methods import GPTQ, NF4, Any4, Int, matrices, on_block, on_site
 from any4_jax.methods.base import SiteWeights
 from any4_jax.models.tiny import random_llama
-from any4_jax.statistics import Gathered
+from any4_jax.statistics import Drift, Gathered
 from any4_jax.surgery import quantized_leaves
 from any4_jax.walk import calibrate, quantize_model
 from any4_jax.weights import ScaleInput, dequantize
@@ -91,6 +91,32 @@ def test_a_capture_does_not_compute_what_comes_after_its_site(model) -> None:
         return run_block.lower(*arguments).compile().cost_analysis()["flops"]
 
     assert flops("attn_in", False) < 0.2 * flops("attn_in", True)
+
+
+def test_statistics_of_pairs_compare_with_the_float_model(model) -> None:
+    """E[(x_float - x) x^T] of each site, where x is of the model as quantized so far."""
+    method = GPTQ(Int(2, group_size=16))
+    stats = calibrate(model, TOKENS, method)
+    quantized = quantize_model(model, method, data=TOKENS)
+
+    def first_site(decoder) -> np.ndarray:
+        """What enters the second block's q, k and v."""
+        seen = {}
+        x = decoder.embed(TOKENS, np.broadcast_to(np.arange(TOKENS.shape[1]), TOKENS.shape))
+        positions = jnp.broadcast_to(jnp.arange(TOKENS.shape[1], dtype=jnp.int32), TOKENS.shape)
+        for index, block in enumerate(decoder.blocks[:2]):
+            cache = decoder.init_cache(*TOKENS.shape)[index]
+            x, _ = type(decoder).block(
+                *nnx.split(block), x, cache, positions, lambda name, value: seen.update({name: value})
+            )
+        return np.asarray(seen["attn_in"], np.float64).reshape(-1, 48)
+
+    x_float, x = first_site(model), first_site(quantized)
+    found = stats["layers.1.self_attn.q_proj"][Drift()].mean
+    np.testing.assert_allclose(found, (x_float - x).T @ x / len(x), rtol=1e-3, atol=1e-5)
+    assert not np.asarray(stats["layers.0.self_attn.q_proj"][Drift()].mean).any()
+    assert np.abs(stats["lm_head"][Drift()].mean).max() > 1e-3
+    assert Drift() not in dataclasses.replace(method, sequential=False).needs
 
 
 def test_statistics_die_with_their_block(model, monkeypatch) -> None:

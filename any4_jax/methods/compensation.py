@@ -36,7 +36,7 @@ class Factor(NamedTuple):
     positive: jax.Array
 
 
-def factor(hessian: jax.Array, order: jax.Array, damping: float) -> Factor:
+def factor(hessian: jax.Array, order: jax.Array, damping: float | jax.Array) -> Factor:
     """Factors a Hessian float32 [K, K] for the columns taken in the order int32 [K].
 
     To the diagonal, `damping` times its mean is added. Inputs that were always zero don't count in the mean. Their rows
