@@ -15,7 +15,7 @@ from toy_methods import EvenInputs, Nested
 from any4_jax import scaling, statistics
 from any4_jax.checkpoint import load, save
 from any4_jax.cli.methods import add_method, method_from
-from any4_jax.methods import GPTQ, NF4, Any4, Int, Result, matrices, quantize
+from any4_jax.methods import GPTQ, MX4, NF4, Any4, Int, Result, matrices, quantize
 from any4_jax.methods.compensation import factor
 from any4_jax.models.tiny import random_llama
 from any4_jax.statistics import Hessian
@@ -105,6 +105,21 @@ FALLS += [(inner, {"act_order": False, "static_groups": static}) for inner in (I
 def test_the_output_error_falls(inner, fields) -> None:
     w = layer()
     assert output_error(w, run(w, GPTQ(inner, damping=0.01, **fields))) < 0.9 * output_error(w, run(w, inner))
+
+
+@pytest.mark.parametrize(
+    ("inner", "most"),
+    [(ANY3, 0.85), (Int(3, group_size=G), 0.9), (MX4(), 1.0)],
+    ids=lambda m: getattr(m, "name", ""),
+)
+def test_refits_lower_the_output_error(inner, most) -> None:
+    """Tables of each row move; fixed ones stay, and so do exponents."""
+    plain, refitted = (run(layer(), GPTQ(inner, damping=0.01, refits=refits)) for refits in (0, 4))
+    assert output_error(layer(), refitted) < most * output_error(layer(), plain)
+    assert np.array_equal(refitted.lut, plain.lut) == (plain.lut.shape[0] == 1)
+    assert np.array_equal(refitted.scales, plain.scales) == (plain.scales.dtype == np.uint8)
+    assert jax.tree.map(jnp.shape, refitted) == jax.tree.map(jnp.shape, plain)
+    assert jax.tree.map(jnp.result_type, refitted) == jax.tree.map(jnp.result_type, plain)
 
 
 def test_columns_in_order_of_their_energy_lose_less() -> None:
@@ -229,6 +244,7 @@ class Two(Nested):
     ("method", "words"),
     [
         (GPTQ(Two()), "got inner=toy-nested, which gives a Sum, .* pass a method that gives one"),
+        (GPTQ(INT, static_groups=False, refits=4), "got refits=4 with static_groups=False, .* pass static_groups=True"),
         (GPTQ(Nested(), static_groups=False), "got static_groups=False with toy-nested, which has no scale_groups"),
     ],
 )
