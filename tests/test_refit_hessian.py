@@ -267,11 +267,12 @@ def test_powers_of_two_scale_exactly(power) -> None:
         np.testing.assert_array_equal(np.asarray(ours, np.float32), np.asarray(theirs, np.float32) * factor)
 
 
-def test_rows_and_groups_of_zeros_stay_zero() -> None:
+def test_rows_and_groups_without_extent_stay() -> None:
     w = layer()
-    w[2], w[5, :G] = 0, 0
+    w[2], w[5, :G], w[6, G : 2 * G] = 0, 0, 0.75
     start, codes = started(w)
     fit, new = run(w, start, codes, rounds=3)
-    assert not values(fit, new)[2].any()
-    assert np.isfinite(values(fit, new)).all()
+    back = values(fit, new)
+    assert not back[2].any() and not back[5, :G].any() and (back[6, G : 2 * G] == 0.75).all()
+    assert np.isfinite(back).all()
     assert (errors(w, H, fit, new) <= errors(w, H, start, codes)).all()

@@ -44,7 +44,8 @@ def improve(
       target: w, float32 [N, K].
       hessian: H, float32 [K, K], symmetric and positive definite.
       start: what to improve: tables [N or 1, 2**bits], ascending, scales and offsets (or None) [N, ceil(K/G)]. Scales
-        that are e8m0 exponents, uint8, stay as they are, and so does an entry that no code uses.
+        that are e8m0 exponents, uint8, stay as they are. So do an entry that no code uses, and the scale and offset of
+        a group whose scale is zero.
       codes: uint8 [N, K].
       group_size: G, at most K.
       rounds: how many rounds.
@@ -147,14 +148,15 @@ class _Problem(NamedTuple):
         arrays = [a for a, _, _ in unknown]
         old = jnp.concatenate([a.astype(jnp.float32) for a in arrays], axis=1)
         size = jnp.concatenate([jnp.broadcast_to(unit, a.shape) for a, unit, _ in unknown], axis=1)
-        # A scale of zero may stay.
-        low = jnp.minimum(jnp.concatenate([jnp.full(a.shape, least) for a, _, least in unknown], axis=1), old)
+        low = jnp.concatenate([jnp.full(a.shape, least) for a, _, least in unknown], axis=1)
+        # A group without extent stays so.
+        held = jnp.tile(scaling.scale_values(fit.scales) == 0, (1, len(unknown)))
         groups = fit.scales.shape[1]
 
         def stored(values, i):
             bounded = jnp.maximum(values, low[:, i])
             as_stored = [scaling.rounded(bounded, a.dtype).astype(jnp.float32) for a in arrays]
-            return jnp.where(i < groups, as_stored[0], as_stored[-1])
+            return jnp.where(held[:, i], old[:, i], jnp.where(i < groups, as_stored[0], as_stored[-1]))
 
         found = solve_rounded(equations, old, size, stored)
         offsets = None if fit.offsets is None else found[:, :groups].astype(fit.offsets.dtype)
