@@ -153,8 +153,13 @@ class GPTQ(Fields):
             )
         # A table of one row is shared.
         free = slice(None) if leaf.lut.shape[0] > 1 else slice(0)
-        options = {"rounds": self.refits, "sweeps": _SWEEPS, "entries": free, "uniform": leaf.uniform}
-        return improve(w, hessian, fit, codes, leaf.group_size, **options)
+        return improve(
+            *(w, hessian, fit, codes, leaf.group_size),
+            rounds=self.refits,
+            sweeps=_SWEEPS,
+            entries=free,
+            uniform=leaf.uniform,
+        )
 
     def _leaf(self, operator: Any) -> weights.QuantizedTensor:
         if not isinstance(operator, weights.QuantizedTensor):
