@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from gptq_layers import ANY3, ANY4, FLOAT_INT, INT, NF, G, H, K, X, layer, level
 
 from any4_jax import scaling, statistics
 from any4_jax.compensation import factor
-from any4_jax.methods import GPTQ, Int, quantize
+from any4_jax.methods import GPTQ, MX4, Int, quantize
 from any4_jax.weights import PermuteInput, QuantizedTensor, dequantize
 
 
@@ -63,6 +64,21 @@ def test_the_output_error_falls(inner, fields) -> None:
 def test_columns_in_order_of_their_energy_lose_less() -> None:
     errors = [output_error(layer(), run(layer(), GPTQ(INT, act_order=on, damping=0.01))) for on in (True, False)]
     assert errors[0] < 0.9 * errors[1]
+
+
+@pytest.mark.parametrize(
+    ("inner", "most"),
+    [(ANY3, 0.85), (Int(3, group_size=G), 0.9), (MX4(), 1.0)],
+    ids=lambda m: getattr(m, "name", ""),
+)
+def test_refits_lower_the_output_error(inner, most) -> None:
+    """Tables of each row move; fixed ones stay, and so do exponents."""
+    plain, refitted = (run(layer(), GPTQ(inner, damping=0.01, refits=refits)) for refits in (0, 4))
+    assert output_error(layer(), refitted) < most * output_error(layer(), plain)
+    assert np.array_equal(refitted.lut, plain.lut) == (plain.lut.shape[0] == 1)
+    assert np.array_equal(refitted.scales, plain.scales) == (plain.scales.dtype == np.uint8)
+    assert jax.tree.map(jnp.shape, refitted) == jax.tree.map(jnp.shape, plain)
+    assert jax.tree.map(jnp.result_type, refitted) == jax.tree.map(jnp.result_type, plain)
 
 
 def test_groups_in_the_order_of_columns_permute_the_input() -> None:

@@ -71,6 +71,7 @@ class Two(Nested):
     ("method", "words"),
     [
         (GPTQ(Two()), "got inner=toy-nested, which gives a Sum, .* pass a method that gives one"),
+        (GPTQ(INT, static_groups=False, refits=4), "got refits=4 with static_groups=False, .* pass static_groups=True"),
         (GPTQ(Nested(), static_groups=False), "got static_groups=False with toy-nested, which has no scale_groups"),
     ],
 )

@@ -20,24 +20,31 @@ class Factor(NamedTuple):
     positive: jax.Array
 
 
-def factor(hessian: jax.Array, order: jax.Array, damping: float | jax.Array) -> Factor:
-    """Factors a Hessian float32 [K, K] for the columns taken in the order int32 [K].
+def damped(hessian: jax.Array, damping: float | jax.Array) -> jax.Array:
+    """A Hessian float32 [K, K] with `damping` times the mean of its diagonal added to the diagonal.
 
-    To the diagonal, `damping` times its mean is added. Inputs that were always zero don't count in the mean. Their rows
-    and columns of U are those of the identity, so no error passes to or from their weights.
+    Inputs that were always zero don't count in the mean, and get the mean itself.
     """
     diagonal = jnp.diagonal(hessian)
     alive = diagonal > 0
     mean = diagonal.sum() / jnp.maximum(alive.sum(), 1).astype(jnp.float32)
     mean = jnp.where(mean > 0, mean, 1.0)
-    damped = jnp.where(alive, diagonal + damping * mean, mean)[order]
-    k = hessian.shape[0]
-    ordered = jnp.where(jnp.eye(k, dtype=bool), damped, hessian[order][:, order])
+    on_diagonal = jnp.eye(hessian.shape[0], dtype=bool)
+    return jnp.where(on_diagonal, jnp.where(alive, diagonal + damping * mean, mean), hessian)
+
+
+def factor(hessian: jax.Array, order: jax.Array, damping: float | jax.Array) -> Factor:
+    """Factors a Hessian float32 [K, K], once `damped`, for the columns taken in the order int32 [K].
+
+    The rows and columns of U of inputs that were always zero are those of the identity, so no error passes to or from
+    their weights.
+    """
+    ordered = damped(hessian, damping)[order][:, order]
     # The Cholesky factor of the matrix with both axes reversed is R reversed.
     reverse = jnp.linalg.cholesky(ordered[::-1, ::-1], symmetrize_input=False)[::-1, ::-1]
     pivots = jnp.diagonal(reverse)
     # A pivot below the rounding error of its sum is noise: exact arithmetic would give zero, or less.
-    positive = (jnp.square(pivots) > jnp.finfo(jnp.float32).eps * damped).all()
+    positive = (jnp.square(pivots) > jnp.finfo(jnp.float32).eps * jnp.diagonal(ordered)).all()
     return Factor(jnp.triu(reverse / pivots), pivots, positive)
 
 

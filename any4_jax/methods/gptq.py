@@ -8,15 +8,20 @@ import jax.numpy as jnp
 from pydantic import Field
 
 from any4_jax import scaling, weights
-from any4_jax.compensation import Grid, Rescale, compensate, factor, solve
+from any4_jax.compensation import Grid, Rescale, compensate, damped, factor, solve
 from any4_jax.methods.any4 import Any4
 from any4_jax.methods.base import Method, Result
 from any4_jax.methods.fields import Fields
-from any4_jax.schema import Count, Finite
+from any4_jax.refit import Fit
+from any4_jax.refit.hessian import improve
+from any4_jax.schema import Count, Finite, Index
 from any4_jax.statistics import Drift, Gathered, Hessian, Statistic
 
 Share = Annotated[Finite, Field(ge=0, le=1)]
 NotNegative = Annotated[Finite, Field(ge=0)]
+
+_SWEEPS = 2
+"""How often a round of refits visits each column for a better code."""
 
 
 @runtime_checkable
@@ -52,6 +57,8 @@ class GPTQ(Fields):
         W + asymmetric * W E[(x_float - x) x^T] H^-1 is quantized, which for inputs x of the model as quantized so far
         gives what W gives for those of the float model (GPTAQ, arXiv 2504.02692, which takes over all).
       block: columns between two updates from all columns before. It changes nothing beyond rounding.
+      refits: rounds of least squares of tables, scales and offsets under H, each followed by coordinate descent of the
+        codes (any4_jax.refit.hessian). A table that rows share stays as it is. They need static groups.
       sequential: gather statistics from the model as quantized so far.
     """
 
@@ -62,6 +69,7 @@ class GPTQ(Fields):
     damping: NotNegative | None = None
     asymmetric: Share = 0.5
     block: Count = 128
+    refits: Index = 0
     sequential: bool = True
 
     @property
@@ -77,6 +85,11 @@ class GPTQ(Fields):
                 f"got static_groups=False with {self.inner.name}, which has no scale_groups to scale one group apart; "
                 "pass static_groups=True"
             )
+        if self.refits and not self.static_groups:
+            raise ValueError(
+                f"got refits={self.refits} with static_groups=False, refits move scales of all groups at once; pass "
+                "static_groups=True or refits=0"
+            )
         self.inner.check(gathered)
 
     def apply(self, w: jax.Array, gathered: Gathered | None) -> Result:
@@ -85,7 +98,8 @@ class GPTQ(Fields):
         energy, straight = jnp.diagonal(seen.mean), jnp.arange(k, dtype=jnp.int32)
         order = jnp.argsort(energy, descending=True).astype(jnp.int32) if self.act_order else straight
         excess = jnp.square(1 + jnp.sqrt(k / jnp.maximum(seen.count, 1).astype(jnp.float32))) - 1
-        factored = factor(seen.mean, order, excess if self.damping is None else self.damping)
+        damping = excess if self.damping is None else self.damping
+        factored = factor(seen.mean, order, damping)
         if Drift() in self.needs:
             unit = scaling.unit(w, jnp.float32)
             lacking = jnp.matmul(w / unit, gathered[Drift()].mean, precision=jax.lax.Precision.HIGHEST)[:, order]
@@ -109,12 +123,16 @@ class GPTQ(Fields):
         if moving:
             scales = scaling.in_units(grid.scales, unit)
             offsets = None if grid.offsets is None else scaling.in_units(grid.offsets, unit)
+        codes = codes if moving else codes[:, jnp.argsort(order)]
+        fit = Fit(leaf.lut, scales if moving else leaf.scales, offsets if moving else leaf.offsets)
+        if self.refits:
+            fit, codes = self._refitted(w, damped(seen.mean, damping), fit, codes, leaf)
         # Codes under a Hessian that isn't positive definite are noise: a method around this one shall see it too.
         operator: Any = weights.from_codes(
-            codes if moving else codes[:, jnp.argsort(order)],
-            jnp.where(factored.positive, leaf.lut, jnp.nan).astype(leaf.lut.dtype),
-            scales if moving else leaf.scales,
-            offsets if moving else leaf.offsets,
+            codes,
+            jnp.where(factored.positive, fit.lut, jnp.nan).astype(leaf.lut.dtype),
+            fit.scales,
+            fit.offsets,
             bits=leaf.bits,
             group_size=leaf.group_size,
             uniform=leaf.uniform,
@@ -126,6 +144,22 @@ class GPTQ(Fields):
             f"least {k} tokens that differ, or damping; pass more data or a larger damping"
         )
         return Result(operator, dict(given.notes), {fault: (~factored.positive, seen.count)})
+
+    def _refitted(self, w, hessian, fit: Fit, codes, leaf: weights.QuantizedTensor) -> tuple[Fit, jax.Array]:
+        if weights.is_operator(fit.scales) or weights.is_operator(fit.offsets):
+            raise ValueError(
+                f"got refits={self.refits} with {self.inner.name}, whose scales or offsets are coded themselves, and "
+                "refits move plain ones; pass refits=0"
+            )
+        # A table of one row is shared.
+        free = slice(None) if leaf.lut.shape[0] > 1 else slice(0)
+        return improve(
+            *(w, hessian, fit, codes, leaf.group_size),
+            rounds=self.refits,
+            sweeps=_SWEEPS,
+            entries=free,
+            uniform=leaf.uniform,
+        )
 
     def _leaf(self, operator: Any) -> weights.QuantizedTensor:
         if not isinstance(operator, weights.QuantizedTensor):
