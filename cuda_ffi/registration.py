@@ -26,12 +26,14 @@ TARGETS: dict[str, dict[str, str]] = {
         "any4_cpu_lut_product": "any4_cpu_lut_product",
         "any4_cpu_kmeans": "any4_cpu_kmeans",
         "any4_cpu_refit": "any4_cpu_refit",
+        "any4_cpu_compensation": "any4_cpu_compensation",
     },
     "cuda": {
         "any4_cuda_lut_product": "any4_cuda_lut_product",
         "any4_cuda_lut_dequantize": "any4_cuda_lut_dequantize",
         "any4_cuda_kmeans": "any4_cuda_kmeans",
         "any4_cuda_refit": "any4_cuda_refit",
+        "any4_cuda_compensation": "any4_cuda_compensation",
     },
 }
 """The handlers in each kind of library: symbol -> name of XLA's target."""

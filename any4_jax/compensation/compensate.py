@@ -58,6 +58,7 @@ def compensate(
     block: int,
     uniform: bool,
     rescale: Rescale | None = None,
+    backend: str | None = None,
 ) -> tuple[jax.Array, Grid]:
     """The codes of the columns of w in sequence, each compensating the errors of those before.
 
@@ -71,6 +72,7 @@ def compensate(
       uniform: whether the table is an arithmetic ramp, see `formats.nearest`.
       rescale: how each group is scaled again when its first column comes, from its weights as compensated so far; None
         keeps the scales of `grid`.
+      backend: what works on a block, "cuda", "cpu" or "xla"; None for the first that works on the platform.
 
     Returns:
       (codes uint8 [N, K], the grid as it was used).
@@ -131,7 +133,7 @@ def compensate(
             scaling.scale_values(scales[:, own_groups].T),
             None if offsets is None else offsets[:, own_groups].T.astype(jnp.float32),
         )
-        new_codes, new_errors = choose(own, wanted, corner, grids, uniform=uniform)
+        new_codes, new_errors = choose(own, wanted, corner, grids, uniform=uniform, backend=backend)
         codes = jax.lax.dynamic_update_slice_in_dim(codes, new_codes, start, axis=0)
         errors = jax.lax.dynamic_update_slice_in_dim(errors, new_errors, start, axis=0)
         return codes, errors, scales, offsets
