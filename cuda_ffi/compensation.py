@@ -70,15 +70,11 @@ def _call(kind: str, uniform: bool, isa: str):
         # An array of no elements stands for absent offsets.
         given = offsets[0] if offsets else jnp.zeros((0, 0), jnp.float32)
         outputs = [jax.ShapeDtypeStruct(own.shape, jnp.uint8), jax.ShapeDtypeStruct(own.shape, jnp.float32)]
-        return tuple(
-            jax.ffi.ffi_call(TARGETS[kind], outputs)(own, wanted, corner, table, scales, given, **attributes)
-        )
+        return tuple(jax.ffi.ffi_call(TARGETS[kind], outputs)(own, wanted, corner, table, scales, given, **attributes))
 
     @call.def_vmap
     def _rule(axis_size, batched, *operands):
-        whole = [
-            a if b else jnp.broadcast_to(a, (axis_size, *a.shape)) for a, b in zip(operands, batched, strict=True)
-        ]
+        whole = [a if b else jnp.broadcast_to(a, (axis_size, *a.shape)) for a, b in zip(operands, batched, strict=True)]
         if batched[2]:
             return jax.lax.map(lambda one: call(*one), tuple(whole)), (True, True)
         columns, rows = operands[0].shape[-2:]

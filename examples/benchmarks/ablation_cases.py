@@ -162,6 +162,10 @@ def _gptq(g: int) -> list[Case]:
         *(_on_text(f"GPTQ any4, {name}", dataclasses.replace(best, **fields)) for name, fields in choices),
         *(_on_text(f"GPTQ any{bits}", GPTQ(inner=Any4(bits=bits, group_size=g))) for bits in (3, 2)),
         *(
+            _on_text(f"GPTQ any{bits}, {n} refits", GPTQ(inner=Any4(bits=bits, group_size=g), refits=n))
+            for bits, n in ((3, 4), (2, 4), (4, 4))
+        ),
+        *(
             Case(name, method, source)
             for source in (OTHER, PROMPT)
             for name, method in (("any4", any4), ("GPTQ any4", best))
