@@ -11,15 +11,17 @@ INSTALL_INPUTS := pyproject.toml CMakeLists.txt $(filter-out %.md,$(wildcard cud
 # Bytecode goes there too: if Python may not write any, each process compiles jax's modules again, in seven seconds.
 # LLVM's lowest optimisation level compiles a program in two thirds of the time. In jax 0.10.2, the last for Python
 # 3.11, the emitters without MLIR take two thirds of that; the second run uses the emitters that users have. XLA_FLAGS
-# from the environment takes precedence.
-XLA = --xla_backend_optimization_level=0 \
-	$$($(1) -c 'import sys; print("--xla_cpu_use_fusion_emitters=false" * (sys.version_info < (3, 12)))')
+# from the environment takes precedence. LLVM compiles a program as one part, because the other core has work of its own.
+# Programs don't say which lines of Python they come from, which takes a tenth of the time to write and to read.
+XLA = --xla_backend_optimization_level=0 $$($(1) -c 'import sys; print("--xla_cpu_use_fusion_emitters=false \
+	--xla_cpu_parallel_codegen_split_count=1" * (sys.version_info < (3, 12)))')
 PYTEST = cache=$$(mktemp -d) && trap 'rm -rf "$$cache"' EXIT && JAX_PLATFORMS=cpu XLA_FLAGS="$(XLA) $$XLA_FLAGS" \
 	JAX_COMPILATION_CACHE_DIR="$$cache/xla" JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0 \
-	PYTHONDONTWRITEBYTECODE= PYTHONPYCACHEPREFIX="$$cache/python" $(1) -m pytest -n auto --dist loadfile
-# The tests that depend on the versions of jax and flax.
-CORE := $(patsubst %,tests/test_%.py,formats scaling packing weights matmul explain statistics clustering methods any4 surgery \
-	attention cache_open llama generate checkpoint_model linen swapping dense_layers nnx nnx_axes pallas_kernel)
+	JAX_TRACEBACK_IN_LOCATIONS_LIMIT=0 PYTHONDONTWRITEBYTECODE= PYTHONPYCACHEPREFIX="$$cache/python" \
+	$(1) -m pytest -n auto --dist loadfile
+# The tests that depend on the versions of jax and flax. Those of the methods run every solver of clustering.
+CORE := $(patsubst %,tests/test_%.py,formats scaling packing weights matmul explain statistics methods any4 surgery \
+	attention llama generate checkpoint_model linen swapping dense_layers nnx nnx_axes pallas_kernel)
 PIP := -m pip --disable-pip-version-check --quiet --quiet
 
 # Without a GPU the CUDA library is only loaded, so machine code for one architecture is enough; all take a minute more.

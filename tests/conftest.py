@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -34,6 +35,14 @@ class Compiles:
 
 def pytest_report_header() -> str:
     return f"jax {jax.__version__}, numpy {np.__version__}"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _frozen() -> None:
+    """Garbage collections don't look at what was there before a file's tests: millions of objects, most of them traced
+    and compiled programs that jax keeps, which take seconds each time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """Any4: its fields alone and together, what learned tables hold exactly, and that each part earns its place."""
 
 import dataclasses
+import functools
 import sys
 
 import jax
@@ -31,15 +32,19 @@ def inputs() -> np.ndarray:
     return (rng.normal(0.3, 1, (400, K)) * 10.0 ** rng.uniform(-1, 1, K)).astype(np.float32)
 
 
-STATS = statistics.from_activations(inputs())
-SEEN = STATS[statistics.Moments()]
-FLAT = statistics.from_activations(np.ones((1, K), np.float32))
+@functools.cache
+def stats() -> statistics.Gathered:
+    return statistics.from_activations(inputs())
 
 
-def errors(method, stats=STATS) -> np.ndarray:
+def seen() -> statistics.Moments:
+    return stats()[statistics.Moments()]
+
+
+def errors(method, given: statistics.Gathered | None = None) -> np.ndarray:
     """Each row's squared error weighted by E[x^2], float64 [N]."""
-    gap = np.asarray(dequantize(quantize(jnp.asarray(layer()), method, stats)), np.float64) - layer()
-    return (np.asarray(SEEN.second_moment, np.float64) * gap**2).sum(axis=1)
+    gap = np.asarray(dequantize(quantize(jnp.asarray(layer()), method, given or stats())), np.float64) - layer()
+    return (np.asarray(seen().second_moment, np.float64) * gap**2).sum(axis=1)
 
 
 def test_below_nf4_and_int4_on_a_heavy_tailed_layer() -> None:
@@ -49,7 +54,7 @@ def test_below_nf4_and_int4_on_a_heavy_tailed_layer() -> None:
 
 
 def test_statistics_pay() -> None:
-    assert errors(EXACT).sum() < 0.9 * errors(EXACT, FLAT).sum()
+    assert errors(EXACT).sum() < 0.9 * errors(EXACT, statistics.from_activations(np.ones((1, K), np.float32))).sum()
 
 
 def test_lloyd_is_not_below_the_exact_solver() -> None:
@@ -69,9 +74,9 @@ def test_refit_raises_no_rows_error(plain: Any4) -> None:
 def test_a_rows_company_changes_no_bit() -> None:
     """20 rows alone, and among 50 others in front of them: another chunk, another place in it, another padding."""
     w, method = layer(), REFITTED
-    alone = quantize(jnp.asarray(w), method, STATS)
+    alone = quantize(jnp.asarray(w), method, stats())
     others = np.random.default_rng(9).normal(size=(50, K)).astype(np.float32)
-    among = quantize(jnp.asarray(np.concatenate([others, w])), method, STATS)
+    among = quantize(jnp.asarray(np.concatenate([others, w])), method, stats())
     assert alone.shape == (N, K)
     for ours, theirs in zip(jax.tree.leaves(alone), jax.tree.leaves(among), strict=True):
         np.testing.assert_array_equal(ours, theirs[50:])
@@ -79,9 +84,9 @@ def test_a_rows_company_changes_no_bit() -> None:
 
 def test_chunk_size_changes_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
     w = jnp.asarray(layer())
-    whole = quantize(w, REFITTED, STATS)
+    whole = quantize(w, REFITTED, stats())
     monkeypatch.setattr(sys.modules["any4_jax.methods.any4"], "_CHUNK_ROWS", 8)
-    chunked = jax.jit(REFITTED.apply)(w, STATS)
+    chunked = jax.jit(REFITTED.apply)(w, stats())
     for ours, theirs in zip(jax.tree.leaves(chunked), jax.tree.leaves(whole), strict=True):
         np.testing.assert_array_equal(ours, theirs)
 
@@ -102,7 +107,7 @@ def test_few_values_in_groups_are_held_closely() -> None:
     values = np.sort(rng.normal(size=(N, 16)), axis=1).astype(np.float32)
     w = np.take_along_axis(values, rng.integers(0, 16, (N, K)), axis=1)
     w[:, ::G], w[:, 1::G] = values[:, :1], values[:, -1:]
-    q = quantize(jnp.asarray(w), REFITTED, STATS)
+    q = quantize(jnp.asarray(w), REFITTED, stats())
     np.testing.assert_allclose(dequantize(q), w, rtol=1e-5, atol=1e-5 * np.abs(w).max())
 
 
@@ -120,7 +125,7 @@ def test_row_order_leaves_a_shared_table_alone() -> None:
     """Equal weights of different importance: their order must not reach the sums."""
     w = np.round(layer() * 2) / 2
     order = np.random.default_rng(8).permutation(N)
-    tables = [np.asarray(quantize(jnp.asarray(rows), SHARED, STATS).lut) for rows in (w, w[order])]
+    tables = [np.asarray(quantize(jnp.asarray(rows), SHARED, stats()).lut) for rows in (w, w[order])]
     np.testing.assert_array_equal(*tables)
 
 
@@ -147,18 +152,18 @@ def test_the_published_recipe() -> None:
 @pytest.mark.parametrize(
     "fields,given,expected",
     [
-        ({}, True, SEEN.second_moment),
-        ({}, False, np.ones(K)),
-        ({"sample_weight": None}, True, np.ones(K)),
-        ({"sample_weight": "mean_abs"}, True, SEEN.mean_abs),
-        ({"sample_weight": "abs_mean"}, True, np.abs(SEEN.mean)),
+        ({}, True, lambda: seen().second_moment),
+        ({}, False, lambda: np.ones(K)),
+        ({"sample_weight": None}, True, lambda: np.ones(K)),
+        ({"sample_weight": "mean_abs"}, True, lambda: seen().mean_abs),
+        ({"sample_weight": "abs_mean"}, True, lambda: np.abs(seen().mean)),
     ],
 )
 def test_sample_weights_are_the_statistic_times_a_power_of_the_scale(fields, given: bool, expected) -> None:
     for power in (0, 1, 2):
         method = Any4(group_size=G, scale_weighting=power, **fields)
-        importance = method._importance(STATS if given else None, K)
-        np.testing.assert_allclose(importance, expected, rtol=1e-6)
+        importance = method._importance(stats() if given else None, K)
+        np.testing.assert_allclose(importance, expected(), rtol=1e-6)
         _, weight, scales, _ = method._scaled(jnp.asarray(layer()), importance, G)
         by_weight = np.repeat(np.asarray(scales, np.float32), G, axis=1) ** power
-        np.testing.assert_allclose(weight, np.asarray(expected) * by_weight, rtol=1e-5)
+        np.testing.assert_allclose(weight, np.asarray(expected()) * by_weight, rtol=1e-5)

@@ -1,6 +1,7 @@
 """Bad input: a table of calls that must be refused in one sentence of what was got, needed and to be done."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,10 @@ from any4_jax.walk import calibrate, quantize_model
 W = np.random.default_rng(0).normal(size=(4, 8)).astype(np.float32)
 X = jnp.ones((2, 8))
 TOKENS = np.ones((1, 4), np.int32)
-FEW = statistics.from_activations(np.ones((3, 5), np.float32))
+
+
+def few() -> statistics.Gathered:
+    return statistics.from_activations(np.ones((3, 5), np.float32))
 
 
 def with_value(value: float) -> np.ndarray:
@@ -53,7 +57,7 @@ WEIGHTS = [
     (lambda: quantize(W.astype(np.int32), NF4(), path="p"), TypeError, "p int32 floating convert"),
     (lambda: quantize(W.tolist(), NF4(), path="p"), TypeError, "p None floating"),
     (lambda: quantize(quantize(W, NF4()), NF4()), TypeError, "QuantizedTensor already dequantize"),
-    (lambda: quantize(W, Any4(), FEW, path="p"), ValueError, "p K=8 have 5 gather"),
+    (lambda: quantize(W, Any4(), few(), path="p"), ValueError, "p K=8 have 5 gather"),
 ]
 FIELDS = [
     (lambda: quantize(W, NF4(group_size=0)), ValueError, "group_size=0 NF4 choose"),
@@ -100,11 +104,13 @@ def test_a_methods_own_class_needs_no_base_to_be_checked() -> None:
     check(lambda: quantize(W, Nested(inner=4)), ValueError, "inner=4 Nested instance Method")
 
 
-STATS = statistics.from_activations(np.random.default_rng(1).normal(size=(6, 8)).astype(np.float32))
+@functools.cache
+def stats() -> statistics.Gathered:
+    return statistics.from_activations(np.random.default_rng(1).normal(size=(6, 8)).astype(np.float32))
 
 
 def with_statistic(kind, change):
-    return statistics.Gathered({**STATS, kind: jax.tree.map(lambda a: a, change(STATS[kind]))}, 8)
+    return statistics.Gathered({**stats(), kind: jax.tree.map(lambda a: a, change(stats()[kind]))}, 8)
 
 
 def moments(**changed):
@@ -113,10 +119,10 @@ def moments(**changed):
 
 STATISTICS = [
     (lambda: moments(count=jnp.int32(-6)), "negative counts calibrate"),
-    (lambda: moments(sums=-STATS[statistics.Moments()].sums), "negative squares calibrate"),
+    (lambda: moments(sums=-stats()[statistics.Moments()].sums), "negative squares calibrate"),
     (lambda: with_statistic(statistics.AbsMax(), lambda a: -a), "negative magnitudes calibrate"),
-    (lambda: moments(sums=STATS[statistics.Moments()].sums * jnp.nan), "NaN bfloat16 float32"),
-    (lambda: moments(sums=STATS[statistics.Moments()].sums + jnp.inf), "infinite bfloat16 float32"),
+    (lambda: moments(sums=stats()[statistics.Moments()].sums * jnp.nan), "NaN bfloat16 float32"),
+    (lambda: moments(sums=stats()[statistics.Moments()].sums + jnp.inf), "infinite bfloat16 float32"),
 ]
 
 
@@ -164,11 +170,11 @@ CALIBRATION += [
 ]
 UP = "layers.1.mlp.up_proj"
 GIVEN = [
-    (lambda: quantize_model(random_llama(), Any4(), stats={"q.r": STATS}), ValueError, "of q.r no linear calibrate"),
-    (lambda: quantize_model({"kernel": W}, Any4(), stats={f"{i}.kernel": STATS for i in range(9)}),
+    (lambda: quantize_model(random_llama(), Any4(), stats={"q.r": stats()}), ValueError, "of q.r no linear calibrate"),
+    (lambda: quantize_model({"kernel": W}, Any4(), stats={f"{i}.kernel": stats() for i in range(9)}),
      ValueError, "0.kernel, 1.kernel, 2.kernel and 6 more no linear"),
-    (lambda: quantize_model(random_llama(), NF4(), stats={"q.r": STATS}), ValueError, "of q.r no linear"),
-    (lambda: quantize_model({"a": {"kernel": W.T}, "b": {"kernel": W.T}}, Any4(), stats={"a.kernel": STATS}),
+    (lambda: quantize_model(random_llama(), NF4(), stats={"q.r": stats()}), ValueError, "of q.r no linear"),
+    (lambda: quantize_model({"a": {"kernel": W.T}, "b": {"kernel": W.T}}, Any4(), stats={"a.kernel": stats()}),
      ValueError, "without those of b.kernel calibrate rule"),
     (lambda: quantize_model({"a": {"kernel": W.T}}, Any4(), stats={}), ValueError, "without those of a.kernel"),
     (lambda: quantize_model(quantize_model({"a": {"kernel": W.T}}, NF4()), NF4()),

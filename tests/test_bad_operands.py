@@ -1,6 +1,7 @@
 """Operands of products at fault: leaves that contradict themselves, indices outside of a stack, misfits."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -18,25 +19,37 @@ W = np.random.default_rng(0).normal(size=(4, 8)).astype(np.float32)
 X = jnp.ones((2, 8))
 
 
+@functools.cache
+def whole():
+    return quantize(W, NF4(group_size=4))
+
+
 def leaf(**changed):
-    return dataclasses.replace(quantize(W, NF4(group_size=4)), **changed)
+    return dataclasses.replace(whole(), **changed)
 
 
-LEAF = leaf()
-STACK = jax.tree.map(lambda a: jnp.stack([a, a]), LEAF)
+@functools.cache
+def stack():
+    return jax.tree.map(lambda a: jnp.stack([a, a]), leaf())
+
+
 LEAVES = [
-    (lambda: leaf(codes=LEAF.codes.astype(jnp.int32)), TypeError, "codes int32 uint8"),
-    (lambda: leaf(codes=LEAF.codes.astype(jnp.int8)), TypeError, "codes int8 uint8"),
+    (lambda: leaf(codes=leaf().codes.astype(jnp.int32)), TypeError, "codes int32 uint8"),
+    (lambda: leaf(codes=leaf().codes.astype(jnp.int8)), TypeError, "codes int8 uint8"),
     (lambda: leaf(bits=3), ValueError, "3 bits 1 planes"),
     (lambda: leaf(bits=7), ValueError, "7 bits need"),
     (lambda: leaf(bits=2), ValueError, "(4, 16) of 2 bits"),
     (lambda: leaf(group_size=3), ValueError, "group_size=3 scales (4, 2) (4, 3)"),
     (lambda: leaf(group_size=0), ValueError, "group_size=0 scales"),
-    (lambda: leaf(lut=LEAF.lut[:, :8]), ValueError, "lut (1, 8) (1, 16) (4, 16)"),
-    (lambda: leaf(lut=LEAF.lut.repeat(3, axis=0)), ValueError, "lut (3, 16)"),
-    (lambda: leaf(scales=LEAF.scales[:2]), ValueError, "scales (2, 2) (4, 2)"),
-    (lambda: leaf(offsets=LEAF.scales[:, :1]), ValueError, "offsets (4, 1) (4, 2)"),
-    (lambda: weights.Slice(dataclasses.replace(STACK, scales=LEAF.scales), jnp.int32(0)), ValueError, "scales (4, 2)"),
+    (lambda: leaf(lut=leaf().lut[:, :8]), ValueError, "lut (1, 8) (1, 16) (4, 16)"),
+    (lambda: leaf(lut=leaf().lut.repeat(3, axis=0)), ValueError, "lut (3, 16)"),
+    (lambda: leaf(scales=leaf().scales[:2]), ValueError, "scales (2, 2) (4, 2)"),
+    (lambda: leaf(offsets=leaf().scales[:, :1]), ValueError, "offsets (4, 1) (4, 2)"),
+    (
+        lambda: weights.Slice(dataclasses.replace(stack(), scales=leaf().scales), jnp.int32(0)),
+        ValueError,
+        "scales (4, 2)",
+    ),
 ]
 
 
@@ -61,21 +74,22 @@ INDICES = [
 
 @pytest.mark.parametrize("index,error,words", INDICES)
 def test_an_index_outside_of_a_stack_is_refused(index, error, words: str) -> None:
-    check(lambda: take(STACK, index), error, words)
-    check(lambda: take({"a": STACK, "b": jnp.ones(2)}, index), error, words)
-    check(lambda: take(take(jax.tree.map(lambda a: a[None], STACK), 0), index), error, words)
+    check(lambda: take(stack(), index), error, words)
+    check(lambda: take({"a": stack(), "b": jnp.ones(2)}, index), error, words)
+    check(lambda: take(take(jax.tree.map(lambda a: a[None], stack()), 0), index), error, words)
 
 
 def test_an_index_that_is_traced_is_clipped() -> None:
-    same = jax.jit(lambda i: dequantize(take(STACK, i)))
+    held = stack()
+    same = jax.jit(lambda i: dequantize(take(held, i)))
     np.testing.assert_array_equal(same(7), same(1))
-    check(lambda: take(LEAF, 0), ValueError, "[L, N, K] single matrix")
+    check(lambda: take(leaf(), 0), ValueError, "[L, N, K] single matrix")
 
 
 EXPLAINED = [
     (lambda: explain(None), ValueError, "without dense layers NoneType"),
-    (lambda: explain(None, LEAF), TypeError, "NoneType ShapeDtypeStruct"),
-    (lambda: explain(X, LEAF, "foo"), ValueError, "platform='foo' 'cpu'"),
+    (lambda: explain(None, leaf()), TypeError, "NoneType ShapeDtypeStruct"),
+    (lambda: explain(X, leaf(), "foo"), ValueError, "platform='foo' 'cpu'"),
     (lambda: explain({"d": {"kernel": W}}, platform="foo"), ValueError, "platform='foo' 'cpu'"),
     (lambda: explain({"d": {"kernel": W}}, rows=0), ValueError, "rows=0 at least 1"),
     (lambda: explain({"d": {"kernel": W}}, rows=-1), ValueError, "rows=-1 at least 1"),

@@ -6,7 +6,6 @@ import dataclasses
 import json
 import sys
 from pathlib import Path
-from xml.etree import ElementTree
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +14,6 @@ import pytest
 from flax import nnx
 
 from any4_jax.benchmarks import Device, Result, decode, gemm, gemm_cuda, machine, read, shapes, timing, write
-from any4_jax.benchmarks.plot import speed_plot
 from any4_jax.benchmarks.schema import check
 from any4_jax.cli import main
 from any4_jax.cli.bench_gemm import _shapes
@@ -270,19 +268,3 @@ def test_the_command_names_the_environment_that_matters(monkeypatch: pytest.Monk
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     monkeypatch.setenv("XLA_FLAGS", "--a --b")
     assert machine.command_line(["any4", "bench"]) == "JAX_PLATFORMS=cpu XLA_FLAGS='--a --b' any4 bench"
-
-
-def test_the_plot_has_a_line_for_each_shape() -> None:
-    rows = [
-        {"n": n, "k": 64, "m": m, "product": product, "ratio": None if n == 3 else n / m}
-        for n in (1, 2, 3)
-        for m in (1, 2, 8)
-        for product in ("few", "dense")
-    ]
-    drawing = ElementTree.fromstring(speed_plot(rows, "few", "ratio", "fast & few"))
-    texts = [element.text for element in drawing if element.tag.endswith("text")]
-    assert "fast & few" in texts and "1 x 64" in texts and "2 x 64" in texts and "3 x 64" not in texts
-    lines = [e.get("points", "") for e in drawing if e.tag.endswith("polyline") and e.get("stroke-width") == "2"]
-    assert sorted(len(line.split()) for line in lines) == [2, 2, 3, 3]
-    with pytest.raises(ValueError, match="no row of 'other' has a ratio"):
-        speed_plot(rows, "other", "ratio", "")

@@ -42,6 +42,10 @@ def plain_tokenizer(monkeypatch):
             1,
             "'nothing' matches none",
         ),
+        (["quantize", "tiny", "{new}", "--calibrate", "none", "--samples", "2"], 2, "with --calibrate none"),
+        (["quantize", "tiny", "{new}", "--samples", "0"], 2, "--samples"),
+        (["quantize", "tiny", "{new}", "--samples", "2", "--calibrate", "{short}"], 1, "of one piece"),
+        (["quantize", "tiny", "{new}", "--method", "gptq", "--calibrate", "none"], 2, "pass data"),
         (["quantize", "tiny", "{new}", "--calibrate", "{missing}"], 1, "missing: No such file"),
         (["quantize", "tiny", "{new}", "--calibrate", "{binary}"], 1, "is not UTF-8 text"),
         (["quantize", "tiny", "{new}", "--calibrate", "{blank}"], 1, "holds no text"),
@@ -163,7 +167,7 @@ def test_quantize_then_inspect(checkpoint, capsys):
     assert len(re.findall(r"^layers\.\d+\S+ +nf4 ", shown, re.MULTILINE)) == 4
     assert "layers.4" not in shown
     # A rule's method takes the flags that it has too; what "auto" came to is told.
-    assert "nf4: group_size=32" in shown
+    assert "nf4: clip=False group_size=32" in shown
     assert "sample_weight=second_moment" in shown
 
 
@@ -205,6 +209,22 @@ def test_eval_writes_what_it_shows(checkpoint, tmp_path, capsys):
             float_result = result
     # 4 bits cost something, and do not break the model.
     assert 0 < result["nats_per_token"] - float_result["nats_per_token"] < 0.5
+
+
+def test_eval_against_another_model(checkpoint, tmp_path, capsys):
+    text, out = tmp_path / "text.txt", tmp_path / "results.json"
+    text.write_text(stories())
+    flags = ["--text", str(text), "--seqlen", "128", "--windows", "4", "--out", str(out)]
+    assert main(["eval", checkpoint, "--against", "tiny", *flags]) == 0
+    shown, written = capsys.readouterr().out, json.loads(out.read_text())
+    (result,) = written["results"].values()
+    compared = result["against"]
+    assert (written["model"], written["against"]) == (checkpoint, "tiny")
+    assert f"{result['perplexity']:.4f}" in shown and f"{compared['kl_nats_per_token']:.5f}" in shown
+    assert f"{compared['kl_standard_error']:.5f}" in shown and f"{compared['top1_agreement']:.2%}" in shown
+    assert 0 < compared["kl_standard_error"] < compared["kl_nats_per_token"] < 0.5 < compared["top1_agreement"] < 1
+    assert compared["perplexity"] < result["perplexity"]  # the float model's
+    assert len(compared["window_kl_nats_per_token"]) == 4
 
 
 def test_demo_offline(tmp_path, capsys, monkeypatch):

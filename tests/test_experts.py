@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -83,11 +84,17 @@ def test_statistics_are_those_of_the_tokens_that_reach_an_expert() -> None:
     wanted = golden("mixtral")
     model = wanted.model()
     stats = a4.calibrate(model, wanted.tokens)
-    seen: dict[str, tuple] = {}
-    block = model.layers[0]
     x = model.embed(wanted.tokens, None)
-    positions = np.arange(x.shape[1], dtype=np.int32)[None]
-    block(x, model.init_cache(*x.shape[:2])[0], positions, lambda name, *rest: seen.__setitem__(name, rest))
+
+    # One program, where each operation of a block would be one.
+    @jax.jit
+    def run(block: Any, x: jax.Array) -> dict[str, tuple]:
+        seen: dict[str, tuple] = {}
+        positions = jnp.arange(x.shape[1], dtype=jnp.int32)[None]
+        block(x, model.init_cache(*x.shape[:2])[0], positions, lambda name, *rest: seen.__setitem__(name, rest))
+        return seen
+
+    seen = run(model.layers[0], x)
     for site, path in (("experts_in", "gate_proj"), ("experts_out", "down_proj")):
         inputs, routed = (np.asarray(a) for a in seen[site])
         gathered = stats[f"layers.0.mlp.experts.{path}"]

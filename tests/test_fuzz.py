@@ -45,8 +45,10 @@ def test_a_case_is_known_by_its_number(number: int, worker: Worker) -> None:
 
 def test_what_is_unchanged_loads(originals: Path) -> None:
     """Else each change of it would be refused for another reason."""
-    for path in sorted((*originals.glob("folders/*"), *originals.glob("configs/*/*"), *originals.glob("ggufs/*"))):
-        assert load_and_run(path, False, originals) == "a model"
+    # The config that transformers 5 writes is read as the same (see test_family_goldens), and its tensors are the same.
+    for pattern in ("folders/*", "configs/*/transformers4", "ggufs/*"):
+        for path in sorted(originals.glob(pattern)):
+            assert load_and_run(path, False, originals) == "a model"
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """solver="gradient": tables trained on the layer's output for a sample of tokens."""
 
 import dataclasses
+import functools
 
 import jax.numpy as jnp
 import numpy as np
@@ -26,12 +27,16 @@ def inputs() -> np.ndarray:
 
 
 X = inputs()
-STATS = statistics.from_activations(X, statistics=TRAINED.needs)
+
+
+@functools.cache
+def stats() -> statistics.Gathered:
+    return statistics.from_activations(X, statistics=TRAINED.needs)
 
 
 def output_errors(method: Any4) -> np.ndarray:
     """|X (w - w^)|^2 of each row in float64, of the arrays as stored."""
-    gap = np.asarray(a4.dequantize(quantize(jnp.asarray(layer()), method, STATS)), np.float64) - layer()
+    gap = np.asarray(a4.dequantize(quantize(jnp.asarray(layer()), method, stats())), np.float64) - layer()
     return np.square(X.astype(np.float64) @ gap.T).sum(axis=0)
 
 
@@ -56,7 +61,7 @@ def test_without_statistics_it_lowers_the_weights_error() -> None:
 
 def test_the_ends_that_keep_outliers_stay() -> None:
     kept = dataclasses.replace(TRAINED, keep_outliers=True)
-    trained, start = (quantize(jnp.asarray(layer()), m, STATS) for m in (kept, dataclasses.replace(kept, max_iter=0)))
+    trained, start = (quantize(jnp.asarray(layer()), m, stats()) for m in (kept, dataclasses.replace(kept, max_iter=0)))
     np.testing.assert_array_equal(trained.lut[:, [0, -1]], start.lut[:, [0, -1]])
     assert (np.asarray(trained.lut) != np.asarray(start.lut)).any()
 
@@ -79,4 +84,4 @@ def test_statistics_without_a_sample_are_refused() -> None:
     ):
         quantize(jnp.asarray(layer()), TRAINED, statistics.from_activations(X), path="layer")
     with pytest.raises(ValueError, match="per_row=False"):
-        quantize(jnp.asarray(layer()), dataclasses.replace(TRAINED, per_row=False), STATS)
+        quantize(jnp.asarray(layer()), dataclasses.replace(TRAINED, per_row=False), stats())

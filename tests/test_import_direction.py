@@ -20,7 +20,7 @@ LAYERS = (
     ("formats", "choice", "schema", "regular_file"),
     ("scaling", "packing", "partition"),
     ("weights",),
-    ("clustering", "refit", "statistics", "product"),
+    ("clustering", "refit", "compensation", "statistics", "product"),
     ("methods",),
     ("kv_cache",),
     ("nn",),
@@ -37,7 +37,7 @@ LEVEL = {name: level for level, row in enumerate(LAYERS) for name in row}
 TOP = LEVEL["cli"]
 
 KERNEL_PACKAGES = ("pallas_kernels", "cuda_ffi")
-KERNEL_USERS = ("product", "clustering", "refit", "kv_cache")
+KERNEL_USERS = ("product", "clustering", "refit", "compensation", "kv_cache")
 KERNEL_IMPORTS = frozenset(sys.stdlib_module_names) | {"jax", "numpy"}
 
 FORBIDDEN_MODULES = frozenset({"pickle", "cPickle", "cloudpickle", "dill", "marshal", "shelve"})

@@ -1,6 +1,7 @@
 """The method contract: a table of methods and options, each held to the same laws."""
 
 import dataclasses
+import functools
 import re
 
 import jax
@@ -49,6 +50,7 @@ def layer(seed: int = 0) -> np.ndarray:
     return w
 
 
+@functools.cache
 def stats() -> statistics.Gathered:
     rng = np.random.default_rng(9)
     x = rng.normal(0.2, 10.0 ** rng.uniform(-1, 1, K), (64, K)).astype(np.float32)
@@ -56,14 +58,11 @@ def stats() -> statistics.Gathered:
     return statistics.from_activations(x, statistics=dict.fromkeys(needs))
 
 
-STATS = stats()
-
-
 dequantize = jax.jit(weights.dequantize)
 
 
 def run(w: np.ndarray, method: Method):
-    return quantize(jnp.asarray(w), method, STATS)
+    return quantize(jnp.asarray(w), method, stats())
 
 
 @contract
@@ -124,7 +123,7 @@ def test_powers_of_two_scale_the_matrix_exactly(method) -> None:
         factor = np.float32(2.0**power)
         if narrow and abs(power) > 9:
             with pytest.raises(ValueError, match=f"a.b: .*{UNHELD[int(np.sign(power))]}"):
-                quantize(jnp.asarray(w * factor), method, STATS, path="a.b")
+                quantize(jnp.asarray(w * factor), method, stats(), path="a.b")
             continue
         try:
             scaled = run(w * factor, method)
@@ -226,7 +225,7 @@ def test_zero_and_constant_rows_and_groups(method) -> None:
 @pytest.mark.parametrize("method", [Int(group_size=16), NF4(group_size=16), MX4()], ids=repr)
 def test_a_transposed_kernel_is_the_same_layer(method) -> None:
     kernel = jnp.asarray(layer().T)
-    assert_same(quantize(kernel, method, STATS, transposed=True), run(layer(), method))
+    assert_same(quantize(kernel, method, stats(), transposed=True), run(layer(), method))
 
 
 # MX4's "round" moves 4 * 2^e * 1.5 = 6 * 2^e up a binade, so that its own output isn't on the next grid.
@@ -275,22 +274,6 @@ def test_codes_suit_the_stored_scales(method) -> None:
     every = lut[:, None, :] * scales[:, :1, None] + offsets
     best = np.abs(every - w[:, :, None]).min(axis=2)
     np.testing.assert_allclose(chosen, best, rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("method", [Int(3, group_size=16), NF4(group_size=16), FP4(group_size=7), MX4()], ids=repr)
-def test_a_clipped_range_lowers_the_weighted_error_of_every_group(method) -> None:
-    w, h = layer(), np.asarray(STATS[statistics.Moments()].second_moment)
-    clip = dataclasses.replace(method, clip=True)
-
-    def errors(q, h):
-        lost = np.pad(h * (np.asarray(dequantize(q)) - w) ** 2, ((0, 0), (0, -K % method.group_size)))
-        return lost.reshape(N, -1, method.group_size).sum(axis=2)
-
-    plain, weighted, alone = run(w, method), run(w, clip), run_without_stats(w, clip)
-    for clipped, counts in ((weighted, h), (alone, np.ones(K))):
-        before, after = errors(plain, counts), errors(clipped, counts)
-        assert (after <= before * (1 + 1e-5) + 1e-12).all() and after.sum() < 0.95 * before.sum()
-    assert errors(weighted, h).sum() < errors(alone, h).sum()
 
 
 def test_more_bits_and_smaller_groups_are_closer() -> None:

@@ -36,9 +36,16 @@ def inputs() -> np.ndarray:
     return rng.normal(0.3, 10.0 ** rng.uniform(-1, 0.5, K), (256, K)).astype(np.float32)
 
 
-W, STATS = layer(), statistics.from_activations(inputs())
-SEEN = STATS[statistics.Moments()]
-H = np.asarray(SEEN.second_moment, np.float64)
+W = layer()
+
+
+@functools.cache
+def stats() -> statistics.Gathered:
+    return statistics.from_activations(inputs())
+
+
+def importance() -> jax.Array:
+    return stats()[statistics.Moments()].second_moment
 
 
 def stored_error(q: weights.QuantizedTensor) -> np.ndarray:
@@ -47,11 +54,11 @@ def stored_error(q: weights.QuantizedTensor) -> np.ndarray:
     for stored, combine in ((q.scales, np.multiply), (q.offsets, np.add)):
         if stored is not None:
             back = combine(back, np.asarray(stored, np.float64).repeat(G, axis=1)[:, :K])
-    return (H * (back - W) ** 2).sum(axis=1)
+    return (np.asarray(importance(), np.float64) * (back - W) ** 2).sum(axis=1)
 
 
 def learned(method: Any4) -> weights.QuantizedTensor:
-    return quantize(jnp.asarray(W), method, STATS)
+    return quantize(jnp.asarray(W), method, stats())
 
 
 @pytest.fixture(params=[option.name for option in backends.BACKENDS.options])
@@ -70,7 +77,7 @@ def start() -> weights.QuantizedTensor:
 
 def rounds(number: int, w: jax.Array, backend: str) -> Fit:
     fit = Fit(start().lut, start().scales, start().offsets)
-    return refit(w, SEEN.second_moment, fit, G, searches=1, max_rounds=number, backend=backend)
+    return refit(w, importance(), fit, G, searches=1, max_rounds=number, backend=backend)
 
 
 def test_no_round_raises_a_rows_error(backend) -> None:
@@ -107,7 +114,7 @@ def test_a_refit_goes_nowhere_from_what_is_exact(backend) -> None:
 def test_the_ends_of_a_table_may_be_held(backend) -> None:
     fit = Fit(start().lut, start().scales, start().offsets)
     options = {"searches": 0, "max_rounds": 2, "entries": slice(1, -1)}
-    held = refit(jnp.asarray(W), SEEN.second_moment, fit, G, **options, backend=backend)
+    held = refit(jnp.asarray(W), importance(), fit, G, **options, backend=backend)
     np.testing.assert_array_equal(held.lut[:, [0, -1]], start().lut[:, [0, -1]])
     assert (np.asarray(held.lut) != np.asarray(start().lut)).any()
 
@@ -121,7 +128,7 @@ def test_backends_agree(fields, backend) -> None:
     bits = fields.get("bits", 4)
     reached = []
     for name in ("xla", backend):
-        found = refit(jnp.asarray(W), SEEN.second_moment, fit, G, searches=1, max_rounds=3, backend=name)
+        found = refit(jnp.asarray(W), importance(), fit, G, searches=1, max_rounds=3, backend=name)
         reached.append(stored_error(weights.encode(jnp.asarray(W), *found, bits=bits, group_size=G)))
     assert (np.abs(reached[1] / reached[0] - 1) < 1e-3).mean() > 0.9
     np.testing.assert_allclose(reached[1].sum(), reached[0].sum(), rtol=1e-3)
@@ -130,7 +137,7 @@ def test_backends_agree(fields, backend) -> None:
 @pytest.mark.parametrize("offsets", [True, False], ids=["with offsets", "without"])
 def test_least_squares_of_a_group_is_numpys(offsets: bool) -> None:
     w = jnp.asarray(W)
-    cells = cells_of(w, SEEN.second_moment, G)
+    cells = cells_of(w, importance(), G)
     table = jnp.linspace(-7, 7, 16)[:, None].repeat(N, axis=1)
     start = Groups(jnp.full((3, N), 0.4), jnp.zeros((3, N)) if offsets else None)
     levels = levels_of(cells, table, start)

@@ -13,9 +13,10 @@ from any4_jax.nn.nnx import Any4Embed, Any4Linear
 from any4_jax.weights import is_operator
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if is_operator(operator(name))])
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "dense"])
 def test_an_operator_prints_shapes_and_dtypes_in_one_line(name: str) -> None:
     w = operator(name)
+    assert is_operator(w)
     for shown in (repr(w), str(w), f"{jax.eval_shape(lambda: w)!r}"):
         assert shown.startswith(type(w).__name__) and "\n" not in shown and "Array" not in shown and len(shown) < 600
     first = jax.tree.leaves(w)[0]

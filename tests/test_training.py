@@ -1,6 +1,7 @@
 """Training over quantized weights: what is marked, exact gradients, LoRA and tables in NNX and Linen."""
 
 import dataclasses
+import functools
 from pathlib import Path
 
 import jax
@@ -74,14 +75,18 @@ def outputs(model) -> jax.Array:
     return model[0].apply({"params": model[1]}, X) if isinstance(model, tuple) else model(X)
 
 
-MIXED = {
-    "norm": np.ones(K, np.float32),
-    "tuned": Sum((PermuteInput(quantize(matrix(), Int(4, group_size=8)), jnp.arange(K)), low_rank())),
-    "any4": quantize(matrix(), FLOAT32),
-    "mx4": quantize(matrix(), MX4()),
-    "double": doubly_quantized(uniform=False),
-    "ramp": doubly_quantized(uniform=True),
-}
+@functools.cache
+def mixed() -> dict:
+    return {
+        "norm": np.ones(K, np.float32),
+        "tuned": Sum((PermuteInput(quantize(matrix(), Int(4, group_size=8)), jnp.arange(K)), low_rank())),
+        "any4": quantize(matrix(), FLOAT32),
+        "mx4": quantize(matrix(), MX4()),
+        "double": doubly_quantized(uniform=False),
+        "ramp": doubly_quantized(uniform=True),
+    }
+
+
 TABLES = {
     *("['tuned'].terms[0].inner.scales", "['tuned'].terms[0].inner.offsets"),
     *("['any4'].lut", "['any4'].scales", "['mx4'].lut", "['ramp'].lut", "['ramp'].scales.scales"),
@@ -94,12 +99,12 @@ FACTORS = {"['tuned'].terms[1].a", "['tuned'].terms[1].b"}
     "what, expected", [("floats", {"['norm']"} | TABLES | FACTORS), ("tables", TABLES), ("lora", FACTORS)]
 )
 def test_trainable_marks(what: str, expected: set[str]) -> None:
-    marks = trainable(MIXED, what)
-    assert jax.tree.structure(marks) == jax.tree.structure(MIXED)
+    marks = trainable(mixed(), what)
+    assert jax.tree.structure(marks) == jax.tree.structure(mixed())
     flat = jax.tree_util.tree_leaves_with_path(marks)
     assert all(type(mark) is bool for _, mark in flat)
     assert {jax.tree_util.keystr(path) for path, mark in flat if mark} == expected
-    assert trainable(jax.eval_shape(lambda: MIXED), what) == marks
+    assert trainable(jax.eval_shape(lambda: mixed()), what) == marks
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
-"""Plots how fast products are relative to a dense one, as SVG, which is text and so needs no plotting library."""
+"""Line plots as SVG, which is text and so needs no plotting library: how fast products are, how far models are off."""
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from html import escape
@@ -8,6 +9,75 @@ from typing import Any
 WIDTH, HEIGHT, LEFT, TOP, LEGEND = 860, 460, 60, 40, 200
 # Okabe and Ito's palette, which colour-blind readers can distinguish too.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+
+
+@dataclasses.dataclass(frozen=True)
+class Axis:
+    """An axis of a plot.
+
+    Attributes:
+      title: the text beside it.
+      low, high: the values at its ends, low < high unless all points share one.
+      ticks: the values that get a grid line and a number.
+      logarithmic: whether equal distances are equal ratios; all values are then above 0.
+      marked: a value with a darker grid line; None for none.
+    """
+
+    title: str
+    low: float
+    high: float
+    ticks: Sequence[float]
+    logarithmic: bool = False
+    marked: float | None = None
+
+    def at(self, value: float) -> float:
+        """Where a value is, 0 at the low end and 1 at the high end."""
+        scale = math.log if self.logarithmic else float
+        return (scale(value) - scale(self.low)) / max(scale(self.high) - scale(self.low), 1e-9)
+
+
+def line_plot(
+    lines: Mapping[str, Sequence[tuple[float, float]]], x_axis: Axis, y_axis: Axis, title: str, *, points: bool = False
+) -> str:
+    """An SVG plot with a line for each name, which the legend lists in their order.
+
+    Args:
+      lines: (x, y) by the name of a line; they are joined in the order of x.
+      x_axis, y_axis: they contain all points.
+      title: the text above the plot.
+      points: whether to draw a dot at each point.
+    """
+    right, low = WIDTH - LEGEND, HEIGHT - 50
+
+    def place(point: tuple[float, float]) -> tuple[float, float]:
+        return LEFT + (right - LEFT) * x_axis.at(point[0]), low - (low - TOP) * y_axis.at(point[1])
+
+    parts = [_text(LEFT, 22, title, "start", 15), _text((LEFT + right) / 2, HEIGHT - 12, x_axis.title, "middle")]
+    if y_axis.title:
+        parts.append(_text(14, (TOP + low) / 2, y_axis.title, "middle", turned=True))
+    for tick in x_axis.ticks:
+        x = place((tick, y_axis.low))[0]
+        parts += [
+            _line([(x, TOP), (x, low)], _grid(x_axis, tick, "#eeeeee")),
+            _text(x, low + 18, f"{tick:g}", "middle"),
+        ]
+    for tick in y_axis.ticks:
+        y = place((x_axis.low, tick))[1]
+        parts += [_line([(LEFT, y), (right, y)], _grid(y_axis, tick, "#dddddd"))]
+        parts += [_text(LEFT - 8, y + 4, f"{tick:g}", "end")]
+    for number, (name, line) in enumerate(lines.items()):
+        colour, dashes = COLOURS[number % len(COLOURS)], ("", "6 3", "2 3")[number // len(COLOURS) % 3]
+        at = TOP + 8 + 18 * number
+        places = [place(point) for point in sorted(line)]
+        parts += [_line(places, colour, 2, dashes), *(_dot(*each, colour) for each in places if points)]
+        parts += [
+            _line([(right + 20, at), (right + 44, at)], colour, 2, dashes),
+            _text(right + 50, at + 4, name, "start"),
+        ]
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" font-family="sans-serif">\n'
+        f'<rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>\n' + "\n".join(parts) + "\n</svg>\n"
+    )
 
 
 def speed_plot(rows: Sequence[Mapping[str, Any]], product: str, ratio: str, title: str) -> str:
@@ -22,45 +92,50 @@ def speed_plot(rows: Sequence[Mapping[str, Any]], product: str, ratio: str, titl
     Raises:
       ValueError: no row is left to plot.
     """
-    lines: dict[str, list[tuple[int, float]]] = {}
+    lines: dict[str, list[tuple[float, float]]] = {}
     for row in rows:
         if row["product"] == product and row[ratio] is not None:
             lines.setdefault(f"{row['n']} x {row['k']}", []).append((row["m"], row[ratio]))
     if not lines:
         raise ValueError(f"no row of {product!r} has a {ratio}, and the plot needs one; measure it first")
-    points = [point for line in lines.values() for point in line]
-    counts = sorted({m for m, _ in points})
-    bottom, top = (
-        2.0 ** round_(math.log2(f(y for _, y in points))) for f, round_ in ((min, math.floor), (max, math.ceil))
-    )
-    right, low = WIDTH - LEGEND, HEIGHT - 50
+    counts = sorted({m for line in lines.values() for m, _ in line})
+    speeds = [speed for line in lines.values() for _, speed in line]
+    first, last = math.floor(math.log2(min(speeds))), math.ceil(math.log2(max(speeds)))
+    levels = [2.0**power for power in range(first, last + 1)]
+    x_axis = Axis("rows of x", counts[0], counts[-1], counts, logarithmic=True)
+    return line_plot(lines, x_axis, Axis("", levels[0], levels[-1], levels, logarithmic=True, marked=1), title)
 
-    def x(m: float) -> float:
-        return LEFT + (right - LEFT) * math.log(m / counts[0]) / max(math.log(counts[-1] / counts[0]), 1e-9)
 
-    def y(value: float) -> float:
-        return low - (low - TOP) * math.log(value / bottom) / max(math.log(top / bottom), 1e-9)
+def quality_plot(rows: Sequence[Mapping[str, Any]], title: str) -> str:
+    """An SVG plot of the KL from the float model (logarithmic) against bits per weight, one line per method.
 
-    parts = [_text(LEFT, 22, title, "start", 15), _text((LEFT + right) / 2, HEIGHT - 12, "rows of x", "middle")]
-    for m in counts:
-        parts += [_line([(x(m), TOP), (x(m), low)], "#eeeeee"), _text(x(m), low + 18, str(m), "middle")]
-    level = bottom
-    while level <= top:
-        parts += [_line([(LEFT, y(level)), (right, y(level))], "#999999" if level == 1 else "#dddddd")]
-        parts += [_text(LEFT - 8, y(level) + 4, f"{level:g}", "end")]
-        level *= 2
-    for number, (name, line) in enumerate(lines.items()):
-        colour, dashes = COLOURS[number % len(COLOURS)], ("", "6 3", "2 3")[number // len(COLOURS) % 3]
-        at = TOP + 8 + 18 * number
-        parts += [_line([(x(m), y(value)) for m, value in sorted(line)], colour, 2, dashes)]
-        parts += [
-            _line([(right + 20, at), (right + 44, at)], colour, 2, dashes),
-            _text(right + 50, at + 4, name, "start"),
-        ]
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" font-family="sans-serif">\n'
-        f'<rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>\n' + "\n".join(parts) + "\n</svg>\n"
-    )
+    Args:
+      rows: rows of ablations.py. Those whose "case" is the same up to ", groups of" or ", whole rows" share a line.
+      title: the text above the plot.
+
+    Raises:
+      ValueError: there is no row, or one of them has no KL above 0.
+    """
+    lines: dict[str, list[tuple[float, float]]] = {}
+    for row in rows:
+        name = row["case"].split(", groups of ")[0].removesuffix(", whole rows")
+        if not row["kl_nats"] > 0:
+            raise ValueError(f"{row['case']} has a KL of {row['kl_nats']}, and a logarithm needs one above 0; drop it")
+        lines.setdefault(name, []).append((row["bits_per_weight"], row["kl_nats"]))
+    if not lines:
+        raise ValueError("got no row to plot, need at least one; measure some with ablations.py")
+    bits, found = ([point[axis] for line in lines.values() for point in line] for axis in (0, 1))
+    first, last = math.floor(2 * min(bits)), max(math.ceil(2 * max(bits)), math.floor(2 * min(bits)) + 1)
+    x_axis = Axis("bits per weight", first / 2, last / 2, [half / 2 for half in range(first, last + 1)])
+    levels = [digit * 10.0**power for power in range(-9, 9) for digit in (1, 2, 5)]
+    below, above = (sum(level <= value for level in levels) for value in (min(found), max(found)))
+    levels = levels[below - 1 : above + 1]
+    y_axis = Axis("KL from the float model, nats per token", levels[0], levels[-1], levels, logarithmic=True)
+    return line_plot(lines, x_axis, y_axis, title, points=True)
+
+
+def _grid(axis: Axis, tick: float, colour: str) -> str:
+    return "#999999" if tick == axis.marked else colour
 
 
 def _line(points: Sequence[tuple[float, float]], colour: str, width: int = 1, dashes: str = "") -> str:
@@ -70,5 +145,10 @@ def _line(points: Sequence[tuple[float, float]], colour: str, width: int = 1, da
     )
 
 
-def _text(x: float, y: float, text: str, anchor: str, size: int = 12) -> str:
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" font-size="{size}">{escape(text)}</text>'
+def _dot(x: float, y: float, colour: str) -> str:
+    return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{colour}"/>'
+
+
+def _text(x: float, y: float, text: str, anchor: str, size: int = 12, turned: bool = False) -> str:
+    turn = f' transform="rotate(-90 {x:.1f} {y:.1f})"' if turned else ""
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" font-size="{size}"{turn}>{escape(text)}</text>'

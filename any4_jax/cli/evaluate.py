@@ -1,4 +1,4 @@
-"""`any4 eval`: the perplexity of a model or checkpoint."""
+"""`any4 eval`: the perplexity of a model or checkpoint, and how far it is from another one."""
 
 import argparse
 import json
@@ -9,7 +9,7 @@ from any4_jax.cli.errors import CommandLineError, WorkError
 from any4_jax.cli.numbers import at_least, count
 from any4_jax.cli.output import progress, table
 from any4_jax.cli.sources import MODEL_HELP, open_model, read_text
-from any4_jax.evaluation import perplexity
+from any4_jax.evaluation import Divergence, Perplexity, divergence, perplexity
 
 SEQLEN = 2048
 
@@ -21,6 +21,12 @@ def add(commands: Any, common: argparse.ArgumentParser) -> None:
         "--tasks", nargs="+", choices=sorted(TASKS), default=[], help="data sets, fetched from the network"
     )
     parser.add_argument("--text", metavar="FILE", help="measure on the text of this file")
+    parser.add_argument(
+        "--against",
+        metavar="MODEL",
+        help="also tell how far the predictions are from those of this model, such as the float one: the mean "
+        "KL(MODEL || CKPT_OR_MODEL), and how often both find the same token likeliest",
+    )
     parser.add_argument(
         "--seqlen",
         type=at_least(2),
@@ -41,20 +47,20 @@ def run(args: argparse.Namespace) -> int:
     if args.text is not None:
         sources[args.text] = read_text(args.text)
     model = open_model(args.model)
-    seqlen = args.seqlen or min(SEQLEN, model.config.max_position_embeddings)
+    against = None if args.against is None else open_model(args.against)
+    opened = [model] if against is None else [model, against]
+    seqlen = args.seqlen or min(SEQLEN, *(each.config.max_position_embeddings for each in opened))
 
     results: dict[str, dict[str, Any]] = {}
     for name, text in sources.items():
         with progress(name, "window") as bar:
-            measured = perplexity(model, text, seqlen=seqlen, windows=args.windows, progress=bar)
-        results[name] = {
-            "perplexity": measured.value,
-            "standard_error": measured.bootstrap(),
-            "nats_per_token": measured.nll,
-            "windows": len(measured.window_nll),
-            "seqlen": seqlen,
-            "window_nats_per_token": measured.window_nll.tolist(),
-        }
+            if against is None:
+                found = perplexity(model, text, seqlen=seqlen, windows=args.windows, progress=bar)
+                results[name] = _of_perplexity(found)
+            else:
+                both = divergence(against, model, text, seqlen=seqlen, windows=args.windows, progress=bar)
+                results[name] = _of_perplexity(both.model) | {"against": _of_divergence(both)}
+    header = ["text", "perplexity", "error", "nats/token", f"windows of {seqlen}"]
     rows = [
         [
             name,
@@ -65,10 +71,40 @@ def run(args: argparse.Namespace) -> int:
         ]
         for name, r in results.items()
     ]
-    print(table(["text", "perplexity", "error", "nats/token", f"windows of {seqlen}"], rows))
+    if against is not None:
+        header += ["KL nats/token", "error", "top-1 agreement"]
+        for row, r in zip(rows, results.values(), strict=True):
+            compared = r["against"]
+            row += [f"{compared['kl_nats_per_token']:.5f}", f"{compared['kl_standard_error']:.5f}"]
+            row += [f"{compared['top1_agreement']:.2%}"]
+    print(table(header, rows))
     if args.out is not None:
-        Path(args.out).write_text(json.dumps({"model": args.model, "results": results}, indent=2) + "\n")
+        models = {"model": args.model} | ({} if against is None else {"against": args.against})
+        Path(args.out).write_text(json.dumps(models | {"results": results}, indent=2) + "\n")
     return 0
+
+
+def _of_perplexity(measured: Perplexity) -> dict[str, Any]:
+    return {
+        "perplexity": measured.value,
+        "standard_error": measured.bootstrap(),
+        "nats_per_token": measured.nll,
+        "windows": len(measured.window_nll),
+        "seqlen": measured.seqlen,
+        "window_nats_per_token": measured.window_nll.tolist(),
+    }
+
+
+def _of_divergence(measured: Divergence) -> dict[str, Any]:
+    return {
+        "kl_nats_per_token": measured.kl,
+        "kl_standard_error": measured.bootstrap(),
+        "top1_agreement": measured.top1,
+        "perplexity": measured.reference.value,
+        "nats_per_token": measured.reference.nll,
+        "window_kl_nats_per_token": measured.window_kl.tolist(),
+        "window_top1_agreement": measured.window_top1.tolist(),
+    }
 
 
 def _wikitext2() -> str:

@@ -12,16 +12,20 @@ from tqdm import tqdm
 
 from any4_jax import checkpoint, models
 from any4_jax.checkpoint.partial import PartialStore
-from any4_jax.cli.errors import WorkError
+from any4_jax.cli.errors import CommandLineError, WorkError
 from any4_jax.cli.interrupts import AGAIN, Interrupted
 from any4_jax.cli.methods import add_method, method_from
+from any4_jax.cli.numbers import count
 from any4_jax.cli.options import checked
 from any4_jax.cli.output import Progress, megabytes, progress
 from any4_jax.cli.sizes import expected, where_the_bits_go
 from any4_jax.cli.sources import MODEL_HELP, calibration_text, check_output, is_checkpoint
+from any4_jax.data import pieces
 from any4_jax.methods import CATALOGUE
 from any4_jax.surgery import quantized_leaves
 from any4_jax.walk import quantize_model
+
+SEQLEN = 2048
 
 
 def add(commands: Any, common: argparse.ArgumentParser, argv: Sequence[str]) -> None:
@@ -39,9 +43,22 @@ def add(commands: Any, common: argparse.ArgumentParser, argv: Sequence[str]) -> 
     )
     parser.add_argument(
         "--calibrate",
-        metavar="prompt|FILE|none",
+        metavar="prompt|essays|FILE|none",
         default="prompt",
-        help="text that shows which inputs matter; prompt is the bundled one (default)",
+        help="text that shows which inputs matter; prompt is the bundled one of 300 words (default), essays are 6,000 "
+        "words, which gptq uses well",
+    )
+    parser.add_argument(
+        "--samples",
+        type=count,
+        metavar="N",
+        help="calibrate on N pieces of --seqlen tokens, spread evenly over the text (default: on all of it)",
+    )
+    parser.add_argument(
+        "--seqlen",
+        type=count,
+        metavar="T",
+        help=f"tokens in a piece of the text (default: {SEQLEN}, or the model's context if that is shorter)",
     )
     parser.add_argument(
         "--rules",
@@ -67,6 +84,8 @@ def add(commands: Any, common: argparse.ArgumentParser, argv: Sequence[str]) -> 
 
 def run(args: argparse.Namespace) -> int:
     calibrated = args.calibrate != "none"
+    if not calibrated and (args.samples or args.seqlen):
+        raise CommandLineError("got --samples or --seqlen with --calibrate none; name a text, or leave them out")
     method = checked(method_from(args), calibrated)
     check_output(args.out)
     if is_checkpoint(args.model):
@@ -80,10 +99,16 @@ def run(args: argparse.Namespace) -> int:
     try:
         with PartialStore(partial, resume=args.resume) as finished:
             model = models.load(args.model)
+            seqlen = min(args.seqlen or SEQLEN, model.config.max_position_embeddings)
+            data: Any = text
+            if text is not None and args.samples is not None:
+                data = pieces(model.tokenizer.encode(text), args.samples, seqlen)
             print(expected(model, method, rules), file=sys.stderr)
             with progress("quantize", "linear") as bar:
                 step = _telling(finished, bar)
-                model = quantize_model(model, method, data=text, rules=rules, progress=step, finished=finished)
+                model = quantize_model(
+                    model, method, data=data, rules=rules, seqlen=seqlen, progress=step, finished=finished
+                )
             checkpoint.save(args.out, model)
             finished.clear()
     except KeyboardInterrupt:

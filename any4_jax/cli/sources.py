@@ -40,9 +40,11 @@ def open_model(name: str) -> models.Decoder:
 
 
 def calibration_text(source: str) -> str:
-    """The text of a file, or the bundled one for "prompt"."""
+    """The text of a file, the bundled prompt for "prompt", or the bundled essays and stories for "essays"."""
     if source == "prompt":
         return texts.prompt()
+    if source == "essays":
+        return texts.essays() + "\n" + texts.stories()
     return read_text(source)
 
 

@@ -4,9 +4,10 @@ import contextlib
 import importlib.resources
 from pathlib import Path
 
+from any4_jax.data.pieces import pieces
 from any4_jax.data.texts import essays, prompt, stories
 
-__all__ = ["bundled", "essays", "prompt", "stories"]
+__all__ = ["bundled", "essays", "pieces", "prompt", "stories"]
 
 
 def bundled(name: str) -> contextlib.AbstractContextManager[Path]:

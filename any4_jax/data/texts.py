@@ -17,7 +17,7 @@ def prompt() -> str:
 
 
 def essays() -> str:
-    """About 4,500 words of varied English prose for measuring perplexity; never used for calibration."""
+    """About 4,500 words of varied English prose. The demo measures perplexity on it, so it doesn't calibrate on it."""
     return _text("essays.txt")
 
 

@@ -1,5 +1,6 @@
-"""Evaluation: perplexity, its error, and the difference between models on the same text."""
+"""Evaluation: perplexity, the divergence from another model, their errors, and differences on the same text."""
 
+from any4_jax.evaluation.divergence import Divergence, divergence
 from any4_jax.evaluation.perplexity import Difference, Perplexity, paired_difference, perplexity
 
-__all__ = ["Difference", "Perplexity", "paired_difference", "perplexity"]
+__all__ = ["Difference", "Divergence", "Perplexity", "divergence", "paired_difference", "perplexity"]

@@ -8,16 +8,13 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-# Short windows are batched up to this many tokens: the program dequantizes the weights once per call, which would
-# dominate windows of a few hundred tokens.
-_BATCH_TOKENS = 2048
-_SEQLEN = 2048
+from any4_jax.evaluation.windows import Progress, batches, cut, resampled_error
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,7 +46,7 @@ class Perplexity:
 
     def bootstrap(self, n: int = 2000, seed: int = 0) -> float:
         """The standard error of `value`, from n resamplings of the windows; 0 if there is one window."""
-        return float(np.exp(_resampled_means(self.window_nll, n, seed)).std())
+        return resampled_error(self.window_nll, n, seed, of=np.exp)
 
 
 class Difference(NamedTuple):
@@ -65,7 +62,7 @@ def perplexity(
     *,
     seqlen: int | None = None,
     windows: int | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Perplexity:
     """The perplexity of `model` on a text.
 
@@ -86,30 +83,13 @@ def perplexity(
       TypeError: the ids are not one row of integers, a text is given for a model without a tokenizer, or `seqlen` or
         `windows` is no integer.
     """
-    seqlen = _checked_seqlen(model, seqlen)
-    if windows is not None:
-        _check_size("windows", windows, 1, "use None for all")
-    ids = _token_ids(model, text_or_ids)
-    available = len(ids) // seqlen
-    wanted = available if windows is None else windows
-    if available == 0 or wanted > available:
-        raise ValueError(
-            f"the text has {len(ids)} tokens, which make {available} windows of {seqlen}, and "
-            f"{max(wanted, 1)} are needed; give a longer text, fewer windows, or a smaller seqlen"
-        )
-    rows = ids[: wanted * seqlen].reshape(wanted, seqlen)
-    batch = min(wanted, max(1, _BATCH_TOKENS // seqlen))
-
-    window_nll = np.empty(wanted, np.float64)
-    for first in range(0, wanted, batch):
-        # The last batch repeats a window instead of being shorter, so that one program serves all batches.
-        index = np.minimum(np.arange(first, first + batch), wanted - 1)
-        tokens = jnp.asarray(rows[index])
+    rows = cut((model,), text_or_ids, seqlen, windows)
+    window_nll = np.empty(len(rows), np.float64)
+    for index, batch in batches(rows, progress):
+        tokens = jnp.asarray(batch)
         losses = np.asarray(_cross_entropy(model(tokens), tokens), np.float64)  # [batch, seqlen - 1]
         window_nll[index] = losses.mean(axis=1)
-        if progress is not None:
-            progress(min(first + batch, wanted), wanted)
-    return Perplexity(window_nll, seqlen)
+    return Perplexity(window_nll, rows.shape[1])
 
 
 def paired_difference(a: Perplexity, b: Perplexity, n: int = 2000, seed: int = 0) -> Difference:
@@ -127,7 +107,7 @@ def paired_difference(a: Perplexity, b: Perplexity, n: int = 2000, seed: int = 0
             "a paired difference needs the same windows, so measure both with the same text and seqlen"
         )
     difference = a.window_nll - b.window_nll
-    return Difference(float(difference.mean()), float(_resampled_means(difference, n, seed).std()))
+    return Difference(float(difference.mean()), resampled_error(difference, n, seed))
 
 
 @jax.jit
@@ -138,46 +118,3 @@ def _cross_entropy(logits: jax.Array, tokens: jax.Array) -> jax.Array:
     log_total = jax.nn.logsumexp(predicted, axis=-1)
     chosen = jnp.take_along_axis(predicted, tokens[:, 1:, None], axis=-1)[..., 0]
     return log_total - chosen
-
-
-def _token_ids(model: Any, text_or_ids: Any) -> np.ndarray:
-    if isinstance(text_or_ids, str):
-        tokenizer = getattr(model, "tokenizer", None)
-        if tokenizer is None:
-            raise TypeError("got a text for a model without a tokenizer; pass token ids instead")
-        return np.asarray(tokenizer.encode(text_or_ids), np.int32)
-    ids = np.asarray(text_or_ids)
-    if ids.size == 0:  # of no dtype that means anything: numpy makes floats of []
-        return np.zeros(0, np.int32)
-    if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer):
-        raise TypeError(f"got token ids of shape {ids.shape} and dtype {ids.dtype}; pass one row of integers")
-    vocabulary = getattr(getattr(model, "config", None), "vocab_size", None)
-    low, top = int(ids.min(initial=0)), int(ids.max(initial=0))
-    if low < 0 or (vocabulary is not None and top >= vocabulary):
-        raise ValueError(
-            f"got token ids from {low} to {top}, the vocabulary has {vocabulary or 'none below 0'}; use its tokenizer"
-        )
-    return ids.astype(np.int32)
-
-
-def _checked_seqlen(model: Any, seqlen: int | None) -> int:
-    context = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-    if seqlen is None:
-        return _SEQLEN if context is None else min(_SEQLEN, context)
-    _check_size("seqlen", seqlen, 2, "a window needs 2 tokens to predict one")
-    if context is not None and seqlen > context:
-        raise ValueError(f"seqlen={seqlen} is longer than the model's context of {context}; pass a smaller seqlen")
-    return seqlen
-
-
-def _check_size(name: str, value: Any, least: int, why: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | np.integer):
-        raise TypeError(f"{name}={value!r} is a {type(value).__name__}, and an integer is needed; {why}")
-    if value < least:
-        raise ValueError(f"{name}={value}, and at least {least} is needed; {why}")
-
-
-def _resampled_means(values: np.ndarray, n: int, seed: int) -> np.ndarray:
-    """The means of n resamplings with replacement: [windows] -> [n]."""
-    index = np.random.default_rng(seed).integers(0, len(values), (n, len(values)))
-    return values[index].mean(axis=1)

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 from pydantic import Field
 
 from any4_jax import scaling, weights
+from any4_jax.compensation import Grid, Rescale, compensate, damped, factor, solve
 from any4_jax.methods.any4 import Any4
 from any4_jax.methods.base import Method, Result
-from any4_jax.methods.compensation import HIGHEST, Grid, Rescale, compensate, damped, factor, solve
 from any4_jax.methods.fields import Fields
 from any4_jax.refit import Fit
 from any4_jax.refit.hessian import improve
@@ -39,9 +39,9 @@ class GPTQ(Fields):
     """Error compensation: the inner method gives tables, scales and offsets, and GPTQ the codes.
 
     The columns of a matrix are quantized in sequence. Each takes the code that is nearest once the errors of the
-    columns before it are compensated, as far as inputs that occur together allow (compensation.py). What counts is the
-    error of the layer's output, tr((W - Q) H (W - Q)^T) with H = E[x x^T]. The weights of inputs that were always zero
-    are rounded to nearest.
+    columns before it are compensated, as far as inputs that occur together allow (any4_jax/compensation). What counts
+    is the error of the layer's output, tr((W - Q) H (W - Q)^T) with H = E[x x^T]. The weights of inputs that were
+    always zero are rounded to nearest.
 
     Attributes:
       inner: what gives tables and scales: any method whose result is one table-coded matrix.
@@ -102,7 +102,7 @@ class GPTQ(Fields):
         factored = factor(seen.mean, order, damping)
         if Drift() in self.needs:
             unit = scaling.unit(w, jnp.float32)
-            lacking = jnp.matmul(w / unit, gathered[Drift()].mean, precision=HIGHEST)[:, order]
+            lacking = jnp.matmul(w / unit, gathered[Drift()].mean, precision=jax.lax.Precision.HIGHEST)[:, order]
             w = w + self.asymmetric * unit * solve(factored, lacking)[:, jnp.argsort(order)]
         given = self.inner.apply(w, gathered)
         leaf = self._leaf(given.operator)

@@ -40,8 +40,10 @@ class Drift:
     def empty(self, k: int) -> DriftSum:
         return DriftSum(np.int32(0), np.zeros((k, k), np.float32))
 
-    def update(self, accumulator: DriftSum, x: jax.Array, mask: jax.Array, x_float: jax.Array) -> DriftSum:
-        gap = x_float - x
+    def update(
+        self, accumulator: DriftSum, x: jax.Array, mask: jax.Array, x_float: jax.Array | None = None
+    ) -> DriftSum:
+        gap = jnp.zeros_like(x) if x_float is None else x_float - x
         product = jax.lax.dot_general(gap, x, (((0,), (0,)), ((), ())), precision=jax.lax.Precision.HIGHEST)
         return DriftSum(accumulator.count + mask.sum(dtype=jnp.int32), accumulator.sum + product)
 

@@ -44,7 +44,7 @@ class Statistic(Protocol):
     # NaN and infinity are found without it.
     #
     # Those that compare x with the float model's activations say so by `paired: ClassVar[bool] = True`. Their `update`
-    # has one argument more, x_float float32 [T, K].
+    # has one argument more, x_float float32 [T, K], which is left out where that is x itself.
 
 
 def is_paired(statistic: Statistic) -> bool:
@@ -163,14 +163,15 @@ def update(
             f"got tokens routed to {wanted} experts for statistics of {gathered.stack}; make both for the same experts"
         )
     apart = routed is not None and x.shape[:-1] == routed.shape
-    pair = (x,) if x_float is None else (x, x_float)
+    pair: tuple[jax.Array, ...] = (x,) if x_float is None else (x, x_float)
     pair = tuple(each.astype(jnp.float32).reshape(*wanted * apart, -1, gathered.k) for each in pair)
     keep = jnp.ones(pair[0].shape[-2], bool) if mask is None else mask.reshape(-1)
 
     def one(accumulators: dict[Statistic, Any], pair: tuple[jax.Array, ...], keep: jax.Array) -> dict[Statistic, Any]:
         rows, *floats = (jnp.where(keep[:, None], each, 0.0) for each in pair)
+        more: dict[bool, Any] = {False: (), True: floats}
         return {
-            statistic: statistic.update(a, rows, keep, *(floats or [rows]) * is_paired(statistic))
+            statistic: statistic.update(a, rows, keep, *more[is_paired(statistic)])
             for statistic, a in accumulators.items()
         }
 

@@ -4,9 +4,12 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from any4_jax.methods import FP4, NF4, Any4, Int
+from any4_jax.methods import FP4, GPTQ, NF4, Any4, Int
+from any4_jax.methods.base import scope_of
+from any4_jax.statistics import Hessian
 
-NONE, PROMPT = "none", "prompt"
+NONE, PROMPT, TEXT, OTHER = "none", "prompt", "text", "essays and stories"
+WHOLE_ROWS = 1 << 30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -14,24 +17,36 @@ class Case:
     """A method and its calibration data.
 
     Attributes:
-      name: of the row.
+      name: of the row; what stands before ", groups of N" or ", whole rows" names a line of quality_plot.py.
       method: any method.
-      samples: pieces of the calibration text, spread evenly over it; 0 means the bundled prompt.
+      source: NONE, the bundled PROMPT, a calibration TEXT, or OTHER: bundled texts from another domain than the one
+        that is measured.
+      samples: pieces of the calibration TEXT, spread evenly over it.
       length: tokens in a piece.
-      calibrated: whether statistics are gathered at all.
     """
 
     name: str
     method: Any
+    source: str = PROMPT
     samples: int = 0
     length: int = 512
-    calibrated: bool = True
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether statistics are gathered at all."""
+        return self.source != NONE
 
     @property
     def calibration(self) -> str:
-        if not self.calibrated:
-            return NONE
-        return f"text, {self.samples} x {self.length} tokens" if self.samples else PROMPT
+        """The data, as rows name it."""
+        return f"{TEXT}, {self.samples} x {self.length} tokens" if self.source == TEXT else self.source
+
+    @property
+    def walked(self) -> bool:
+        """Whether the method has to meet the data in a walk over the model: it quantizes while it calibrates, or its
+        statistics of all layers at once are too large."""
+        method = self.method
+        return self.calibrated and (method.sequential or Hessian() in method.needs or scope_of(method) != "matrix")
 
 
 def reference(g: int) -> Case:
@@ -45,14 +60,18 @@ def paper(g: int) -> Case:
 
 
 def _fixed(name: str, method: Any) -> Case:
-    return Case(name, method, calibrated=False)
+    return Case(name, method, NONE)
+
+
+def _on_text(name: str, method: Any, samples: int = 128, length: int = 512) -> Case:
+    return Case(name, method, TEXT, samples, length)
 
 
 def _headline(g: int) -> list[Case]:
     return [
         paper(g),
         Case("any4", Any4(group_size=g)),
-        Case("any4", Any4(group_size=g), samples=8),
+        _on_text("any4", Any4(group_size=g), 8),
         Case("any4, exact tables alone", Any4(group_size=g, refit=False)),
         _fixed("nf4", NF4(group_size=g)),
         _fixed(f"nf4, groups of {g // 2}", NF4(group_size=g // 2)),
@@ -63,7 +82,7 @@ def _headline(g: int) -> list[Case]:
         _fixed("int3", Int(bits=3, group_size=g)),
         _fixed("int3, float minimum", Int(bits=3, group_size=g, zero_point="float")),
         Case("any3", Any4(bits=3, group_size=g)),
-        Case("any3", Any4(bits=3, group_size=g), samples=8),
+        _on_text("any3", Any4(bits=3, group_size=g), 8),
         Case("any2", Any4(bits=2, group_size=g)),
     ]
 
@@ -78,12 +97,12 @@ def _parts(g: int) -> list[Case]:
 
 def _group_size(g: int) -> list[Case]:
     cases = [Case(f"any4, groups of {size}", Any4(group_size=size)) for size in (32, 64, 128)]
-    return [*cases, Case("any4, whole rows", Any4(group_size=1 << 30))]
+    return [*cases, Case("any4, whole rows", Any4(group_size=WHOLE_ROWS))]
 
 
 def _calibration(g: int) -> list[Case]:
     sizes = ((8, 512), (32, 512), (128, 512), (8, 128), (2, 2048), (32, 2048))
-    return [Case("any4", Any4(group_size=g))] + [Case("any4", Any4(group_size=g), s, t) for s, t in sizes]
+    return [Case("any4", Any4(group_size=g))] + [_on_text("any4", Any4(group_size=g), s, t) for s, t in sizes]
 
 
 def _term(g: int) -> list[Case]:
@@ -114,14 +133,77 @@ def _gradient(g: int) -> list[Case]:
     return [
         Case("gradient, no refit", dataclasses.replace(trained, refit=False)),
         Case("gradient", trained),
-        Case("gradient", trained, samples=8),
-        Case("gradient, 2048 tokens", dataclasses.replace(trained, sample_tokens=2048), samples=128),
+        _on_text("gradient", trained, 8),
+        _on_text("gradient, 2048 tokens", dataclasses.replace(trained, sample_tokens=2048)),
     ]
 
 
 def _bits(g: int) -> list[Case]:
     cases = [_fixed(f"int{bits}", Int(bits=bits, group_size=g)) for bits in (4, 3, 2)]
     return cases + [Case(f"any{bits}", Any4(bits=bits, group_size=g)) for bits in (4, 3, 2)]
+
+
+def _gptq(g: int) -> list[Case]:
+    """What each choice in GPTQ is worth on one text; then texts of another domain, beside `Any4()` on the same ones."""
+    any4, clipped = Any4(group_size=g), Int(group_size=g, clip=True)
+    best = GPTQ(inner=any4)
+    choices: tuple[tuple[str, dict[str, Any]], ...] = (
+        *((f"asymmetric {alpha:g}", dict(asymmetric=alpha)) for alpha in (0.0, 0.25, 0.75, 1.0)),
+        ("columns in their order", dict(act_order=False)),
+        *((f"damping {damping:g}", dict(damping=damping)) for damping in (0.001, 0.01, 0.03, 0.1)),
+        ("inputs of the float model", dict(sequential=False, asymmetric=0.0)),
+    )
+    return [
+        _on_text("any4", any4),
+        _on_text("GPTQ any4", best),
+        _on_text("GPTQ int4", GPTQ(inner=clipped)),
+        _on_text("GPTQ int4, no clip", GPTQ(inner=dataclasses.replace(clipped, clip=False))),
+        _on_text("GPTQ nf4", GPTQ(inner=NF4(group_size=g))),
+        *(_on_text(f"GPTQ any4, {name}", dataclasses.replace(best, **fields)) for name, fields in choices),
+        *(_on_text(f"GPTQ any{bits}", GPTQ(inner=Any4(bits=bits, group_size=g))) for bits in (3, 2)),
+        *(
+            Case(name, method, source)
+            for source in (OTHER, PROMPT)
+            for name, method in (("any4", any4), ("GPTQ any4", best))
+        ),
+    ]
+
+
+def _gptq_tokens(g: int) -> list[Case]:
+    sizes = ((2, 512), (8, 512), (32, 512), (128, 512), (32, 2048), (128, 2048))
+    method = GPTQ(inner=Any4(group_size=g))
+    published = dataclasses.replace(method, damping=0.01)
+    return [
+        Case("GPTQ any4", method),
+        *(_on_text("GPTQ any4", method, s, t) for s, t in sizes),
+        Case("GPTQ any4, damping 0.01", published),
+        *(_on_text("GPTQ any4, damping 0.01", published, s) for s in (8, 32, 128)),
+    ]
+
+
+def _bits_kl(g: int) -> list[Case]:
+    """From 2 to 5 bits per weight: all tables and group sizes, plain and with GPTQ's codes; see quality_plot.py."""
+    sizes = {f"groups of {size}": size for size in (32, 64, 128)} | {"whole rows": WHOLE_ROWS}
+    cases = [
+        _fixed(f"{name}, {groups}", dataclasses.replace(method, group_size=size))
+        for name, method in (*((f"int{bits}", Int(bits=bits)) for bits in (2, 3, 4)), ("nf4", NF4()))
+        for groups, size in sizes.items()
+    ]
+    cases += [
+        _on_text(f"any{bits}, {groups}", Any4(bits=bits, group_size=size))
+        for bits in (2, 3, 4)
+        for groups, size in sizes.items()
+    ]
+    inner = (
+        *((f"int{bits}", Int(bits=bits, clip=True)) for bits in (2, 3, 4)),
+        ("nf4", NF4()),
+        *((f"any{bits}", Any4(bits=bits)) for bits in (2, 3, 4)),
+    )
+    return cases + [
+        _on_text(f"GPTQ {name}, {groups}", GPTQ(inner=dataclasses.replace(method, group_size=size)))
+        for name, method in inner
+        for groups, size in sizes.items()
+    ]
 
 
 STUDIES: Mapping[str, Callable[[int], list[Case]]] = {
@@ -133,5 +215,8 @@ STUDIES: Mapping[str, Callable[[int], list[Case]]] = {
     "initialisation": _initialisation,
     "gradient": _gradient,
     "bits": _bits,
+    "gptq": _gptq,
+    "gptq-tokens": _gptq_tokens,
+    "bits-kl": _bits_kl,
 }
 """Name of a study -> its cases, as a function of the group size."""

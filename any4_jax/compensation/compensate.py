@@ -17,59 +17,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from any4_jax import formats, scaling
-
-HIGHEST = jax.lax.Precision.HIGHEST
-
-
-class Factor(NamedTuple):
-    """A Hessian for a sequence of columns.
-
-    Attributes:
-      upper: U, float32 [K, K], upper triangular with ones on the diagonal.
-      pivots: the diagonal of R, float32 [K].
-      positive: whether the Hessian is positive definite, bool [].
-    """
-
-    upper: jax.Array
-    pivots: jax.Array
-    positive: jax.Array
-
-
-def damped(hessian: jax.Array, damping: float | jax.Array) -> jax.Array:
-    """A Hessian float32 [K, K] with `damping` times the mean of its diagonal added to the diagonal.
-
-    Inputs that were always zero don't count in the mean, and get the mean itself.
-    """
-    diagonal = jnp.diagonal(hessian)
-    alive = diagonal > 0
-    mean = diagonal.sum() / jnp.maximum(alive.sum(), 1).astype(jnp.float32)
-    mean = jnp.where(mean > 0, mean, 1.0)
-    on_diagonal = jnp.eye(hessian.shape[0], dtype=bool)
-    return jnp.where(on_diagonal, jnp.where(alive, diagonal + damping * mean, mean), hessian)
-
-
-def factor(hessian: jax.Array, order: jax.Array, damping: float | jax.Array) -> Factor:
-    """Factors a Hessian float32 [K, K], once `damped`, for the columns taken in the order int32 [K].
-
-    The rows and columns of U of inputs that were always zero are those of the identity, so no error passes to or from
-    their weights.
-    """
-    ordered = damped(hessian, damping)[order][:, order]
-    # The Cholesky factor of the matrix with both axes reversed is R reversed.
-    reverse = jnp.linalg.cholesky(ordered[::-1, ::-1], symmetrize_input=False)[::-1, ::-1]
-    pivots = jnp.diagonal(reverse)
-    # A pivot below the rounding error of its sum is noise: exact arithmetic would give zero, or less.
-    positive = (jnp.square(pivots) > jnp.finfo(jnp.float32).eps * jnp.diagonal(ordered)).all()
-    return Factor(jnp.triu(reverse / pivots), pivots, positive)
-
-
-def solve(factored: Factor, rows: jax.Array) -> jax.Array:
-    """X with X H = rows, both float32 [N, K] with columns in the sequence of the factor of H."""
-    upper = factored.upper
-    inner = jax.scipy.linalg.solve_triangular(upper, rows.T, lower=False, unit_diagonal=True)
-    inner = inner / jnp.square(factored.pivots)[:, None]
-    return jax.scipy.linalg.solve_triangular(upper, inner, trans=1, lower=False, unit_diagonal=True).T
+from any4_jax import scaling
+from any4_jax.compensation.backends import choose
+from any4_jax.compensation.xla import HIGHEST, Levels
 
 
 class Grid(NamedTuple):
@@ -175,22 +125,13 @@ def compensate(
         wanted = own + pulled(start, block, errors)
         corner = jax.lax.dynamic_slice(upper, (start, start), (block, block))
 
-        def column(i, within):
-            codes, errors = within
-            value = wanted[i] + jnp.matmul(corner[:, i], errors, precision=HIGHEST)
-            group = groups[start + i]
-            scale = scales[:, group][:, None]
-            offset = None if offsets is None else offsets[:, group][:, None]
-            u = scaling.normalize(value[:, None], scale, offset, 1)
-            code = formats.nearest(u, table, uniform=uniform)
-            level = jnp.take_along_axis(table, code.astype(jnp.int32), axis=1)
-            found = level * scaling.scale_values(scale)
-            if offset is not None:
-                found = found + offset.astype(jnp.float32)
-            return codes.at[i].set(code[:, 0]), errors.at[i].set(own[i] - found[:, 0])
-
-        start_of_block = jnp.zeros((block, n), jnp.uint8), jnp.zeros((block, n), jnp.float32)
-        new_codes, new_errors = jax.lax.fori_loop(0, block, column, start_of_block)
+        own_groups = jax.lax.dynamic_slice_in_dim(groups, start, block)
+        grids = Levels(
+            table,
+            scaling.scale_values(scales[:, own_groups].T),
+            None if offsets is None else offsets[:, own_groups].T.astype(jnp.float32),
+        )
+        new_codes, new_errors = choose(own, wanted, corner, grids, uniform=uniform)
         codes = jax.lax.dynamic_update_slice_in_dim(codes, new_codes, start, axis=0)
         errors = jax.lax.dynamic_update_slice_in_dim(errors, new_errors, start, axis=0)
         return codes, errors, scales, offsets

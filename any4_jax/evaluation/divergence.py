@@ -1,0 +1,105 @@
+"""How far one model's predictions are from another's: the Kullback-Leibler divergence and top-1 agreement.
+
+A method that fits a text can lower a model's loss on it without coming back to the model that it started from. These
+two tell how near it came, whatever the text says.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from any4_jax.evaluation.perplexity import Perplexity
+from any4_jax.evaluation.windows import Progress, batches, cut, resampled_error
+
+Model = Callable[[jax.Array], jax.Array]
+
+
+@dataclass(frozen=True, eq=False)
+class Divergence:
+    """What `divergence` measured.
+
+    Attributes:
+      window_kl: float64 [windows], the mean KL(reference || model) of each window in nats per token, at least 0.
+      window_top1: float64 [windows], the share of tokens for which both models have the same likeliest one.
+      reference, model: the perplexity of each on the same windows.
+    """
+
+    window_kl: np.ndarray
+    window_top1: np.ndarray
+    reference: Perplexity
+    model: Perplexity
+
+    @cached_property
+    def kl(self) -> float:
+        """The mean of the window means, in nats per token."""
+        return float(self.window_kl.mean())
+
+    @cached_property
+    def top1(self) -> float:
+        """The share of all predictions on which both models' likeliest tokens agree, 0 to 1."""
+        return float(self.window_top1.mean())
+
+    def bootstrap(self, n: int = 2000, seed: int = 0) -> float:
+        """The standard error of `kl`, from n resamplings of the windows; 0 if there is one window."""
+        return resampled_error(self.window_kl, n, seed)
+
+
+def divergence(
+    reference: Model,
+    model: Model,
+    text_or_ids: str | Sequence[int] | np.ndarray | jax.Array,
+    *,
+    seqlen: int | None = None,
+    windows: int | None = None,
+    progress: Progress | None = None,
+) -> Divergence:
+    """How far the predictions of `model` are from those of `reference` on a text.
+
+    The windows and the predicted tokens are those of `perplexity`, and one pass gives both models' perplexity too. The
+    softmax is computed in float32. One window's logits of both models are in memory at a time; windows below 2048
+    tokens are batched up to that many.
+
+    Args:
+      reference: the float model: maps int32 tokens [B, T] to logits [B, T, V]. A text needs its `.tokenizer`.
+      model: the quantized one, with the same tokens.
+      text_or_ids, seqlen, windows, progress: as in `perplexity`; seqlen=None heeds the shorter of the two contexts.
+
+    Raises:
+      ValueError: as `perplexity` does, or the two have different vocabularies.
+      TypeError: as `perplexity` does.
+    """
+    rows = cut((reference, model), text_or_ids, seqlen, windows)
+    found = np.empty((4, len(rows)), np.float64)
+    for index, batch in batches(rows, progress):
+        tokens = jnp.asarray(batch)
+        before, after = reference(tokens), model(tokens)
+        if before.shape != after.shape:
+            raise ValueError(
+                f"got logits of {before.shape[-1]} tokens from the reference and of {after.shape[-1]} from the model, "
+                "and both need the same vocabulary; pass two forms of one model"
+            )
+        found[:, index] = np.asarray(_compared(before, after, tokens), np.float64).mean(axis=-1)
+    kl, top1, *nll = found
+    return Divergence(kl, top1, *(Perplexity(each, rows.shape[1]) for each in nll))
+
+
+@jax.jit
+def _compared(before: jax.Array, after: jax.Array, tokens: jax.Array) -> jax.Array:
+    """KL(before || after), agreement, and both losses: [B, T, V], [B, T, V], [B, T] -> float32 [4, B, T - 1]."""
+
+    # Reductions in place of log_softmax, which would create arrays as large as the logits.
+    def logs(logits: jax.Array) -> jax.Array:
+        predicted = logits[:, :-1].astype(jnp.float32)
+        return predicted - jax.nn.logsumexp(predicted, axis=-1, keepdims=True)
+
+    p, q = logs(before), logs(after)
+    # What the reference rules out adds nothing, though its log is infinite; NaN stays NaN.
+    kl = jnp.where(p == -jnp.inf, 0.0, jnp.exp(p) * (p - q)).sum(axis=-1)
+    top1 = (jnp.argmax(p, axis=-1) == jnp.argmax(q, axis=-1)).astype(jnp.float32)
+    of_token = (-jnp.take_along_axis(each, tokens[:, 1:, None], axis=-1)[..., 0] for each in (p, q))
+    # Rounding may leave the sum a little below 0.
+    return jnp.stack([jnp.maximum(kl, 0.0), top1, *of_token])
