@@ -153,13 +153,18 @@ class GPTQ(Fields):
             )
         # A table of one row is shared.
         free = slice(None) if leaf.lut.shape[0] > 1 else slice(0)
-        return improve(
-            *(w, hessian, fit, codes, leaf.group_size),
+        # In units, so that what the stored dtypes can't hold at the weights' size is marked as lost.
+        unit = scaling.unit(w, fit.scales.dtype)
+        even = jax.tree.map(lambda a: (a.astype(jnp.float32) / unit).astype(a.dtype), (fit.scales, fit.offsets))
+        made, codes = improve(
+            *(w / unit, hessian, Fit(fit.lut, *even), codes, leaf.group_size),
             rounds=self.refits,
             sweeps=_SWEEPS,
             entries=free,
             uniform=leaf.uniform,
         )
+        scales, offsets = jax.tree.map(lambda a: scaling.in_units(a, unit), (made.scales, made.offsets))
+        return Fit(made.lut, scales, offsets), codes
 
     def _leaf(self, operator: Any) -> weights.QuantizedTensor:
         if not isinstance(operator, weights.QuantizedTensor):
