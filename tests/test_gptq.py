@@ -2,7 +2,6 @@
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -11,7 +10,7 @@ from gptq_float64 import gptq
 from gptq_layers import ANY3, ANY4, FLOAT_INT, INT, NF, G, H, K, X, layer, levels, output_error, run
 
 from any4_jax import scaling, statistics
-from any4_jax.compensation import factor
+from any4_jax.compensation import damped, factor
 from any4_jax.methods import GPTQ, MX4, Int, quantize
 from any4_jax.weights import PermuteInput, QuantizedTensor, dequantize
 
@@ -126,8 +125,8 @@ def test_inputs_that_are_always_zero_are_rounded_to_nearest(damping) -> None:
     assert not np.array_equal(q[:, ~dead], nearest[:, ~dead])
     hessian = np.asarray(H, np.float32) * np.outer(~dead, ~dead)
     alive, straight = np.flatnonzero(~dead), np.arange(K)
-    upper = factor(jnp.asarray(hessian), straight, damping).upper[np.ix_(alive, alive)]
-    alone = factor(jnp.asarray(hessian[np.ix_(alive, alive)]), np.arange(len(alive)), damping).upper
+    upper = factor(damped(jnp.asarray(hessian), damping), straight).upper[np.ix_(alive, alive)]
+    alone = factor(damped(jnp.asarray(hessian[np.ix_(alive, alive)]), damping), np.arange(len(alive))).upper
     np.testing.assert_allclose(upper, alone, atol=1e-5)
 
 

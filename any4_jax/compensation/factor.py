@@ -33,13 +33,13 @@ def damped(hessian: jax.Array, damping: float | jax.Array) -> jax.Array:
     return jnp.where(on_diagonal, jnp.where(alive, diagonal + damping * mean, mean), hessian)
 
 
-def factor(hessian: jax.Array, order: jax.Array, damping: float | jax.Array) -> Factor:
-    """Factors a Hessian float32 [K, K], once `damped`, for the columns taken in the order int32 [K].
+def factor(hessian: jax.Array, order: jax.Array) -> Factor:
+    """Factors a Hessian float32 [K, K], which is `damped` already, for the columns taken in the order int32 [K].
 
     The rows and columns of U of inputs that were always zero are those of the identity, so no error passes to or from
     their weights.
     """
-    ordered = damped(hessian, damping)[order][:, order]
+    ordered = hessian[order][:, order]
     # The Cholesky factor of the matrix with both axes reversed is R reversed.
     reverse = jnp.linalg.cholesky(ordered[::-1, ::-1], symmetrize_input=False)[::-1, ::-1]
     pivots = jnp.diagonal(reverse)

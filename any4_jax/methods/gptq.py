@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from pydantic import Field
 
 from any4_jax import scaling, weights
-from any4_jax.compensation import Grid, Rescale, compensate, damped, factor, solve
+from any4_jax.compensation import Factor, Grid, Rescale, compensate, damped, factor, solve
 from any4_jax.methods.any4 import Any4
 from any4_jax.methods.base import Method, Result
 from any4_jax.methods.fields import Fields
@@ -16,6 +16,7 @@ from any4_jax.refit import Fit
 from any4_jax.refit.hessian import improve
 from any4_jax.schema import Count, Finite, Index
 from any4_jax.statistics import Drift, Gathered, Hessian, Statistic
+from any4_jax.weights import QuantizedTensor
 
 Share = Annotated[Finite, Field(ge=0, le=1)]
 NotNegative = Annotated[Finite, Field(ge=0)]
@@ -95,49 +96,22 @@ class GPTQ(Fields):
     def apply(self, w: jax.Array, gathered: Gathered | None) -> Result:
         assert gathered is not None  # `check` refuses to go on without
         seen, k = gathered[Hessian()], w.shape[1]
-        energy, straight = jnp.diagonal(seen.mean), jnp.arange(k, dtype=jnp.int32)
+        hessian = damped(seen.mean, self._share(seen.count, k))
+        straight = jnp.arange(k, dtype=jnp.int32)
+        energy = jnp.diagonal(seen.mean)
         order = jnp.argsort(energy, descending=True).astype(jnp.int32) if self.act_order else straight
-        excess = jnp.square(1 + jnp.sqrt(k / jnp.maximum(seen.count, 1).astype(jnp.float32))) - 1
-        damping = excess if self.damping is None else self.damping
-        factored = factor(seen.mean, order, damping)
-        if Drift() in self.needs:
-            unit = scaling.unit(w, jnp.float32)
-            lacking = jnp.matmul(w / unit, gathered[Drift()].mean, precision=jax.lax.Precision.HIGHEST)[:, order]
-            w = w + self.asymmetric * unit * solve(factored, lacking)[:, jnp.argsort(order)]
-        given = self.inner.apply(w, gathered)
+        factored = factor(hessian, order)
+        target = self._target(w, gathered, factored, order)
+        given = self.inner.apply(target, gathered)
         leaf = self._leaf(given.operator)
-        # Groups of the sequence, rather than of neighbours in the matrix.
         moving = not self.static_groups and leaf.group_size < k
-        scales, offsets = _plain(leaf.scales), None if leaf.offsets is None else _plain(leaf.offsets)
-        unit = scaling.unit(w, scales.dtype if moving else jnp.float32)
-        inner: Any = self.inner
-        codes, grid = compensate(
-            (w / unit)[:, order],
-            factored.upper,
-            Grid(leaf.lut, scales, offsets) if moving else Grid(leaf.lut, *_values(scales, offsets, unit)),
-            (straight if moving else order) // leaf.group_size,
-            block=self.block,
-            uniform=leaf.uniform,
-            rescale=Rescale(inner.scale_groups, energy[order], leaf.group_size) if moving else None,
-        )
         if moving:
-            scales = scaling.in_units(grid.scales, unit)
-            offsets = None if grid.offsets is None else scaling.in_units(grid.offsets, unit)
-        codes = codes if moving else codes[:, jnp.argsort(order)]
-        fit = Fit(leaf.lut, scales if moving else leaf.scales, offsets if moving else leaf.offsets)
-        if self.refits:
-            fit, codes = self._refitted(w, damped(seen.mean, damping), fit, codes, leaf)
+            leaf = self._with_groups_as_they_come(target, leaf, factored, order, energy)
+        else:
+            leaf = self._with_static_groups(target, leaf, hessian, factored, order)
         # Codes under a Hessian that isn't positive definite are noise: a method around this one shall see it too.
-        operator: Any = weights.from_codes(
-            codes,
-            jnp.where(factored.positive, fit.lut, jnp.nan).astype(leaf.lut.dtype),
-            fit.scales,
-            fit.offsets,
-            bits=leaf.bits,
-            group_size=leaf.group_size,
-            uniform=leaf.uniform,
-        )
-        if moving and self.act_order:
+        operator: Any = dataclasses.replace(leaf, lut=jnp.where(factored.positive, leaf.lut, jnp.nan))
+        if self.act_order and moving:
             operator = weights.PermuteInput(operator, order)
         fault = (
             f"the Hessian of {{}} tokens with damping={self.damping} is not positive definite, K={k} inputs need at "
@@ -145,7 +119,55 @@ class GPTQ(Fields):
         )
         return Result(operator, dict(given.notes), {fault: (~factored.positive, seen.count)})
 
-    def _refitted(self, w, hessian, fit: Fit, codes, leaf: weights.QuantizedTensor) -> tuple[Fit, jax.Array]:
+    def _share(self, tokens: jax.Array, k: int) -> jax.Array | float:
+        """`damping`, with None replaced by what it means for the number of tokens, int32 []."""
+        if self.damping is not None:
+            return self.damping
+        ratio = k / jnp.maximum(tokens, 1).astype(jnp.float32)
+        return jnp.square(1 + jnp.sqrt(ratio)) - 1
+
+    def _target(self, w: jax.Array, gathered: Gathered, factored: Factor, order: jax.Array) -> jax.Array:
+        """What is quantized in place of w, see `asymmetric`."""
+        if Drift() not in self.needs:
+            return w
+        unit = scaling.unit(w, jnp.float32)
+        lacking = jnp.matmul(w / unit, gathered[Drift()].mean, precision=jax.lax.Precision.HIGHEST)
+        return w + self.asymmetric * unit * solve(factored, lacking[:, order])[:, jnp.argsort(order)]
+
+    def _with_static_groups(
+        self, w: jax.Array, leaf: QuantizedTensor, hessian: jax.Array, factored: Factor, order: jax.Array
+    ) -> QuantizedTensor:
+        """The leaf with codes that compensate each other, and refitted if that is asked for."""
+        unit = scaling.unit(w, jnp.float32)
+        offsets = None if leaf.offsets is None else _plain(leaf.offsets).astype(jnp.float32) / unit
+        grid = Grid(leaf.lut, scaling.scale_values(_plain(leaf.scales)) / unit, offsets)
+        groups, size = order // leaf.group_size, self.block
+        codes, _ = compensate((w / unit)[:, order], factored.upper, grid, groups, block=size, uniform=leaf.uniform)
+        codes, fit = codes[:, jnp.argsort(order)], Fit(leaf.lut, leaf.scales, leaf.offsets)
+        if self.refits:
+            fit, codes = self._refitted(w, hessian, fit, codes, leaf)
+        return _leaf_of(codes, fit, leaf)
+
+    def _with_groups_as_they_come(
+        self, w: jax.Array, leaf: QuantizedTensor, factored: Factor, order: jax.Array, energy: jax.Array
+    ) -> QuantizedTensor:
+        """The leaf for columns in sequence, with groups of that sequence rather than of neighbours in the matrix."""
+        inner: Any = self.inner
+        scales, offsets = _plain(leaf.scales), None if leaf.offsets is None else _plain(leaf.offsets)
+        unit = scaling.unit(w, scales.dtype)
+        codes, grid = compensate(
+            (w / unit)[:, order],
+            factored.upper,
+            Grid(leaf.lut, scales, offsets),
+            jnp.arange(w.shape[1], dtype=jnp.int32) // leaf.group_size,
+            block=self.block,
+            uniform=leaf.uniform,
+            rescale=Rescale(inner.scale_groups, energy[order], leaf.group_size),
+        )
+        stored = jax.tree.map(lambda each: scaling.in_units(each, unit), (grid.scales, grid.offsets))
+        return _leaf_of(codes, Fit(leaf.lut, *stored), leaf)
+
+    def _refitted(self, w, hessian, fit: Fit, codes, leaf: QuantizedTensor) -> tuple[Fit, jax.Array]:
         if weights.is_operator(fit.scales) or weights.is_operator(fit.offsets):
             raise ValueError(
                 f"got refits={self.refits} with {self.inner.name}, whose scales or offsets are coded themselves, and "
@@ -166,8 +188,8 @@ class GPTQ(Fields):
         scales, offsets = jax.tree.map(lambda a: scaling.in_units(a, unit), (made.scales, made.offsets))
         return Fit(made.lut, scales, offsets), codes
 
-    def _leaf(self, operator: Any) -> weights.QuantizedTensor:
-        if not isinstance(operator, weights.QuantizedTensor):
+    def _leaf(self, operator: Any) -> QuantizedTensor:
+        if not isinstance(operator, QuantizedTensor):
             raise ValueError(
                 f"got inner={self.inner.name}, which gives a {type(operator).__name__}, and gptq chooses the codes of "
                 "one QuantizedTensor; pass a method that gives one"
@@ -180,7 +202,6 @@ def _plain(stored: Any) -> jax.Array:
     return weights.dequantize(stored) if weights.is_operator(stored) else stored
 
 
-def _values(scales: jax.Array, offsets: jax.Array | None, unit: jax.Array) -> tuple[jax.Array, jax.Array | None]:
-    """Stored scales and offsets over a power of two, in float32."""
-    over = None if offsets is None else offsets.astype(jnp.float32) / unit
-    return scaling.scale_values(scales) / unit, over
+def _leaf_of(codes: jax.Array, fit: Fit, like: QuantizedTensor) -> QuantizedTensor:
+    """The leaf of the same format with other codes, tables, scales and offsets."""
+    return weights.from_codes(codes, *fit, bits=like.bits, group_size=like.group_size, uniform=like.uniform)
