@@ -49,15 +49,18 @@ def compensate(
     """
     registration.register(kind)
     call = _call(kind, uniform, isa)
-    codes, errors = jnp.zeros((0, own.shape[1]), jnp.uint8), jnp.zeros((0, own.shape[1]), jnp.float32)
-    for start in range(0, own.shape[0], MOST_COLUMNS):
+    codes: list[jax.Array] = []
+    errors: list[jax.Array] = []
+    for start in range(0, max(own.shape[0], 1), MOST_COLUMNS):
         part = slice(start, start + MOST_COLUMNS)
         here = wanted[part]
         if start > 0:
-            here = here + jnp.matmul(corner[:start, part].T, errors, precision=jax.lax.Precision.HIGHEST)
+            before = jnp.concatenate(errors)
+            here = here + jnp.matmul(corner[:start, part].T, before, precision=jax.lax.Precision.HIGHEST)
         found = call(own[part], here, corner[part, part], table, *(a[part] for a in (scales, offsets) if a is not None))
-        codes, errors = jnp.concatenate((codes, found[0])), jnp.concatenate((errors, found[1]))
-    return codes, errors
+        codes.append(found[0])
+        errors.append(found[1])
+    return jnp.concatenate(codes), jnp.concatenate(errors)
 
 
 @functools.cache
@@ -70,15 +73,11 @@ def _call(kind: str, uniform: bool, isa: str):
         # An array of no elements stands for absent offsets.
         given = offsets[0] if offsets else jnp.zeros((0, 0), jnp.float32)
         outputs = [jax.ShapeDtypeStruct(own.shape, jnp.uint8), jax.ShapeDtypeStruct(own.shape, jnp.float32)]
-        return tuple(
-            jax.ffi.ffi_call(TARGETS[kind], outputs)(own, wanted, corner, table, scales, given, **attributes)
-        )
+        return tuple(jax.ffi.ffi_call(TARGETS[kind], outputs)(own, wanted, corner, table, scales, given, **attributes))
 
     @call.def_vmap
     def _rule(axis_size, batched, *operands):
-        whole = [
-            a if b else jnp.broadcast_to(a, (axis_size, *a.shape)) for a, b in zip(operands, batched, strict=True)
-        ]
+        whole = [a if b else jnp.broadcast_to(a, (axis_size, *a.shape)) for a, b in zip(operands, batched, strict=True)]
         if batched[2]:
             return jax.lax.map(lambda one: call(*one), tuple(whole)), (True, True)
         columns, rows = operands[0].shape[-2:]
