@@ -24,14 +24,14 @@ def compensate(
     uniform: bool,
     isa: str = "auto",
 ) -> tuple[jax.Array, jax.Array]:
-    """(codes, errors) of B columns of N weights: column i takes the codes nearest to wanted_i + sum_{j<i} corner_ji e_j.
+    """(codes, errors) of B columns of N weights: column i takes the codes nearest to wanted_i + sum_{j<i} U_ji e_j.
 
     The error e_i of column i is own_i - (table[code] scale_i + offset_i). A weight's result depends on its own row
     alone. Under vmap over rows it stays one call, with more rows; over corners it becomes a loop.
 
     Args:
       own, wanted: float32 [B, N].
-      corner: float32 [B, B], of which what is above the diagonal counts.
+      corner: U, float32 [B, B], of which what is above the diagonal counts.
       table: float32 [N, 2**bits], 2 to 256 entries, ascending.
       scales: float32 [B, N]; a weight whose scale is zero has the code that is nearest to zero.
       offsets: like scales, or None.
