@@ -24,14 +24,14 @@ def compensate(
     uniform: bool,
     isa: str = "auto",
 ) -> tuple[jax.Array, jax.Array]:
-    """(codes, errors) of B columns of N weights: column i takes the codes nearest to wanted_i + sum_{j<i} corner_ji e_j.
+    """(codes, errors) of B columns of N weights: column i takes the codes nearest to wanted_i + sum_{j<i} U_ji e_j.
 
     The error e_i of column i is own_i - (table[code] scale_i + offset_i). A weight's result depends on its own row
     alone. Under vmap over rows it stays one call, with more rows; over corners it becomes a loop.
 
     Args:
       own, wanted: float32 [B, N].
-      corner: float32 [B, B], of which what is above the diagonal counts.
+      corner: U, float32 [B, B], of which what is above the diagonal counts.
       table: float32 [N, 2**bits], 2 to 256 entries, ascending.
       scales: float32 [B, N]; a weight whose scale is zero has the code that is nearest to zero.
       offsets: like scales, or None.
@@ -49,15 +49,18 @@ def compensate(
     """
     registration.register(kind)
     call = _call(kind, uniform, isa)
-    codes, errors = jnp.zeros((0, own.shape[1]), jnp.uint8), jnp.zeros((0, own.shape[1]), jnp.float32)
-    for start in range(0, own.shape[0], MOST_COLUMNS):
+    codes: list[jax.Array] = []
+    errors: list[jax.Array] = []
+    for start in range(0, max(own.shape[0], 1), MOST_COLUMNS):
         part = slice(start, start + MOST_COLUMNS)
         here = wanted[part]
         if start > 0:
-            here = here + jnp.matmul(corner[:start, part].T, errors, precision=jax.lax.Precision.HIGHEST)
+            before = jnp.concatenate(errors)
+            here = here + jnp.matmul(corner[:start, part].T, before, precision=jax.lax.Precision.HIGHEST)
         found = call(own[part], here, corner[part, part], table, *(a[part] for a in (scales, offsets) if a is not None))
-        codes, errors = jnp.concatenate((codes, found[0])), jnp.concatenate((errors, found[1]))
-    return codes, errors
+        codes.append(found[0])
+        errors.append(found[1])
+    return jnp.concatenate(codes), jnp.concatenate(errors)
 
 
 @functools.cache

