@@ -1,6 +1,6 @@
-// Runs error compensation of blocks of many sizes and tables of all sizes, in buffers that end where the arrays end, and
-// sees that codes lie in their table and errors are finite; test_cuda_sanitizers.py runs it under compute-sanitizer.
-// Prints the number of cases; fails at the first wrong one.
+// Runs error compensation of blocks of many sizes and tables of all sizes, in buffers that end where the arrays end,
+// and sees that codes lie in their table and errors are finite; test_cuda_sanitizers.py runs it under
+// compute-sanitizer. Prints the number of cases; fails at the first wrong one.
 #include "compensation.h"
 #include "device.h"
 
