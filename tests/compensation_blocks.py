@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from any4_jax import formats, scaling
-from any4_jax.compensation import Grid, compensate, factor, xla
+from any4_jax.compensation import Grid, compensate, damped, factor, xla
 from any4_jax.compensation.xla import Levels
 
 Solve = Callable[["Block"], tuple[np.ndarray, np.ndarray]]
@@ -170,7 +170,7 @@ def check_compensate(backend: str) -> None:
     x = rng.normal(size=(400, k)) @ (np.eye(k) + rng.normal(size=(k, k)) / np.sqrt(k))
     hessian = jnp.asarray(x.T @ x / 400, jnp.float32)
     w = jnp.asarray(rng.normal(size=(n, k)), jnp.float32)
-    upper = factor(hessian, jnp.arange(k), 0.01).upper
+    upper = factor(damped(hessian, 0.01), jnp.arange(k)).upper
     scales, offsets = scaling.group_scales(w, g, rule="asymmetric", bits=4, dtype=jnp.float32)
     grid = Grid(jnp.arange(-8, 8, dtype=jnp.float32)[None], scales, offsets)
     groups = jnp.arange(k) // g
