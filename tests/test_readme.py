@@ -6,16 +6,20 @@ A line `<!-- no-test: reason -->` right above a block skips that block and shows
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import re
 import shlex
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+from flax import nnx
+
+from any4_jax.models import loading
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 README = REPOSITORY / "README.md"
@@ -85,6 +89,22 @@ def any4() -> Callable[[list[str]], int]:
     scripts = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]["scripts"]
     module, function = scripts["any4"].split(":")
     return getattr(importlib.import_module(module), function)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def shallow() -> Iterator[None]:
+    """The largest model keeps two of its thirty blocks: they are alike, and each takes a second to compile."""
+    whole = loading.NAMED["smollm2"]
+
+    def cut(dtype: Any) -> Any:
+        model: Any = whole(dtype)
+        model.config = dataclasses.replace(model.config, num_hidden_layers=2)
+        model.layers = nnx.List(model.layers[:2])
+        return model
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(loading.NAMED, "smollm2", cut)
+        yield
 
 
 def test_readme_has_blocks_to_run() -> None:
