@@ -14,7 +14,6 @@ from any4_jax.compensation import factor
 from any4_jax.methods import GPTQ, Int, quantize
 from any4_jax.weights import PermuteInput, QuantizedTensor, dequantize
 
-
 # Each pair of a method and a damping compiles a program of its own; so the tests share one damping where they may.
 
 
