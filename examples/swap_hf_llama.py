@@ -1,9 +1,8 @@
 """Hugging Face's FlaxLlama in 4 bits: one call, and generate() works as before.
 
-Install: pip install ".[hf-flax]"
-Run: python examples/swap_hf_llama.py [MODEL]
-
-MODEL is a Hugging Face folder, a hub id or a GGUF file; by default, the bundled model of 260,000 parameters.
+pip install ".[hf-flax]"
+python examples/swap_hf_llama.py                # the bundled model of 260,000 parameters
+python examples/swap_hf_llama.py path/to/llama  # a Hugging Face folder, a hub id or a GGUF file
 """
 
 import sys

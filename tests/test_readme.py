@@ -6,7 +6,6 @@ A line `<!-- no-test: reason -->` right above a block skips that block and shows
 
 from __future__ import annotations
 
-import dataclasses
 import importlib
 import re
 import shlex
@@ -17,9 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from flax import nnx
-
-from any4_jax.models import loading
+from short_models import shorten
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 README = REPOSITORY / "README.md"
@@ -92,18 +89,9 @@ def any4() -> Callable[[list[str]], int]:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def shallow() -> Iterator[None]:
-    """The largest model keeps two of its thirty blocks: they are alike, and each takes a second to compile."""
-    whole = loading.NAMED["smollm2"]
-
-    def cut(dtype: Any) -> Any:
-        model: Any = whole(dtype)
-        model.config = dataclasses.replace(model.config, num_hidden_layers=2)
-        model.layers = nnx.List(model.layers[:2])
-        return model
-
+def short_models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(loading.NAMED, "smollm2", cut)
+        shorten(patch, tmp_path_factory.mktemp("short"), blocks=2)
         yield
 
 

@@ -43,7 +43,7 @@ class _Exactly:
 
 # Tracing a model takes a tenth of a second or more, as often as it is loaded.
 @functools.lru_cache(maxsize=32)
-def _traced(make: Any, config: _Exactly, dtype: _Exactly) -> tuple[nnx.GraphDef[Any], nnx.GraphState]:
+def _traced(make: Any, config: _Exactly, dtype: _Exactly) -> tuple[nnx.GraphDef[Any], nnx.State[Any, Any]]:
     return nnx.split(nnx.eval_shape(lambda: make(config.value, dtype=dtype.value, rngs=nnx.Rngs(0))))
 
 
