@@ -12,16 +12,19 @@ INSTALL_INPUTS := pyproject.toml CMakeLists.txt $(filter-out %.md,$(wildcard cud
 # LLVM's lowest optimisation level compiles a program in two thirds of the time. In jax 0.10.2, the last for Python
 # 3.11, the emitters without MLIR take two thirds of that; the second run uses the emitters that users have. XLA_FLAGS
 # from the environment takes precedence. LLVM compiles a program as one part, because the other core has work of its own.
+# The files that take longest begin first (tests/conftest.py), where xdist would begin with those of most tests.
 # Programs don't say which lines of Python they come from, which takes a tenth of the time to write and to read.
 XLA = --xla_backend_optimization_level=0 $$($(1) -c 'import sys; print("--xla_cpu_use_fusion_emitters=false \
 	--xla_cpu_parallel_codegen_split_count=1" * (sys.version_info < (3, 12)))')
 PYTEST = cache=$$(mktemp -d) && trap 'rm -rf "$$cache"' EXIT && JAX_PLATFORMS=cpu XLA_FLAGS="$(XLA) $$XLA_FLAGS" \
 	JAX_COMPILATION_CACHE_DIR="$$cache/xla" JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0 \
 	JAX_TRACEBACK_IN_LOCATIONS_LIMIT=0 PYTHONDONTWRITEBYTECODE= PYTHONPYCACHEPREFIX="$$cache/python" \
-	$(1) -m pytest -n auto --dist loadfile
-# The tests that depend on the versions of jax and flax. Those of the methods run every solver of clustering.
-CORE := $(patsubst %,tests/test_%.py,formats scaling packing weights matmul explain statistics methods any4 surgery \
-	attention llama generate checkpoint_model linen swapping dense_layers nnx nnx_axes pallas_kernel)
+	$(1) -m pytest -n auto --dist loadfile --no-loadscope-reorder
+# The tests that depend on the versions of jax and flax. Of those of the methods, the one that runs each method once,
+# and so every solver of clustering: their laws are numpy's to check, and each law takes as long again.
+CORE := $(patsubst %,tests/test_%.py,formats scaling weights matmul statistics any4 surgery attention llama generate \
+	checkpoint_model linen swapping dense_layers nnx nnx_axes pallas_kernel) \
+	tests/test_methods.py::test_shapes_dtypes_and_size
 PIP := -m pip --disable-pip-version-check --quiet --quiet
 
 # Without a GPU the CUDA library is only loaded, so machine code for one architecture is enough; all take a minute more.

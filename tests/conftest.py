@@ -33,6 +33,29 @@ class Compiles:
         return len(self.names)
 
 
+# The files that take longest, which begin first: else one of them runs alone at the end, on one worker of several.
+LONGEST = (
+    "family_goldens",
+    "walk",
+    "interrupt",
+    "methods",
+    "examples",
+    "gptq",
+    "hf_flax",
+    "clustering",
+    "readme",
+    "walk_resumed",
+    "cli",
+    "checkpoint_kill_quantize",
+    "fuzz",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {f"test_{name}": place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(places)))
+
+
 def pytest_report_header() -> str:
     return f"jax {jax.__version__}, numpy {np.__version__}"
 

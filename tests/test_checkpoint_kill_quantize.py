@@ -10,9 +10,17 @@ from pathlib import Path
 # Forks one command after another from a process that has everything imported and no thread started.
 SERVER = """
 import json, os, signal, sys, threading
-from any4_jax.cli import main
+import numpy as np, orbax.checkpoint
 from any4_jax.checkpoint import partial
+from any4_jax.cli import commands, main
+from any4_jax.data import bundled
 from any4_jax.methods import matrices
+from any4_jax.models import read_config
+from any4_jax.models.families import family_of_config
+
+with bundled("stories260k") as folder:  # traced once, for all commands; no device is used
+    config = read_config(json.loads((folder / "config.json").read_text()))
+family_of_config(config).abstract(config, np.dtype("float32"))
 
 def job(command, log, point):
     lock, events = threading.Lock(), [0]

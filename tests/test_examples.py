@@ -1,12 +1,21 @@
 """Every example runs, in a folder of its own, and stays short."""
 
 import runpy
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from short_models import shorten
 
 FOLDER = Path(__file__).resolve().parent.parent / "examples"
 EXAMPLES = sorted(path.name for path in FOLDER.glob("*.py"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def short_models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        shorten(patch, tmp_path_factory.mktemp("short"), blocks=1)
+        yield
 
 
 def test_there_are_examples() -> None:

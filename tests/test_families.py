@@ -155,6 +155,18 @@ def test_an_abstract_model_has_the_structure_of_a_real_one() -> None:
     assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(nnx.state(abstract)))
 
 
+def test_each_abstract_model_is_ones_own_and_of_its_very_config() -> None:
+    """Configs that are equal, but differ in the types of their values, are told apart."""
+    whole = random_llama().config
+    kept, changed = (LLAMA.abstract(whole, jnp.float32) for _ in range(2))
+    changed.norm.scale.set_value(jnp.ones(3))
+    changed.layers.pop()
+    assert nnx.state(LLAMA.abstract(whole, jnp.float32)) == nnx.state(kept) != nnx.state(changed)
+    for theta in (5, 5.0):
+        config = LLAMA.abstract(dataclasses.replace(whole, rope_theta=theta), jnp.float32).config
+        assert type(config.rope_theta) is type(theta)
+
+
 class Shifted(Llama):
     """A Llama that embeds in another way."""
 

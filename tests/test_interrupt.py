@@ -21,8 +21,15 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 # that it can be told to open deal with Ctrl-C in ways of their own.
 SERVER = """
 import ctypes, json, os, signal, sys, time
+import numpy as np, orbax.checkpoint
 from any4_jax.cli import commands, generate, main
-from any4_jax.models import Tokenizer
+from any4_jax.data import bundled
+from any4_jax.models import Tokenizer, read_config
+from any4_jax.models.families import family_of_config
+
+with bundled("stories260k") as folder:  # traced once, for all commands; no device is used
+    config = read_config(json.loads((folder / "config.json").read_text()))
+family_of_config(config).abstract(config, np.dtype("float32"))
 
 def press():
     os.kill(os.getpid(), signal.SIGINT)

@@ -10,12 +10,13 @@ import importlib
 import re
 import shlex
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+from short_models import shorten
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 README = REPOSITORY / "README.md"
@@ -85,6 +86,13 @@ def any4() -> Callable[[list[str]], int]:
     scripts = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]["scripts"]
     module, function = scripts["any4"].split(":")
     return getattr(importlib.import_module(module), function)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def short_models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        shorten(patch, tmp_path_factory.mktemp("short"), blocks=2)
+        yield
 
 
 def test_readme_has_blocks_to_run() -> None:

@@ -30,6 +30,23 @@ def renamed(names: Names, name: str) -> str | None:
     return None
 
 
+@dataclasses.dataclass(frozen=True)
+class _Exactly:
+    """A value that equals those with its own repr: 1, 1.0 and True differ."""
+
+    value: Any = dataclasses.field(compare=False)
+    text: str = ""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "text", repr(self.value))
+
+
+# Tracing a model takes a tenth of a second or more, as often as it is loaded.
+@functools.lru_cache(maxsize=32)
+def _traced(make: Any, config: _Exactly, dtype: _Exactly) -> tuple[nnx.GraphDef[Any], nnx.State[Any, Any]]:
+    return nnx.split(nnx.eval_shape(lambda: make(config.value, dtype=dtype.value, rngs=nnx.Rngs(0))))
+
+
 class _Words(dict[str, str]):
     def __missing__(self, word: str) -> str:
         return f"{{{word}}}"
@@ -126,8 +143,8 @@ class Family:
 
     def abstract(self, config: Any, dtype: DTypeLike) -> Decoder:
         """The model of a config, with a jax.ShapeDtypeStruct in place of each array."""
-        make: Any = self.module
-        return nnx.eval_shape(lambda: make(config, dtype=dtype, rngs=nnx.Rngs(0)))
+        model: Decoder = nnx.merge(*_traced(self.module, _Exactly(config), _Exactly(dtype)))
+        return model
 
     def hf_name(self, path: tuple[Any, ...]) -> str:
         """The Hugging Face name of the variable at a path.
