@@ -33,6 +33,8 @@ def clipped_scales(
     n, k = w.shape
     short = -k % group_size
     table = jnp.broadcast_to(lut.astype(jnp.float32), (n, lut.shape[1]))
+    # Weights whose scales are exponents come as they are, and their squares leave float32 before they do.
+    unit = scaling.unit(w, jnp.float32)
 
     def error(made: scaling.GroupScales) -> jax.Array:
         """[N, groups]."""
@@ -41,7 +43,7 @@ def clipped_scales(
         found = found * scaling.expand(scaling.scale_values(made.scales), group_size, k)
         if made.offsets is not None:
             found = found + scaling.expand(made.offsets.astype(jnp.float32), group_size, k)
-        lost = jnp.pad(importance * jnp.square(w - found), ((0, 0), (0, short)))
+        lost = jnp.pad(importance * jnp.square((w - found) / unit), ((0, 0), (0, short)))
         return lost.reshape(n, -1, group_size).sum(axis=2)
 
     def narrow(step: jax.Array, best: tuple[jax.Array, scaling.GroupScales]) -> tuple[jax.Array, scaling.GroupScales]:
