@@ -22,7 +22,7 @@ PYTEST = cache=$$(mktemp -d) && trap 'rm -rf "$$cache"' EXIT && JAX_PLATFORMS=cp
 	$(1) -m pytest -n auto --dist loadfile --no-loadscope-reorder
 # The tests that depend on the versions of jax and flax. Of those of the methods, the one that runs each method once,
 # and so every solver of clustering: their laws are numpy's to check, and each law takes as long again.
-CORE := $(patsubst %,tests/test_%.py,formats scaling weights matmul statistics any4 surgery attention llama generate \
+CORE := $(patsubst %,tests/test_%.py,formats scaling weights matmul statistics surgery attention llama generate \
 	checkpoint_model linen swapping dense_layers nnx nnx_axes pallas_kernel) \
 	tests/test_methods.py::test_shapes_dtypes_and_size
 PIP := -m pip --disable-pip-version-check --quiet --quiet
