@@ -169,6 +169,13 @@ def test_sizes_before_and_after_are_those_of_the_arrays(method) -> None:
     assert ("each row has a table, shared by its 64 weights" in after) == (method.name == "any4")
 
 
+def test_the_size_is_told_for_a_method_that_needs_statistics() -> None:
+    """GPTQ stores what its inner method does, and tells as much without data."""
+    model, inner = a4.models.load("tiny"), a4.methods.NF4(group_size=32)
+    line = expected(model, inner, [])
+    assert " MB (4." in line and expected(model, a4.methods.GPTQ(inner), []) == line
+
+
 def test_progress_without_a_terminal_is_a_line_now_and_then(monkeypatch, capsys) -> None:
     clock = iter([0.0, 1.0, 11.0, 12.0, 40.0])
     monkeypatch.setattr(output.time, "monotonic", lambda: next(clock))

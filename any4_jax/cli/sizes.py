@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from any4_jax import statistics
 from any4_jax.cli.output import megabytes
 from any4_jax.methods import quantize
 from any4_jax.methods.base import AnyMethod, scope_of
@@ -54,11 +55,13 @@ def where_the_bits_go(operators: Iterable[Any]) -> str:
 
 @functools.cache
 def _nbytes(shape: tuple[int, ...], method: Any) -> int | None:
-    """The bytes of a matrix as this method stores it; None if its shape alone doesn't say."""
+    """The bytes of a matrix as this method stores it; None if the method tells of no single matrix."""
     if scope_of(method) != "matrix":
         return None
+    matrix = jax.ShapeDtypeStruct(shape[-2:], jnp.float32)
+    seen = jax.eval_shape(lambda: statistics.empty(shape[-1], method.needs))
     try:
-        stored = jax.eval_shape(lambda w: quantize(w, method), jax.ShapeDtypeStruct(shape[-2:], jnp.float32))
-    except Exception:  # it needs statistics; this is an estimate, which stops no work
+        stored = jax.eval_shape(lambda w, seen: quantize(w, method, seen), matrix, seen)
+    except Exception:  # this is an estimate, which stops no work
         return None
     return stored.nbytes * math.prod(shape[:-2])
