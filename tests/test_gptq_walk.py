@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from equality import assert_same
 from flax import nnx
-from gptq_layers import ANY4, INT, NF, G, K, X, layer, run
+from gptq_layers import ANY4, INT, NF, G, K, X, layer, output_error, run
 from toy_methods import EvenInputs, Nested
 
 from any4_jax import statistics
@@ -67,10 +67,28 @@ class Two(Nested):
         return Result(Sum((made.operator, made.operator)))
 
 
+@dataclasses.dataclass(frozen=True)
+class CodedScales(Nested):
+    """Gives a matrix whose scales are coded themselves."""
+
+    def apply(self, w, gathered):
+        made = self.inner.apply(w, gathered).operator
+        scales = Int(8, group_size=8).apply(made.scales.astype(jnp.float32), None).operator
+        return Result(dataclasses.replace(made, scales=scales))
+
+
+def test_coded_scales_stay_as_they_are() -> None:
+    w = jnp.asarray(layer())
+    q, given = run(w, GPTQ(CodedScales(NF))), run(w, CodedScales(NF))
+    assert_same(q.scales, given.scales)
+    assert output_error(w, q) < output_error(w, given)
+
+
 @pytest.mark.parametrize(
     ("method", "words"),
     [
         (GPTQ(Two()), "got inner=toy-nested, which gives a Sum, .* pass a method that gives one"),
+        (GPTQ(CodedScales(), refits=1), "with toy-nested, whose scales or offsets are coded .* pass refits=0"),
         (GPTQ(INT, static_groups=False, refits=4), "got refits=4 with static_groups=False, .* pass static_groups=True"),
         (GPTQ(Nested(), static_groups=False), "got static_groups=False with toy-nested, which has no scale_groups"),
     ],

@@ -44,7 +44,7 @@ def calibration_text(source: str) -> str:
     if source == "prompt":
         return texts.prompt()
     if source == "essays":
-        return texts.essays() + "\n" + texts.stories()
+        return texts.prose()
     return read_text(source)
 
 

@@ -5,9 +5,9 @@ import importlib.resources
 from pathlib import Path
 
 from any4_jax.data.pieces import pieces
-from any4_jax.data.texts import essays, prompt, stories
+from any4_jax.data.texts import essays, prompt, prose, stories
 
-__all__ = ["bundled", "essays", "pieces", "prompt", "stories"]
+__all__ = ["bundled", "essays", "pieces", "prompt", "prose", "stories"]
 
 
 def bundled(name: str) -> contextlib.AbstractContextManager[Path]:

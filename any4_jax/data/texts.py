@@ -27,3 +27,10 @@ def stories() -> str:
     Stories are separated by blank lines.
     """
     return _text("stories.txt")
+
+
+def prose() -> str:
+    """The essays, then the stories: some 8,000 tokens to calibrate on where no text of the model's own domain
+    is at hand.
+    """
+    return essays() + stories()

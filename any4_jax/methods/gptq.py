@@ -50,10 +50,10 @@ class GPTQ(Fields):
         groups are of columns in that sequence, and a `PermuteInput` puts the inputs into it.
       static_groups: scale all groups before any weight is changed, by the inner method. Else a group's scale and offset
         are found when its first column comes, from the weights as compensated so far.
-      damping: the share of the mean E[x^2] that is added to the diagonal of H. None adds what H may be off by: of T
-        tokens that were independent and of K equal inputs, the largest eigenvalue of H would be (1 + sqrt(K / T))^2
-        times what it should be (Marchenko and Pastur), so the share is that less 1. Published GPTQ adds 0.01, which
-        fits few tokens too closely: from 8,000 it then loses more on other texts than rounding to nearest does.
+      damping: the share of the mean E[x^2] that is added to the diagonal of H. With None it follows the number of
+        tokens T: (1 + sqrt(K / T))^2 - 1. By so much the largest eigenvalue of H would be too large if the tokens were
+        independent and the K inputs alike (Marchenko and Pastur). Published GPTQ adds 0.01, which fits few tokens too
+        closely: with 8,000 tokens of another domain, learned tables are then better rounded to nearest.
       asymmetric: what share of the earlier layers' errors the weights take over. In place of W the matrix
         W + asymmetric * W E[(x_float - x) x^T] H^-1 is quantized, which for inputs x of the model as quantized so far
         gives what W gives for those of the float model (GPTAQ, arXiv 2504.02692, which takes over all).
@@ -141,8 +141,14 @@ class GPTQ(Fields):
         unit = scaling.unit(w, jnp.float32)
         offsets = None if leaf.offsets is None else _plain(leaf.offsets).astype(jnp.float32) / unit
         grid = Grid(leaf.lut, scaling.scale_values(_plain(leaf.scales)) / unit, offsets)
-        groups, size = order // leaf.group_size, self.block
-        codes, _ = compensate((w / unit)[:, order], factored.upper, grid, groups, block=size, uniform=leaf.uniform)
+        codes, _ = compensate(
+            (w / unit)[:, order],
+            factored.upper,
+            grid,
+            order // leaf.group_size,
+            block=self.block,
+            uniform=leaf.uniform,
+        )
         codes, fit = codes[:, jnp.argsort(order)], Fit(leaf.lut, leaf.scales, leaf.offsets)
         if self.refits:
             fit, codes = self._refitted(w, hessian, fit, codes, leaf)

@@ -40,11 +40,10 @@ def data(case: Case, encode: Callable[[str], Sequence[int]], text: np.ndarray | 
     if case.source == PROMPT:
         return texts.prompt()
     if case.source == OTHER:
-        ids = np.asarray(encode(texts.essays() + texts.stories()), np.int32)
+        ids = np.asarray(encode(texts.prose()), np.int32)
         return ids[: len(ids) // case.length * case.length].reshape(-1, case.length)
     assert text is not None  # cases without their text are skipped
-    starts = np.linspace(0, len(text) - case.length, case.samples).astype(int)
-    return np.stack([text[i : i + case.length] for i in starts])
+    return a4.data.pieces(text, case.samples, case.length)
 
 
 class Bench:
