@@ -1,6 +1,7 @@
 """Where a decoding step's time goes on a GPU: milliseconds and launches a token, by class of kernel.
 
-Classes: "products" with weights in the blocks, "head", "attention", and the "rest" (norms, rotations, caches, ...).
+Classes: "products" with weights in the blocks, "head", "attention" (with its rotations and its cache), and the "rest"
+(norms, activations, sums, ...).
 XLA names a kernel of its own after its HLO instruction, whose metadata hold the model's named scopes. A library's
 kernel (this project's products, cuBLAS) has the name of its code, and is a product unless that says otherwise. Inside a
 CUDA graph nothing else is known of it, and the head is then found as the last product of each step.
