@@ -62,7 +62,7 @@ def test_random_weights_have_the_form_that_their_method_gives(name: str) -> None
     method = shapes.METHODS[name]
     assert method is not None
     n, k = 24, 200
-    made = shapes._random_weight(1, n, k, method)
+    made = shapes.random_weight(1, n, k, method)
     made.check()
     form = jax.eval_shape(lambda w: method.apply(w, None).operator, jax.ShapeDtypeStruct((n, k), jnp.float32))
     assert jax.tree.structure(made) == jax.tree.structure(form)

@@ -116,7 +116,7 @@ def random_model(shape: str, method: Method | None = None, head: Method | None =
       method: what the blocks' linears are stored as; None for bfloat16.
       head: what the head is stored as, likewise. If it is tied to the embedding, tokens are looked up in it too.
     """
-    return _model(shape, method, head, _random_weight, _random_array)
+    return _model(shape, method, head, random_weight, random_array)
 
 
 def model_bytes(shape: str, method: Method | None = None, head: Method | None = None) -> int:
@@ -144,7 +144,7 @@ def _model(
         if own is not None:
             done[path] = weight(seed, *matrix.shape, own)
             linears.append((path, own, ()))
-    replaced = nnx_modules.replace(model, done, Recipe((), tuple(linears)) if linears else None)
+    replaced: Any = nnx_modules.replace(model, done, Recipe((), tuple(linears)) if linears else None)
     graphdef, state = nnx.split(replaced)
     leaves, structure = jax.tree.flatten(state)
     filled = [
@@ -161,35 +161,37 @@ def _abstract(shape: str) -> Llama:
     config = CONFIGS[shape]
     # The blocks are alike, and tracing the initializers of 80 blocks takes half a minute.
     single = dataclasses.replace(config, num_hidden_layers=1)
-    model: Llama = nnx.eval_shape(lambda: Llama(single, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
+    model: Any = nnx.eval_shape(lambda: Llama(single, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
     (block,) = model.layers
     model.layers = nnx.List(nnx_modules.copy_module(block) for _ in range(config.num_hidden_layers))
     model.config = config
-    return model
+    abstract: Llama = model
+    return abstract
 
 
 @functools.cache
-def _form(n: int, k: int, method: Method) -> Any:
+def _form(n: int, k: int, method: Any) -> Any:
     """The operator that the method makes of a weight [N, K], with a jax.ShapeDtypeStruct for each array."""
     return jax.eval_shape(lambda w: method.apply(w, None).operator, jax.ShapeDtypeStruct((n, k), jnp.float32))
 
 
 @functools.cache
-def _table(k: int, method: Method) -> tuple[float, ...]:
+def _table(k: int, method: Any) -> tuple[float, ...]:
     """The table of a method whose matrices all share it."""
     w = jax.random.normal(jax.random.key(0), (8, k))
     return tuple(quantize(w, method).lut[0].tolist())
 
 
-def _random_weight(seed: int, n: int, k: int, method: Method) -> QuantizedTensor:
+def random_weight(seed: int, n: int, k: int, method: Any) -> QuantizedTensor:
+    """A weight [N, K] of the form that the method gives, with random codes."""
     form = _form(n, k, method)
     levels = None if form.lut.shape[0] > 1 else _table(k, method)
     return random_leaf(seed, n, k, form.bits, form.group_size, levels, form.offsets is not None, form.uniform)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
-def _random_array(seed: int, shape: tuple[int, ...], dtype: Any) -> jax.Array:
-    """Normal numbers; ones for a vector, which scales a norm."""
+def random_array(seed: int, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    """Small normal numbers; ones for a vector, which scales a norm."""
     if len(shape) == 1:
         return jnp.ones(shape, dtype)
     return jax.random.normal(jax.random.key(seed), shape, dtype) * jnp.asarray(shape[0] ** -0.5, dtype)
