@@ -122,8 +122,8 @@ def _turn(taken: Taken, prompts: np.ndarray, config: Decode, last: bool) -> bool
         taken.prefill.append(prefill)
         taken.decode.append(decode)
         if last and config.profiled:
-            wall = float(np.median(taken.decode[1:])) / (config.tokens - 1)
-            taken.classes = profile.decoding(run(prompts, profile.TOKENS), 1e3 * wall)
+            wall_ms = 1e3 * float(np.median(taken.decode[1:]))
+            taken.classes = profile.decoding(run(prompts, config.tokens), config.tokens - 1, wall_ms)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise

@@ -21,8 +21,6 @@ from jax.profiler import ProfileData
 
 from any4_jax.benchmarks.timing import significant
 
-# The new tokens of a profiled turn: one that follows the prompt, and two chunks of the loop.
-TOKENS = 33
 PLATFORMS = ("cuda", "rocm")
 CLASSES = ("products", "head", "attention", "rest")
 
@@ -52,15 +50,16 @@ class Kernel:
     module: str = ""
 
 
-def decoding(chunks: Iterator[Any], wall_ms: float) -> dict[str, float | None]:
-    """Columns of a row: milliseconds and launches a token of each class, and the milliseconds in which none runs.
+def decoding(chunks: Iterator[Any], tokens: int, wall_ms: float) -> dict[str, float | None]:
+    """Columns of a row: milliseconds and launches a step of each class, and the milliseconds in which none runs.
 
     Args:
-      chunks: of `TOKENS` new tokens. What counts are the kernels of the program that launches most, the loop of steps.
-      wall_ms: milliseconds of a step without a profiler. The gaps are what kernels leave of it.
+      chunks: of new tokens. What counts are the kernels of the program that launches most, the loop of steps.
+      tokens: how many are decoded; a loop may run a few steps more.
+      wall_ms: milliseconds that decoding them takes without a profiler. The gaps are what kernels leave of it.
 
     Raises:
-      RuntimeError: the trace has no kernel of a GPU.
+      RuntimeError: the trace has no kernel of a GPU, or none that ran in each step.
     """
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
@@ -69,7 +68,7 @@ def decoding(chunks: Iterator[Any], wall_ms: float) -> dict[str, float | None]:
         found = kernels(folder)
     module = Counter(kernel.module for kernel in found).most_common(1)[0][0]
     found = [kernel for kernel in found if kernel.module == module]
-    return columns(found, scopes(found, _programs(module)), TOKENS - 1, wall_ms)
+    return columns(found, scopes(found, _programs(module)), tokens, wall_ms)
 
 
 def kernels(folder: str) -> list[Kernel]:
@@ -121,7 +120,7 @@ def _programs(name: str) -> Iterator[str]:
                 yield module.to_string()
 
 
-def columns(found: Sequence[Kernel], paths: Mapping[str, str], steps: int, wall_ms: float) -> dict[str, float | None]:
+def columns(found: Sequence[Kernel], paths: Mapping[str, str], tokens: int, wall_ms: float) -> dict[str, float | None]:
     """See `decoding`.
 
     Time in which kernels overlap counts for the one that began first.
@@ -129,9 +128,12 @@ def columns(found: Sequence[Kernel], paths: Mapping[str, str], steps: int, wall_
     Args:
       found: kernels by time.
       paths: see `scopes`.
-      steps: the number of tokens that were decoded.
-      wall_ms: milliseconds of a step.
+      tokens, wall_ms: see `decoding`.
+
+    Raises:
+      RuntimeError: no kernel ran as often as there are tokens.
     """
+    steps = _steps(found, tokens)
     classes = [_class(kernel, paths) for kernel in found]
     products = [i for i, kind in enumerate(classes) if kind == "products"]
     of_step, surplus = divmod(len(products), steps)
@@ -152,9 +154,20 @@ def columns(found: Sequence[Kernel], paths: Mapping[str, str], steps: int, wall_
     if not known:
         row["head_ms"] = row["head_launches"] = None
     return row | {
-        "gaps_ms": significant(wall_ms - sum(ms.values())),
+        "gaps_ms": significant(wall_ms / steps - sum(ms.values())),
         "launches_per_token": significant(len(found) / steps),
     }
+
+
+def _steps(found: Sequence[Kernel], tokens: int) -> int:
+    """How many steps the loop ran: as many as the runs of a kernel of which each step has one, such as that which looks
+    the token up. Kernels outside of the steps run less often, and others more often."""
+    counts = [count for count in Counter(kernel.name for kernel in found).values() if count >= tokens]
+    if not counts:
+        raise RuntimeError(
+            f"no kernel ran {tokens} times in the trace of so many steps, and one is needed; leave --profile out"
+        )
+    return min(counts)
 
 
 def _class(kernel: Kernel, paths: Mapping[str, str]) -> str:
