@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from any4_jax.benchmarks import contestants, decode, plot, read, shapes, timing
+from any4_jax.benchmarks import contestants, decode, plot, profile, read, shapes, timing
 from any4_jax.benchmarks.contestants import Contestant, Entry
 from any4_jax.cli import main
 from any4_jax.methods import quantize
@@ -55,6 +55,27 @@ def test_decode_of_a_shape(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     linears, head = 128 * 128 * 2 + 64 * 128 * 2 + 3 * 128 * 256, 64 * 128
     saved = linears * (2 - 0.5 - 2 / 128) - 7 * 32 + head * (2 - 1 - 4 / 128) - 512
     assert 1e6 * (rows[0]["read_mb_per_token"] - rows[1]["read_mb_per_token"]) == pytest.approx(saved, rel=1e-3)
+
+
+@pytest.mark.parametrize(("of_step", "head"), [("LutTurns", "unknown"), ("LutTurns nvjet", "1.000 (1)")])
+def test_a_profile_is_written_and_shown(
+    of_step: str, head: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def decoding(chunks, tokens: int, wall_ms: float) -> dict:
+        assert sum(len(row) for (row,) in chunks) == tokens + 1 and wall_ms > 0
+        kernels = [profile.Kernel(name, 1e6 * i, 1e6) for i, name in enumerate(of_step.split() * tokens)]
+        return profile.columns(kernels, {}, tokens, 5e3 * tokens)
+
+    monkeypatch.setattr(profile, "PLATFORMS", ("cpu",))
+    monkeypatch.setattr(profile, "decoding", decoding)
+    out = str(tmp_path / "r.json")
+    argv = ["bench", "decode", "--contexts", "4", "--tokens", "3", "--rounds", "1", "--profile", "--out", out]
+    assert main(argv) == 0, capsys.readouterr().err
+    (row,) = read(out).rows
+    launches = len(of_step.split())
+    assert (row["launches_per_token"], row["products_ms"], row["gaps_ms"]) == (launches, 1, 5000 - launches)
+    shown = capsys.readouterr().out
+    assert head in shown and "launches" in shown
 
 
 @pytest.mark.parametrize("name", [name for name, method in shapes.METHODS.items() if method is not None])
