@@ -95,9 +95,10 @@ def generate_chunks(
 
     program, leaves = Program.of(model)
     slots = _round_up(length + max_new_tokens, CACHE_BUCKET)
-    ahead = RUNS_AHEAD.get(platform_of(*leaves), False)
     sizes = (np.asarray(size, np.int32) for size in (length, max_new_tokens, chunk))
     state, *out = _prefill(program, slots, traceable(cache), leaves, tokens, Request(start, *sizes, sampler, ends))
+    # Outputs are committed to where the program runs, or else it runs where others do.
+    ahead = RUNS_AHEAD.get(platform_of(state.token), False)
     count, steps, ended = 0, 1, np.zeros(len(rows), bool)
     while True:
         rest = max_new_tokens - count - steps
