@@ -70,13 +70,12 @@ SAMPLED = {
     "family, lengths, settings",
     [
         ("llama", (3, 7, 1), {"max_new_tokens": 40}),
-        ("llama", (3, 7, 1), {"max_new_tokens": 17}),
         ("llama", (30, 9), {"max_new_tokens": 98}),
         ("llama", (3, 7), {"max_new_tokens": 21, "logprobs": 3, "chunk": 5, **SAMPLED}),
         ("opt", (4, 2), {}),
         ("mistral", (4, 2), {"max_new_tokens": 37}),
     ],
-    ids=["rows", "one-chunk", "full", "all-settings", "positions-full", "window"],
+    ids=["rows", "full", "all-settings", "positions-full", "window"],
 )
 def test_both_loops_give_the_same(
     family: str, lengths: tuple[int, ...], settings: dict[str, Any], llama: Llama, on_gpu: Callable[[], None]
@@ -112,15 +111,15 @@ def test_chunks_are_under_way_before_the_last_is_read(
         calls.clear()
         return [len(calls) for _ in generate_tokens(llama, ROWS, **settings)]
 
-    end = next(iter(generate_tokens(llama, ROWS[:1], max_new_tokens=1)))[0][0]
+    ends = [row[0] for row in generate(llama, ROWS, max_new_tokens=33, eos=())]
     assert made_at_each(max_new_tokens=40, eos=()) == [0, 1, 2, 3] and set(calls) == {None}
     on_gpu()
     # None is made that `max_new_tokens` leaves no token for, and one at most after all rows have ended.
     assert made_at_each(max_new_tokens=40, eos=()) == [1, 2, 3, 3] and set(calls) == {16}
-    assert made_at_each(max_new_tokens=40, eos=range(128)) == [1]
-    assert made_at_each(max_new_tokens=17, eos=()) == [1, 1]
+    assert made_at_each(max_new_tokens=40, eos=ends) == [1]
+    assert made_at_each(max_new_tokens=33, eos=()) == [1, 2, 2]
     assert made_at_each(max_new_tokens=1) == [0] and calls == []
-    assert list(generate_tokens(llama, ROWS[:1], max_new_tokens=40, eos=end)) == [[[]]]
+    assert list(generate_tokens(llama, ROWS, max_new_tokens=40, eos=ends)) == [[[], [], []]]
 
 
 @pytest.mark.parametrize("ahead", [False, True])

@@ -47,6 +47,12 @@ def drop(net: Net) -> None:
     del net.named.a.empty
 
 
+def rename(net: Net) -> None:
+    attributes = vars(net.named.a)
+    assert [*attributes][-1] == "size"
+    attributes["length"] = attributes.pop("size")
+
+
 CHANGES: dict[str, Callable[[Net], Any]] = {
     "nothing": lambda net: None,
     "value": lambda net: net.layers[3].kernel.set_value(jnp.zeros((3, 3))),
@@ -69,6 +75,8 @@ CHANGES: dict[str, Callable[[Net], Any]] = {
     "None before": lambda net: setattr(net.named.a, "empty", nnx.data(nnx.Param(jnp.zeros(2)))),
     "new attribute": lambda net: setattr(net.named.a, "more", 1),
     "one attribute less": drop,
+    "another name": rename,
+    "tuple of arrays": lambda net: setattr(net, "tables", nnx.data((jnp.zeros(2),))),
     "dict of arrays": lambda net: setattr(net, "tables", nnx.data({"a": jnp.zeros(2)})),
 }
 
@@ -84,9 +92,10 @@ def test_equals_flatten_after_any_change(change: str) -> None:
         assert len(leaves) == len(wanted) and all(map(lambda a, b: a is b, leaves, wanted))
 
 
-def test_a_dict_of_arrays_is_read_again() -> None:
+@pytest.mark.parametrize("before", [{}, {"a": jnp.zeros(2)}], ids=["empty", "full"])
+def test_a_dict_of_arrays_is_read_again(before: dict[str, jax.Array]) -> None:
     net = Net()
-    CHANGES["dict of arrays"](net)
+    net.tables = nnx.data(dict(before))
     Program.of(net)
     net.tables["a"] = jnp.ones(2)
     assert any(leaf is net.tables["a"] for leaf in Program.of(net)[1])

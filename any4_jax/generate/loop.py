@@ -201,8 +201,8 @@ def _decode(
 
     def step(carry: Any) -> Any:
         i, state, kept = carry
-        # The last token is in slot length + drawn - 1. Surplus steps stay at the last position that was asked for, since
-        # a model may have no other, and overwrite what is not read again.
+        # The last token is in slot length + drawn - 1. Surplus steps stay at the last position asked for, since a model
+        # may have no other; what they overwrite in the caches is not read again.
         slot = request.length + jnp.minimum(drawn + i, request.limit - 1) - 1
         x, caches = model.decode(state.token[:, None], state.caches, (slot - request.start)[:, None])
         token, counts, scores = request.sampler.draw(model.head(x)[:, 0], state.counts, drawn + i)

@@ -39,6 +39,7 @@ class Program:
         if not any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
             layout = _Layout.of(model, program)
             seen = None if layout is None else layout.leaves(model)
+            # They differ where a plain container holds arrays, or a class has its own idea of its tree.
             if layout is not None and seen is not None and len(seen) == len(leaves) and all(map(is_, seen, leaves)):
                 _LAYOUTS[id(model)] = layout
         return program, leaves
@@ -51,7 +52,7 @@ class Program:
 _program = functools.lru_cache(maxsize=64)(Program)
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(eq=False)
 class _Layout:
     """Where the arrays of a model are, and all else that its tree depends on.
 
@@ -62,44 +63,45 @@ class _Layout:
         program: of the model.
         modules: in the order of the tree, the model first.
         classes: of the modules.
-        counts: of each module's values.
-        names: of the values.
+        names: of each module's values.
         children: the places of all modules but the first among the values.
         fixed: the places of the values that are no modules, variables or arrays.
         constants: what stands there.
         held: the places of variables and arrays, in the order of the leaves.
         kinds: the classes of the variables, None for an array.
         metadata: of the variables, None for an array.
+        size: the number of values.
     """
 
     program: Program
     modules: list[weakref.ref[Any]] = dataclasses.field(default_factory=list)
     classes: list[type] = dataclasses.field(default_factory=list)
-    counts: list[int] = dataclasses.field(default_factory=list)
-    names: list[str] = dataclasses.field(default_factory=list)
+    names: list[tuple[str, ...]] = dataclasses.field(default_factory=list)
     children: list[int] = dataclasses.field(default_factory=list)
     fixed: list[int] = dataclasses.field(default_factory=list)
     constants: list[Any] = dataclasses.field(default_factory=list)
     held: list[int] = dataclasses.field(default_factory=list)
     kinds: list[type | None] = dataclasses.field(default_factory=list)
     metadata: list[dict[str, Any] | None] = dataclasses.field(default_factory=list)
+    size: int = 0
 
     @classmethod
     def of(cls, model: nnx.Module, program: Program) -> Self | None:
-        """The layout of a model; None if its tree has what may change unseen, such as a dict or a tuple of arrays."""
+        """The layout of a model; None if its tree has what may change unseen, a plain list or dict."""
         layout = cls(program)
         return layout if layout._add(model, functools.partial(_forget, id(model))) else None
 
     def _add(self, module: Any, when_dead: Any = None) -> bool:
         """Notes a module and all below it; returns whether that can be noted."""
-        attributes, first = vars(module), len(self.names)
+        attributes, first = vars(module), self.size
+        self.size += len(attributes)
         self.modules.append(weakref.ref(module, when_dead))
         self.classes.append(type(module))
-        self.counts.append(len(attributes))
-        self.names.extend(attributes)
+        self.names.append(tuple(attributes))
         places = {name: first + i for i, name in enumerate(attributes)}
         for path, value in jax.tree.leaves_with_path(module, is_leaf=lambda node: node is not module):
-            place = places.pop(_name(path[0]), None)
+            name = _name(path)
+            place = places.pop(name, None)
             if place is None:
                 return False
             if isinstance(value, nnx.Pytree):
@@ -110,10 +112,10 @@ class _Layout:
                 self.held.append(place)
                 self.kinds.append(type(value) if isinstance(value, nnx.Variable) else None)
                 self.metadata.append(value.get_metadata() if isinstance(value, nnx.Variable) else None)
-            elif jax.tree.leaves(value) or isinstance(value, list | dict | set):
+            elif isinstance(value, list | dict):
                 return False
             else:
-                places[_name(path[0])] = place
+                places[name] = place
         self.fixed.extend(places.values())
         self.constants.extend(attributes[name] for name in places)
         return True
@@ -124,7 +126,7 @@ class _Layout:
         if modules[0] is not model or not all(map(is_, map(type, modules), self.classes)):
             return None
         attributes = list(map(vars, modules))
-        if list(map(len, attributes)) != self.counts or list(chain.from_iterable(attributes)) != self.names:
+        if list(map(tuple, attributes)) != self.names:
             return None
         values = list(chain.from_iterable(map(dict.values, attributes)))
         if not all(map(is_, [values[i] for i in self.children], modules[1:])):
@@ -153,9 +155,8 @@ def _forget(key: int, model: weakref.ref[Any]) -> None:
         del _LAYOUTS[key]
 
 
-def _name(key: Any) -> str:
-    """The attribute that a key of a tree's path stands for."""
-    for attribute in ("name", "idx", "key"):
-        if hasattr(key, attribute):
-            return str(getattr(key, attribute))
-    return str(key)
+def _name(path: Any) -> str:
+    """The attribute that the path of a child stands for; "" for an object that is no tree, which is its own leaf."""
+    for key in path:
+        return next(str(getattr(key, kind)) for kind in ("name", "idx", "key") if hasattr(key, kind))
+    return ""
