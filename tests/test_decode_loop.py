@@ -122,6 +122,16 @@ def test_chunks_are_under_way_before_the_last_is_read(
     assert list(generate_tokens(llama, ROWS, max_new_tokens=40, eos=ends)) == [[[], [], []]]
 
 
+def test_all_steps_have_slots(llama: Llama, on_gpu: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    states, decode = [], loop._decode
+    monkeypatch.setattr(loop, "_decode", lambda *args: states.append(decode(*args)) or states[-1])
+    on_gpu()
+    for _ in generate_tokens(llama, ROWS, max_new_tokens=33, chunk=7, eos=()):
+        pass
+    for cache in states[-1][0].caches:
+        assert int(cache.length) == 32 + 35 <= cache.keys.shape[-1]
+
+
 @pytest.mark.parametrize("ahead", [False, True])
 def test_an_abandoned_generation_leaves_nothing(llama: Llama, ahead: bool, on_gpu: Callable[[], None]) -> None:
     wanted = generate(llama, ROWS, max_new_tokens=40, eos=())

@@ -67,8 +67,8 @@ def generate_chunks(
 ) -> Iterator[Chunk]:
     """Yields a `Chunk` of the new tokens of every row as they are decoded; see `generate_tokens`.
 
-    The first chunk has one token per row, each other at most `chunk`, which is 1 to 16. The other arguments and the
-    errors are those of `generate`; the checks run at the first `next`.
+    The first chunk has one token per row, each other at most `chunk`, which is 1 to 16; on GPUs and TPUs each size is a
+    program of its own. The other arguments and the errors are those of `generate`; the checks run at the first `next`.
     """
     rows = checked_rows(model, prompts)
     max_new_tokens = integer("max_new_tokens", max_new_tokens, 0)
@@ -94,9 +94,10 @@ def generate_chunks(
         target[first:] = row
 
     program, leaves = Program.of(model)
-    slots = _round_up(length + max_new_tokens, CACHE_BUCKET)
-    sizes = (np.asarray(size, np.int32) for size in (length, max_new_tokens, chunk))
-    state, *out = _prefill(program, slots, traceable(cache), leaves, tokens, Request(start, *sizes, sampler, ends))
+    # The last token needs no slot, and surplus steps have theirs.
+    slots = _round_up(length + _round_up(max_new_tokens - 1, chunk), CACHE_BUCKET)
+    request = Request(start, np.int32(length), np.int32(max_new_tokens), np.int32(chunk), sampler, ends)
+    state, *out = _prefill(program, slots, traceable(cache), leaves, tokens, request)
     # Outputs are committed to where the program runs, or else it runs where others do.
     ahead = RUNS_AHEAD.get(platform_of(state.token), False)
     count, steps, ended = 0, 1, np.zeros(len(rows), bool)
@@ -116,7 +117,8 @@ def generate_chunks(
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What stays the same throughout a generation; with it on the device, no later chunk needs anything from the host.
+    """What stays the same throughout a generation. The prefill takes numpy's arrays, and leaves them on the device, so
+    that no later chunk needs anything from the host.
 
     Attributes:
         start: int32 [B], the first slot of each row that holds no padding.
@@ -127,12 +129,12 @@ class Request:
         ends: int32 [n], the ids that end a row.
     """
 
-    start: np.ndarray | jax.Array
-    length: np.ndarray | jax.Array
-    limit: np.ndarray | jax.Array
-    chunk: np.ndarray | jax.Array
+    start: Any
+    length: Any
+    limit: Any
+    chunk: Any
     sampler: Sampler
-    ends: np.ndarray | jax.Array
+    ends: Any
 
 
 @jax.tree_util.register_dataclass
@@ -201,8 +203,8 @@ def _decode(
 
     def step(carry: Any) -> Any:
         i, state, kept = carry
-        # The last token is in slot length + drawn - 1. Surplus steps stay at the last position asked for, since a model
-        # may have no other; what they overwrite in the caches is not read again.
+        # The last token goes to slot length + drawn - 1. Surplus steps stay at the last position that was asked for,
+        # since a model may have no other.
         slot = request.length + jnp.minimum(drawn + i, request.limit - 1) - 1
         x, caches = model.decode(state.token[:, None], state.caches, (slot - request.start)[:, None])
         token, counts, scores = request.sampler.draw(model.head(x)[:, 0], state.counts, drawn + i)

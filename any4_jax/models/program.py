@@ -81,7 +81,7 @@ class _Layout:
     fixed: list[int] = dataclasses.field(default_factory=list)
     constants: list[Any] = dataclasses.field(default_factory=list)
     held: list[int] = dataclasses.field(default_factory=list)
-    kinds: list[type | None] = dataclasses.field(default_factory=list)
+    kinds: list[type[nnx.Variable[Any]] | None] = dataclasses.field(default_factory=list)
     metadata: list[dict[str, Any] | None] = dataclasses.field(default_factory=list)
     size: int = 0
 
@@ -128,7 +128,7 @@ class _Layout:
         attributes = list(map(vars, modules))
         if list(map(tuple, attributes)) != self.names:
             return None
-        values = list(chain.from_iterable(map(dict.values, attributes)))
+        values: list[Any] = list(chain.from_iterable(map(dict.values, attributes)))
         if not all(map(is_, [values[i] for i in self.children], modules[1:])):
             return None
         if not all(map(is_, [values[i] for i in self.fixed], self.constants)):
