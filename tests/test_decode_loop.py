@@ -104,22 +104,26 @@ def _plain(chunk: Chunk) -> Any:
     return chunk.tokens, chunk.finish_reasons, [[[*each] for each in row] for row in chunk.alternatives]
 
 
-def test_chunks_are_under_way_before_the_last_is_read(
+def test_a_chunk_is_under_way_before_the_last_is_read(
     llama: Llama, on_gpu: Callable[[], None], calls: list[int | None]
 ) -> None:
     def made_at_each(**settings: Any) -> list[int]:
         calls.clear()
         return [len(calls) for _ in generate_tokens(llama, ROWS, **settings)]
 
-    ends = [row[0] for row in generate(llama, ROWS, max_new_tokens=33, eos=())]
-    assert made_at_each(max_new_tokens=40, eos=()) == [0, 1, 2, 3] and set(calls) == {None}
+    texts = generate(llama, ROWS, max_new_tokens=33, eos=())
+    first, later = ([text[i] for text in texts] for i in (0, 12))
+    assert made_at_each(max_new_tokens=40, eos=()) == [0, 1, 2, 3]
+    assert made_at_each(max_new_tokens=40, eos=later) == [0, 1]
+    assert set(calls) == {None}
     on_gpu()
     # None is made that `max_new_tokens` leaves no token for, and one at most after all rows have ended.
-    assert made_at_each(max_new_tokens=40, eos=()) == [1, 2, 3, 3] and set(calls) == {16}
-    assert made_at_each(max_new_tokens=40, eos=ends) == [1]
-    assert made_at_each(max_new_tokens=33, eos=()) == [1, 2, 2]
+    assert made_at_each(max_new_tokens=40, eos=()) == [0, 2, 3, 3]
+    assert made_at_each(max_new_tokens=33, eos=()) == [0, 2, 2]
+    assert made_at_each(max_new_tokens=40, eos=later) == [0, 2]
+    assert set(calls) == {16}
+    assert made_at_each(max_new_tokens=40, eos=first) == [0]
     assert made_at_each(max_new_tokens=1) == [0] and calls == []
-    assert list(generate_tokens(llama, ROWS, max_new_tokens=40, eos=ends)) == [[[], [], []]]
 
 
 def test_all_steps_have_slots(llama: Llama, on_gpu: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> None:

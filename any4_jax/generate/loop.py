@@ -100,17 +100,20 @@ def generate_chunks(
     state, *out = _prefill(program, slots, traceable(cache), leaves, tokens, request)
     # Outputs are committed to where the program runs, or else it runs where others do.
     ahead = RUNS_AHEAD.get(platform_of(state.token), False)
+    more = functools.partial(_decode, program, chunk if ahead else None, leaves)
     count, steps, ended = 0, 1, np.zeros(len(rows), bool)
     while True:
         rest = max_new_tokens - count - steps
-        if ahead and rest:
-            state, *following = _decode(program, chunk, leaves, state)
+        # Not before the first token, which would wait for the loop to be compiled.
+        early = ahead and count > 0 and rest > 0
+        if early:
+            state, *following = more(state)
         fresh, scores = jax.tree.map(lambda kept, steps=steps: np.asarray(kept)[:, :steps], out)
         yield Chunk.of(fresh, scores, logprobs, count, ended, ends, not rest)
         if not rest or ended.all():
             return
-        if not ahead:
-            state, *following = _decode(program, None, leaves, state)
+        if not early:
+            state, *following = more(state)
         out, count, steps = following, count + steps, min(chunk, rest)
 
 
