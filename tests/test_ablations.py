@@ -105,7 +105,7 @@ def test_a_file_is_continued_with_the_same_settings_alone(tmp_path: Path, monkey
     assert second.rows[3] == first.rows[1] | {"study": "b", "case": "again"}
     monkeypatch.setattr(sys, "argv", ["quality_plot.py", "a.json", "a.json", "a.svg", "--study", "a"])
     runpy.run_path(str(FOLDER / "quality_plot.py"), run_name="__main__")
-    assert Path("a.svg").read_text().count("<circle") == 4
+    assert Path("a.svg").read_text().count("<circle") == 4 + 1  # of the legend
     with pytest.raises(SystemExit, match="measured with another text"):
         command(tmp_path, monkeypatch, both, "--text", STORIES)
 

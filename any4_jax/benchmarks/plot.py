@@ -9,6 +9,8 @@ from typing import Any
 WIDTH, HEIGHT, LEFT, TOP, LEGEND = 860, 460, 60, 40, 200
 # Okabe and Ito's palette, which colour-blind readers can distinguish too.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+WORST = 2.0
+"""The largest KL of quality_plot: a model that is farther off writes no sentence, however far."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,8 +38,27 @@ class Axis:
         return (scale(value) - scale(self.low)) / max(scale(self.high) - scale(self.low), 1e-9)
 
 
+@dataclasses.dataclass(frozen=True)
+class Style:
+    """How a line is drawn.
+
+    Attributes:
+      colour: of the line and its dots.
+      dashes: an SVG stroke-dasharray; "" for a solid line.
+      dots: what its points get: "none", "full" or "hollow" dots.
+    """
+
+    colour: str
+    dashes: str = ""
+    dots: str = "none"
+
+
 def line_plot(
-    lines: Mapping[str, Sequence[tuple[float, float]]], x_axis: Axis, y_axis: Axis, title: str, *, points: bool = False
+    lines: Mapping[str, Sequence[tuple[float, float]]],
+    x_axis: Axis,
+    y_axis: Axis,
+    title: str,
+    styles: Mapping[str, Style] | None = None,
 ) -> str:
     """An SVG plot with a line for each name, which the legend lists in their order.
 
@@ -45,7 +66,7 @@ def line_plot(
       lines: (x, y) by the name of a line; they are joined in the order of x.
       x_axis, y_axis: they contain all points.
       title: the text above the plot.
-      points: whether to draw a dot at each point.
+      styles: by the name of a line; None draws lines without dots, in colours as they come.
     """
     right, low = WIDTH - LEGEND, HEIGHT - 50
 
@@ -66,14 +87,13 @@ def line_plot(
         parts += [_line([(LEFT, y), (right, y)], _grid(y_axis, tick, "#dddddd"))]
         parts += [_text(LEFT - 8, y + 4, f"{tick:g}", "end")]
     for number, (name, line) in enumerate(lines.items()):
-        colour, dashes = COLOURS[number % len(COLOURS)], ("", "6 3", "2 3")[number // len(COLOURS) % 3]
-        at = TOP + 8 + 18 * number
+        plain = Style(COLOURS[number % len(COLOURS)], ("", "6 3", "2 3")[number // len(COLOURS) % 3])
+        style, at = plain if styles is None else styles[name], TOP + 8 + 18 * number
         places = [place(point) for point in sorted(line)]
-        parts += [_line(places, colour, 2, dashes), *(_dot(*each, colour) for each in places if points)]
-        parts += [
-            _line([(right + 20, at), (right + 44, at)], colour, 2, dashes),
-            _text(right + 50, at + 4, name, "start"),
-        ]
+        ends = [(right + 20, at), (right + 60, at)]
+        parts += [_line(way, style.colour, 2, style.dashes) for way in (places, ends)]
+        parts += [_dot(x, y, style) for x, y in [*places, (right + 40, at)] if style.dots != "none"]
+        parts += [_text(right + 66, at + 4, name, "start")]
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" font-family="sans-serif">\n'
         f'<rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>\n' + "\n".join(parts) + "\n</svg>\n"
@@ -126,35 +146,52 @@ def decode_plot(rows: Sequence[Mapping[str, Any]], title: str) -> str:
     power = 10.0 ** math.floor(math.log10(fastest))
     step = next(digit * power / 10 for digit in (1, 2, 5, 10) if 10 * digit * power / 10 >= fastest)
     ticks = [step * count for count in range(math.ceil(fastest / step) + 1)]
-    return line_plot(lines, x_axis, Axis("tokens per second", 0, ticks[-1], ticks), title, points=True)
+    y_axis = Axis("tokens per second", 0, ticks[-1], ticks)
+    styles = {name: Style(COLOURS[i % len(COLOURS)], dots="full") for i, name in enumerate(lines)}
+    return line_plot(lines, x_axis, y_axis, title, styles)
 
 
 def quality_plot(rows: Sequence[Mapping[str, Any]], title: str) -> str:
     """An SVG plot of the KL from the float model (logarithmic) against bits per weight, one line per method.
+
+    A table has one colour. With GPTQ's codes its line and dots are solid; with the nearest ones the line is dashed and
+    the dots are hollow. Rows with a KL above WORST are left out.
 
     Args:
       rows: rows of ablations.py. Those whose "case" is the same up to ", groups of" or ", whole rows" share a line.
       title: the text above the plot.
 
     Raises:
-      ValueError: there is no row, or one of them has no KL above 0.
+      ValueError: a row has no KL above 0, or none is left to plot.
     """
     lines: dict[str, list[tuple[float, float]]] = {}
     for row in rows:
         name = row["case"].split(", groups of ")[0].removesuffix(", whole rows")
         if not row["kl_nats"] > 0:
             raise ValueError(f"{row['case']} has a KL of {row['kl_nats']}, and a logarithm needs one above 0; drop it")
-        lines.setdefault(name, []).append((row["bits_per_weight"], row["kl_nats"]))
+        if row["kl_nats"] <= WORST:
+            lines.setdefault(name, []).append((row["bits_per_weight"], row["kl_nats"]))
     if not lines:
-        raise ValueError("got no row to plot, need at least one; measure some with ablations.py")
+        raise ValueError(
+            f"got no row to plot, need at least one with a KL of at most {WORST:g}; measure some with ablations.py"
+        )
+    tables = sorted({name.removeprefix("GPTQ ") for name in lines})
+    colours = {table: COLOURS[number % len(COLOURS)] for number, table in enumerate(tables)}
+    styles = {
+        name: Style(colours[table], dashes, dots)
+        for table in tables
+        for name, dashes, dots in ((f"GPTQ {table}", "", "full"), (table, "5 4", "hollow"))
+        if name in lines
+    }
     bits, found = ([point[axis] for line in lines.values() for point in line] for axis in (0, 1))
     first, last = math.floor(2 * min(bits)), max(math.ceil(2 * max(bits)), math.floor(2 * min(bits)) + 1)
     x_axis = Axis("bits per weight", first / 2, last / 2, [half / 2 for half in range(first, last + 1)])
     levels = [digit * 10.0**power for power in range(-9, 9) for digit in (1, 2, 5)]
-    below, above = (sum(level <= value for level in levels) for value in (min(found), max(found)))
+    below = sum(level <= min(found) for level in levels)
+    above = max(sum(level < max(found) for level in levels), below)
     levels = levels[below - 1 : above + 1]
     y_axis = Axis("KL from the float model, nats per token", levels[0], levels[-1], levels, logarithmic=True)
-    return line_plot(lines, x_axis, y_axis, title, points=True)
+    return line_plot({name: lines[name] for name in styles}, x_axis, y_axis, title, styles)
 
 
 def _grid(axis: Axis, tick: float, colour: str) -> str:
@@ -168,8 +205,9 @@ def _line(points: Sequence[tuple[float, float]], colour: str, width: int = 1, da
     )
 
 
-def _dot(x: float, y: float, colour: str) -> str:
-    return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{colour}"/>'
+def _dot(x: float, y: float, style: Style) -> str:
+    fill = "white" if style.dots == "hollow" else style.colour
+    return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{fill}" stroke="{style.colour}" stroke-width="1.5"/>'
 
 
 def _text(x: float, y: float, text: str, anchor: str, size: int = 12, turned: bool = False) -> str:

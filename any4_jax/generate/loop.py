@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from any4_jax.choice import platform_of
 from any4_jax.generate.arguments import integer
 from any4_jax.generate.chunk import Chunk
 from any4_jax.generate.penalties import Counts, Penalties
@@ -20,6 +21,7 @@ from any4_jax.generate.prompts import TokenIds, checked_rows, end_ids
 from any4_jax.generate.sampling import ALTERNATIVES, Sampler, Scores
 from any4_jax.kv_cache import Cache, CacheFactory, DenseCache, traceable
 from any4_jax.models.base import Decoder
+from any4_jax.models.program import Program
 
 # Prompts are padded to multiples of PROMPT_BUCKET and caches to multiples of CACHE_BUCKET, so that prompts of
 # similar length share their programs.
@@ -27,30 +29,11 @@ PROMPT_BUCKET = 32
 CACHE_BUCKET = 64
 # The size of the loop's output buffer. Between chunks the host reads the tokens; 16 steps hide that cost.
 CHUNK = 16
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Program:
-    """The static part of a model, on which a compiled step depends. Equal programs are one object.
-
-    So jax compares them by identity. For 32 blocks a comparison takes 10 ms, as long as some steps, and jax would
-    repeat it on every call. (`nnx.split` takes 50 ms, and hashing its result 6 ms.)
-    """
-
-    treedef: Any
-
-    @classmethod
-    def of(cls, model: Decoder) -> tuple["Program", list[jax.Array]]:
-        """The program of a model, and its arrays."""
-        leaves, treedef = jax.tree.flatten(model)
-        return _program(treedef), leaves
-
-    def model(self, leaves: list[jax.Array]) -> Decoder:
-        """Rebuilds the model with these arrays."""
-        return jax.tree.unflatten(self.treedef, leaves)
-
-
-_program = functools.lru_cache(maxsize=64)(Program)
+# Where this holds, the device never waits for the host. A chunk has a number of steps that the compiler knows, so no
+# condition is read between steps, and the next chunk is under way before the tokens of the last are read. Steps whose
+# tokens are dropped are the price: those after `max_new_tokens`, and a chunk after all rows have ended. A CPU would pay
+# for them in full, and has no host to wait for.
+RUNS_AHEAD = {"cpu": False, "cuda": True, "rocm": True, "tpu": True}
 
 
 def generate_tokens(model: Decoder, prompts: Sequence[TokenIds], **settings: Any) -> Iterator[list[list[int]]]:
@@ -84,8 +67,8 @@ def generate_chunks(
 ) -> Iterator[Chunk]:
     """Yields a `Chunk` of the new tokens of every row as they are decoded; see `generate_tokens`.
 
-    The first chunk has one token per row, each other at most `chunk`, which is 1 to 16. The other arguments and the
-    errors are those of `generate`; the checks run at the first `next`.
+    The first chunk has one token per row, each other at most `chunk`, which is 1 to 16; on GPUs and TPUs each size is a
+    program of its own. The other arguments and the errors are those of `generate`; the checks run at the first `next`.
     """
     rows = checked_rows(model, prompts)
     max_new_tokens = integer("max_new_tokens", max_new_tokens, 0)
@@ -111,39 +94,73 @@ def generate_chunks(
         target[first:] = row
 
     program, leaves = Program.of(model)
-    slots = _round_up(length + max_new_tokens, CACHE_BUCKET)
-    state, scores = _prefill(program, slots, traceable(cache), leaves, tokens, start, sampler, ends)
-    ended = np.zeros(len(rows), bool)
-    fresh, count = np.asarray(state.token)[:, None], 1
-    scores = jax.tree.map(lambda score: np.asarray(score)[:, None], scores)
+    # The last token needs no slot, and surplus steps have theirs.
+    slots = _round_up(length + _round_up(max_new_tokens - 1, chunk), CACHE_BUCKET)
+    request = Request(start, np.int32(length), np.int32(max_new_tokens), np.int32(chunk), sampler, ends)
+    state, *out = _prefill(program, slots, traceable(cache), leaves, tokens, request)
+    # Outputs are committed to where the program runs, or else it runs where others do.
+    ahead = RUNS_AHEAD.get(platform_of(state.token), False)
+    more = functools.partial(_decode, program, chunk if ahead else None, leaves)
+    count, steps, ended = 0, 1, np.zeros(len(rows), bool)
     while True:
-        last = count == max_new_tokens
-        yield Chunk.of(fresh, scores, logprobs, count - fresh.shape[1], ended, ends, last)
-        if last or ended.all():
+        rest = max_new_tokens - count - steps
+        # Not before the first token, which would wait for the loop to be compiled.
+        early = ahead and count > 0 and rest > 0
+        if early:
+            state, *following = more(state)
+        fresh, scores = jax.tree.map(lambda kept, steps=steps: np.asarray(kept)[:, :steps], out)
+        yield Chunk.of(fresh, scores, logprobs, count, ended, ends, not rest)
+        if not rest or ended.all():
             return
-        steps = min(chunk, max_new_tokens - count)
-        sizes = np.int32(length), np.int32(count), np.int32(steps)
-        state, out, scores = _decode(program, leaves, state, start, *sizes, sampler, ends)
-        fresh, scores = jax.tree.map(lambda kept, steps=steps: np.asarray(kept)[:, :steps], (out, scores))
-        count += steps
+        if not early:
+            state, *following = more(state)
+        out, count, steps = following, count + steps, min(chunk, rest)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What stays the same throughout a generation. The prefill takes numpy's arrays, and leaves them on the device, so
+    that no later chunk needs anything from the host.
+
+    Attributes:
+        start: int32 [B], the first slot of each row that holds no padding.
+        length: int32, the slots of the padded prompts.
+        limit: int32, `max_new_tokens`.
+        chunk: int32, the most steps of a call.
+        sampler: chooses the tokens.
+        ends: int32 [n], the ids that end a row.
+    """
+
+    start: Any
+    length: Any
+    limit: Any
+    chunk: Any
+    sampler: Sampler
+    ends: Any
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class State:
-    """Where the loop is.
+    """Where the loop is. Once `limit` tokens are drawn it must not be used again: surplus steps leave it meaningless.
 
     Attributes:
         token: int32 [B], the last token of each row, which is not in the caches yet.
-        done: bool [B], the rows that have met an end-of-text id, or logits that are no numbers.
+        drawn: int32, the new tokens that each row has.
+        done: bool [B], the rows that have met an end-of-text id, or logits that are no numbers; only kept up to date
+            where the loop stops by it.
         caches: of the blocks.
         counts: what penalties need, or None.
+        request: what was asked for.
     """
 
     token: jax.Array
+    drawn: jax.Array
     done: jax.Array
     caches: list[Cache]
     counts: Counts | None
+    request: Request
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -153,51 +170,50 @@ def _prefill(
     factory: CacheFactory,
     leaves: list[jax.Array],
     tokens: jax.Array,
-    start: jax.Array,
-    sampler: Sampler,
-    ends: jax.Array,
-) -> tuple[State, Scores | None]:
-    """int32 tokens [B, T] -> the state with the first new token and caches of `slots` slots, and its scores."""
+    request: Request,
+) -> tuple[State, jax.Array, Scores | None]:
+    """int32 tokens [B, T] -> the state with the first new token and caches of `slots` slots; the token [B, 1], and its
+    scores, in which each array has an axis 1 after B."""
     model = program.model(leaves)
+    start, sampler = request.start, request.sampler
     batch, length = tokens.shape
     positions = jnp.arange(length, dtype=jnp.int32)[None] - start[:, None]
     caches = model.init_cache(batch, slots, start=start, cache=factory)
     x, caches = model.decode(tokens, caches, positions)
     logits = model.head(x[:, -1:])[:, 0]
     token, counts, scores = sampler.draw(logits, sampler.counts(tokens, start, logits.shape[-1]), 0)
-    return State(token, jnp.isin(token, ends), caches, counts), scores
+    state = State(token, jnp.int32(1), jnp.isin(token, request.ends), caches, counts, request)
+    return state, *jax.tree.map(lambda one: one[:, None], (token, scores))
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
 def _decode(
-    program: Program,
-    leaves: list[jax.Array],
-    state: State,
-    start: jax.Array,
-    length: jax.Array,
-    count: jax.Array,
-    steps: jax.Array,
-    sampler: Sampler,
-    ends: jax.Array,
+    program: Program, trips: int | None, leaves: list[jax.Array], state: State
 ) -> tuple[State, jax.Array, Scores | None]:
-    """Decodes at most `steps` more tokens; stops when all rows are done.
+    """Decodes more tokens.
 
-    There are `count` new tokens already, of which the last belongs in slot `length + count - 1`. Returns the state, the
-    tokens int32 [B, CHUNK], and their scores, in which each array has an axis CHUNK after B.
+    Args:
+        program, leaves: of the model.
+        trips: the number of steps; those that go beyond `limit` give tokens without meaning. With None there are at
+            most `chunk`, fewer if `limit` is reached or all rows are done.
+        state: at least one token short of `limit`.
+
+    Returns:
+        The state, the tokens int32 [B, CHUNK], and their scores, in which each array has an axis CHUNK after B.
     """
-    model = program.model(leaves)
-
-    def drawn(i: jax.Array, state: State) -> tuple[State, Scores | None]:
-        positions = (length + count - 1 + i - start)[:, None]
-        x, caches = model.decode(state.token[:, None], state.caches, positions)
-        token, counts, scores = sampler.draw(model.head(x)[:, 0], state.counts, count + i)
-        return State(token, state.done | jnp.isin(token, ends), caches, counts), scores
+    model, request, drawn = program.model(leaves), state.request, state.drawn
+    steps = jnp.minimum(request.chunk, request.limit - drawn)
 
     def step(carry: Any) -> Any:
         i, state, kept = carry
-        state, scores = drawn(i, state)
-        new = state.token, scores
-        kept = jax.tree.map(lambda k, n: jax.lax.dynamic_update_index_in_dim(k, n, i, axis=1), kept, new)
+        # The last token goes to slot length + drawn - 1. Surplus steps stay at the last position that was asked for,
+        # since a model may have no other.
+        slot = request.length + jnp.minimum(drawn + i, request.limit - 1) - 1
+        x, caches = model.decode(state.token[:, None], state.caches, (slot - request.start)[:, None])
+        token, counts, scores = request.sampler.draw(model.head(x)[:, 0], state.counts, drawn + i)
+        done = state.done if trips is not None else state.done | jnp.isin(token, request.ends)
+        state = dataclasses.replace(state, token=token, done=done, caches=caches, counts=counts)
+        kept = jax.tree.map(lambda k, n: jax.lax.dynamic_update_index_in_dim(k, n, i, axis=1), kept, (token, scores))
         return i + 1, state, kept
 
     def more(carry: Any) -> jax.Array:
@@ -205,9 +221,13 @@ def _decode(
         return (i < steps) & ~state.done.all()
 
     batch, vocabulary = state.token.shape[0], model.config.vocab_size
-    kept = jnp.zeros((batch, CHUNK), jnp.int32), Scores.empty(batch, CHUNK, vocabulary) if sampler.scored else None
-    _, state, (out, scores) = jax.lax.while_loop(more, step, (jnp.int32(0), state, kept))
-    return state, out, scores
+    scores = Scores.empty(batch, CHUNK, vocabulary) if request.sampler.scored else None
+    first = jnp.int32(0), state, (jnp.zeros((batch, CHUNK), jnp.int32), scores)
+    if trips is None:
+        i, state, (out, scores) = jax.lax.while_loop(more, step, first)
+    else:
+        i, state, (out, scores) = jax.lax.fori_loop(0, trips, lambda _, carry: step(carry), first)
+    return dataclasses.replace(state, drawn=drawn + i), out, scores
 
 
 def _round_up(n: int, multiple: int) -> int:

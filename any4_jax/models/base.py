@@ -16,6 +16,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from any4_jax.kv_cache import Cache, CacheFactory, DenseCache
+from any4_jax.models.program import Program
 
 PRECISION = "highest"
 """The precision of float32 products. A GPU's default, TF32, keeps 10 bits, and logits are then off by 1e-3 of their
@@ -216,7 +217,7 @@ class Decoder(nnx.Module):
                     f"token ids are in {low}..{high}, and the vocabulary is 0..{self.config.vocab_size - 1}; use the "
                     "model's own tokenizer"
                 )
-        return _logits(self, tokens)
+        return _logits(*Program.of(self), tokens)
 
 
 @functools.cache
@@ -225,8 +226,9 @@ def _jitted(block: Callable[..., tuple[jax.Array, Cache]]) -> Callable[..., tupl
     return jax.jit(block, static_argnums=0)
 
 
-@jax.jit
-def _logits(model: Decoder, tokens: jax.Array) -> jax.Array:
+@functools.partial(jax.jit, static_argnums=0)
+def _logits(program: Program, leaves: list[jax.Array], tokens: jax.Array) -> jax.Array:
+    model = program.model(leaves)
     batch, length = tokens.shape
     positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length))
     x, _ = model.decode(tokens, model.init_cache(batch, length), positions)

@@ -4,7 +4,8 @@
     python examples/benchmarks/quality_plot.py bits_kl.json bits_kl.svg
 
 Several files, of one model on the same windows, are drawn as one. The KL from the float model is on a logarithmic axis,
-bits per weight are those of the arrays as stored. Each method has a line, whose points are its group sizes.
+bits per weight are those of the arrays as stored. Each method has a line, whose points are its group sizes; rows above
+2 nats are left out. A table has one colour: solid with GPTQ's codes, dashed and hollow with the nearest ones.
 """
 
 import argparse
