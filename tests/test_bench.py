@@ -7,17 +7,14 @@ import json
 import sys
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
-from any4_jax.benchmarks import Device, Result, decode, gemm, gemm_cuda, machine, read, shapes, timing, write
+from any4_jax.benchmarks import Device, Result, gemm, gemm_cuda, machine, read, timing, write
 from any4_jax.benchmarks.schema import check
 from any4_jax.cli import main
 from any4_jax.cli.bench_gemm import _shapes
-from any4_jax.models.tiny import random_llama, tiny
 from any4_jax.weights import dequantize
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -195,53 +192,6 @@ def test_candidates_go_through_all_copies_in_turns() -> None:
     assert set(seen["a"]) == set(seen["b"]) == {0, 1, 2}
 
 
-def test_decode_of_several_models(stream, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out = str(tmp_path / "r.json")
-    argv = ["bench", "decode", "tiny", "--prompt-tokens", "4", "--tokens", "2", "--rounds", "1", "--out", out]
-    assert main(argv) == 0, capsys.readouterr().err
-    (row,) = read(out).rows
-    assert (row["model"], row["method"], row["dtype"], row["speed_ratio_to_first"]) == ("tiny", "float", "float32", 1)
-    assert "tiny" in capsys.readouterr().out
-
-
-def test_decode_of_a_shape_is_in_bfloat16_and_in_4_bits(
-    stream, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    small = dataclasses.replace(
-        shapes.CONFIGS["llama-3.1-8b"],
-        **dict(vocab_size=64, hidden_size=128, intermediate_size=256, num_hidden_layers=1),
-        **dict(num_attention_heads=2, num_key_value_heads=1, head_dim=64),
-    )
-    monkeypatch.setitem(shapes.CONFIGS, "llama-3.1-8b", small)
-    out = str(tmp_path / "r.json")
-    sizes = ["--prompt-tokens", "4", "--tokens", "2", "--rounds", "1"]
-    assert main(["bench", "decode", "--shape", "llama-3.1-8b", *sizes, "--out", out]) == 0
-    dense, coded = read(out).rows
-    assert (dense["model"], dense["method"], coded["method"]) == ("llama-3.1-8b", "float", "any4")
-    # Two bytes a weight; half a byte, a scale and an offset for 128 of them, and a table of 32 bytes a row.
-    linears, rows = 128 * 128 * 2 + 64 * 128 * 2 + 3 * 128 * 256, 128 * 2 + 64 * 2 + 256 * 2 + 128
-    saved = 1e6 * (dense["read_mb_per_token"] - coded["read_mb_per_token"])
-    assert saved == pytest.approx(linears * (2 - 0.5 - 4 / 128) - 32 * rows, rel=1e-3)
-
-
-def test_bytes_a_token_reads() -> None:
-    tied, free = tiny(), random_llama()
-    assert tied.config.tie_word_embeddings and not free.config.tie_word_embeddings
-    assert decode.read_bytes(tied) == sum(leaf.nbytes for leaf in leaves(tied))
-    embedding = free.config.vocab_size * free.config.hidden_size * 4
-    assert decode.read_bytes(free) == sum(leaf.nbytes for leaf in leaves(free)) - embedding
-
-
-def leaves(model) -> list:
-    return jax.tree.leaves(nnx.state(model))
-
-
-def test_an_engine_that_stops_early_is_not_timed(stream) -> None:
-    short = decode.Contestant(lambda prompt, tokens: iter([[1], [2]]), 1, 8, {"model": "short"})
-    with pytest.raises(RuntimeError, match="got 2 new tokens, need 4"):
-        decode.run({"short": short}, prompt_tokens=1, tokens=4, rounds=1, stream=timing.StreamingRead("cpu"))
-
-
 @pytest.mark.parametrize(
     ("argv", "code", "words"),
     [
@@ -250,8 +200,14 @@ def test_an_engine_that_stops_early_is_not_timed(stream) -> None:
         (["gemm", "--platform", "cuda"], 2, "got --platform cuda, and jax runs on cpu here"),
         (["gemm", "--out", "no/such/folder/r.json"], 1, "its folder is missing"),
         (["decode", "--tokens", "1"], 2, "--tokens: got '1'"),
+        (["decode", "--contexts", "8,0"], 2, "got '0', need a whole number of at least 1"),
         (["decode", "tiny", "tiny"], 2, "some more than once"),
         (["decode", "tiny", "--shape", "llama-3.2-1b"], 2, "got --shape and the model tiny"),
+        (["decode", "--shape", "llama-3.2-1b", "--methods", "any4,x"], 2, "got 'x', need some of bfloat16, any4"),
+        (["decode", "tiny", "--methods", "any4"], 2, "got --methods without --shape"),
+        (["decode", "tiny", "--head", "any4"], 2, "got --head without --shape"),
+        (["decode", "tiny", "--profile"], 2, "jax runs on cpu here"),
+        (["decode", "tiny", "--svg", "no/such/folder/r.svg"], 1, "its folder is missing"),
         ([], 2, "BENCHMARK"),
     ],
 )

@@ -1,133 +1,173 @@
-"""Tokens per second of greedy decoding of one row after a prompt. Several models take turns in one run."""
+"""Tokens per second of greedy decoding after a prompt. Several models take turns in one run."""
 
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
 
+import jax
 import numpy as np
-from flax import nnx
 
-from any4_jax.benchmarks.timing import StreamingRead, significant, tree_bytes
-from any4_jax.generate import generate_tokens
-from any4_jax.models.base import Decoder
-from any4_jax.nn.nnx import Any4Embed
+from any4_jax.benchmarks import profile
+from any4_jax.benchmarks.contestants import Contestant, Entry, groups
+from any4_jax.benchmarks.quantize import peak_gb
+from any4_jax.benchmarks.timing import StreamingRead, significant
 
 
 @dataclass(frozen=True)
-class Contestant:
-    """A model on an engine.
+class Decode:
+    """What to measure.
 
     Attributes:
-      run: (prompt, number of new tokens) -> the new tokens, in chunks as they are decoded; the first chunk is the one
-        token that follows the prompt.
-      read_bytes: bytes of weights that each token reads.
-      vocabulary: token ids are below this.
-      facts: columns of its row: the model, the method, ...
+      contexts: tokens of the prompts; each is measured on its own.
+      batches: numbers of rows, likewise, with each context.
+      tokens: new tokens of a row, at least 2. The first one counts towards the prompt.
+      rounds: turns of each contestant, at least 1. One more turn before these compiles, and is not counted.
+      profiled: whether each contestant has one more turn under jax's profiler, on a GPU.
+
+    Raises:
+      ValueError: there is no context or no batch, or a number is too small.
     """
 
-    run: Callable[[np.ndarray, int], Iterator[list[int]]]
-    read_bytes: int
-    vocabulary: int
-    facts: Mapping[str, Any]
+    contexts: tuple[int, ...] = (32,)
+    batches: tuple[int, ...] = (1,)
+    tokens: int = 128
+    rounds: int = 5
+    profiled: bool = False
+
+    def __post_init__(self) -> None:
+        wanted = [("contexts", min(self.contexts, default=0), 1), ("batches", min(self.batches, default=0), 1)]
+        for name, value, least in (*wanted, ("tokens", self.tokens, 2), ("rounds", self.rounds, 1)):
+            if value < least:
+                raise ValueError(f"got {name}={getattr(self, name)}, need {least} or more; raise it")
+
+    @property
+    def cases(self) -> list[tuple[int, int]]:
+        """(context, batch), in the order in which they are measured."""
+        return [(context, batch) for batch in self.batches for context in self.contexts]
 
 
-def contestant(name: str, model: Decoder) -> Contestant:
-    """A model of this library, decoded by the loop of `generate`; its row shows the last part of its path."""
+@dataclass
+class Taken:
+    """What a contestant took in one case: seconds to the first token, and from there to the last, of each turn."""
 
-    def chunks(prompt: np.ndarray, tokens: int) -> Iterator[list[int]]:
-        # eos=(): an end-of-text token doesn't stop the loop, so that all contestants decode equally many tokens.
-        return (chunk[0] for chunk in generate_tokens(model, [prompt], max_new_tokens=tokens, eos=()))
-
-    linears = () if model.recipe is None else model.recipe.linears
-    methods = sorted({method.name for _, method, _ in linears})
-    facts = {"model": Path(name).name, "method": " and ".join(methods) or "float", "dtype": model.dtype.name}
-    return Contestant(chunks, read_bytes(model), model.config.vocab_size, facts)
-
-
-def read_bytes(model: Decoder) -> int:
-    """Bytes of weights that a token reads: all weights except embeddings that don't serve as the head, of which it
-    reads one row."""
-    looked_up = [
-        node
-        for path, node in nnx.iter_modules(model)
-        if isinstance(node, nnx.Embed | Any4Embed) and ".".join(map(str, path)) not in model.head_site.linears
-    ]
-    return tree_bytes(nnx.state(model)) - sum(tree_bytes(nnx.state(embedding)) for embedding in looked_up)
+    contestant: Contestant
+    prefill: list[float] = field(default_factory=list)
+    decode: list[float] = field(default_factory=list)
+    peak_gb: float = 0.0
+    classes: dict[str, Any] = field(default_factory=dict)
 
 
 def run(
-    contestants: Mapping[str, Contestant],
+    entries: Mapping[str, Entry],
+    config: Decode,
     *,
-    prompt_tokens: int,
-    tokens: int,
-    rounds: int,
     stream: StreamingRead,
+    room: int | None = None,
     progress: Callable[[int, int, str], None] = lambda done, total, what: None,
-) -> list[dict[str, Any]]:
-    """One row per contestant, with medians over rounds; in each round every contestant has one turn.
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """One row per case and contestant, with medians over rounds, and notes on what could not be measured.
 
-    The prompt is random, and the same for all. The first new token counts towards the prompt, so `tokens` - 1 tokens
-    are decoded.
+    In each round every contestant has one turn, or every one of those that fit in memory together. The prompts are
+    random, and the same for all. Who runs out of memory in a case has no row there.
 
     Args:
-      contestants: by name; speeds are compared with the first.
-      prompt_tokens: tokens of the prompt, at least 1.
-      tokens: new tokens, at least 2.
-      rounds: at least 1; one more round before these compiles, and is not counted.
+      entries: by name; speeds are compared with the first.
+      config: what to measure.
       stream: measured before each round.
+      room: bytes for weights; None means that all contestants fit.
       progress: called with (done, total, what is next).
 
     Raises:
-      ValueError: a number is too small, or a model's context is too short.
+      ValueError: a model's context is too short.
       RuntimeError: a contestant stopped early.
     """
-    for name, value, least in (("prompt_tokens", prompt_tokens, 1), ("tokens", tokens, 2), ("rounds", rounds, 1)):
-        if value < least:
-            raise ValueError(f"got {name}={value}, need {least} or more; raise it")
-    vocabulary = min(each.vocabulary for each in contestants.values())
-    prompt = np.random.default_rng(0).integers(0, vocabulary, prompt_tokens)
-    names, turns = list(contestants), (rounds + 1) * len(contestants)
-    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
-    for number in range(turns):
-        turn, place = divmod(number, len(names))
-        if place == 0:
-            stream.measure()
-        name = names[(turn + place) % len(names)]
-        progress(number, turns, name)
-        taken = _timed(contestants[name].run(prompt, tokens), tokens)
-        if turn > 0:
-            seconds[name].append(taken)
-
-    first = float(np.median([decode for _, decode in seconds[names[0]]]))
-    rows = []
-    for name, each in contestants.items():
-        prefill, decode = (float(np.median(column)) for column in zip(*seconds[name], strict=True))
-        rate = each.read_bytes * (tokens - 1) / decode / 1e9
-        rows.append(
-            {
-                **each.facts,
-                "prefill_ms": significant(1e3 * prefill),
-                "decode_tokens_per_s": significant((tokens - 1) / decode),
-                "best_decode_tokens_per_s": significant((tokens - 1) / min(d for _, d in seconds[name])),
-                "decode_ms_per_token": significant(1e3 * decode / (tokens - 1)),
-                "speed_ratio_to_first": significant(first / decode),
-                "read_mb_per_token": significant(each.read_bytes / 1e6),
-                "gb_per_s": significant(rate),
-                "share_of_streaming_read": significant(rate / stream.gb_per_s),
-            }
-        )
-    return rows
+    held, notes = groups(entries, room)
+    taken: dict[tuple[tuple[int, int], str], Taken] = {}
+    turns = (config.rounds + 1) * len(config.cases) * sum(map(len, held))
+    done = 0
+    for group in held:
+        contestants = {name: entries[name].create() for name in group}
+        vocabulary = min(each.vocabulary for each in contestants.values())
+        for case in config.cases:
+            prompts = np.random.default_rng(0).integers(0, vocabulary, case[::-1])
+            field = {name: Taken(each) for name, each in contestants.items()}
+            for turn in range(config.rounds + 1):
+                stream.measure()
+                for place in range(len(group)):
+                    name = group[(turn + place) % len(group)]
+                    progress(done, turns, f"{name}, {case[0]} x {case[1]}")
+                    done += 1
+                    if name in field and not _turn(field[name], prompts, config, last=turn == config.rounds):
+                        notes.append(f"{name} ran out of memory with {case[1]} prompts of {case[0]} tokens")
+                        del field[name]
+            taken |= {(case, name): each for name, each in field.items()}
+        del contestants, field
+    first = next(iter(entries))
+    rows = [
+        _row(taken[case, name], case, config, stream, taken.get((case, first)))
+        for case in config.cases
+        for name in entries
+        if (case, name) in taken
+    ]
+    return rows, notes
 
 
-def _timed(chunks: Iterator[list[int]], tokens: int) -> tuple[float, float]:
+def _turn(taken: Taken, prompts: np.ndarray, config: Decode, last: bool) -> bool:
+    """Has a contestant decode once, or where it is the last time and so wanted, once more under the profiler. Returns
+    whether the memory was enough."""
+    run = taken.contestant.run
+    try:
+        prefill, decode = _timed(run(prompts, config.tokens), config.tokens)
+        taken.prefill.append(prefill)
+        taken.decode.append(decode)
+        if last and config.profiled:
+            wall_ms = 1e3 * float(np.median(taken.decode[1:]))
+            taken.classes = profile.decoding(run(prompts, config.tokens), config.tokens - 1, wall_ms)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return False
+    taken.peak_gb = peak_gb()
+    return True
+
+
+def _timed(chunks: Iterator[list[list[int]]], tokens: int) -> tuple[float, float]:
     """Seconds to the first token, and from there to the last."""
     begin = time.perf_counter()
-    count = len(next(chunks))
+    counts = [len(row) for row in next(chunks)]
     first = time.perf_counter()
-    count += sum(map(len, chunks))
+    for chunk in chunks:
+        counts = [count + len(row) for count, row in zip(counts, chunk, strict=True)]
     end = time.perf_counter()
-    if count != tokens:
-        raise RuntimeError(f"got {count} new tokens, need {tokens}; the engine stopped early, so it isn't timed")
+    if min(counts) != tokens:
+        raise RuntimeError(f"got {min(counts)} new tokens, need {tokens}; the engine stopped early, so it isn't timed")
     return first - begin, end - first
+
+
+def _row(
+    taken: Taken, case: tuple[int, int], config: Decode, stream: StreamingRead, first: Taken | None
+) -> dict[str, Any]:
+    context, batch = case
+    steps, each = config.tokens - 1, taken.contestant
+    prefill, decode = (float(np.median(column[1:])) for column in (taken.prefill, taken.decode))
+    rate = each.read_bytes * steps / decode / 1e9
+    return {
+        **each.facts,
+        "prompt_tokens": context,
+        "batch": batch,
+        "prefill_ms": significant(1e3 * prefill),
+        "second_prefill_ms": significant(1e3 * taken.prefill[1]),
+        "prefill_compile_s": significant(max(taken.prefill[0] - prefill, 0.0)),
+        "decode_compile_s": significant(max(taken.decode[0] - decode, 0.0)),
+        "decode_tokens_per_s": significant(batch * steps / decode),
+        "decode_tokens_per_s_of_a_row": significant(steps / decode),
+        "best_decode_tokens_per_s": significant(batch * steps / min(taken.decode[1:])),
+        "decode_ms_per_token": significant(1e3 * decode / steps),
+        "speed_ratio_to_first": None if first is None else significant(float(np.median(first.decode[1:])) / decode),
+        "read_mb_per_token": significant(each.read_bytes / 1e6),
+        "gb_per_s": significant(rate),
+        "share_of_streaming_read": significant(rate / stream.gb_per_s),
+        "peak_gb": taken.peak_gb,
+        **taken.classes,
+    }

@@ -22,6 +22,7 @@ from any4_jax.benchmarks.gemm import Gemm, Measured
 from any4_jax.benchmarks.peers import Torch
 from any4_jax.benchmarks.shapes import random_leaf
 from any4_jax.benchmarks.timing import Candidate, StreamingRead, interleaved, significant, tree_bytes
+from any4_jax.formats import ramp
 from any4_jax.product import matmul
 from any4_jax.product.backends.cuda import CUDA, is_one_launch, launcher
 from any4_jax.product.backends.pallas import PALLAS
@@ -101,7 +102,8 @@ def _ours(config: Gemm, n: int, k: int) -> dict[tuple[str, int], tuple[float, fl
     """(product, m) -> seconds in a loop, seconds of a call, and bytes of the weight."""
     few = _number(config, n * k * config.bits // 8)
     leaf = functools.partial(random_leaf, n=n, k=k, bits=config.bits, group_size=config.group_size)
-    own, shared = ([leaf(seed, own=each) for seed in range(few)] for each in (True, False))
+    one_table: dict[str, Any] = {"levels": ramp(config.bits), "offsets": False}
+    own, shared = ([leaf(seed, **kind) for seed in range(few)] for kind in ({}, one_table))
     rows = jax.ShapeDtypeStruct((1, k), jnp.bfloat16)
     reason = CUDA.supports(rows, own[0], "cuda")
     if reason is not None:

@@ -126,6 +126,31 @@ def speed_plot(rows: Sequence[Mapping[str, Any]], product: str, ratio: str, titl
     return line_plot(lines, x_axis, Axis("", levels[0], levels[-1], levels, logarithmic=True, marked=1), title)
 
 
+def decode_plot(rows: Sequence[Mapping[str, Any]], title: str) -> str:
+    """An SVG plot of tokens per second, of all rows of a batch together, against the length of the prompt
+    (logarithmic): a line for each kind of model and batch.
+
+    Args:
+      rows: the rows of `any4 bench decode`, at least one.
+      title: the text above the plot.
+    """
+    kinds = ("model", "method", "head", "dtype", "batch")
+    differing = [kind for kind in kinds if len({row[kind] for row in rows}) > 1] or ["method"]
+    lines: dict[str, list[tuple[float, float]]] = {}
+    for row in rows:
+        words = [f"batch {row[kind]}" if kind == "batch" else str(row[kind]) for kind in differing]
+        lines.setdefault(", ".join(words), []).append((row["prompt_tokens"], row["decode_tokens_per_s"]))
+    contexts = sorted({row["prompt_tokens"] for row in rows})
+    x_axis = Axis("tokens of the prompt", contexts[0], contexts[-1], contexts, logarithmic=True)
+    fastest = max(row["decode_tokens_per_s"] for row in rows)
+    power = 10.0 ** math.floor(math.log10(fastest))
+    step = next(digit * power / 10 for digit in (1, 2, 5, 10) if 10 * digit * power / 10 >= fastest)
+    ticks = [step * count for count in range(math.ceil(fastest / step) + 1)]
+    y_axis = Axis("tokens per second", 0, ticks[-1], ticks)
+    styles = {name: Style(COLOURS[i % len(COLOURS)], dots="full") for i, name in enumerate(lines)}
+    return line_plot(lines, x_axis, y_axis, title, styles)
+
+
 def quality_plot(rows: Sequence[Mapping[str, Any]], title: str) -> str:
     """An SVG plot of the KL from the float model (logarithmic) against bits per weight, one line per method.
 

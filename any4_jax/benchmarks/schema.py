@@ -19,7 +19,7 @@ VERSIONED = ("any4_jax", "jax", "jaxlib", "python")
 # The name of a float contains one of these words: `us`, `gb_per_s`, `share_of_streaming_read`.
 UNITS = frozenset(
     {"us", "ms", "s", "seconds", "bits", "bytes", "mb", "gb", "tokens", "nats", "perplexity"}
-    | {"ratio", "share", "error", "percent"}
+    | {"ratio", "share", "error", "percent", "launches"}
 )
 
 

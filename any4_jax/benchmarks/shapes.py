@@ -2,16 +2,19 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from any4_jax.methods import Any4
+from any4_jax.benchmarks.timing import tree_bytes
+from any4_jax.methods import NF4, Any4, Int, Method, quantize
 from any4_jax.models.config import LlamaConfig, RopeScaling
 from any4_jax.models.llama import Llama
-from any4_jax.nn.nnx import Any4Linear
-from any4_jax.surgery import Recipe
+from any4_jax.packing import PLANES, padding, plane_bytes
+from any4_jax.surgery import Recipe, nnx_modules
 from any4_jax.weights import QuantizedTensor
 
 _SCALING = RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192)
@@ -36,43 +39,163 @@ _LLAMA_32_1B = dataclasses.replace(
     rope_scaling=dataclasses.replace(_SCALING, factor=32.0),
     tie_word_embeddings=True,
 )
-CONFIGS = {"llama-3.2-1b": _LLAMA_32_1B, "llama-3.1-8b": _LLAMA_31_8B}
+_LLAMA_31_70B = dataclasses.replace(
+    _LLAMA_31_8B, hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64
+)
+_TINY = LlamaConfig(
+    vocab_size=64,
+    hidden_size=128,
+    intermediate_size=256,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    head_dim=64,
+    max_position_embeddings=1024,
+)
+CONFIGS = {
+    "llama-3.2-1b": _LLAMA_32_1B,
+    "llama-3.1-8b": _LLAMA_31_8B,
+    "llama-3.1-70b": _LLAMA_31_70B,
+    "tiny-llama": _TINY,
+}
+METHODS: dict[str, Method | None] = {
+    "bfloat16": None,
+    "any4": Any4(),
+    "any3": Any4(bits=3),
+    "nf4": NF4(),
+    "int4": Int(bits=4),
+    "int8": Int(bits=8),
+}
+"""What the linears of a random model are stored in; None is the float kind. Groups have 128 weights."""
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4, 5))
-def random_leaf(seed: int, n: int, k: int, bits: int, group_size: int, own: bool = True) -> QuantizedTensor:
-    """A weight [N, K] with random codes and bfloat16 tables. It has any4's form; without `own` nf4's, which has one
-    table and no offsets."""
+@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4, 5, 6, 7))
+def random_leaf(
+    seed: int,
+    n: int,
+    k: int,
+    bits: int,
+    group_size: int,
+    levels: tuple[float, ...] | None = None,
+    offsets: bool = True,
+    uniform: bool = False,
+) -> QuantizedTensor:
+    """A weight [N, K] with random codes, and scales, offsets and tables in bfloat16.
+
+    Args:
+      seed: of the random numbers.
+      n, k: N and K.
+      bits, group_size, uniform: see `QuantizedTensor`.
+      levels: the table of all rows; None gives each row a random one.
+      offsets: whether there are offsets.
+    """
     keys = jax.random.split(jax.random.key(seed), 4)
     groups = (n, -(-k // group_size))
+    codes = tuple(jax.random.bits(keys[0], (n, plane_bytes(k, width)), jnp.uint8) for width in PLANES[bits])
+    if levels is None:
+        lut, largest = jnp.sort(jax.random.normal(keys[1], (n, 2**bits), jnp.bfloat16)), 1.0
+    else:
+        lut, largest = jnp.asarray([levels], jnp.bfloat16), max(map(abs, levels))
     return QuantizedTensor(
-        codes=jax.random.bits(keys[0], (n, k * bits // 8), jnp.uint8),
-        lut=jnp.sort(jax.random.normal(keys[1], (n if own else 1, 2**bits), jnp.bfloat16)),
-        scales=jax.random.uniform(keys[2], groups, jnp.bfloat16, 0.5, 1.5) * k**-0.5,
-        offsets=jax.random.normal(keys[3], groups, jnp.bfloat16) * k**-0.5 if own else None,
+        codes=codes if len(codes) > 1 else codes[0],
+        lut=lut,
+        scales=jax.random.uniform(keys[2], groups, jnp.bfloat16, 0.5, 1.5) * (k**-0.5 / largest),
+        offsets=jax.random.normal(keys[3], groups, jnp.bfloat16) * k**-0.5 if offsets else None,
         bits=bits,
         group_size=group_size,
-        padding=0,
-        uniform=False,
+        padding=padding(k, bits),
+        uniform=uniform,
     )
 
 
-def dense(shape: str) -> Llama:
-    """A bfloat16 model with random weights; `shape` is a key of `CONFIGS`."""
-    return Llama(CONFIGS[shape], dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+def random_model(shape: str, method: Method | None = None, head: Method | None = None) -> Llama:
+    """A bfloat16 model with random weights. No float weights are made for linears with few bits.
+
+    Args:
+      shape: a key of `CONFIGS`.
+      method: what the blocks' linears are stored as; None for bfloat16.
+      head: what the head is stored as, likewise. If it is tied to the embedding, tokens are looked up in it too.
+    """
+    return _model(shape, method, head, random_weight, random_array)
 
 
-def few_bits(model: Llama, group_size: int) -> Llama:
-    """A copy of the model in which the blocks' linears have random 4-bit codes in any4's form; it shares all other
-    arrays."""
-    coded = nnx.merge(*nnx.split(model))
-    linears: list[tuple[str, Any4, tuple[tuple[str, str], ...]]] = []
-    for i, block in enumerate(coded.blocks):
-        for path in (path for site in coded.sites(i) for path in site.linears):
-            parent, name = path.split(".")
-            linear = getattr(getattr(block, parent), name)
-            leaf = random_leaf(len(linears), linear.out_features, linear.in_features, 4, group_size)
-            setattr(getattr(block, parent), name, Any4Linear.of(leaf, dtype=model.dtype))
-            linears.append((f"{coded.block_path(i)}.{path}", Any4(group_size=group_size), ()))
-    coded.recipe = Recipe((), tuple(linears))
-    return coded
+def model_bytes(shape: str, method: Method | None = None, head: Method | None = None) -> int:
+    """The bytes of the arrays of such a `random_model`, which isn't created."""
+    return tree_bytes(nnx.state(_model(shape, method, head, lambda seed, *of: _form(*of), _no_array)))
+
+
+def _model(
+    shape: str,
+    method: Method | None,
+    head: Method | None,
+    weight: Callable[..., Any],
+    array: Callable[..., Any],
+) -> Llama:
+    """A model whose linears with few bits are `weight(seed, n, k, method)`, and other arrays `array(seed, shape,
+    dtype)`."""
+    model = _abstract(shape)
+    methods = dict.fromkeys(model.head_site.linears, head)
+    for i in range(len(model.blocks)):
+        methods |= {f"{model.block_path(i)}.{path}": method for site in model.sites(i) for path in site.linears}
+    done = {}
+    linears: list[tuple[str, Any, tuple[tuple[str, str], ...]]] = []
+    for seed, (path, matrix) in enumerate(nnx_modules.matrices(model).items()):
+        own = methods.get(path)
+        if own is not None:
+            done[path] = weight(seed, *matrix.shape, own)
+            linears.append((path, own, ()))
+    replaced: Any = nnx_modules.replace(model, done, Recipe((), tuple(linears)) if linears else None)
+    graphdef, state = nnx.split(replaced)
+    leaves, structure = jax.tree.flatten(state)
+    filled = [
+        array(seed, leaf.shape, leaf.dtype) if isinstance(leaf, jax.ShapeDtypeStruct) else leaf
+        for seed, leaf in enumerate(leaves)
+    ]
+    made: Llama = nnx.merge(graphdef, jax.tree.unflatten(structure, filled))
+    return made
+
+
+@functools.cache
+def _abstract(shape: str) -> Llama:
+    """The bfloat16 model with a jax.ShapeDtypeStruct for each array."""
+    config = CONFIGS[shape]
+    # The blocks are alike, and tracing the initializers of 80 blocks takes half a minute.
+    single = dataclasses.replace(config, num_hidden_layers=1)
+    model: Any = nnx.eval_shape(lambda: Llama(single, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
+    (block,) = model.layers
+    model.layers = nnx.List(nnx_modules.copy_module(block) for _ in range(config.num_hidden_layers))
+    model.config = config
+    abstract: Llama = model
+    return abstract
+
+
+@functools.cache
+def _form(n: int, k: int, method: Any) -> Any:
+    """The operator that the method makes of a weight [N, K], with a jax.ShapeDtypeStruct for each array."""
+    return jax.eval_shape(lambda w: method.apply(w, None).operator, jax.ShapeDtypeStruct((n, k), jnp.float32))
+
+
+@functools.cache
+def _table(k: int, method: Any) -> tuple[float, ...]:
+    """The table of a method whose matrices all share it."""
+    w = jax.random.normal(jax.random.key(0), (8, k))
+    return tuple(quantize(w, method).lut[0].tolist())
+
+
+def random_weight(seed: int, n: int, k: int, method: Any) -> QuantizedTensor:
+    """A weight [N, K] of the form that the method gives, with random codes."""
+    form = _form(n, k, method)
+    levels = None if form.lut.shape[0] > 1 else _table(k, method)
+    return random_leaf(seed, n, k, form.bits, form.group_size, levels, form.offsets is not None, form.uniform)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def random_array(seed: int, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    """Small normal numbers; ones for a vector, which scales a norm."""
+    if len(shape) == 1:
+        return jnp.ones(shape, dtype)
+    return jax.random.normal(jax.random.key(seed), shape, dtype) * jnp.asarray(shape[0] ** -0.5, dtype)
+
+
+def _no_array(seed: int, shape: tuple[int, ...], dtype: Any) -> Any:
+    return jax.ShapeDtypeStruct(shape, dtype)

@@ -7,7 +7,7 @@ from typing import Any
 
 from any4_jax.benchmarks import gemm, gemm_cuda, machine
 from any4_jax.benchmarks.plot import speed_plot
-from any4_jax.cli.bench_shared import add_common, check, finish, heading
+from any4_jax.cli.bench_shared import add_common, check, counts, finish, heading
 from any4_jax.cli.bench_tune import run_tune
 from any4_jax.cli.errors import CommandLineError
 from any4_jax.cli.numbers import count
@@ -26,7 +26,7 @@ def add_gemm(parser: argparse.ArgumentParser) -> None:
         "whose names end in -together, and squares)",
     )
     parser.add_argument(
-        "--m", type=_counts, metavar="M,...", help="rows of the input (default: 1,16; on cuda 1 to 2048)"
+        "--m", type=counts, metavar="M,...", help="rows of the input (default: 1,16; on cuda 1 to 2048)"
     )
     parser.add_argument(
         "--bits", type=int, choices=sorted(PLANES), default=4, metavar="B", help="of a code (default: 4)"
@@ -137,7 +137,3 @@ def _shapes(text: str) -> tuple[tuple[int, int], ...]:
             raise argparse.ArgumentTypeError(f"got {name!r}, need NxK or one of {', '.join(gemm.SHAPES)}")
         shapes.append((int(sizes[0]), int(sizes[1])))
     return tuple(dict.fromkeys(shapes))
-
-
-def _counts(text: str) -> tuple[int, ...]:
-    return tuple(dict.fromkeys(count(part) for part in text.split(",")))

@@ -21,16 +21,26 @@ def add_machine(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", metavar="FILE", help="write the results here as JSON")
 
 
+def counts(text: str) -> tuple[int, ...]:
+    """The type of a flag whose value is whole numbers of at least 1, with commas between them."""
+    return tuple(dict.fromkeys(count(part) for part in text.split(",")))
+
+
 def check(args: argparse.Namespace) -> None:
     """Refuses, before the work, arguments that would fail after it."""
-    if args.out is not None and not Path(args.out).absolute().parent.is_dir():
-        raise WorkError(f"{args.out} can't be written because its folder is missing; create it first")
+    check_folder(args.out)
     here = machine.platform()
     if args.platform not in (None, here):
         raise CommandLineError(
             f"got --platform {args.platform}, and jax runs on {here} here; set JAX_PLATFORMS={args.platform} "
             "where jax has it, or leave --platform out"
         )
+
+
+def check_folder(file: str | None) -> None:
+    """Refuses a file, if one is given, whose folder is missing."""
+    if file is not None and not Path(file).absolute().parent.is_dir():
+        raise WorkError(f"{file} can't be written because its folder is missing; create it first")
 
 
 def heading(result: schema.Result) -> str:

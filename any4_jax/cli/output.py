@@ -47,7 +47,7 @@ class Progress:
         self._bar.set_postfix_str(what, refresh=False)
         self._bar.update(done - self._bar.n)
         now = time.monotonic()
-        if self._bar.disable and done < total and now - self._told >= SECONDS_BETWEEN_LINES:
+        if self._bar.disable and 0 < done < total and now - self._told >= SECONDS_BETWEEN_LINES:
             self._told = now
             left = (now - self._begin) * (total - done) / done
             print(

@@ -72,8 +72,9 @@ class Attention(nnx.Module):
         queries, keys, values = (heads(y, self.head_dim) for y in call_each((self.q_proj, self.k_proj, self.v_proj), x))
         if hasattr(self, "q_norm"):
             queries, keys = self.q_norm(queries), self.k_norm(keys)
-        cache = cache.append(keys, values, positions, self.rope)
-        mixed = cache.attend(queries, positions, self.rope, self.settings)
+        with jax.named_scope("attention"):
+            cache = cache.append(keys, values, positions, self.rope)
+            mixed = cache.attend(queries, positions, self.rope, self.settings)
         mixed = mixed.reshape(*mixed.shape[:2], -1)
         tap("attn_out", mixed)
         return self.o_proj(mixed), cache

@@ -121,6 +121,6 @@ class Llama(Decoder):
     def head(self, x: jax.Array) -> jax.Array:
         """The final norm and the head: [B, T, E] -> float32 logits [B, T, V]."""
         x = self.head_input(x)
-        with jax.default_matmul_precision(PRECISION):
+        with jax.default_matmul_precision(PRECISION), jax.named_scope("head"):
             logits = self.embed_tokens.attend(x) if self.config.tie_word_embeddings else self.lm_head(x)
         return logits.astype(jnp.float32)

@@ -194,6 +194,6 @@ class OPT(Decoder):
     def head(self, x: jax.Array) -> jax.Array:
         """[B, T, E] -> float32 logits [B, T, V]."""
         x = self.head_input(x)
-        with jax.default_matmul_precision(PRECISION):
+        with jax.default_matmul_precision(PRECISION), jax.named_scope("head"):
             head: Any = self.embed_tokens.attend if self.config.tie_word_embeddings else self.lm_head
             return head(x).astype(jnp.float32)

@@ -27,9 +27,9 @@ import numpy as np
 from gguf import GGUFReader
 
 from any4_jax import benchmarks
-from any4_jax.benchmarks import decode, machine
+from any4_jax.benchmarks import contestants, decode, machine
 from any4_jax.benchmarks.timing import StreamingRead
-from any4_jax.cli.bench import decode_table
+from any4_jax.cli.bench_decode import decode_table
 from any4_jax.cli.sources import MODEL_HELP, open_model
 from any4_jax.data.assets import fetch_smollm2
 
@@ -50,25 +50,23 @@ def main() -> None:
     source = args.gguf or fetch_smollm2()
     slots = args.prompt_tokens + args.tokens
     with tempfile.TemporaryDirectory() as folder:
-        contestants = {"Q4_1": llama(source, "Q4_1", slots)}
+        made = {"Q4_1": llama(source, "Q4_1", slots)}
         for name, kind in REQUANTIZED.items():
-            contestants[name] = llama(requantized(source, Path(folder) / f"{name}.gguf", kind), name, slots)
+            made[name] = llama(requantized(source, Path(folder) / f"{name}.gguf", kind), name, slots)
     for name in args.models:
-        ours = decode.contestant(name, open_model(name))
-        contestants[name] = dataclasses.replace(ours, facts={"engine": "any4_jax", **ours.facts})
+        ours = contestants.contestant(name, open_model(name))
+        made[name] = dataclasses.replace(ours, facts={"engine": "any4_jax", **ours.facts})
 
     stream = StreamingRead(machine.platform())
-    rows = decode.run(
-        contestants,
-        prompt_tokens=args.prompt_tokens,
-        tokens=args.tokens,
-        rounds=args.rounds,
+    rows, _ = decode.run(
+        {name: contestants.Entry.of(each) for name, each in made.items()},
+        decode.Decode((args.prompt_tokens,), (1,), args.tokens, args.rounds),
         stream=stream,
         progress=lambda done, total, name: print(f"{done + 1} of {total}: {name}", file=sys.stderr),
     )
-    print(decode_table(rows, ("engine", "model", "method", "dtype")))
+    print(decode_table(rows, ("engine", "model", "method", "head", "dtype")))
     if args.out:
-        settings = {"prompt_tokens": args.prompt_tokens, "tokens": args.tokens, "rounds": args.rounds, "batch": 1}
+        settings = {"tokens": args.tokens, "rounds": args.rounds}
         result = benchmarks.result(
             "against_llama_cpp",
             ["python", *sys.argv],
@@ -89,7 +87,7 @@ def requantized(source: Path, target: Path, kind: int) -> Path:
     return target
 
 
-def llama(path: Path, method: str, slots: int) -> decode.Contestant:
+def llama(path: Path, method: str, slots: int) -> contestants.Contestant:
     """A GGUF model in llama.cpp, through its C interface, because its Python classes copy the logits at each step."""
     model = llama_cpp.llama_model_load_from_file(str(path).encode(), llama_cpp.llama_model_default_params())
     settings = llama_cpp.llama_context_default_params()
@@ -106,18 +104,20 @@ def llama(path: Path, method: str, slots: int) -> decode.Contestant:
             raise SystemExit(f"llama.cpp could not decode with {path}; build it without the instructions that fail")
         return llama_cpp.llama_sampler_sample(greedy, context, -1)
 
-    def chunks(prompt: np.ndarray, tokens: int) -> Iterator[list[int]]:
+    def chunks(prompts: np.ndarray, tokens: int) -> Iterator[list[list[int]]]:
         llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(context), True)
-        ids = prompt.tolist()
+        (ids,) = prompts.tolist()
         for _ in range(tokens):
             ids = [step(ids)]
-            yield ids
+            yield [ids]
 
-    tensors = {tensor.name: int(tensor.n_bytes) for tensor in GGUFReader(path).tensors}
-    read = sum(tensors.values()) - (tensors["token_embd.weight"] if "output.weight" in tensors else 0)
+    tensors = {tensor.name: tensor for tensor in GGUFReader(path).tensors}
+    untied = "output.weight" in tensors
+    read = sum(int(tensor.n_bytes) for name, tensor in tensors.items() if not untied or name != "token_embd.weight")
     vocabulary = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(model))
-    facts = {"engine": "llama.cpp", "model": path.name, "method": method, "dtype": "float32, float16 cache"}
-    return decode.Contestant(chunks, read, vocabulary, facts)
+    head = tensors["output.weight" if untied else "token_embd.weight"].tensor_type.name
+    model_facts = {"model": path.name, "method": method, "head": head, "dtype": "float32, float16 cache"}
+    return contestants.Contestant(chunks, read, vocabulary, {"engine": "llama.cpp", **model_facts})
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ _LINES = tuple(
         "explain C --rows 2",
         "explain M",
         "chat F --system be --max-new-tokens 2",
-        "bench decode M --tokens 2 --prompt-tokens 3 --rounds 1",
+        "bench decode M --tokens 2 --contexts 3 --rounds 1",
         "bench gemm --shapes 16x32 --m 1 --bits 4 --group-size 16 --rounds 1 --rotate-mb 1",
         "bench quantize --shape smollm2-135m --matrices x --rounds 1",
         "completion bash",

@@ -1,0 +1,128 @@
+"""What takes part in a measurement of decoding: models on engines, and which of them fit in memory together."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flax import nnx
+
+from any4_jax.benchmarks import shapes
+from any4_jax.benchmarks.timing import tree_bytes
+from any4_jax.generate import generate_tokens
+from any4_jax.methods import AnyMethod
+from any4_jax.models.base import Decoder
+from any4_jax.nn.nnx import Any4Embed
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """A model on an engine.
+
+    Attributes:
+      run: (prompts int [B, T], number of new tokens) -> the new tokens of each row, in chunks as they are decoded; the
+        first chunk is the one token that follows each prompt.
+      read_bytes: bytes of weights that each step reads.
+      vocabulary: token ids are below this.
+      facts: columns of its row: the model, the method, ...
+    """
+
+    run: Callable[[np.ndarray, int], Iterator[list[list[int]]]]
+    read_bytes: int
+    vocabulary: int
+    facts: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A contestant that may not exist yet.
+
+    Attributes:
+      create: makes the contestant.
+      nbytes: the memory that this takes: of its weights, or 0 if they are there already.
+    """
+
+    create: Callable[[], Contestant]
+    nbytes: int
+
+    @classmethod
+    def of(cls, contestant: Contestant) -> "Entry":
+        """One that exists."""
+        return cls(lambda: contestant, 0)
+
+
+def contestant(name: str, model: Decoder) -> Contestant:
+    """A model of this library, decoded by the loop of `generate`; its row shows the last part of its path."""
+
+    def chunks(prompts: np.ndarray, tokens: int) -> Iterator[list[list[int]]]:
+        # eos=(): an end-of-text token doesn't stop the loop, so that all contestants decode equally many tokens.
+        return generate_tokens(model, list(prompts), max_new_tokens=tokens, eos=())
+
+    linears = () if model.recipe is None else model.recipe.linears
+    kinds: tuple[set[str], set[str]] = set(), set()
+    for path, method, _ in linears:
+        kinds[path in model.head_site.linears].add(_kind(method))
+    blocks, head = (" and ".join(sorted(found)) for found in kinds)
+    facts = {"model": Path(name).name, "method": blocks or "float", "head": head or "float", "dtype": model.dtype.name}
+    return Contestant(chunks, read_bytes(model), model.config.vocab_size, facts)
+
+
+def of_shape(shape: str, methods: Sequence[str], head: str) -> dict[str, Entry]:
+    """Models of a shape with random weights, by method.
+
+    Args:
+      shape: a key of `shapes.CONFIGS`.
+      methods: keys of `shapes.METHODS`.
+      head: likewise, for the head of those whose linears have few bits. A tied head is the embedding too.
+    """
+
+    def entry(method: str) -> Entry:
+        of = shape, shapes.METHODS[method], None if shapes.METHODS[method] is None else shapes.METHODS[head]
+        return Entry(lambda: contestant(shape, shapes.random_model(*of)), shapes.model_bytes(*of))
+
+    return {method: entry(method) for method in methods}
+
+
+def groups(entries: Mapping[str, Entry], room: int | None) -> tuple[list[list[str]], list[str]]:
+    """The names of contestants that are in memory together, in their order, and a note for each that doesn't fit.
+
+    Args:
+      entries: by name.
+      room: bytes for weights; None if there is no known limit.
+    """
+    held: list[list[str]] = []
+    notes, left = [], 0
+    for name, entry in entries.items():
+        if room is not None and entry.nbytes > room:
+            notes.append(
+                f"{name} is left out: its weights take {entry.nbytes / 1e9:.1f} GB, and there is room for "
+                f"{room / 1e9:.1f}"
+            )
+            continue
+        if not held or (room is not None and entry.nbytes > left):
+            held.append([])
+            left = 0 if room is None else room
+        held[-1].append(name)
+        left -= entry.nbytes
+    if len(held) > 1:
+        told = ", then ".join(" and ".join(group) for group in held)
+        notes.append(f"not all fit in memory together, so turns were taken among {told}")
+    return held, notes
+
+
+def read_bytes(model: Decoder) -> int:
+    """Bytes of weights that a token reads: all weights except embeddings that don't serve as the head, of which it
+    reads one row."""
+    looked_up = [
+        node
+        for path, node in nnx.iter_modules(model)
+        if isinstance(node, nnx.Embed | Any4Embed) and ".".join(map(str, path)) not in model.head_site.linears
+    ]
+    return tree_bytes(nnx.state(model)) - sum(tree_bytes(nnx.state(embedding)) for embedding in looked_up)
+
+
+def _kind(method: AnyMethod) -> str:
+    """The method's name with its number of bits, such as "int8"."""
+    bits = getattr(method, "bits", None)
+    return method.name if bits is None else f"{method.name.rstrip('0123456789')}{bits}"
