@@ -1,7 +1,7 @@
 """Key/value caches: what attention keeps of earlier tokens."""
 
 from any4_jax.kv_cache.attention import ReadBlock, attention, attention_by_blocks
-from any4_jax.kv_cache.base import Cache, CacheFactory, Rope, rotated, traceable
+from any4_jax.kv_cache.base import Cache, CacheFactory, Rope, append_attend, rotate_pairs, rotated, traceable
 from any4_jax.kv_cache.dense import DenseCache
 from any4_jax.kv_cache.settings import PLAIN, AttentionSettings
 
@@ -13,8 +13,10 @@ __all__ = [
     "DenseCache",
     "ReadBlock",
     "Rope",
+    "append_attend",
     "attention",
     "attention_by_blocks",
+    "rotate_pairs",
     "rotated",
     "traceable",
 ]

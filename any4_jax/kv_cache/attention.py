@@ -55,14 +55,19 @@ def attention(
     """
     batch, tokens, heads, _ = queries.shape
     slots = keys.shape[-1]
-    # The scores of one token take less memory than the keys.
-    if tokens > 1 and batch * heads * tokens * slots > MAX_SCORES:
+    if not fits(batch, tokens, heads, slots):
         return attention_by_blocks(queries, slices(keys, values, BLOCK_SLOTS), slots, positions, start, settings)
     rows = _rows(queries, keys.shape[0] // batch)
     scores = _scores(rows, keys, _seen(jnp.arange(slots, dtype=jnp.int32), positions, start, settings), settings)
     mixing = jax.nn.softmax(scores).astype(queries.dtype).reshape(*rows.shape[:2], slots)
     mixed = jnp.einsum("brs,bsd->brd", mixing, values.astype(queries.dtype))
     return _heads(mixed, queries.shape)
+
+
+def fits(batch: int, tokens: int, heads: int, slots: int) -> bool:
+    """Whether `attention` holds the scores of B rows, T tokens, H heads and S slots at once."""
+    # The scores of one token take less memory than the keys.
+    return tokens == 1 or batch * heads * tokens * slots <= MAX_SCORES
 
 
 def attention_by_blocks(

@@ -15,9 +15,10 @@ then keeps a steady scale, which quantizes better) and rotate them when it reads
 """
 
 import dataclasses
-from typing import Any, Protocol, Self, runtime_checkable
+from typing import Any, Protocol, Self, cast, runtime_checkable
 
 import jax
+import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from any4_jax.kv_cache.settings import PLAIN, AttentionSettings
@@ -31,6 +32,17 @@ class Rope(Protocol):
         ...
 
 
+def rotate_pairs(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """x [B, T, heads, D] with the channel pair (a, b) = (i, i + D/2) as (a cos_i - b sin_i, b cos_i + a sin_i).
+
+    It computes in float32 and returns x's dtype; cos and sin are float32 [B, T, D/2].
+    """
+    # Without a barrier XLA recomputes both for every head, in the fusion that rotates.
+    cos, sin = jax.lax.optimization_barrier((cos[:, :, None], sin[:, :, None]))
+    low, high = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([low * cos - high * sin, high * cos + low * sin], axis=-1).astype(x.dtype)
+
+
 def rotated(x: jax.Array, positions: jax.Array, rope: Rope | None) -> jax.Array:
     """x [B, T, heads, D] rotated by `rope`; x itself if the model has no rope."""
     return x if rope is None else rope.rotate(x, positions)
@@ -38,7 +50,11 @@ def rotated(x: jax.Array, positions: jax.Array, rope: Rope | None) -> jax.Array:
 
 @runtime_checkable
 class Cache(Protocol):
-    """The keys and values of one block: an immutable pytree whose shapes never change."""
+    """The keys and values of one block: an immutable pytree whose shapes never change.
+
+    A cache may define `append_attend` too, with the arguments and results of the function of that name, where it does
+    both at once in less time.
+    """
 
     def append(self, keys: jax.Array, values: jax.Array, positions: jax.Array, rope: Rope | None) -> Self:
         """A cache that holds T new tokens as well.
@@ -71,6 +87,43 @@ class Cache(Protocol):
             [B, T, H, D] in the queries' dtype. Rows of padding are finite but meaningless.
         """
         ...
+
+
+def append_attend(
+    cache: Cache,
+    queries: jax.Array,
+    keys: jax.Array,
+    values: jax.Array,
+    positions: jax.Array,
+    rope: Rope | None,
+    settings: AttentionSettings = PLAIN,
+) -> tuple[jax.Array, Cache]:
+    """Appends T new tokens and attends from them: (`attend`'s result [B, T, H, D], the cache that holds them).
+
+    It is `append`, then `attend`, unless the cache's class does both by its own `append_attend`. A subclass that
+    overrides one of the two is not bypassed: it has to override `append_attend` as well to be called by it.
+
+    Args:
+        cache: of the block.
+        queries, keys, values, positions, rope, settings: as for `Cache.append` and `Cache.attend`.
+
+    Raises:
+        ValueError: as in `Cache.append`.
+    """
+    if _does_both(type(cache)):
+        return cast(Any, cache).append_attend(queries, keys, values, positions, rope, settings)
+    cache = cache.append(keys, values, positions, rope)
+    return cache.attend(queries, positions, rope, settings), cache
+
+
+def _does_both(kind: type) -> bool:
+    """Whether a class has an `append_attend` that was written with its own `append` and `attend` in view."""
+    order = kind.__mro__
+
+    def place(name: str) -> int:
+        return next((i for i, each in enumerate(order) if name in vars(each)), len(order))
+
+    return place("append_attend") < len(order) and place("append_attend") <= min(place("append"), place("attend"))
 
 
 class CacheFactory(Protocol):

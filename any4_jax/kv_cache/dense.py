@@ -9,7 +9,9 @@ from jax.typing import DTypeLike
 
 from any4_jax.kv_cache.attention import attention
 from any4_jax.kv_cache.base import Rope, rotated
+from any4_jax.kv_cache.plain import appended
 from any4_jax.kv_cache.settings import PLAIN, AttentionSettings
+from any4_jax.kv_cache.step import step
 
 
 @jax.tree_util.register_dataclass
@@ -24,12 +26,15 @@ class DenseCache:
         values: [B * Hkv, S, D].
         length: int32 scalar, the slots in use; the next token goes there.
         start: int32 [B], the first slot of each row that holds no padding.
+        empty: static, whether it is known to hold no token, so that a prompt need not look at slots. A loop over tokens
+            carries a cache of which that isn't known: `dataclasses.replace(cache, empty=False)`.
     """
 
     keys: jax.Array
     values: jax.Array
     length: jax.Array
     start: jax.Array
+    empty: bool = dataclasses.field(default=False, kw_only=True, metadata=dict(static=True))
 
     @classmethod
     def create(
@@ -39,7 +44,7 @@ class DenseCache:
         finite."""
         keys = jnp.zeros((batch * heads, head_dim, length), dtype)
         values = jnp.zeros((batch * heads, length, head_dim), dtype)
-        return cls(keys, values, jnp.zeros((), jnp.int32), start)
+        return cls(keys, values, jnp.zeros((), jnp.int32), start, empty=True)
 
     def append(self, keys: jax.Array, values: jax.Array, positions: jax.Array, rope: Rope | None) -> Self:
         """Write keys and values [B, T, Hkv, D] to the next T slots.
@@ -47,20 +52,8 @@ class DenseCache:
         Raises:
             ValueError: T exceeds the number of slots.
         """
-        tokens, slots = keys.shape[1], self.keys.shape[-1]
-        if tokens > slots:
-            raise ValueError(f"{tokens} tokens don't fit in a cache of {slots} slots; create a longer cache")
-
-        def write(slab: jax.Array, new: jax.Array, axis: int) -> jax.Array:
-            new = new.reshape(-1, *new.shape[2:]).astype(slab.dtype)
-            return jax.lax.dynamic_update_slice_in_dim(slab, new, self.length, axis)
-
-        return dataclasses.replace(
-            self,
-            keys=write(self.keys, rotated(keys, positions, rope).transpose(0, 2, 3, 1), 2),
-            values=write(self.values, values.transpose(0, 2, 1, 3), 1),
-            length=self.length + tokens,
-        )
+        slabs = appended(self.keys, self.values, rotated(keys, positions, rope), values, self.length)
+        return self._holding(*slabs, self.length + keys.shape[1])
 
     def attend(
         self, queries: jax.Array, positions: jax.Array, rope: Rope | None, settings: AttentionSettings = PLAIN
@@ -68,3 +61,27 @@ class DenseCache:
         """Attention of queries [B, T, H, D] over the slots start..own of each row."""
         queries = rotated(queries, positions, rope)
         return attention(queries, self.keys, self.values, positions, self.start, settings)
+
+    def append_attend(
+        self,
+        queries: jax.Array,
+        keys: jax.Array,
+        values: jax.Array,
+        positions: jax.Array,
+        rope: Rope | None,
+        settings: AttentionSettings = PLAIN,
+    ) -> tuple[jax.Array, Self]:
+        """`append`, then `attend`, by the first of `step.BACKENDS` that can, which may be one launch.
+
+        Raises:
+            ValueError: T exceeds the number of slots.
+        """
+        held = self.keys, self.values, self.length
+        mixed, *new = step(
+            *(queries, keys, values, *held, positions, self.start), rope=rope, settings=settings, empty=self.empty
+        )
+        return mixed, self._holding(*new)
+
+    def _holding(self, keys: jax.Array, values: jax.Array, length: jax.Array) -> Self:
+        """This cache with other keys, values and length, which is not 0."""
+        return dataclasses.replace(self, keys=keys, values=values, length=length, empty=False)

@@ -9,7 +9,7 @@ from typing import Protocol
 import jax
 from flax import nnx
 
-from any4_jax.kv_cache import AttentionSettings, Cache, Rope
+from any4_jax.kv_cache import AttentionSettings, Cache, Rope, append_attend
 from any4_jax.models.base import Site, Tap, no_tap
 from any4_jax.models.layers import Layers, heads
 from any4_jax.nn.nnx import call_each
@@ -73,8 +73,7 @@ class Attention(nnx.Module):
         if hasattr(self, "q_norm"):
             queries, keys = self.q_norm(queries), self.k_norm(keys)
         with jax.named_scope("attention"):
-            cache = cache.append(keys, values, positions, self.rope)
-            mixed = cache.attend(queries, positions, self.rope, self.settings)
+            mixed, cache = append_attend(cache, queries, keys, values, positions, self.rope, self.settings)
         mixed = mixed.reshape(*mixed.shape[:2], -1)
         tap("attn_out", mixed)
         return self.o_proj(mixed), cache

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from any4_jax.kv_cache import rotate_pairs
 from any4_jax.models.rope_scaling import Scaling, plain_frequencies
 
 
@@ -28,16 +29,17 @@ class Rope:
             return plain_frequencies(self.theta, self.head_dim)
         return self.scaling.frequencies(self.theta, self.head_dim, length)
 
-    def rotate(self, x: jax.Array, positions: jax.Array) -> jax.Array:
-        """Rotate x [B, T, heads, D] by positions int32 [B, T]; computes in float32, returns x's dtype."""
+    def factors(self, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """(cos, sin) of the angles of positions int32 [B, T], float32 [B, T, D/2]."""
         by_length = self.scaling is not None and self.scaling.by_length
         # Of each row alone, so that a row of a batch equals its single run.
         frequencies = self.frequencies(positions.max(axis=1) + 1 if by_length else None)
-        angles = positions.astype(jnp.float32)[:, :, None, None] * frequencies.reshape(-1, 1, 1, self.head_dim // 2)
+        angles = positions.astype(jnp.float32)[:, :, None] * frequencies.reshape(-1, 1, self.head_dim // 2)
         cos, sin = jnp.cos(angles), jnp.sin(angles)
         if self.scaling is not None and self.scaling.amplitude != 1:
             cos, sin = cos * self.scaling.amplitude, sin * self.scaling.amplitude
-        # Without a barrier XLA recomputes both for every head, in the fusion that rotates.
-        cos, sin = jax.lax.optimization_barrier((cos, sin))
-        low, high = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-        return jnp.concatenate([low * cos - high * sin, high * cos + low * sin], axis=-1).astype(x.dtype)
+        return cos, sin
+
+    def rotate(self, x: jax.Array, positions: jax.Array) -> jax.Array:
+        """Rotate x [B, T, heads, D] by positions int32 [B, T]; computes in float32, returns x's dtype."""
+        return rotate_pairs(x, *self.factors(positions))
