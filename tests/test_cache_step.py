@@ -15,6 +15,7 @@ from any4_jax.kv_cache import (
     AttentionSettings,
     Cache,
     DenseCache,
+    PairRope,
     Rope,
     append_attend,
     rotate_pairs,
@@ -114,6 +115,7 @@ SCALINGS = [
 def test_the_factors_of_a_rope_are_its_rotation(scaling: Any) -> None:
     rope, positions = ropes.Rope(D, 100.0, scaling), 7 + np.arange(5, dtype=np.int32) - START[:, None]
     x = draw(5)[0]
+    assert isinstance(rope, PairRope) and not isinstance(Halves(), PairRope)
     cos, sin = rope.factors(positions)
     assert cos.shape == sin.shape == (B, 5, D // 2) and cos.dtype == sin.dtype == jnp.float32
     np.testing.assert_array_equal(rotate_pairs(x, cos, sin), rope.rotate(x, positions))

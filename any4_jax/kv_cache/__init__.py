@@ -1,7 +1,7 @@
 """Key/value caches: what attention keeps of earlier tokens."""
 
 from any4_jax.kv_cache.attention import ReadBlock, attention, attention_by_blocks
-from any4_jax.kv_cache.base import Cache, CacheFactory, Rope, append_attend, rotate_pairs, rotated, traceable
+from any4_jax.kv_cache.base import Cache, CacheFactory, PairRope, Rope, append_attend, rotate_pairs, rotated, traceable
 from any4_jax.kv_cache.dense import DenseCache
 from any4_jax.kv_cache.settings import PLAIN, AttentionSettings
 
@@ -11,6 +11,7 @@ __all__ = [
     "Cache",
     "CacheFactory",
     "DenseCache",
+    "PairRope",
     "ReadBlock",
     "Rope",
     "append_attend",

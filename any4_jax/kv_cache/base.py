@@ -32,6 +32,15 @@ class Rope(Protocol):
         ...
 
 
+@runtime_checkable
+class PairRope(Rope, Protocol):
+    """A rope that is `rotate_pairs` with the factors of its own: a kernel that rotates asks for these."""
+
+    def factors(self, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """(cos, sin), float32 [B, T, D/2], of positions int32 [B, T]."""
+        ...
+
+
 def rotate_pairs(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     """x [B, T, heads, D] with the channel pair (a, b) = (i, i + D/2) as (a cos_i - b sin_i, b cos_i + a sin_i).
 

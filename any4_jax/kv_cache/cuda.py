@@ -1,0 +1,91 @@
+"""The step of a dense cache for one token a row, as one launch of the CUDA kernel of `cuda_ffi`."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from any4_jax.choice import Backend
+from any4_jax.kv_cache.base import PairRope, Rope, rotate_pairs, rotated
+from any4_jax.kv_cache.plain import Step, plain_elsewhere, plain_step
+from any4_jax.kv_cache.settings import AttentionSettings
+
+
+def _supports(
+    queries: jax.Array,
+    new_keys: jax.Array,
+    keys: jax.Array,
+    values: jax.Array,
+    empty: bool,
+    settings: AttentionSettings,
+    platform: str,
+) -> str | None:
+    if platform != "cuda":
+        return f"it runs on cuda, not on {platform}"
+    if queries.shape[1] != 1:
+        return f"there are {queries.shape[1]} new tokens a row, not 1"
+    from cuda_ffi import attention, registration
+
+    sizes = queries.shape[2], new_keys.shape[2], queries.shape[3], keys.shape[-1]
+    reason = attention.why_not(*sizes, queries.dtype, new_keys.dtype, keys.dtype, values.dtype)
+    return reason or registration.why_not("cuda")
+
+
+def _run(
+    queries: jax.Array,
+    new_keys: jax.Array,
+    new_values: jax.Array,
+    keys: jax.Array,
+    values: jax.Array,
+    length: jax.Array,
+    positions: jax.Array,
+    start: jax.Array,
+    *,
+    rope: Rope | None,
+    settings: AttentionSettings,
+) -> Step:
+    factors: tuple[jax.Array, ...] = ()
+    if isinstance(rope, PairRope):
+        factors = rope.factors(positions)
+    else:
+        queries, new_keys = rotated(queries, positions, rope), rotated(new_keys, positions, rope)
+    arrays = queries, new_keys, new_values.astype(queries.dtype), keys, values, length, positions, start
+    step: Step = _fused(settings)(*arrays, *factors)
+    return step
+
+
+@functools.cache
+def _fused(settings: AttentionSettings) -> Callable[..., Any]:
+    """The step with factors (cos, sin) [B, 1, D/2] instead of a rope, or none."""
+
+    def plain(queries, new_keys, new_values, keys, values, length, positions, start, *factors):
+        if factors:
+            queries, new_keys = (rotate_pairs(x, *factors) for x in (queries, new_keys))
+        operands = queries, new_keys, new_values, keys, values, length, positions, start
+        return plain_step(*operands, rope=None, settings=settings)
+
+    def launch(queries, new_keys, new_values, keys, values, length, positions, start, *factors):
+        from cuda_ffi import attention
+
+        # Of the one token, without its axis.
+        tokens = queries[:, 0], new_keys[:, 0], new_values[:, 0]
+        turned = (factors[0][:, 0], factors[1][:, 0]) if factors else None
+        mixed, *held = attention.attend(
+            *tokens,
+            keys,
+            values,
+            length,
+            positions[:, 0],
+            start,
+            turned,
+            scale=queries.shape[-1] ** -0.5 if settings.scale is None else settings.scale,
+            softcap=settings.softcap,
+            window=settings.window,
+        )
+        return mixed[:, None], *held
+
+    return plain_elsewhere(launch, plain)
+
+
+CUDA = Backend("cuda", _supports, _run)

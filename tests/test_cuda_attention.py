@@ -1,0 +1,261 @@
+"""The CUDA step of a dense cache: on a GPU against float64, elsewhere lowering, words, vmap and derivatives."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import re
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from any4_jax.kv_cache import PLAIN, AttentionSettings, DenseCache
+from any4_jax.kv_cache.step import BACKENDS, step
+from any4_jax.models.rope import Rope
+from cuda_ffi import attention, registration
+
+why_not = registration.why_not("cuda")
+gpu = pytest.mark.skipif(jax.default_backend() != "gpu" or why_not is not None, reason="needs an NVIDIA GPU")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Case:
+    """B rows, Hkv groups of G heads, D channels, S slots; the new token goes to slot `length`."""
+
+    rows: int = 1
+    groups: int = 2
+    shared: int = 4
+    size: int = 128
+    slots: int = 256
+    length: int = 200
+    start: tuple[int, ...] = (0, 7, 31)
+    settings: AttentionSettings = PLAIN
+    dtype: Any = jnp.bfloat16
+    rotates: bool = True
+
+
+def table() -> list[Case]:
+    """All sizes with all numbers of heads, and around one case every length, start, setting and dtype."""
+    sizes = (16, 64, 80, 128, 192, 256)
+    cases = [Case(size=d, shared=g, rows=3) for d in sizes for g in (1, 4, 7)]
+    cases += [Case(shared=g) for g in (2, 8, 12, 16)]
+    cases += [Case(length=n) for n in (0, 1, 7, 8, 31, 32, 33, 63, 64, 255)]
+    cases += [Case(slots=s, length=s - 1, rows=r) for s in (64, 72, 1000, 2048, 8192) for r in (1, 3)]
+    cases += [Case(slots=8, length=n) for n in (0, 7)]
+    cases += [Case(rows=r, groups=g, slots=1024, length=777, start=(5,) * r) for r, g in ((8, 8), (40, 8), (2, 1))]
+    settings = [{"window": 1}, {"window": 33}, {"window": 9999}, {"softcap": 2.0}, {"scale": 1.0, "softcap": 5.0}]
+    cases += [Case(settings=AttentionSettings(**each), rows=3) for each in settings]
+    cases += [Case(dtype=jnp.float16, size=d, shared=g) for d in sizes for g in (4, 8)]
+    cases += [Case(rotates=False), Case(rotates=False, dtype=jnp.float16), Case(start=(200,)), Case(start=(192,))]
+    return cases
+
+
+class Inputs(NamedTuple):
+    queries: np.ndarray
+    new_keys: np.ndarray
+    new_values: np.ndarray
+    keys: np.ndarray
+    values: np.ndarray
+    length: np.ndarray
+    positions: np.ndarray
+    start: np.ndarray
+
+
+def draw(case: Case) -> Inputs:
+    """Random arrays; the slots that no query may see hold NaN."""
+    rng = np.random.default_rng(0)
+    b, h, d, s = case.rows, case.groups, case.size, case.slots
+    start = np.asarray(case.start[:b], np.int32)
+    keys, values = rng.normal(size=(b * h, d, s)), rng.normal(size=(b * h, s, d))
+    for pair in range(b * h):
+        unseen = np.r_[0 : start[pair // h], case.length : s]
+        keys[pair, :, unseen] = values[pair, unseen] = np.nan
+    fresh = [rng.normal(size=(b, n, d)) for n in (h * case.shared, h, h)]
+    arrays = [x.astype(case.dtype) for x in (*fresh, keys, values)]
+    return Inputs(*arrays, np.int32(case.length), (case.length - start).astype(np.int32), start)
+
+
+def factors_of(case: Case, inputs: Inputs) -> tuple[np.ndarray, np.ndarray] | None:
+    angles = inputs.positions[:, None] * 10000.0 ** -np.linspace(0, 1, case.size // 2)
+    return (np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)) if case.rotates else None
+
+
+def turned(x: np.ndarray, factors: tuple[np.ndarray, np.ndarray] | None) -> np.ndarray:
+    """x [B, heads, D] rotated in float32 and rounded once."""
+    if factors is None:
+        return x
+    cos, sin = (f[:, None] for f in factors)
+    low, high = np.split(x.astype(np.float32), 2, axis=-1)
+    return np.concatenate([low * cos - high * sin, high * cos + low * sin], axis=-1).astype(x.dtype)
+
+
+def wanted(case: Case, inputs: Inputs) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The step in float64, from the rotated arrays that the kernel must round too; keys and values exactly."""
+    factors = factors_of(case, inputs)
+    queries, new_keys = turned(inputs.queries, factors), turned(inputs.new_keys, factors)
+    keys, values = inputs.keys.copy(), inputs.values.copy()
+    keys[:, :, case.length] = new_keys.reshape(-1, case.size)
+    values[:, case.length] = inputs.new_values.reshape(-1, case.size)
+    mixed = np.zeros(queries.shape)
+    settings = case.settings
+    for b, h in np.ndindex(*queries.shape[:2]):
+        first = inputs.start[b] if settings.window is None else max(inputs.start[b], case.length - settings.window + 1)
+        pair, seen = b * case.groups + h // case.shared, slice(first, case.length + 1)
+        scores = queries[b, h].astype(np.float64) @ keys[pair, :, seen].astype(np.float64)
+        scores *= case.size**-0.5 if settings.scale is None else settings.scale
+        if settings.softcap is not None:
+            scores = settings.softcap * np.tanh(scores / settings.softcap)
+        weights = np.exp(scores - scores.max())
+        mixed[b, h] = weights @ values[pair, seen].astype(np.float64) / weights.sum()
+    return mixed, keys, values
+
+
+@gpu
+@pytest.mark.parametrize("case", table(), ids=str)
+def test_a_step(case: Case) -> None:
+    inputs, settings = draw(case), case.settings
+    scale = case.size**-0.5 if settings.scale is None else settings.scale
+    got = attention.attend(
+        *map(jnp.asarray, inputs),
+        factors_of(case, inputs),
+        scale=scale,
+        softcap=settings.softcap,
+        window=settings.window,
+    )
+    mixed, *held = wanted(case, inputs)
+    # Half a unit in the last place, and the rounding of float32 sums.
+    np.testing.assert_allclose(
+        np.asarray(got[0], np.float64), mixed, rtol=0.5001 * float(jnp.finfo(case.dtype).eps), atol=1e-5
+    )
+    for ours, theirs in zip(got[1:3], held, strict=True):
+        np.testing.assert_array_equal(np.asarray(ours).view(np.uint16), theirs.view(np.uint16))
+    assert int(got[3]) == case.length + 1
+
+
+@gpu
+def test_a_row_that_sees_nothing_is_finite() -> None:
+    inputs = draw(Case())._replace(positions=np.asarray([-201], np.int32))
+    mixed, *_ = attention.attend(*map(jnp.asarray, inputs), None, scale=1.0, softcap=None, window=None)
+    assert not np.asarray(mixed).any()
+
+
+def loop(backend: str | None, count: int = 3):
+    """`count` steps in a loop, as decoding runs them, from a cache that is given away."""
+
+    def run(queries: Any, keys: Any, values: Any, cache: DenseCache) -> tuple[jax.Array, DenseCache]:
+        def one(_: Any, carry: Any) -> Any:
+            queries, cache = carry
+            positions = (cache.length - cache.start)[:, None]
+            held = cache.keys, cache.values, cache.length
+            arrays = queries, keys, values, *held, positions, cache.start
+            queries, *held = step(*arrays, rope=Rope(queries.shape[-1], 10000.0), backend=backend)
+            return queries, dataclasses.replace(cache, keys=held[0], values=held[1], length=held[2])
+
+        return jax.lax.fori_loop(0, count, one, (queries, cache))
+
+    return jax.jit(run, donate_argnums=3)
+
+
+def token(rows: int = 2, heads: int = 8, groups: int = 2, size: int = 64) -> list[jax.Array]:
+    return [jax.random.normal(jax.random.key(n), (rows, 1, n, size), jnp.bfloat16) for n in (heads, groups, groups)]
+
+
+def cache(slots: int = 64, dtype: Any = jnp.bfloat16) -> DenseCache:
+    return DenseCache.create(0, 2, slots, 2, 64, jnp.asarray([0, 0], jnp.int32), dtype)
+
+
+@gpu
+def test_a_loop_equals_xla_and_copies_no_cache() -> None:
+    ours, theirs = (loop(backend)(*token(), cache()) for backend in (None, "xla"))
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_allclose(np.asarray(a, np.float32), np.asarray(b, np.float32), rtol=0.02, atol=0.02)
+    text = loop(None).lower(*token(), cache()).compile().as_text()
+    assert attention.TARGET in text
+    assert re.findall(r"= bf16\[4,(?:64,64)\]\S* copy\(", text) == []
+
+
+@pytest.fixture
+def as_if_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine whose library isn't called, only lowered to."""
+    monkeypatch.setattr(registration, "_register", lambda kind: object())
+
+
+def lowered(function: Any, *arguments: Any) -> str:
+    """StableHLO for an NVIDIA GPU, which this machine needn't have."""
+    checks = [jax.export.DisabledSafetyCheck.custom_call(attention.TARGET)]
+    return jax.export.export(jax.jit(function), platforms=["cuda"], disabled_checks=checks)(*arguments).mlir_module()
+
+
+@pytest.mark.usefixtures("as_if_built")
+def test_a_token_is_lowered_to_one_call_and_a_prompt_to_none() -> None:
+    text = lowered(loop(None), *token(), cache())
+    assert text.count(f"@{attention.TARGET}(") == 1
+    assert "stablehlo.dynamic_update_slice" not in text and "stablehlo.dot_general" not in text
+    assert text.count("output_operand_alias<") == 3
+    prompt = [jnp.concatenate([x, x], axis=1) for x in token()]
+    positions = jnp.asarray([[0, 1]] * 2, jnp.int32)
+    text = lowered(lambda *new: cache().append_attend(*new, positions, None)[0], *prompt)
+    assert f"@{attention.TARGET}(" not in text and "stablehlo.dot_general" in text
+
+
+@pytest.mark.usefixtures("as_if_built")
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"tokens": 3}, "there are 3 new tokens a row, not 1"),
+        ({"size": 24}, "a head has 24 channels, which is no multiple of 16 up to 256"),
+        ({"size": 272}, "a head has 272 channels, which is no multiple of 16 up to 256"),
+        ({"heads": 34}, "17 query heads share a key head, more than 16"),
+        ({"slots": 29}, "the cache has 29 slots, which is no multiple of 8"),
+        ({"dtype": jnp.float32}, "the dtypes of queries and cache differ, bfloat16 and float32"),
+        ({"dtype": jnp.float32, "queries": jnp.float32}, "queries and cache are float32, not bfloat16 or float16"),
+        ({"platform": "cpu"}, "it runs on cuda, not on cpu"),
+        ({}, None),
+    ],
+)
+def test_what_it_declines_it_says(change: dict[str, Any], words: str | None) -> None:
+    default = dict(
+        tokens=1, size=64, heads=8, slots=64, dtype=jnp.bfloat16, queries=jnp.bfloat16, platform="cuda", groups=2
+    )
+    case = default | change
+    b, t, h, d, s = 2, case["tokens"], case["groups"], case["size"], case["slots"]
+    queries, new = (jax.ShapeDtypeStruct((b, t, n, d), case["queries"]) for n in (case["heads"], h))
+    keys, values = (jax.ShapeDtypeStruct(shape, case["dtype"]) for shape in ((b * h, d, s), (b * h, s, d)))
+    assert BACKENDS.named("cuda").supports(queries, new, keys, values, False, PLAIN, case["platform"]) == words
+
+
+def test_without_the_library_xla_does_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registration, "_register", lambda kind: f"no {kind} library is built")
+    assert f"@{attention.TARGET}(" not in lowered(loop(None), *token(), cache())
+    with pytest.raises(ValueError, match="backend 'cuda' can't do this: "):
+        loop("cuda").lower(*token(), cache())
+
+
+def by(backend: str, rope: Rope | None, queries: Any, keys: Any, values: Any, held: DenseCache) -> Any:
+    positions = (held.length - held.start)[:, None]
+    run = functools.partial(BACKENDS.named(backend).run, rope=rope, settings=AttentionSettings(window=5))
+    return run(queries, keys, values, held.keys, held.values, held.length, positions, held.start)
+
+
+@pytest.mark.usefixtures("as_if_built")
+@pytest.mark.parametrize("rope", [Rope(64, 10000.0), None], ids=["rope", "no rope"])
+def test_vmap_and_derivatives_are_those_of_xla(rope: Rope | None) -> None:
+    tokens, held = token(), dataclasses.replace(cache(), length=jnp.int32(3))
+    stacked = [jnp.stack([x, 2 * x]) for x in tokens]
+
+    def mapped(backend: str) -> Any:
+        return jax.jit(jax.vmap(functools.partial(by, backend, rope), (0, 0, 0, None)))(*stacked, held)
+
+    def gradient(backend: str) -> Any:
+        def loss(tokens: list[jax.Array]) -> jax.Array:
+            return sum(x.astype(jnp.float32).sum() for x in by(backend, rope, *tokens, held))
+
+        return jax.jit(jax.grad(loss))(tokens)
+
+    for ours, theirs in ((mapped("cuda"), mapped("xla")), (gradient("cuda"), gradient("xla"))):
+        for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+            assert a.dtype == b.dtype
+            np.testing.assert_allclose(np.asarray(a, np.float32), np.asarray(b, np.float32), rtol=0.01, atol=0.01)
