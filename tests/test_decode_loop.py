@@ -35,7 +35,8 @@ def llama() -> Llama:
 
 @pytest.fixture
 def on_gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
-    """A function from whose call on the loop runs as on a GPU."""
+    """A function from whose call on the loop runs as on a GPU; until then it runs as on a CPU, wherever it is."""
+    monkeypatch.setattr(loop, "platform_of", lambda *arrays: "cpu")
     return lambda: monkeypatch.setattr(loop, "platform_of", lambda *arrays: "cuda")
 
 
