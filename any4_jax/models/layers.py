@@ -7,6 +7,32 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 
+class _Stream(nnx.RngStream):
+    """Draws the keys of another stream, which it advances.
+
+    A stream of flax counts by `count[...] += 1`. While a model is traced, this asks a tracer for its sharding, and jax
+    walks through all that was traced before to say why there is none: the time is quadratic in the number of layers.
+    """
+
+    def __init__(self, other: nnx.RngStream) -> None:
+        self.tag, self.key, self.count = other.tag, other.key, other.count
+
+    def __call__(self) -> jax.Array:
+        """The next key; the values are those that flax draws."""
+        count = self.count[...]
+        # It raises if the model is created inside another transformation than the stream.
+        self.count.set_value(count + 1)
+        return jax.random.fold_in(self.key[...], count)
+
+
+def _drawn_from(rngs: nnx.Rngs) -> nnx.Rngs:
+    """Other streams that draw the same keys, see `_Stream`."""
+    drawn = nnx.Rngs()
+    for name, stream in rngs.items():
+        setattr(drawn, name, _Stream(stream))
+    return drawn
+
+
 @dataclasses.dataclass(frozen=True)
 class Layers:
     """See the module.
@@ -23,7 +49,7 @@ class Layers:
 
     @classmethod
     def of(cls, dtype: DTypeLike, param_dtype: DTypeLike | None, rngs: nnx.Rngs) -> "Layers":
-        return cls(dtype, dtype if param_dtype is None else param_dtype, rngs)
+        return cls(dtype, dtype if param_dtype is None else param_dtype, _drawn_from(rngs))
 
     def linear(self, inputs: int, outputs: int, *, bias: bool = False) -> nnx.Linear:
         """A linear with a kernel [inputs, outputs]."""
