@@ -12,6 +12,7 @@ from flax import nnx
 from any4_jax.benchmarks.timing import tree_bytes
 from any4_jax.methods import NF4, Any4, Int, Method, quantize
 from any4_jax.models.config import LlamaConfig, RopeScaling
+from any4_jax.models.families import family_of_config
 from any4_jax.models.llama import Llama
 from any4_jax.packing import PLANES, padding, plane_bytes
 from any4_jax.surgery import Recipe, nnx_modules
@@ -133,7 +134,8 @@ def _model(
 ) -> Llama:
     """A model whose linears with few bits are `weight(seed, n, k, method)`, and other arrays `array(seed, shape,
     dtype)`."""
-    model = _abstract(shape)
+    config = CONFIGS[shape]
+    model = family_of_config(config).abstract(config, jnp.bfloat16)
     methods = dict.fromkeys(model.head_site.linears, head)
     for i in range(len(model.blocks)):
         methods |= {f"{model.block_path(i)}.{path}": method for site in model.sites(i) for path in site.linears}
@@ -153,20 +155,6 @@ def _model(
     ]
     made: Llama = nnx.merge(graphdef, jax.tree.unflatten(structure, filled))
     return made
-
-
-@functools.cache
-def _abstract(shape: str) -> Llama:
-    """The bfloat16 model with a jax.ShapeDtypeStruct for each array."""
-    config = CONFIGS[shape]
-    # The blocks are alike, and tracing the initializers of 80 blocks takes half a minute.
-    single = dataclasses.replace(config, num_hidden_layers=1)
-    model: Any = nnx.eval_shape(lambda: Llama(single, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
-    (block,) = model.layers
-    model.layers = nnx.List(nnx_modules.copy_module(block) for _ in range(config.num_hidden_layers))
-    model.config = config
-    abstract: Llama = model
-    return abstract
 
 
 @functools.cache
