@@ -26,8 +26,9 @@ class DenseCache:
         values: [B * Hkv, S, D].
         length: int32 scalar, the slots in use; the next token goes there.
         start: int32 [B], the first slot of each row that holds no padding.
-        empty: static, whether it is known to hold no token, so that a prompt need not look at slots. A loop over tokens
-            carries a cache of which that isn't known: `dataclasses.replace(cache, empty=False)`.
+        empty: static, whether it is known to hold no token, so that a prompt need not look at slots. Appending clears
+            it. Who fills the arrays otherwise must clear it too, or a GPU may pass over what they hold; and a loop or a
+            branch over tokens, whose structure may not change, starts from `dataclasses.replace(cache, empty=False)`.
     """
 
     keys: jax.Array
