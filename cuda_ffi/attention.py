@@ -16,10 +16,15 @@ MOST_SIZE = 256
 MOST_SHARED = 16
 """The most query heads on one key head. The kernel reads the cache once for every eight of them."""
 
+MOST_PAIRS = 65535
+"""The most rows times key heads, a limit of a grid."""
+MOST_SLOTS = 2**30 - 1
+"""The most slots, for which offsets within a row of the cache fit in int32."""
 
-def why_not(heads: int, groups: int, size: int, slots: int, *dtypes: jax.typing.DTypeLike) -> str | None:
-    """None if the kernel takes H = `heads`, Hkv = `groups`, D = `size`, S = `slots` and arrays of these dtypes, the
-    queries' first; else the reason in words."""
+
+def why_not(rows: int, heads: int, groups: int, size: int, slots: int, *dtypes: jax.typing.DTypeLike) -> str | None:
+    """None if the kernel takes B = `rows`, H = `heads`, Hkv = `groups`, D = `size`, S = `slots` and arrays of these
+    dtypes, the queries' first; else the reason in words."""
     kinds = list(dict.fromkeys(jnp.dtype(dtype).name for dtype in dtypes))
     if len(kinds) > 1:
         return f"the dtypes of queries and cache differ, {' and '.join(kinds)}"
@@ -31,6 +36,10 @@ def why_not(heads: int, groups: int, size: int, slots: int, *dtypes: jax.typing.
         return f"{heads // groups} query heads share a key head, more than {MOST_SHARED}"
     if slots % 8:
         return f"the cache has {slots} slots, which is no multiple of 8"
+    if rows * groups > MOST_PAIRS:
+        return f"{rows} rows of {groups} key heads are {rows * groups} pairs, more than {MOST_PAIRS}"
+    if slots > MOST_SLOTS:
+        return f"the cache has {slots} slots, more than {MOST_SLOTS}"
     return None
 
 

@@ -201,6 +201,42 @@ def test_a_token_is_lowered_to_one_call_and_a_prompt_to_none() -> None:
     assert f"@{attention.TARGET}(" not in text and "stablehlo.dot_general" in text
 
 
+@dataclasses.dataclass(frozen=True)
+class Interleaved(Rope):
+    """It has the factors of its base, and rotates other pairs by them."""
+
+    def rotate(self, x: jax.Array, positions: jax.Array) -> jax.Array:
+        cos, sin = (f[:, :, None] for f in self.factors(positions))
+        even, odd = x[..., ::2].astype(jnp.float32), x[..., 1::2].astype(jnp.float32)
+        return jnp.stack([even * cos - odd * sin, odd * cos + even * sin], axis=-1).reshape(x.shape).astype(x.dtype)
+
+
+@pytest.mark.usefixtures("as_if_built")
+@pytest.mark.parametrize(("kind", "rotates"), [(Rope, True), (Interleaved, False)])
+def test_the_kernel_rotates_by_no_rope_that_rotates_otherwise(kind: type[Rope], rotates: bool) -> None:
+    new, held = token(), cache()
+    text = lowered(lambda *new: held.append_attend(*new, jnp.zeros((2, 1), jnp.int32), kind(64, 10000.0))[0], *new)
+    assert (_operands(text)[-2:] == ["2x32xf32"] * 2) == rotates
+
+
+@pytest.mark.usefixtures("as_if_built")
+@pytest.mark.parametrize("rope", [Rope(64, 10000.0), None], ids=["rope", "no rope"])
+def test_positions_broadcast_and_wide_integers_reach_the_kernel_as_it_needs_them(rope: Rope | None) -> None:
+    with jax.enable_x64(True):
+        held = dataclasses.replace(cache(), length=jnp.int64(3), start=jnp.zeros(2, jnp.int64))
+        positions = jnp.full((1, 1), 3, jnp.int64)
+        _, wanted = jax.eval_shape(lambda *new: held.append_attend(*new, positions, rope), *token())
+        text = lowered(lambda *new: held.append_attend(*new, positions, rope), *token())
+    assert wanted.length.dtype == jnp.int64
+    assert _operands(text)[5:8] == ["i32", "2xi32", "2xi32"]
+
+
+def _operands(text: str) -> list[str]:
+    """The types of what the one call of the kernel is given."""
+    (call,) = (line for line in text.splitlines() if f"@{attention.TARGET}(" in line)
+    return re.findall(r"tensor<([^>]*)>", call.rsplit(" : (", 1)[1].split(") -> ")[0])
+
+
 @pytest.mark.usefixtures("as_if_built")
 @pytest.mark.parametrize(
     ("change", "words"),
@@ -210,6 +246,8 @@ def test_a_token_is_lowered_to_one_call_and_a_prompt_to_none() -> None:
         ({"size": 272}, "a head has 272 channels, which is no multiple of 16 up to 256"),
         ({"heads": 34}, "17 query heads share a key head, more than 16"),
         ({"slots": 29}, "the cache has 29 slots, which is no multiple of 8"),
+        ({"slots": 2**30}, "the cache has 1073741824 slots, more than 1073741823"),
+        ({"rows": 2**15}, "32768 rows of 2 key heads are 65536 pairs, more than 65535"),
         ({"dtype": jnp.float32}, "the dtypes of queries and cache differ, bfloat16 and float32"),
         ({"dtype": jnp.float32, "queries": jnp.float32}, "queries and cache are float32, not bfloat16 or float16"),
         ({"platform": "cpu"}, "it runs on cuda, not on cpu"),
@@ -218,13 +256,21 @@ def test_a_token_is_lowered_to_one_call_and_a_prompt_to_none() -> None:
 )
 def test_what_it_declines_it_says(change: dict[str, Any], words: str | None) -> None:
     default = dict(
-        tokens=1, size=64, heads=8, slots=64, dtype=jnp.bfloat16, queries=jnp.bfloat16, platform="cuda", groups=2
+        rows=2,
+        tokens=1,
+        size=64,
+        heads=8,
+        slots=64,
+        dtype=jnp.bfloat16,
+        queries=jnp.bfloat16,
+        platform="cuda",
+        groups=2,
     )
     case = default | change
-    b, t, h, d, s = 2, case["tokens"], case["groups"], case["size"], case["slots"]
+    b, t, h, d, s = case["rows"], case["tokens"], case["groups"], case["size"], case["slots"]
     queries, new = (jax.ShapeDtypeStruct((b, t, n, d), case["queries"]) for n in (case["heads"], h))
     keys, values = (jax.ShapeDtypeStruct(shape, case["dtype"]) for shape in ((b * h, d, s), (b * h, s, d)))
-    assert BACKENDS.named("cuda").supports(queries, new, keys, values, False, PLAIN, case["platform"]) == words
+    assert BACKENDS.named("cuda").supports(queries, new, keys, values, PLAIN, case["platform"]) == words
 
 
 def test_without_the_library_xla_does_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -28,7 +29,7 @@ def run(queries: Any, keys: Any, values: Any, start: Any, settings: AttentionSet
     cache = DenseCache.create(0, rows, tokens + 64, groups, size, start, keys.dtype)
     held = cache.keys, cache.values, cache.length
     arrays = queries, keys, values, *held, positions, start
-    return step(*arrays, rope=Rope(size, 10000.0), settings=settings, empty=cache.empty, backend=backend)
+    return step(*arrays, rope=Rope(size, 10000.0), settings=settings, backend=backend)
 
 
 def check(got: Any, wanted: Any, start: np.ndarray, atol: float) -> None:
@@ -50,9 +51,10 @@ def test_a_prompt_equals_xla(start: tuple[int, ...], settings: AttentionSettings
     check(run(*inputs, first, settings, None), run(*inputs, first, settings, "xla"), first, 0.02)
 
 
-# Without cuDNN, the formula stands in for it: rows without their padding, under the causal mask alone.
-@pytest.mark.parametrize("settings", [PLAIN, AttentionSettings(window=5)], ids=str)
-def test_rows_are_rolled_to_their_first_token(monkeypatch: pytest.MonkeyPatch, settings: AttentionSettings) -> None:
+@pytest.fixture
+def stand_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The formula instead of cuDNN: rows without their padding, under the causal mask alone."""
+
     def fused(queries: Any, keys: Any, values: Any, *, settings: AttentionSettings) -> jax.Array:
         rows, tokens, groups, size = keys.shape
         positions = jnp.broadcast_to(jnp.arange(tokens, dtype=jnp.int32), (rows, tokens))
@@ -61,23 +63,31 @@ def test_rows_are_rolled_to_their_first_token(monkeypatch: pytest.MonkeyPatch, s
         return attention(queries, slabs[0].transpose(0, 2, 1), slabs[1], positions, nothing, settings)
 
     monkeypatch.setattr(cudnn, "_fused_attention", fused)
-    start, inputs = np.asarray([0, 7, 3], np.int32), prompt(3, 16, 6, 2, 8, jnp.float32)
+    cudnn._fused.cache_clear()
+    yield
+    cudnn._fused.cache_clear()
 
-    cudnn._fused.cache_clear()
+
+@pytest.mark.usefixtures("stand_in")
+@pytest.mark.parametrize("settings", [PLAIN, AttentionSettings(window=5)], ids=str)
+def test_rows_are_rolled_to_their_first_token_and_later_parts_see_earlier_ones(settings: AttentionSettings) -> None:
+    start, inputs, rope = np.asarray([0, 7, 3], np.int32), prompt(3, 16, 6, 2, 8, jnp.float32), Rope(8, 10000.0)
+    fused, plain = (
+        jax.jit(functools.partial(BACKENDS.named(name).run, rope=rope, settings=settings)) for name in ("cudnn", "xla")
+    )
     cache = DenseCache.create(0, 3, 80, 2, 8, start, jnp.float32)
-    positions = jnp.arange(16, dtype=jnp.int32)[None] - start[:, None]
     held = cache.keys, cache.values, cache.length
-    rolled = functools.partial(BACKENDS.named("cudnn").run, rope=Rope(8, 10000.0), settings=settings)
-    got = jax.jit(rolled)(*inputs, *held, positions, start)
-    check(got, run(*inputs, start, settings, "xla"), start, 1e-5)
-    cudnn._fused.cache_clear()
+    for first in (0, 16):
+        positions = first + jnp.arange(16, dtype=jnp.int32)[None] - start[:, None]
+        got, wanted = (step(*inputs, *held, positions, start) for step in (fused, plain))
+        check(got, wanted, start if first == 0 else np.zeros_like(start), 1e-5)
+        held = got[1:]
 
 
 @pytest.mark.parametrize(
     ("change", "words"),
     [
         ({"platform": "cpu"}, "it runs on cuda, not on cpu"),
-        ({"empty": False}, "the cache may hold earlier tokens"),
         ({"settings": AttentionSettings(softcap=2.0)}, "scores have a softcap"),
         ({"dtype": jnp.float32}, "queries and cache are float32, not bfloat16 or float16 alone"),
         ({"held": jnp.float32}, "queries and cache are bfloat16 and float32, not bfloat16 or float16 alone"),
@@ -85,32 +95,20 @@ def test_rows_are_rolled_to_their_first_token(monkeypatch: pytest.MonkeyPatch, s
     ],
 )
 def test_what_it_declines_it_says(change: dict[str, Any], words: str) -> None:
-    default = dict(tokens=2048, dtype=jnp.bfloat16, held=None, empty=True, settings=PLAIN, platform="cuda")
+    default = dict(tokens=2048, dtype=jnp.bfloat16, held=None, settings=PLAIN, platform="cuda")
     case = default | change
     held = case["held"] or case["dtype"]
     queries, new = (jax.ShapeDtypeStruct((1, case["tokens"], n, 64), case["dtype"]) for n in (8, 2))
     keys, values = (jax.ShapeDtypeStruct(shape, held) for shape in ((2, 64, 4096), (2, 4096, 64)))
-    assert (
-        BACKENDS.named("cudnn").supports(queries, new, keys, values, case["empty"], case["settings"], case["platform"])
-        == words
-    )
+    assert BACKENDS.named("cudnn").supports(queries, new, keys, values, case["settings"], case["platform"]) == words
 
 
 @pytest.mark.skipif(jax.default_backend() == "gpu", reason="needs a machine without cuDNN")
 def test_without_cudnn_xla_does_it() -> None:
     queries, new = (jax.ShapeDtypeStruct((1, 2048, n, 64), jnp.bfloat16) for n in (8, 2))
     keys, values = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((2, 64, 4096), (2, 4096, 64)))
-    reason = BACKENDS.named("cudnn").supports(queries, new, keys, values, True, PLAIN, "cuda")
+    reason = BACKENDS.named("cudnn").supports(queries, new, keys, values, PLAIN, "cuda")
     assert reason is not None and reason.startswith("jax says: ")
     start = jnp.zeros(1, jnp.int32)
     lowered = jax.export.export(run, platforms=["cuda"])(queries, new, new, start, PLAIN, None)
     assert "__cudnn" not in lowered.mlir_module()
-
-
-def test_a_cache_knows_while_tracing_that_it_is_empty() -> None:
-    cache = DenseCache.create(0, 1, 16, 2, 8, jnp.zeros(1, jnp.int32), jnp.float32)
-    queries, keys, values = prompt(1, 4, 2, 2, 8, jnp.float32)
-    positions = jnp.arange(4, dtype=jnp.int32)[None]
-    assert cache.empty
-    assert not cache.append(keys, values, positions, None).empty
-    assert not cache.append_attend(queries, keys, values, positions, None)[1].empty

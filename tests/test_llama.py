@@ -133,6 +133,21 @@ def test_layers_share_one_program(model: Llama, count_compiles: Any) -> None:
     assert compiles.count == 1
 
 
+def test_a_loop_may_carry_and_consume_the_caches() -> None:
+    model, tokens = random_llama(), np.asarray([[5, 9, 2]], np.int32)
+
+    def run(caches: Any, tokens: Any) -> Any:
+        def step(caches: Any, token: Any) -> Any:
+            x, caches = model.decode(token[:, None], caches, (caches[0].length - caches[0].start)[:, None])
+            return caches, model.head(x)[:, 0]
+
+        return jax.lax.scan(step, caches, tokens.T)
+
+    caches = [dataclasses.replace(cache, empty=False) for cache in model.init_cache(1, 8)]
+    _, logits = jax.jit(run, donate_argnums=0)(caches, tokens)
+    np.testing.assert_allclose(logits[:, 0], model(tokens)[0], atol=1e-5)
+
+
 def test_sites_name_every_linear_once_and_taps_see_their_inputs(model: Llama) -> None:
     layer = model.layers[0]
     linears = {

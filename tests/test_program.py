@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import gc
 import weakref
 from collections.abc import Callable
@@ -92,13 +94,31 @@ def test_equals_flatten_after_any_change(change: str) -> None:
         assert len(leaves) == len(wanted) and all(map(lambda a, b: a is b, leaves, wanted))
 
 
-@pytest.mark.parametrize("before", [{}, {"a": jnp.zeros(2)}], ids=["empty", "full"])
-def test_a_dict_of_arrays_is_read_again(before: dict[str, jax.Array]) -> None:
-    net = Net()
-    net.tables = nnx.data(dict(before))
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Box:
+    """A container that can be filled later."""
+
+    array: jax.Array | None = None
+
+
+@pytest.mark.parametrize(
+    ("container", "fill"),
+    [
+        ({}, lambda container, new: container.update(a=new)),
+        ({"a": jnp.zeros(2)}, lambda container, new: container.update(a=new)),
+        ([], lambda container, new: container.append(new)),
+        (([],), lambda container, new: container[0].append(new)),
+        (Box(), lambda container, new: setattr(container, "array", new)),
+    ],
+    ids=["dict", "full-dict", "list", "list-in-tuple", "dataclass"],
+)
+def test_a_plain_container_is_read_again(container: Any, fill: Callable[[Any, jax.Array], Any]) -> None:
+    net, new = Net(), jnp.ones(2)
+    net.tables = nnx.data(copy.deepcopy(container))
     Program.of(net)
-    net.tables["a"] = jnp.ones(2)
-    assert any(leaf is net.tables["a"] for leaf in Program.of(net)[1])
+    fill(net.tables, new)
+    assert any(leaf is new for leaf in Program.of(net)[1])
 
 
 def test_a_model_is_not_flattened_twice(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ then keeps a steady scale, which quantizes better) and rotate them when it reads
 """
 
 import dataclasses
-from typing import Any, Protocol, Self, cast, runtime_checkable
+from typing import Any, Protocol, Self, TypeGuard, cast, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -39,6 +39,11 @@ class PairRope(Rope, Protocol):
     def factors(self, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
         """(cos, sin), float32 [B, T, D/2], of positions int32 [B, T]."""
         ...
+
+
+def is_pair_rope(rope: Rope | None) -> TypeGuard[PairRope]:
+    """Whether a kernel may rotate by the rope's factors: it has some, and no subclass of it rotates otherwise."""
+    return isinstance(rope, PairRope) and _written_for(type(rope), "factors", "rotate")
 
 
 def rotate_pairs(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
@@ -119,20 +124,20 @@ def append_attend(
     Raises:
         ValueError: as in `Cache.append`.
     """
-    if _does_both(type(cache)):
+    if _written_for(type(cache), "append_attend", "append", "attend"):
         return cast(Any, cache).append_attend(queries, keys, values, positions, rope, settings)
     cache = cache.append(keys, values, positions, rope)
     return cache.attend(queries, positions, rope, settings), cache
 
 
-def _does_both(kind: type) -> bool:
-    """Whether a class has an `append_attend` that was written with its own `append` and `attend` in view."""
+def _written_for(kind: type, name: str, *others: str) -> bool:
+    """Whether a class has a method `name` that stands for its own `others`: no subclass since has overridden these."""
     order = kind.__mro__
 
     def place(name: str) -> int:
         return next((i for i, each in enumerate(order) if name in vars(each)), len(order))
 
-    return place("append_attend") < len(order) and place("append_attend") <= min(place("append"), place("attend"))
+    return place(name) < len(order) and place(name) <= min(map(place, others))
 
 
 class CacheFactory(Protocol):

@@ -5,9 +5,10 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from any4_jax.choice import Backend
-from any4_jax.kv_cache.base import PairRope, Rope, rotate_pairs, rotated
+from any4_jax.kv_cache.base import Rope, is_pair_rope, rotate_pairs, rotated
 from any4_jax.kv_cache.plain import Step, plain_elsewhere, plain_step
 from any4_jax.kv_cache.settings import AttentionSettings
 
@@ -17,7 +18,6 @@ def _supports(
     new_keys: jax.Array,
     keys: jax.Array,
     values: jax.Array,
-    empty: bool,
     settings: AttentionSettings,
     platform: str,
 ) -> str | None:
@@ -27,7 +27,8 @@ def _supports(
         return f"there are {queries.shape[1]} new tokens a row, not 1"
     from cuda_ffi import attention, registration
 
-    sizes = queries.shape[2], new_keys.shape[2], queries.shape[3], keys.shape[-1]
+    rows, _, heads, size = queries.shape
+    sizes = rows, heads, new_keys.shape[2], size, keys.shape[-1]
     reason = attention.why_not(*sizes, queries.dtype, new_keys.dtype, keys.dtype, values.dtype)
     return reason or registration.why_not("cuda")
 
@@ -45,14 +46,17 @@ def _run(
     rope: Rope | None,
     settings: AttentionSettings,
 ) -> Step:
+    # Other steps take what broadcasts, and integers of 64 bits.
+    positions = jnp.broadcast_to(positions, queries.shape[:2]).astype(jnp.int32)
+    slots = jnp.asarray(length, jnp.int32), positions, jnp.broadcast_to(start, len(queries)).astype(jnp.int32)
     factors: tuple[jax.Array, ...] = ()
-    if isinstance(rope, PairRope):
+    if is_pair_rope(rope):
         factors = rope.factors(positions)
     else:
         queries, new_keys = rotated(queries, positions, rope), rotated(new_keys, positions, rope)
-    arrays = queries, new_keys, new_values.astype(queries.dtype), keys, values, length, positions, start
-    step: Step = _fused(settings)(*arrays, *factors)
-    return step
+    arrays = queries, new_keys, new_values.astype(queries.dtype), keys, values, *slots
+    mixed, keys, values, used = _fused(settings)(*arrays, *factors)
+    return mixed, keys, values, used.astype(length.dtype)
 
 
 @functools.cache

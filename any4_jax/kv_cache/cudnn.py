@@ -1,6 +1,7 @@
-"""The step of a dense cache that was empty, for the many tokens of a prompt, by cuDNN's fused attention.
+"""The step of a dense cache for the many tokens of a prompt, by cuDNN's fused attention if the cache is empty.
 
-Its memory grows with the tokens, not with their square, and it doesn't read slots of the cache at all.
+Its memory grows with the tokens, not with their square, and it reads no slot of the cache. Whether the cache already
+holds tokens is known only when the program runs: if it does, XLA's attention reads them.
 """
 
 import functools
@@ -11,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from any4_jax.choice import Backend
-from any4_jax.kv_cache.attention import fits
+from any4_jax.kv_cache.attention import attention, fits
 from any4_jax.kv_cache.base import Rope, rotated
 from any4_jax.kv_cache.plain import Step, appended, plain_elsewhere, plain_step
 from any4_jax.kv_cache.settings import AttentionSettings
@@ -22,14 +23,11 @@ def _supports(
     new_keys: jax.Array,
     keys: jax.Array,
     values: jax.Array,
-    empty: bool,
     settings: AttentionSettings,
     platform: str,
 ) -> str | None:
     if platform != "cuda":
         return f"it runs on cuda, not on {platform}"
-    if not empty:
-        return "the cache may hold earlier tokens"
     if settings.softcap is not None:
         return "scores have a softcap"
     kinds = sorted({jnp.dtype(x.dtype).name for x in (queries, new_keys, keys, values)})
@@ -86,10 +84,17 @@ def _fused(settings: AttentionSettings) -> Callable[..., Any]:
     """The step of rotated queries and keys."""
 
     def fused(queries, new_keys, new_values, keys, values, length, positions, start):
-        # Without its padding on the left, a row needs no mask but the causal one: what follows it isn't seen.
-        ahead = (_rolled(x, -start) for x in (queries, new_keys, new_values))
-        mixed = _rolled(_fused_attention(*ahead, settings=settings), start)
-        return mixed, *appended(keys, values, new_keys, new_values, length), length + new_keys.shape[1]
+        slabs = appended(keys, values, new_keys, new_values, length)
+
+        def of_the_new():
+            # Without its padding on the left, a row needs no mask but the causal one: what follows it isn't seen.
+            ahead = (_rolled(x, -start) for x in (queries, new_keys, new_values))
+            return _rolled(_fused_attention(*ahead, settings=settings), start)
+
+        def of_all():
+            return attention(queries, *slabs, positions, start, settings)
+
+        return jax.lax.cond(length == 0, of_the_new, of_all), *slabs, length + new_keys.shape[1]
 
     return plain_elsewhere(fused, functools.partial(plain_step, rope=None, settings=settings))
 

@@ -26,15 +26,12 @@ class DenseCache:
         values: [B * Hkv, S, D].
         length: int32 scalar, the slots in use; the next token goes there.
         start: int32 [B], the first slot of each row that holds no padding.
-        empty: static, whether it is known to hold no token, so that a prompt need not look at slots. A loop over tokens
-            carries a cache of which that isn't known: `dataclasses.replace(cache, empty=False)`.
     """
 
     keys: jax.Array
     values: jax.Array
     length: jax.Array
     start: jax.Array
-    empty: bool = dataclasses.field(default=False, kw_only=True, metadata=dict(static=True))
 
     @classmethod
     def create(
@@ -44,7 +41,7 @@ class DenseCache:
         finite."""
         keys = jnp.zeros((batch * heads, head_dim, length), dtype)
         values = jnp.zeros((batch * heads, length, head_dim), dtype)
-        return cls(keys, values, jnp.zeros((), jnp.int32), start, empty=True)
+        return cls(keys, values, jnp.zeros((), jnp.int32), start)
 
     def append(self, keys: jax.Array, values: jax.Array, positions: jax.Array, rope: Rope | None) -> Self:
         """Write keys and values [B, T, Hkv, D] to the next T slots.
@@ -77,11 +74,9 @@ class DenseCache:
             ValueError: T exceeds the number of slots.
         """
         held = self.keys, self.values, self.length
-        mixed, *new = step(
-            *(queries, keys, values, *held, positions, self.start), rope=rope, settings=settings, empty=self.empty
-        )
+        mixed, *new = step(queries, keys, values, *held, positions, self.start, rope=rope, settings=settings)
         return mixed, self._holding(*new)
 
     def _holding(self, keys: jax.Array, values: jax.Array, length: jax.Array) -> Self:
-        """This cache with other keys, values and length, which is not 0."""
-        return dataclasses.replace(self, keys=keys, values=values, length=length, empty=False)
+        """This cache with other keys, values and length."""
+        return dataclasses.replace(self, keys=keys, values=values, length=length)

@@ -14,8 +14,7 @@ from any4_jax.kv_cache.cudnn import CUDNN
 from any4_jax.kv_cache.plain import Step, plain_step
 from any4_jax.kv_cache.settings import PLAIN, AttentionSettings
 
-# (queries, new keys, the cache's keys and values, whether it is known to be empty, settings) is the problem that they
-# support or not.
+# (queries, new keys, the cache's keys and values, settings) is the problem that they support or not.
 BACKENDS = Choice((CUDA, CUDNN, Backend("xla", lambda *problem: None, plain_step)))
 
 
@@ -31,7 +30,6 @@ def step(
     *,
     rope: Rope | None,
     settings: AttentionSettings = PLAIN,
-    empty: bool = False,
     backend: str | None = None,
 ) -> Step:
     """Rotates queries and new keys, writes new keys and values to the cache, and attends over it.
@@ -45,14 +43,13 @@ def step(
         start: int32 [B].
         rope: the rotation, or None.
         settings: scale, softcap and window.
-        empty: the cache holds no token yet, which can't be seen while `length` is traced.
         backend: a name in `BACKENDS`; None for the first that works on the platform the program is lowered for.
 
     Raises:
         ValueError: T exceeds S; or no backend has that name, or it can't do this; the message gives the reason.
     """
     operands = queries, new_keys, new_values, keys, values, length, positions, start
-    problem = queries, new_keys, keys, values, empty, settings
+    problem = queries, new_keys, keys, values, settings
     name = BACKENDS.choose(backend, *problem, arrays=operands)
     return BACKENDS.lowered(
         lambda option: functools.partial(option.run, rope=rope, settings=settings), *problem, name=name

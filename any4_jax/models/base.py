@@ -171,7 +171,7 @@ class Decoder(nnx.Module):
         dtype: DTypeLike | None = None,
         cache: CacheFactory = DenseCache,
     ) -> list[Cache]:
-        """An empty cache for each block.
+        """An empty cache for each block. Each has a `start` of its own, so that a program may be given all to keep.
 
         Args:
             batch: B.
@@ -183,7 +183,8 @@ class Decoder(nnx.Module):
         start = jnp.zeros((batch,), jnp.int32) if start is None else start
         dtype = self.dtype if dtype is None else dtype
         heads, size = self.config.num_key_value_heads, self.config.head_dim
-        return [cache.create(index, batch, length, heads, size, start, dtype) for index in range(len(self.blocks))]
+        count = len(self.blocks)
+        return [cache.create(i, batch, length, heads, size, jnp.array(start), dtype) for i in range(count)]
 
     def decode(self, tokens: jax.Array, caches: list[Cache], positions: jax.Array) -> tuple[jax.Array, list[Cache]]:
         """Runs all blocks, inside jit: tokens and positions int32 [B, T] -> ([B, T, E], the new caches).

@@ -7,7 +7,7 @@ So the layout of a model is noted once, and serves as long as nothing but arrays
 import dataclasses
 import functools
 import weakref
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from itertools import chain
 from operator import is_
 from typing import Any, Self
@@ -39,7 +39,7 @@ class Program:
         if not any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
             layout = _Layout.of(model, program)
             seen = None if layout is None else layout.leaves(model)
-            # They differ where a plain container holds arrays, or a class has its own idea of its tree.
+            # They differ where a class has its own idea of its tree.
             if layout is not None and seen is not None and len(seen) == len(leaves) and all(map(is_, seen, leaves)):
                 _LAYOUTS[id(model)] = layout
         return program, leaves
@@ -87,7 +87,8 @@ class _Layout:
 
     @classmethod
     def of(cls, model: nnx.Module, program: Program) -> Self | None:
-        """The layout of a model; None if its tree has what may change unseen, a plain list or dict."""
+        """The layout of a model; None if its tree has containers, full or to be filled, that aren't modules: they may
+        change unseen."""
         layout = cls(program)
         return layout if layout._add(model, functools.partial(_forget, id(model))) else None
 
@@ -99,7 +100,7 @@ class _Layout:
         self.classes.append(type(module))
         self.names.append(tuple(attributes))
         places = {name: first + i for i, name in enumerate(attributes)}
-        for path, value in jax.tree.leaves_with_path(module, is_leaf=lambda node: node is not module):
+        for path, value in _children(module):
             name = _name(path)
             place = places.pop(name, None)
             if place is None:
@@ -112,7 +113,7 @@ class _Layout:
                 self.held.append(place)
                 self.kinds.append(type(value) if isinstance(value, nnx.Variable) else None)
                 self.metadata.append(value.get_metadata() if isinstance(value, nnx.Variable) else None)
-            elif isinstance(value, list | dict):
+            elif not isinstance(value, Hashable) or _children(value):
                 return False
             else:
                 places[name] = place
@@ -153,6 +154,11 @@ def _forget(key: int, model: weakref.ref[Any]) -> None:
     layout = _LAYOUTS.get(key)
     if layout is not None and layout.modules[0] is model:
         del _LAYOUTS[key]
+
+
+def _children(node: Any) -> list[tuple[Any, Any]]:
+    """The paths and values of what a node of a tree holds directly, None too."""
+    return jax.tree.leaves_with_path(node, is_leaf=lambda other: other is not node)
 
 
 def _name(path: Any) -> str:
