@@ -53,8 +53,8 @@ def main() -> None:
         made = {"Q4_1": llama(source, "Q4_1", slots)}
         for name, kind in REQUANTIZED.items():
             made[name] = llama(requantized(source, Path(folder) / f"{name}.gguf", kind), name, slots)
-    for name in args.models:
-        ours = contestants.contestant(name, open_model(name))
+    for name, label in contestants.labels(args.models).items():
+        ours = contestants.contestant(label, open_model(name))
         made[name] = dataclasses.replace(ours, facts={"engine": "any4_jax", **ours.facts})
 
     stream = StreamingRead(machine.platform())
