@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -106,6 +107,14 @@ def test_a_damaged_file_is_refused(damage, words: str, tmp_path: Path) -> None:
     assert words in str(refused.value)
 
 
+def test_only_regular_files_are_replaced(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for name, words in (("", "is a folder or a device"), ("pipe", "is a folder or a device"), ("no/r", "is missing")):
+        with pytest.raises(OSError, match=words):
+            write(tmp_path / name, GOOD)
+    assert [path.is_fifo() for path in tmp_path.iterdir()] == [True]
+
+
 def test_what_is_no_json_is_refused(tmp_path: Path) -> None:
     (tmp_path / "r.json").write_text("{")
     with pytest.raises(ValueError, match="it is not JSON"):
@@ -196,6 +205,12 @@ def test_candidates_go_through_all_copies_in_turns() -> None:
     ("argv", "code", "words"),
     [
         (["gemm", "--shapes", "64"], 2, "got '64', need NxK or one of smollm2-135m, llama-3.2-1b"),
+        (["gemm", "--shapes", "\u00b2x64"], 2, "need NxK or one of"),
+        (["gemm", "--shapes", f"64x{2**31}"], 2, "need NxK or one of"),
+        (["gemm", "--tune", "--plot", "r.svg"], 2, "got --tune and --plot"),
+        (["gemm", "--plot", "no/such/folder/r.svg"], 1, "its folder is missing"),
+        (["gemm", "--out", "."], 1, ". is a folder or a device"),
+        (["gemm", "--out", "/dev/null"], 1, "/dev/null is a folder or a device"),
         (["gemm", "--m", "0"], 2, "got '0', need a whole number of at least 1"),
         (["gemm", "--platform", "cuda"], 2, "got --platform cuda, and jax runs on cpu here"),
         (["gemm", "--out", "no/such/folder/r.json"], 1, "its folder is missing"),
@@ -208,6 +223,11 @@ def test_candidates_go_through_all_copies_in_turns() -> None:
         (["decode", "tiny", "--head", "any4"], 2, "got --head without --shape"),
         (["decode", "tiny", "--profile"], 2, "jax runs on cpu here"),
         (["decode", "tiny", "--svg", "no/such/folder/r.svg"], 1, "its folder is missing"),
+        (["decode", "tiny", "--svg", "."], 1, ". is a folder or a device"),
+        (["decode", "tiny", "--svg", "x/../r", "--out", "r"], 1, "its folder is missing"),
+        (["decode", "tiny", "--svg", "./r", "--out", "r"], 2, "give each a file of its own"),
+        (["decode", "a", "./a"], 2, "some more than once"),
+        (["decode", "--shape", "tiny-llama", "--methods", "bfloat16", "--head", "int8"], 2, "no method with few bits"),
         ([], 2, "BENCHMARK"),
     ],
 )

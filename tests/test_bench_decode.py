@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import weakref
 from pathlib import Path
 
 import jax
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from any4_jax.benchmarks import contestants, decode, plot, profile, read, shapes, timing
+from any4_jax.benchmarks import contestants, decode, machine, plot, profile, read, shapes, timing
 from any4_jax.benchmarks.contestants import Contestant, Entry
 from any4_jax.cli import main
 from any4_jax.methods import quantize
@@ -156,11 +157,15 @@ def player(name: str, log: list[str] | None = None, fails: int | None = None, sh
 
 def test_contestants_exist_only_while_their_group_has_turns(stream: timing.StreamingRead) -> None:
     log: list[str] = []
+    made: dict[str, weakref.ref[Contestant]] = {}
 
     def entry(name: str) -> Entry:
         def create() -> Contestant:
             log.append(f"+{name}")
-            return player(name, log)
+            assert name != "c" or not any(other() for other in made.values())
+            contestant = player(name, log)
+            made[name] = weakref.ref(contestant)
+            return contestant
 
         return Entry(create, 1)
 
@@ -177,6 +182,37 @@ def test_who_runs_out_of_memory_has_no_row_and_a_note(stream: timing.StreamingRe
     assert [(row["model"], row["batch"]) for row in rows] == [("a", 1), ("b", 1), ("b", 4)]
     assert notes == ["a ran out of memory with 4 prompts of 32 tokens"]
     assert rows[2]["speed_ratio_to_first"] is None
+
+
+def test_a_context_that_is_too_short_is_refused_before_the_first_turn(stream: timing.StreamingRead) -> None:
+    log: list[str] = []
+    short = dataclasses.replace(player("b", log), context=10)
+    entries = {"a": Entry.of(player("a", log)), "b": Entry.of(short)}
+    with pytest.raises(ValueError, match="b has a context of 10 tokens, and 8 of a prompt with 3 new ones are 11"):
+        decode.run(entries, decode.Decode((4, 8), tokens=3, rounds=1), stream=stream)
+    assert log == []
+    decode.run(entries, decode.Decode((4, 7), tokens=3, rounds=1), stream=stream)
+
+
+@pytest.mark.parametrize(
+    ("names", "labels"),
+    [
+        (["tiny"], ["tiny"]),
+        (["a/x", "a/y"], ["x", "y"]),
+        (["a/x", "/b/x", "y"], ["a/x", "b/x", "y"]),
+        (["a/x", "/c/a/x"], ["a/x", "c/a/x"]),
+        (["x", "a/x"], ["x", "a/x"]),
+        ([".", ".."], [".", ".."]),
+    ],
+)
+def test_rows_tell_models_of_one_name_apart(names: list[str], labels: list[str]) -> None:
+    assert contestants.labels(names) == dict(zip(names, labels, strict=True))
+
+
+def test_nothing_measured_is_a_sentence(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(machine, "available_bytes", lambda: 1000)
+    assert main(["bench", "decode", "--shape", "tiny-llama", "--methods", "any4"]) == 1
+    assert "nothing could be measured: any4 is left out: its weights take" in capsys.readouterr().err
 
 
 def test_other_errors_of_the_device_are_raised(stream: timing.StreamingRead) -> None:

@@ -4,7 +4,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from any4_jax.benchmarks.plot import quality_plot, speed_plot
+from any4_jax.benchmarks.plot import decode_plot, quality_plot, speed_plot
 
 
 def test_the_plot_has_a_line_for_each_shape() -> None:
@@ -67,3 +67,14 @@ def test_the_quality_plot_refuses_rows_without_a_place() -> None:
             quality_plot(rows, "")
     with pytest.raises(ValueError, match="any4 has a KL of 0"):
         quality_plot([{"case": "any4", "bits_per_weight": 4.0, "kl_nats": 0.0}], "")
+
+
+def test_many_lines_with_long_names_are_told_apart_and_fit() -> None:
+    kind = {"model": "m", "method": "any4", "head": "float", "dtype": "bfloat16", "prompt_tokens": 8}
+    rows = [{**kind, "model": f"{i} " + "m" * 40, "batch": 1, "decode_tokens_per_s": 9.0} for i in range(21)]
+    drawing = ElementTree.fromstring(decode_plot([*rows, {**rows[0], "batch": 2}], "title " * 30))
+    width, height = map(float, drawing.get("viewBox", "").split()[2:])
+    styles = [(e.get("stroke"), e.get("stroke-dasharray")) for e in drawing if e.get("stroke-width") == "2"]
+    assert len(set(styles)) == 21
+    for text in (element for element in drawing if element.get("text-anchor") == "start"):
+        assert float(text.get("x", "")) + 6 * len(text.text or "") <= width and float(text.get("y", "")) < height

@@ -26,12 +26,14 @@ class Contestant:
       read_bytes: bytes of weights that each step reads.
       vocabulary: token ids are below this.
       facts: columns of its row: the model, the method, ...
+      context: the most tokens of a prompt and its continuation; None for no limit.
     """
 
     run: Callable[[np.ndarray, int], Iterator[list[list[int]]]]
     read_bytes: int
     vocabulary: int
     facts: Mapping[str, Any]
+    context: int | None = None
 
 
 @dataclass(frozen=True)
@@ -41,19 +43,32 @@ class Entry:
     Attributes:
       create: makes the contestant.
       nbytes: the memory that this takes: of its weights, or 0 if they are there already.
+      context: see `Contestant`.
     """
 
     create: Callable[[], Contestant]
     nbytes: int
+    context: int | None = None
 
     @classmethod
     def of(cls, contestant: Contestant) -> "Entry":
         """One that exists."""
-        return cls(lambda: contestant, 0)
+        return cls(lambda: contestant, 0, contestant.context)
 
 
-def contestant(name: str, model: Decoder) -> Contestant:
-    """A model of this library, decoded by the loop of `generate`; its row shows the last part of its path."""
+def labels(names: Sequence[str]) -> dict[str, str]:
+    """What rows call models, by the names of different files, folders or hub ids: as many of the last parts of the path
+    as tell them apart."""
+    paths = [Path(name).parts or (name,) for name in names]
+    for count in range(1, max(map(len, paths), default=0) + 1):
+        found = [str(Path(*parts[-count:])) for parts in paths]
+        if len(set(found)) == len(found):
+            return dict(zip(names, found, strict=True))
+    return {name: name for name in names}
+
+
+def contestant(label: str, model: Decoder) -> Contestant:
+    """A model of this library, decoded by the loop of `generate`; its row shows the label."""
 
     def chunks(prompts: np.ndarray, tokens: int) -> Iterator[list[list[int]]]:
         # eos=(): an end-of-text token doesn't stop the loop, so that all contestants decode equally many tokens.
@@ -64,8 +79,8 @@ def contestant(name: str, model: Decoder) -> Contestant:
     for path, method, _ in linears:
         kinds[path in model.head_site.linears].add(_kind(method))
     blocks, head = (" and ".join(sorted(found)) for found in kinds)
-    facts = {"model": Path(name).name, "method": blocks or "float", "head": head or "float", "dtype": model.dtype.name}
-    return Contestant(chunks, read_bytes(model), model.config.vocab_size, facts)
+    facts = {"model": label, "method": blocks or "float", "head": head or "float", "dtype": model.dtype.name}
+    return Contestant(chunks, read_bytes(model), model.config.vocab_size, facts, model.config.max_position_embeddings)
 
 
 def of_shape(shape: str, methods: Sequence[str], head: str) -> dict[str, Entry]:
@@ -79,7 +94,11 @@ def of_shape(shape: str, methods: Sequence[str], head: str) -> dict[str, Entry]:
 
     def entry(method: str) -> Entry:
         of = shape, shapes.METHODS[method], None if shapes.METHODS[method] is None else shapes.METHODS[head]
-        return Entry(lambda: contestant(shape, shapes.random_model(*of)), shapes.model_bytes(*of))
+        return Entry(
+            lambda: contestant(shape, shapes.random_model(*of)),
+            shapes.model_bytes(*of),
+            shapes.CONFIGS[shape].max_position_embeddings,
+        )
 
     return {method: entry(method) for method in methods}
 

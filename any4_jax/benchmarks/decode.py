@@ -1,5 +1,6 @@
 """Tokens per second of greedy decoding after a prompt. Several models take turns in one run."""
 
+import gc
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -49,9 +50,13 @@ class Decode:
 
 @dataclass
 class Taken:
-    """What a contestant took in one case: seconds to the first token, and from there to the last, of each turn."""
+    """What a contestant took in one case: seconds to the first token, and from there to the last, of each turn.
 
-    contestant: Contestant
+    It outlives the contestant, whose memory the next group needs, and so doesn't refer to it.
+    """
+
+    facts: Mapping[str, Any]
+    read_bytes: int
     prefill: list[float] = field(default_factory=list)
     decode: list[float] = field(default_factory=list)
     peak_gb: float = 0.0
@@ -79,9 +84,16 @@ def run(
       progress: called with (done, total, what is next).
 
     Raises:
-      ValueError: a model's context is too short.
+      ValueError: a contestant's context is too short for a case. Nothing has been measured then.
       RuntimeError: a contestant stopped early.
     """
+    needed = max(config.contexts) + config.tokens
+    for name, entry in entries.items():
+        if entry.context is not None and needed > entry.context:
+            raise ValueError(
+                f"{name} has a context of {entry.context} tokens, and {max(config.contexts)} of a prompt with "
+                f"{config.tokens} new ones are {needed}; shorten the prompt or decode fewer"
+            )
     held, notes = groups(entries, room)
     taken: dict[tuple[tuple[int, int], str], Taken] = {}
     turns = (config.rounds + 1) * len(config.cases) * sum(map(len, held))
@@ -91,18 +103,23 @@ def run(
         vocabulary = min(each.vocabulary for each in contestants.values())
         for case in config.cases:
             prompts = np.random.default_rng(0).integers(0, vocabulary, case[::-1])
-            field = {name: Taken(each) for name, each in contestants.items()}
+            playing = {name: Taken(each.facts, each.read_bytes) for name, each in contestants.items()}
             for turn in range(config.rounds + 1):
                 stream.measure()
                 for place in range(len(group)):
                     name = group[(turn + place) % len(group)]
                     progress(done, turns, f"{name}, {case[0]} x {case[1]}")
                     done += 1
-                    if name in field and not _turn(field[name], prompts, config, last=turn == config.rounds):
+                    if name not in playing:
+                        continue
+                    last = turn == config.rounds
+                    if not _turn(contestants[name], playing[name], prompts, config, last):
                         notes.append(f"{name} ran out of memory with {case[1]} prompts of {case[0]} tokens")
-                        del field[name]
-            taken |= {(case, name): each for name, each in field.items()}
-        del contestants, field
+                        del playing[name]
+            taken |= {(case, name): each for name, each in playing.items()}
+        # Before the next group is made; what refers to itself is freed by the collector alone.
+        del contestants
+        gc.collect()
     first = next(iter(entries))
     rows = [
         _row(taken[case, name], case, config, stream, taken.get((case, first)))
@@ -113,17 +130,16 @@ def run(
     return rows, notes
 
 
-def _turn(taken: Taken, prompts: np.ndarray, config: Decode, last: bool) -> bool:
+def _turn(contestant: Contestant, taken: Taken, prompts: np.ndarray, config: Decode, last: bool) -> bool:
     """Has a contestant decode once, or where it is the last time and so wanted, once more under the profiler. Returns
     whether the memory was enough."""
-    run = taken.contestant.run
     try:
-        prefill, decode = _timed(run(prompts, config.tokens), config.tokens)
+        prefill, decode = _timed(contestant.run(prompts, config.tokens), config.tokens)
         taken.prefill.append(prefill)
         taken.decode.append(decode)
         if last and config.profiled:
             wall_ms = 1e3 * float(np.median(taken.decode[1:]))
-            taken.classes = profile.decoding(run(prompts, config.tokens), config.tokens - 1, wall_ms)
+            taken.classes = profile.decoding(contestant.run(prompts, config.tokens), config.tokens - 1, wall_ms)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -149,11 +165,11 @@ def _row(
     taken: Taken, case: tuple[int, int], config: Decode, stream: StreamingRead, first: Taken | None
 ) -> dict[str, Any]:
     context, batch = case
-    steps, each = config.tokens - 1, taken.contestant
+    steps = config.tokens - 1
     prefill, decode = (float(np.median(column[1:])) for column in (taken.prefill, taken.decode))
-    rate = each.read_bytes * steps / decode / 1e9
+    rate = taken.read_bytes * steps / decode / 1e9
     return {
-        **each.facts,
+        **taken.facts,
         "prompt_tokens": context,
         "batch": batch,
         "prefill_ms": significant(1e3 * prefill),
@@ -165,7 +181,7 @@ def _row(
         "best_decode_tokens_per_s": significant(batch * steps / min(taken.decode[1:])),
         "decode_ms_per_token": significant(1e3 * decode / steps),
         "speed_ratio_to_first": None if first is None else significant(float(np.median(first.decode[1:])) / decode),
-        "read_mb_per_token": significant(each.read_bytes / 1e6),
+        "read_mb_per_token": significant(taken.read_bytes / 1e6),
         "gb_per_s": significant(rate),
         "share_of_streaming_read": significant(rate / stream.gb_per_s),
         "peak_gb": taken.peak_gb,

@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-WIDTH, HEIGHT, LEFT, TOP, LEGEND = 860, 460, 60, 40, 200
+WIDTH, HEIGHT, LEFT, TOP, LEGEND = 860, 460, 70, 40, 200
 # Okabe and Ito's palette, which colour-blind readers can distinguish too.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+DASHES = ("", "6 3", "2 3")
 WORST = 2.0
 """The largest KL of quality_plot: a model that is farther off writes no sentence, however far."""
 
@@ -87,16 +88,19 @@ def line_plot(
         parts += [_line([(LEFT, y), (right, y)], _grid(y_axis, tick, "#dddddd"))]
         parts += [_text(LEFT - 8, y + 4, f"{tick:g}", "end")]
     for number, (name, line) in enumerate(lines.items()):
-        plain = Style(COLOURS[number % len(COLOURS)], ("", "6 3", "2 3")[number // len(COLOURS) % 3])
-        style, at = plain if styles is None else styles[name], TOP + 8 + 18 * number
+        style, at = _plain(number) if styles is None else styles[name], TOP + 8 + 18 * number
         places = [place(point) for point in sorted(line)]
         ends = [(right + 20, at), (right + 60, at)]
         parts += [_line(way, style.colour, 2, style.dashes) for way in (places, ends)]
         parts += [_dot(x, y, style) for x, y in [*places, (right + 40, at)] if style.dots != "none"]
         parts += [_text(right + 66, at + 4, name, "start")]
+    # Room for all of the legend, and for the title; a letter of size 12 is about 7 wide.
+    letters = max((7 * len(name) for name in lines), default=0)
+    width = max(WIDTH, right + 66 + letters, LEFT + 9 * len(title))
+    height = max(HEIGHT, TOP + 18 * len(lines) + 8)
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" font-family="sans-serif">\n'
-        f'<rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>\n' + "\n".join(parts) + "\n</svg>\n"
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif">\n'
+        f'<rect width="{width}" height="{height}" fill="white"/>\n' + "\n".join(parts) + "\n</svg>\n"
     )
 
 
@@ -147,7 +151,7 @@ def decode_plot(rows: Sequence[Mapping[str, Any]], title: str) -> str:
     step = next(digit * power / 10 for digit in (1, 2, 5, 10) if 10 * digit * power / 10 >= fastest)
     ticks = [step * count for count in range(math.ceil(fastest / step) + 1)]
     y_axis = Axis("tokens per second", 0, ticks[-1], ticks)
-    styles = {name: Style(COLOURS[i % len(COLOURS)], dots="full") for i, name in enumerate(lines)}
+    styles = {name: dataclasses.replace(_plain(i), dots="full") for i, name in enumerate(lines)}
     return line_plot(lines, x_axis, y_axis, title, styles)
 
 
@@ -192,6 +196,11 @@ def quality_plot(rows: Sequence[Mapping[str, Any]], title: str) -> str:
     levels = levels[below - 1 : above + 1]
     y_axis = Axis("KL from the float model, nats per token", levels[0], levels[-1], levels, logarithmic=True)
     return line_plot({name: lines[name] for name in styles}, x_axis, y_axis, title, styles)
+
+
+def _plain(number: int) -> Style:
+    """The style of the line with this number, which no other of the first 21 has."""
+    return Style(COLOURS[number % len(COLOURS)], DASHES[number // len(COLOURS) % len(DASHES)])
 
 
 def _grid(axis: Axis, tick: float, colour: str) -> str:

@@ -7,12 +7,13 @@ check it, so every file that was written can be read.
 import dataclasses
 import json
 import math
-import os
 import re
 from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any
+
+from any4_jax.benchmarks.files import write_whole
 
 SCHEMA = 1
 VERSIONED = ("any4_jax", "jax", "jaxlib", "python")
@@ -101,15 +102,7 @@ def write(path: str | Path, result: Result) -> None:
     path = Path(path)
     _check_for(path, result)
     text = json.dumps({"schema": SCHEMA} | dataclasses.asdict(result), indent=1, allow_nan=False) + "\n"
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(scratch, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(scratch, path)
-    finally:
-        scratch.unlink(missing_ok=True)
+    write_whole(path, text)
 
 
 def read(path: str | Path) -> Result:

@@ -1,15 +1,15 @@
 """`any4 bench decode`: tokens per second of models, after prompts of several lengths."""
 
 import argparse
+import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from any4_jax.benchmarks import contestants, decode, machine, profile, shapes
 from any4_jax.benchmarks.plot import decode_plot
 from any4_jax.benchmarks.timing import StreamingRead
-from any4_jax.cli.bench_shared import add_common, check, check_folder, counts, finish, heading
-from any4_jax.cli.errors import CommandLineError
+from any4_jax.cli.bench_shared import add_common, check, counts, finish, heading
+from any4_jax.cli.errors import CommandLineError, WorkError
 from any4_jax.cli.numbers import at_least
 from any4_jax.cli.output import progress, table
 from any4_jax.cli.sources import MODEL_HELP, open_model
@@ -63,15 +63,20 @@ def add_decode(parser: argparse.ArgumentParser) -> None:
 
 
 def run_decode(args: argparse.Namespace) -> int:
-    check(args)
-    check_folder(args.svg)
-    if len(set(args.models)) < len(args.models):
+    check(args, args.svg)
+    if len(set(map(os.path.realpath, args.models))) < len(args.models):
         raise CommandLineError(f"got the models {' '.join(args.models)}, some more than once; give each once")
     if args.shape is not None and args.models:
         raise CommandLineError(f"got --shape and the model {args.models[0]}; give one or the other")
     for flag, value in (("--methods", args.methods), ("--head", args.head)):
         if args.shape is None and value is not None:
             raise CommandLineError(f"got {flag} without --shape, whose weights it describes; give --shape too")
+    few = [name for name in args.methods or () if shapes.METHODS[name] is not None]
+    if args.head is not None and args.methods is not None and not few:
+        raise CommandLineError(
+            f"got --head {args.head} and no method with few bits, whose head it describes; add one to --methods, or "
+            "leave --head out"
+        )
     if args.profile and machine.platform() not in profile.PLATFORMS:
         raise CommandLineError(
             f"got --profile, which tells kernels of a GPU apart, and jax runs on {machine.platform()} here; leave it "
@@ -85,6 +90,8 @@ def run_decode(args: argparse.Namespace) -> int:
         rows, notes = decode.run(
             entries, config, stream=stream, room=None if free is None else int(FOR_WEIGHTS * free), progress=bar
         )
+    if not rows:
+        raise WorkError(f"nothing could be measured: {'; '.join(notes)}")
     settings = {"tokens": args.tokens, "rounds": args.rounds} | stream.settings()
     result = machine.result("decode", args.words, settings=settings, rows=rows, notes=notes)
     print(heading(result) + "\n")
@@ -96,18 +103,15 @@ def run_decode(args: argparse.Namespace) -> int:
     if args.profile:
         print("\n" + profile_table(rows, FACTS))
         print("\nms a token (launches a token); gaps: the time of a step without the profiler, less its kernels'")
-    if args.svg is not None:
-        title = f"{result.device.name}: decoding, {', '.join(dict.fromkeys(row['model'] for row in rows))}"
-        Path(args.svg).write_text(decode_plot(rows, title), encoding="utf-8")
-        print(f"wrote {args.svg}")
-    return finish(args, result)
+    title = f"{result.device.name}: decoding, {', '.join(dict.fromkeys(row['model'] for row in rows))}"
+    return finish(args, result, args.svg, lambda: decode_plot(rows, title))
 
 
 def _entries(args: argparse.Namespace) -> dict[str, contestants.Entry]:
     if args.shape is not None:
         return contestants.of_shape(args.shape, args.methods or ("bfloat16", "any4"), args.head or "bfloat16")
-    models = args.models or ["tiny"]
-    return {name: contestants.Entry.of(contestants.contestant(name, open_model(name))) for name in models}
+    labels = contestants.labels(args.models or ["tiny"])
+    return {name: contestants.Entry.of(contestants.contestant(labels[name], open_model(name))) for name in labels}
 
 
 def _methods(text: str) -> tuple[str, ...]:

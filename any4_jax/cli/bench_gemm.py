@@ -2,7 +2,6 @@
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from any4_jax.benchmarks import gemm, gemm_cuda, machine
@@ -48,7 +47,9 @@ def add_gemm(parser: argparse.ArgumentParser) -> None:
 
 
 def run_gemm(args: argparse.Namespace) -> int:
-    check(args)
+    check(args, args.plot)
+    if args.tune and args.plot is not None:
+        raise CommandLineError("got --tune and --plot, and tuning measures nothing that is drawn; leave one out")
     if args.tune:
         return run_tune(args, args.shapes or _shapes("llama-3.1-8b"), args.m or (1, 16))
     on_cuda = machine.platform() == "cuda"
@@ -82,13 +83,14 @@ def run_gemm(args: argparse.Namespace) -> int:
             f"\nus: median of {args.rounds} turns, each call waited for "
             f"(one that computes nothing: {result.settings['empty_call_us']:.1f}); times: over the better dense float32"
         )
-    if args.plot is not None:
+
+    def draw() -> str:
         ratio, beside = ("cublas", "cuBLAS") if result.rows[0]["speed_ratio_to_cublas"] else ("xla", "XLA's")
         product = result.rows[0]["product"]
         title = f"{result.device.name}: {product}, times the speed of {beside} bfloat16"
-        Path(args.plot).write_text(speed_plot(result.rows, product, f"speed_ratio_to_{ratio}", title), encoding="utf-8")
-        print(f"wrote {args.plot}")
-    return finish(args, result)
+        return speed_plot(result.rows, product, f"speed_ratio_to_{ratio}", title)
+
+    return finish(args, result, args.plot, draw)
 
 
 def _cpu_table(rows: Sequence[Any]) -> tuple[list[str], list[list[str]]]:
@@ -133,7 +135,7 @@ def _shapes(text: str) -> tuple[tuple[int, int], ...]:
             shapes += gemm.SHAPES[name]
             continue
         sizes = name.split("x")
-        if len(sizes) != 2 or not all(size.isdigit() and int(size) > 0 for size in sizes):
+        if len(sizes) != 2 or not all(size.isdecimal() and 0 < int(size) < 2**31 for size in sizes):
             raise argparse.ArgumentTypeError(f"got {name!r}, need NxK or one of {', '.join(gemm.SHAPES)}")
         shapes.append((int(sizes[0]), int(sizes[1])))
     return tuple(dict.fromkeys(shapes))

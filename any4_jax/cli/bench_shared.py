@@ -1,11 +1,12 @@
 """Shared by the benchmark commands: options, checks before the work, and the end of the output."""
 
 import argparse
-from pathlib import Path
+import os
+from collections.abc import Callable
 
-from any4_jax.benchmarks import machine, schema
+from any4_jax.benchmarks import files, machine, schema
 from any4_jax.choice import PLATFORMS
-from any4_jax.cli.errors import CommandLineError, WorkError
+from any4_jax.cli.errors import CommandLineError
 from any4_jax.cli.numbers import count
 
 
@@ -26,21 +27,19 @@ def counts(text: str) -> tuple[int, ...]:
     return tuple(dict.fromkeys(count(part) for part in text.split(",")))
 
 
-def check(args: argparse.Namespace) -> None:
-    """Refuses, before the work, arguments that would fail after it."""
-    check_folder(args.out)
+def check(args: argparse.Namespace, drawing: str | None = None) -> None:
+    """Refuses, before the work, arguments that would fail after it, among them a file for a drawing."""
+    for file in (args.out, drawing):
+        if file is not None:
+            files.check_target(file)
+    if args.out is not None and drawing is not None and os.path.realpath(args.out) == os.path.realpath(drawing):
+        raise CommandLineError(f"got {args.out} for the results and for the drawing; give each a file of its own")
     here = machine.platform()
     if args.platform not in (None, here):
         raise CommandLineError(
             f"got --platform {args.platform}, and jax runs on {here} here; set JAX_PLATFORMS={args.platform} "
             "where jax has it, or leave --platform out"
         )
-
-
-def check_folder(file: str | None) -> None:
-    """Refuses a file, if one is given, whose folder is missing."""
-    if file is not None and not Path(file).absolute().parent.is_dir():
-        raise WorkError(f"{file} can't be written because its folder is missing; create it first")
 
 
 def heading(result: schema.Result) -> str:
@@ -51,10 +50,19 @@ def heading(result: schema.Result) -> str:
     )
 
 
-def finish(args: argparse.Namespace, result: schema.Result) -> int:
+def finish(
+    args: argparse.Namespace,
+    result: schema.Result,
+    drawing: str | None = None,
+    draw: Callable[[], str] = lambda: "",
+) -> int:
+    """Prints the notes, and writes the results and then the drawing to the files that were given for them."""
     for note in result.notes:
         print(f"note: {note}")
     if args.out is not None:
         schema.write(args.out, result)
         print(f"wrote {args.out}")
+    if drawing is not None:
+        files.write_whole(drawing, draw())
+        print(f"wrote {drawing}")
     return 0

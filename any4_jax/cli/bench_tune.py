@@ -2,9 +2,8 @@
 
 import argparse
 import json
-from pathlib import Path
 
-from any4_jax.benchmarks import tune
+from any4_jax.benchmarks import files, tune
 from any4_jax.cli.errors import WorkError
 
 
@@ -19,6 +18,6 @@ def run_tune(args: argparse.Namespace, shapes: tuple[tuple[int, int], ...], coun
         raise WorkError(str(error)) from error
     if args.out is not None:
         text = ",\n".join(json.dumps(row) for row in rows)
-        Path(args.out).write_text(f"[\n{text}\n]\n", encoding="utf-8")
+        files.write_whole(args.out, f"[\n{text}\n]\n")
         print(f"wrote {args.out}")
     return 0

@@ -39,6 +39,8 @@ from ablation_cases import OTHER, STUDIES, TEXT, Case, reference
 
 from any4_jax import benchmarks
 from any4_jax.benchmarks import machine
+from any4_jax.benchmarks.files import check_target
+from any4_jax.cli.numbers import at_least, count, natural
 from any4_jax.cli.output import table
 
 SHOWN = ("study", "case", "calibration", "bits_per_weight", "perplexity", "nats_lost", "nats_lost_error")
@@ -56,7 +58,7 @@ def main() -> None:
         metavar="STUDY",
         help=f"some of {', '.join(STUDIES)}",
     )
-    parser.add_argument("--cases", metavar="REGEX", default="", help="only the cases whose names match")
+    parser.add_argument("--cases", type=_pattern, metavar="REGEX", default="", help="only the cases whose names match")
     parser.add_argument(
         "--model", metavar="MODEL", help="any source that any4_jax.models.load takes; 'tiny' for a quick look"
     )
@@ -71,17 +73,17 @@ def main() -> None:
     )
     parser.add_argument(
         "--windows",
-        type=int,
+        type=natural,
         default=16,
         metavar="N",
         help="measure on N windows, spread evenly; 0 for all (default: 16)",
     )
-    parser.add_argument("--seqlen", type=int, default=2048, help="tokens in a window (default: 2048)")
+    parser.add_argument("--seqlen", type=at_least(2), default=2048, help="tokens in a window (default: 2048)")
     parser.add_argument(
-        "--group-size", type=int, default=64, metavar="G", help="for studies that don't vary it (default: 64)"
+        "--group-size", type=count, default=64, metavar="G", help="for studies that don't vary it (default: 64)"
     )
     parser.add_argument(
-        "--workers", type=int, default=machine.cores(), help="layers learned at once (default: one per core)"
+        "--workers", type=count, default=machine.cores(), help="layers learned at once (default: one per core)"
     )
     parser.add_argument(
         "--out",
@@ -90,12 +92,20 @@ def main() -> None:
         help="write the results here as JSON, as they come; a file with the same settings is continued",
     )
     args = parser.parse_args()
+    for file in (args.text, args.calibration_text):
+        if file is not None and not file.is_file():
+            parser.error(f"got {file}, and a file of text is needed; give one that exists")
+    if args.out is not None:
+        try:
+            check_target(args.out)
+        except OSError as error:
+            parser.error(str(error))
     # A GPU's default, TF32, adds to every figure what no method is to blame for.
     jax.config.update("jax_default_matmul_precision", "highest")
 
     bench = Bench(args)
     every = [(study, case) for study in args.only for case in STUDIES[study](args.group_size)]
-    every = [("reference", reference(args.group_size)), *(c for c in every if re.search(args.cases, c[1].name))]
+    every = [("reference", reference(args.group_size)), *(c for c in every if args.cases.search(c[1].name))]
     lacking = {TEXT: args.calibration_text is None, OTHER: args.text is None}
     reasons = {
         TEXT: "it calibrates on a text and none was given",
@@ -136,6 +146,13 @@ def main() -> None:
     print(table(SHOWN, [[_text(row.get(key)) for key in SHOWN] for row in rows]))
     for note in notes:
         print(f"note: {note}")
+
+
+def _pattern(text: str) -> re.Pattern[str]:
+    try:
+        return re.compile(text)
+    except re.error as error:
+        raise argparse.ArgumentTypeError(f"got {text!r}, need a regular expression ({error})") from None
 
 
 def _measured(out: Path | None, settings: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -30,6 +30,7 @@ from any4_jax import benchmarks
 from any4_jax.benchmarks import contestants, decode, machine
 from any4_jax.benchmarks.timing import StreamingRead
 from any4_jax.cli.bench_decode import decode_table
+from any4_jax.cli.numbers import at_least, count
 from any4_jax.cli.sources import MODEL_HELP, open_model
 from any4_jax.data.assets import fetch_smollm2
 
@@ -40,9 +41,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="+", metavar="MODEL", help=f"for this library: a checkpoint, {MODEL_HELP}")
     parser.add_argument("--gguf", type=Path, metavar="FILE", help="for llama.cpp, in Q4_1 (default: SmolLM2, fetched)")
-    parser.add_argument("--prompt-tokens", type=int, default=32)
-    parser.add_argument("--tokens", type=int, default=128)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--prompt-tokens", type=count, default=32)
+    parser.add_argument("--tokens", type=at_least(2), default=128)
+    parser.add_argument("--rounds", type=count, default=5)
     parser.add_argument("--out", metavar="FILE", help="write the results here as JSON")
     args = parser.parse_args()
 
@@ -53,8 +54,8 @@ def main() -> None:
         made = {"Q4_1": llama(source, "Q4_1", slots)}
         for name, kind in REQUANTIZED.items():
             made[name] = llama(requantized(source, Path(folder) / f"{name}.gguf", kind), name, slots)
-    for name in args.models:
-        ours = contestants.contestant(name, open_model(name))
+    for name, label in contestants.labels(args.models).items():
+        ours = contestants.contestant(label, open_model(name))
         made[name] = dataclasses.replace(ours, facts={"engine": "any4_jax", **ours.facts})
 
     stream = StreamingRead(machine.platform())

@@ -23,6 +23,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from any4_jax import benchmarks
 from any4_jax.benchmarks import shapes
 from any4_jax.benchmarks.timing import significant
+from any4_jax.cli.numbers import at_least, count
 from any4_jax.methods import Method
 from any4_jax.models.flax_llama import abstract_flax_llama
 from any4_jax.models.hf_flax import dense_paths, with_params
@@ -32,9 +33,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=shapes.CONFIGS, default="llama-3.2-1b", help="(default: llama-3.2-1b)")
     parser.add_argument("--methods", nargs="+", choices=shapes.METHODS, default=["bfloat16", "any4"])
-    parser.add_argument("--prompt-tokens", type=int, default=128)
-    parser.add_argument("--tokens", type=int, default=129, help="new tokens, 2 or more")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--prompt-tokens", type=count, default=128)
+    parser.add_argument("--tokens", type=at_least(2), default=129, help="new tokens, 2 or more")
+    parser.add_argument("--rounds", type=count, default=5)
     parser.add_argument("--out", metavar="FILE", help="write the results here as JSON")
     args = parser.parse_args()
 
