@@ -143,8 +143,7 @@ def test_a_loop_may_carry_and_consume_the_caches() -> None:
 
         return jax.lax.scan(step, caches, tokens.T)
 
-    caches = [dataclasses.replace(cache, empty=False) for cache in model.init_cache(1, 8)]
-    _, logits = jax.jit(run, donate_argnums=0)(caches, tokens)
+    _, logits = jax.jit(run, donate_argnums=0)(model.init_cache(1, 8), tokens)
     np.testing.assert_allclose(logits[:, 0], model(tokens)[0], atol=1e-5)
 
 
