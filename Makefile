@@ -22,9 +22,8 @@ PYTEST = cache=$$(mktemp -d) && trap 'rm -rf "$$cache"' EXIT && JAX_PLATFORMS=cp
 	$(1) -m pytest -n auto --dist loadfile --no-loadscope-reorder
 # The tests that depend on the versions of jax and flax. Of those of the methods, the one that runs each method once,
 # and so every solver of clustering: their laws are numpy's to check, and each law takes as long again.
-CORE := $(patsubst %,tests/test_%.py,formats scaling weights matmul statistics surgery attention llama generate \
-	checkpoint_model linen swapping dense_layers nnx nnx_axes pallas_kernel) \
-	tests/test_methods.py::test_shapes_dtypes_and_size
+CORE := $(patsubst %,tests/test_%.py,formats scaling weights matmul attention llama checkpoint_model linen swapping nnx \
+	pallas_kernel) tests/test_methods.py::test_shapes_dtypes_and_size
 PIP := -m pip --disable-pip-version-check --quiet --quiet
 
 # Without a GPU the CUDA library is only loaded, so machine code for one architecture is enough; all take a minute more.
