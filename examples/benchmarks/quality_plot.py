@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 from any4_jax import benchmarks
+from any4_jax.benchmarks.files import write_whole
 from any4_jax.benchmarks.plot import quality_plot
 
 
@@ -36,7 +37,7 @@ def main() -> None:
         if len(titles) > 1:
             sys.exit(f"got files of {' and of '.join(titles)}, need the same model and windows; draw them apart")
         rows = [row for result in results for row in result.rows if row["study"] == args.study]
-        args.out.write_text(quality_plot(rows, *titles), encoding="utf-8")
+        write_whole(args.out, quality_plot(rows, *titles))
     except (OSError, ValueError) as error:
         sys.exit(str(error))
     print(f"wrote {args.out}")
