@@ -63,8 +63,8 @@ __device__ __forceinline__ void Share(float* found, int warp, int head, int warp
   found[warp * kFound + 2 * kHeads + head] = Power(found[warp * kFound + head] - Highest(found, head, warps));
 }
 
-// What the parts of a cluster tell each other. Each gets the sums of its share of the results from all parts, in its own
-// shared memory, and the highest scores and totals of all parts and heads. Nobody reads another's memory, so a block
+// What the parts of a cluster tell each other. In its own shared memory, each gets the sums of its share of the results
+// from all parts, and the highest scores and totals of all parts and heads. Nobody reads another's memory, so a block
 // may end as soon as it has what it needs.
 template <int kSize>
 class PartSums {
