@@ -128,13 +128,13 @@ class WideChoice {
 template <typename T, int kGroups, Type kScale>
 cudaError_t LaunchWideScales(const WideLaunch& launch, cudaStream_t stream) {
   WideChoice<T> choice(launch);
-  choice.template Consider<WideOf<256, 2, 1, 2, 1, 4, kGroups, kScale>>(850);
-  choice.template Consider<WideOf<256, 2, 1, 1, 2, 4, kGroups, kScale>>(712, 2500);
-  choice.template Consider<WideOf<128, 2, 1, 1, 1, 6, kGroups, kScale>>(490);
-  choice.template Consider<WideOf<128, 1, 2, 2, 1, 8, kGroups, kScale>>(360);
-  choice.template Consider<WideOf<128, 1, 3, 1, 2, 6, kGroups, kScale>>(380, 1500);
-  choice.template Consider<WideOf<64, 1, 3, 1, 1, 12, kGroups, kScale>>(223);
-  choice.template Consider<WideOf<64, 1, 3, 1, 2, 12, kGroups, kScale>>(243, 1000);
+  choice.template Consider<WideOf<256, 2, 1, 2, 1, 4, kGroups, kScale>>(740);
+  choice.template Consider<WideOf<256, 2, 1, 1, 2, 4, kGroups, kScale>>(730, 3000);
+  choice.template Consider<WideOf<128, 2, 1, 1, 1, 6, kGroups, kScale>>(500);
+  choice.template Consider<WideOf<128, 2, 1, 1, 2, 6, kGroups, kScale>>(530, 1300);
+  choice.template Consider<WideOf<128, 1, 2, 1, 2, 8, kGroups, kScale>>(280, 1000);
+  choice.template Consider<WideOf<64, 1, 3, 1, 1, 12, kGroups, kScale>>(215);
+  choice.template Consider<WideOf<64, 1, 3, 1, 2, 12, kGroups, kScale>>(230, 700);
   return choice.Launch(stream);
 }
 
