@@ -47,7 +47,9 @@ __device__ __forceinline__ void Wait(uint32_t barrier, uint32_t parity) {
 }
 
 // A barrier of all threads of the cluster in two parts: what is written before the first is seen after the second.
-__device__ __forceinline__ void ArriveInCluster() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
+__device__ __forceinline__ void ArriveInCluster() {
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+}
 __device__ __forceinline__ void WaitForCluster() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
 
 // Once all have passed, copies and the other blocks of the cluster see the barriers.
@@ -81,13 +83,11 @@ __device__ __forceinline__ void StoreAt(uint32_t there, float a, float b, float 
                : "memory");
 }
 
-// Copies the box at (column, row) of a matrix to shared memory: where there are several receivers, to the same place
-// in kReceivers blocks of the cluster from `first` on, whose barriers each count the bytes. What lies outside the
-// matrix arrives as zero.
-template <int kReceivers>
-__device__ __forceinline__ void CopyIn(const CUtensorMap& from, int column, int row, uint32_t to, uint32_t barrier,
-                                       uint32_t first) {
-  if constexpr (kReceivers == 1) {
+// Copies the box at (column, row) of a matrix to shared memory; in a cluster, to the same place in all its blocks,
+// whose barriers each count the bytes. What lies outside the matrix arrives as zero.
+template <int kCluster = 1>
+__device__ __forceinline__ void CopyIn(const CUtensorMap& from, int column, int row, uint32_t to, uint32_t barrier) {
+  if constexpr (kCluster == 1) {
     asm volatile(
         "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(
             to),
@@ -97,7 +97,7 @@ __device__ __forceinline__ void CopyIn(const CUtensorMap& from, int column, int 
     asm volatile(
         "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster"
         " [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(to),
-        "l"(&from), "r"(column), "r"(row), "r"(barrier), "h"(static_cast<uint16_t>(((1 << kReceivers) - 1) << first))
+        "l"(&from), "r"(column), "r"(row), "r"(barrier), "h"(static_cast<uint16_t>((1 << kCluster) - 1))
         : "memory");
   }
 }

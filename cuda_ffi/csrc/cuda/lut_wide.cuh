@@ -1,7 +1,7 @@
 // LutWide: the product for many rows of x with 4-bit codes, on Hopper; lut_wide.md has what was measured.
 //
 // A block stays on its multiprocessor and computes one tile of y after another: kRows rows of W by kColumns rows of x.
-// Its last warpgroup copies; the others decode and multiply. Here kTiles = 2, kSplit = 1 and kCluster = 1:
+// Its last warpgroup copies; the others decode and multiply. Here kTiles = 2, and kSplit, kSharers and kParts are 1:
 //
 //                     warpgroup 2, one thread          warpgroups 0 and 1, for 64 rows of W each
 //
@@ -33,9 +33,11 @@
 //   warpgroup      decode 0 | issue 0 | decode 1 | issue 1, wait for 0, free 0 | decode 2 | issue 2, wait for 1, ...
 //   tensor cores              [--------- products of step 0 ---------][---------- products of step 1 ---------]
 //
-// Where kSplit > 1, the warpgroups of 64 rows take every kSplit-th pair of steps, and the first adds up the sums of all through
-// shared memory. Where kCluster > 1, the blocks of a cluster take the same rows of x and different rows of W; each
-// copies its part of x[s] to all of them, so used[s] waits for the warps of all.
+// Where kSplit > 1, the warpgroups of 64 rows take every kSplit-th pair of steps, and the first adds up the sums of all
+// through shared memory. Where kSharers > 1, the blocks of a cluster take the same rows of x and different rows of W;
+// each copies its part of x[s] to all of them, so used[s] waits for the warps of all. Where kParts = 2, the two blocks
+// of a cluster compute one tile, each half of K. Then each sends the other its sums of half the columns, to where that
+// one's stages were, adds up the rest and stores it. Such a cluster computes one tile only.
 #pragma once
 
 #include "hopper.cuh"
@@ -49,9 +51,9 @@ namespace any4 {
 //
 // kColumns: rows of x that a block takes: 64, 128 or 256.
 // kTiles: tiles of 64 rows of W that a block takes, each with warpgroups of its own.
-// kSplit: warpgroups of a tile, which take its steps in turns and add up their sums at the end.
-// kSharers: blocks that take the same rows of x and different rows of W; each copies a part of x to all.
-// kParts: parts of K, each taken by kSharers blocks of the cluster, which add up their sums at the end.
+// kSplit: warpgroups of a tile, which take pairs of its steps in turns and add up their sums at the end.
+// kSharers: blocks of a cluster that take the same rows of x and different rows of W; each copies a part of x to all.
+// kParts: 2 where two blocks of a cluster take a part of K each and add up their sums at the end; else 1.
 // kStages: steps whose codes and inputs are in shared memory or on their way there.
 // kGroups: 1 for groups of two steps or more; 2 for smaller groups, of which a step may hold two.
 // kScale: the type of scales and of offsets; where scales are e8m0, offsets are bfloat16.
@@ -60,6 +62,8 @@ struct WideOf {
   static constexpr int kColumns = kColumns_, kTiles = kTiles_, kSplit = kSplit_, kSharers = kSharers_;
   static constexpr int kParts = kParts_, kStages = kStages_, kGroups = kGroups_, kCluster = kSharers * kParts;
   static constexpr Type kScale = kScale_;
+
+  static_assert(kParts == 1 || (kParts == 2 && kSharers == 1));
 
   // Rows of x whose results a block stores.
   static constexpr int kShareColumns = kColumns / kParts;
@@ -95,7 +99,7 @@ __global__ void __launch_bounds__(Of::kThreads, 1)
   unsigned char* const shared = unaligned + (1024 - SharedAddress(unaligned) % 1024) % 1024;
   const uint32_t base = SharedAddress(shared), arrived = base + Of::kBarriersAt, used = arrived + 8 * kStages;
   const uint32_t rank = RankInCluster<kCluster>();
-  const uint32_t part = rank / kSharers, sharer = rank % kSharers;
+  const uint32_t part = rank / kSharers, sharer = rank % kSharers;  // one of them is 0
   // The shuffle tells the compiler that all lanes have the same number.
   const int warpgroup = __shfl_sync(0xFFFFFFFF, static_cast<int>(threadIdx.x / 128), 0);
   if (threadIdx.x == 0) {
@@ -105,7 +109,8 @@ __global__ void __launch_bounds__(Of::kThreads, 1)
       InitBarrier(used + 8 * i, 4 * kTiles * kSharers);
     }
   }
-  SyncCluster<(kSharers > 1 ? kCluster : 1)>();
+  // Where K is split, AddParts lets the blocks meet.
+  SyncCluster<kSharers>();
   const int first_tile = blockIdx.x / kCluster, tiles_apart = gridDim.x / kCluster;
   const auto row_of = [&](int tile) {
     return (static_cast<int64_t>(tile / grid.columns) * kSharers + sharer) * Of::kRows;
@@ -128,9 +133,8 @@ __global__ void __launch_bounds__(Of::kThreads, 1)
           const uint32_t barrier = arrived + 8 * stage;
           ExpectBytes(barrier, Of::kInputBytes + Of::kCodeBytes);
           CopyIn<kSharers>(maps.x, step * kStepInputs, column,
-                           base + stage * Of::kInputBytes + sharer * (kOwn * 128), barrier, rank - sharer);
-          CopyIn<1>(maps.codes, step * (kStepInputs / 2), row, base + Of::kCodesAt + stage * Of::kCodeBytes, barrier,
-                    rank);
+                           base + stage * Of::kInputBytes + sharer * (kOwn * 128), barrier);
+          CopyIn(maps.codes, step * (kStepInputs / 2), row, base + Of::kCodesAt + stage * Of::kCodeBytes, barrier);
         }
       }
     }
@@ -177,7 +181,7 @@ __global__ void __launch_bounds__(Of::kThreads, 1)
         if constexpr (kSharers == 1) {
           if (lane == 0) Arrive(own_used + 8 * stage_of(i));
         } else {
-          if (lane < kSharers) ArriveAt(own_used + 8 * stage_of(i), rank - sharer + lane);
+          if (lane < kSharers) ArriveAt(own_used + 8 * stage_of(i), lane);
         }
       };
       const int first_step = begin + 2 * turn;
@@ -209,14 +213,14 @@ __global__ void __launch_bounds__(Of::kThreads, 1)
       Pin(sums);
       if constexpr (Of::kParts > 1) ArriveInCluster();
       AddTurns<Of>(sums, shared, in_block, turn);
-      if constexpr (Of::kParts > 1) AddParts<Of>(sums, shared, in_block, turn, rank);
+      if constexpr (Of::kParts > 1) AddParts<Of>(sums, shared, in_block, turn, part);
       const int column = tile % grid.columns * kColumns + part * Of::kShareColumns;
       if (turn == 0) StoreResults<T, Of>(maps.y, sums, shared, first_row, column, in_block);
     }
     if (turn == 0 && threadIdx.x % 128 == 0) WaitCopiedOut();
   }
   // A block's shared memory must last as long as another block may arrive at its barriers.
-  if constexpr (kSharers > 1 && Of::kParts == 1) SyncCluster<kCluster>();
+  if constexpr (kSharers > 1) SyncCluster<kSharers>();
 }
 
 }  // namespace any4

@@ -54,13 +54,10 @@ cudaError_t Resident(int* clusters) {
   return error;
 }
 
-// The steps of all parts of a row but the last. A pair of steps may share its scales, so a part begins with a pair.
-int64_t WidePartSteps(int64_t k, int64_t parts) {
-  const int64_t pairs = (k + 2 * kStepInputs - 1) / (2 * kStepInputs);
-  return 2 * ((pairs + parts - 1) / parts);
-}
-
 int64_t TilesOf(int64_t count, int64_t of_tile) { return (count + of_tile - 1) / of_tile; }
+
+// The steps of each part of a row but the last. A pair of steps may share its scales, so parts begin with a pair.
+int64_t WidePartSteps(int64_t k, int64_t parts) { return 2 * TilesOf(TilesOf(k, 2 * kStepInputs), parts); }
 
 }  // namespace
 

@@ -22,8 +22,8 @@ __device__ __forceinline__ uint32_t Round(float low, float high) {
   }
 }
 
-// Adds the sums of a tile's warpgroups, in their order, to those of the first. The block's named barrier 1 + in_block is
-// for all warpgroups of the tile.
+// Adds the sums of a tile's warpgroups, in their order, to those of the first. The block's named barrier 1 + in_block
+// is for all warpgroups of the tile.
 template <typename Of>
 __device__ __forceinline__ void AddTurns(float (&sums)[Of::kColumns / 2], unsigned char* shared, int in_block,
                                          int turn) {
@@ -53,20 +53,18 @@ __device__ __forceinline__ void AddTurns(float (&sums)[Of::kColumns / 2], unsign
 // then this.
 template <typename Of>
 __device__ __forceinline__ void AddParts(float (&sums)[Of::kColumns / 2], unsigned char* shared, int in_block, int turn,
-                                         uint32_t rank) {
+                                         uint32_t part) {
   constexpr int kHalf = Of::kColumns / 4, kBytes = kHalf * 128 * 4;
-  static_assert(Of::kParts == 2 && Of::kTiles * kBytes <= Of::kResultsAt);
+  static_assert(Of::kTiles * kBytes <= Of::kResultsAt);
   const int at = in_block * kBytes + threadIdx.x % 128 * 16;
-  const bool second = rank >= Of::kSharers;
-  const uint32_t other = second ? rank - Of::kSharers : rank + Of::kSharers;
   WaitForCluster();
   if (turn == 0) {
-    const uint32_t there = AddressIn(other, SharedAddress(shared) + at);
+    const uint32_t there = AddressIn(1 - part, SharedAddress(shared) + at);
 #pragma unroll
     for (int i = 0; i < kHalf; ++i) {
       const float low = sums[i], high = sums[kHalf + i];
-      sums[i] = second ? high : low;
-      sums[kHalf + i] = second ? low : high;
+      sums[i] = part == 1 ? high : low;
+      sums[kHalf + i] = part == 1 ? low : high;
     }
 #pragma unroll
     for (int i = 0; i < kHalf; i += 4) {
