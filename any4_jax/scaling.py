@@ -32,7 +32,7 @@ _LOST_EXPONENT = 255
 StoredDtype = Literal["bfloat16", "float16", "float32"]
 """The dtypes of tables, scales and offsets, except for e8m0 exponents and tables of integers."""
 
-TableDtype = StoredDtype | Literal["int8"]
+TableDtype = Literal[StoredDtype, "int8"]
 """The dtypes of learned tables. Integers have a smaller group scale, so that the law stands as it is."""
 
 

@@ -11,6 +11,8 @@ import pytest
 
 from any4_jax import statistics, weights
 from any4_jax.methods import NF4, Any4, Int, quantize
+from any4_jax.methods.integer_tables import stored
+from any4_jax.refit import Fit
 
 N, K, G = 20, 32, 16
 dequantize = jax.jit(weights.dequantize)
@@ -43,7 +45,12 @@ def seen() -> statistics.Moments:
 
 def errors(method, given: statistics.Gathered | None = None) -> np.ndarray:
     """Each row's squared error weighted by E[x^2], float64 [N]."""
-    gap = np.asarray(dequantize(quantize(jnp.asarray(layer()), method, given or stats())), np.float64) - layer()
+    return error_of(quantize(jnp.asarray(layer()), method, given or stats()))
+
+
+def error_of(q: weights.QuantizedTensor) -> np.ndarray:
+    """The same of a result."""
+    gap = np.asarray(dequantize(q), np.float64) - layer()
     return (np.asarray(seen().second_moment, np.float64) * gap**2).sum(axis=1)
 
 
@@ -69,6 +76,22 @@ def test_refit_raises_no_rows_error(plain: Any4) -> None:
     before, after = errors(plain), errors(dataclasses.replace(plain, refit=True))
     assert (after <= before * (1 + 1e-5)).all()
     assert after.sum() < 0.99 * before.sum()
+
+
+def test_integers_are_chosen_as_they_are_stored() -> None:
+    """A table of int8 refitted as it is stored is better than one rounded afterwards, and groups scale to it."""
+    method = dataclasses.replace(REFITTED, table_dtype="int8")
+    q = quantize(jnp.asarray(layer()), method, stats())
+    assert q.lut.dtype == jnp.int8 and int(jnp.abs(q.lut).max()) <= 127
+    fit = quantize(jnp.asarray(layer()), REFITTED, stats())
+    fit = stored(Fit(fit.lut, fit.scales, fit.offsets), jnp.dtype(jnp.int8))
+    again = method.scale_groups(jnp.asarray(layer()), seen().second_moment, q.lut)
+    refitted, rounded, rescaled = (
+        error_of(weights.encode(jnp.asarray(layer()), *made, bits=4, group_size=G)).sum()
+        for made in ((q.lut, q.scales, q.offsets), fit, (q.lut, *again))
+    )
+    assert refitted < 0.98 * rounded
+    assert rescaled < 1.2 * refitted
 
 
 def test_a_rows_company_changes_no_bit() -> None:

@@ -1,6 +1,7 @@
 """any4 (arXiv 2507.04610): each row of a weight matrix learns its own table of 2, 4, 8 or 16 values."""
 
 import dataclasses
+import functools
 from typing import Annotated, ClassVar, Literal
 
 import jax
@@ -62,12 +63,12 @@ class Any4(Fields):
       bias_pow: cluster sign(u)|u|^bias_pow about the middle of the table, and transform back.
       refit: alternate between least-squares updates of table, scales and offsets, in their stored dtypes, and choosing
         the codes again, until the gain is small. A table shared by all rows stays as it is. Without scaling there is
-        nothing to alternate.
+        nothing to alternate. A table for a row is refitted in float32 first where it is to be stored as integers.
       scale_search: how many rounds of the refit begin with a search for each group's scale; 0 for none.
       sequential: gather statistics from the model as quantized so far.
-      scale_dtype, table_dtype: the dtypes in which scales, offsets and tables are stored. A table of "int8" holds
-        integers from -127 to 127, for which the group scales are so much smaller. It takes half the bytes of one of
-        bfloat16, and no gradient trains it later.
+      scale_dtype: the dtype in which scales and offsets are stored.
+      table_dtype: the dtype in which tables are stored. Those of "int8" hold integers from -127 to 127, for which the
+        group scales are so much smaller; they take half the bytes of bfloat16, and no gradient trains them later.
     """
 
     name: ClassVar[str] = "any4"
@@ -209,19 +210,10 @@ class Any4(Fields):
         u, sample_weight, scales, offsets = self._scaled(w, importance, group_size)
         if table is None:
             table = self._tables(u, sample_weight, (u.min(axis=1), u.max(axis=1)))
-        lut, scales, offsets = stored(table, scaling.GroupScales(scales, offsets), jnp.dtype(self.table_dtype))
         inner = slice(1, -1) if self.keep_outliers else slice(None)
-        if self.refit and self.group_size is not None:
-            free = inner if self.per_row else slice(0)
-            lut, scales, offsets = refit(
-                w,
-                importance,
-                Fit(lut, scales, offsets),
-                group_size,
-                searches=self.scale_search,
-                max_rounds=self.max_iter,
-                entries=free,
-            )
+        lut, scales, offsets = self._fitted(
+            *(w, importance, Fit(table, scales, offsets), group_size), entries=inner if self.per_row else slice(0)
+        )
         if self.solver == "gradient":
             lut = train_tables(
                 *(w, lut, scales, offsets),
@@ -232,6 +224,20 @@ class Any4(Fields):
                 entries=inner,
             )
         return weights.encode(w, lut, scales, offsets, bits=self.bits, group_size=group_size)
+
+    def _fitted(self, w: jax.Array, importance: jax.Array, start: Fit, group_size: int, entries: slice) -> Fit:
+        """What is stored of a start whose table is float32; `entries` are those that a refit may change."""
+        dtype = jnp.dtype(self.table_dtype)
+        if not self.refit or self.group_size is None:
+            return stored(start, dtype)
+        improve = functools.partial(
+            refit, w, importance, group_size=group_size, max_rounds=self.max_iter, entries=entries
+        )
+        if self.table_dtype == "int8" and self.per_row:
+            # Integers move in steps, and are soon stuck. An exact table leads further, and they go on from there.
+            exact = improve(start, searches=self.scale_search)
+            return improve(stored(exact, dtype), searches=0)
+        return improve(stored(start, dtype), searches=self.scale_search)
 
     def _matrix_table(self, w, importance, group_size) -> jax.Array:
         u, sample_weight, _, _ = self._scaled(w, importance, group_size)
