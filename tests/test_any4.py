@@ -80,17 +80,18 @@ def test_refit_raises_no_rows_error(plain: Any4) -> None:
 
 def test_integers_are_chosen_as_they_are_stored() -> None:
     """A table of int8 refitted as it is stored is better than one rounded afterwards, and groups scale to it."""
-    method = dataclasses.replace(REFITTED, table_dtype="int8")
-    q = quantize(jnp.asarray(layer()), method, stats())
+    method, w = dataclasses.replace(REFITTED, table_dtype="int8"), jnp.asarray(layer())
+    q, exact = (quantize(w, each, stats()) for each in (method, REFITTED))
     assert q.lut.dtype == jnp.int8 and int(jnp.abs(q.lut).max()) <= 127
-    fit = quantize(jnp.asarray(layer()), REFITTED, stats())
-    fit = stored(Fit(fit.lut, fit.scales, fit.offsets), jnp.dtype(jnp.int8))
-    again = method.scale_groups(jnp.asarray(layer()), seen().second_moment, q.lut)
-    refitted, rounded, rescaled = (
-        error_of(weights.encode(jnp.asarray(layer()), *made, bits=4, group_size=G)).sum()
-        for made in ((q.lut, q.scales, q.offsets), fit, (q.lut, *again))
-    )
-    assert refitted < 0.98 * rounded
+
+    @jax.jit
+    def others(q, exact):
+        afterwards = stored(Fit(exact.lut, exact.scales, exact.offsets), jnp.dtype(jnp.int8))
+        fits = afterwards, Fit(q.lut, *method.scale_groups(w, seen().second_moment, q.lut))
+        return [weights.encode(w, *fit, bits=4, group_size=G) for fit in fits]
+
+    refitted, rounded, rescaled = (error_of(each).sum() for each in (q, *others(q, exact)))
+    assert refitted < 0.9 * rounded
     assert rescaled < 1.2 * refitted
 
 
