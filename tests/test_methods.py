@@ -38,6 +38,7 @@ COMPENSATED = [
     GPTQ(NF4(group_size=7), static_groups=False),
     GPTQ(MX4(), act_order=False, block=9),
     GPTQ(LEARNED[0], static_groups=False, act_order=False),
+    GPTQ(LEARNED[-1], static_groups=False),
     GPTQ(LEARNED[1], refits=1),
 ]
 METHODS = [pytest.param(m, id=f"{m.name}-{i}") for i, m in enumerate(FIXED + LEARNED + COMPENSATED)]

@@ -10,6 +10,7 @@ from pydantic import Field
 
 from any4_jax import clustering, formats, scaling, weights
 from any4_jax.methods.base import Result
+from any4_jax.methods.clipping import clipped_scales
 from any4_jax.methods.fields import Fields
 from any4_jax.methods.gradient import train_tables
 from any4_jax.methods.integer_tables import reaching, stored
@@ -196,15 +197,24 @@ class Any4(Fields):
     def scale_groups(self, w: jax.Array, importance: jax.Array, lut: jax.Array) -> scaling.GroupScales:
         """Scales and offsets [N, ceil(K/G)] of weights [N, K] for tables that stay as they are."""
         group_size = w.shape[1] if self.group_size is None else min(self.group_size, w.shape[1])
-        start = Fit(lut, *self._first_scales(w, group_size))
-        if self.table_dtype == "int8":
-            # What a table's integers stood for isn't kept with them: here the largest is as large as the row's weights.
-            u = scaling.normalize(w, start.scales, start.offsets, group_size)
-            start = reaching(start, jnp.abs(u).max(axis=1, keepdims=True))
+
+        def first(w: jax.Array) -> scaling.GroupScales:
+            made = self._first_scales(w, group_size)
+            if self.table_dtype != "int8":
+                return made
+            # What integers stood for isn't kept with them: here the largest is as large as the row's scaled weights.
+            # The searches that follow narrow that, by as much as the weights reach beyond what stands for them.
+            reach = jnp.abs(scaling.normalize(w, *made, group_size)).max(axis=1, keepdims=True)
+            return made._replace(scales=reaching(Fit(lut, *made), reach).scales)
+
         if self.refit and self.group_size is not None:
             searches, rounds, kept = self.scale_search, self.max_iter, slice(0)
-            start = refit(w, importance, start, group_size, searches=searches, max_rounds=rounds, entries=kept)
-        return scaling.GroupScales(start.scales, start.offsets)
+            start = Fit(lut, *first(w))
+            found = refit(w, importance, start, group_size, searches=searches, max_rounds=rounds, entries=kept)
+            return scaling.GroupScales(found.scales, found.offsets)
+        if self.table_dtype == "int8":
+            return clipped_scales(first, w, importance, lut, group_size=group_size, uniform=False)
+        return first(w)
 
     def _encode(self, w, importance, sample, group_size, table) -> weights.QuantizedTensor:
         u, sample_weight, scales, offsets = self._scaled(w, importance, group_size)
