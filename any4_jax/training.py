@@ -22,9 +22,9 @@ _NOTHING = {
 def trainable(tree: Any, what: Literal["floats", "tables", "lora"] = "floats") -> Any:
     """Marks what to train, in a tree of bools: a mask for `any4_jax.partition` and for optax.
 
-    Three things are never marked: integers (codes, e8m0 exponents, permutations); arrays that an operator registered
-    as constants, such as the scale of a LowRank; and the table of a uniform leaf (integer formats), because products
-    may rely on its being a ramp.
+    Three things are never marked: integers (codes, tables of int8, e8m0 exponents, permutations); arrays that an
+    operator registered as constants, such as the scale of a LowRank; and the table of a uniform leaf (integer formats),
+    because products may rely on its being a ramp.
 
     Args:
       tree: arrays, in operators or not: the params of a Linen or Hugging Face model, or one operator.

@@ -29,6 +29,14 @@ def leaf(bits: int, seed: int = 0, *, offsets: bool = True, ramp: bool = False, 
     )
 
 
+def integer_tables(seed: int = 0):
+    """Tables that hold both ends of what they may."""
+    plain = leaf(4, seed)
+    table = np.round(np.asarray(plain.lut, np.float32) * 50).clip(-127, 127)
+    table[:, 0], table[:, -1] = -127, 127
+    return dataclasses.replace(plain, lut=jnp.asarray(table, jnp.int8), scales=plain.scales / jnp.bfloat16(50))
+
+
 def nested(seed: int = 0):
     """Scales that are quantized themselves."""
     plain = leaf(4, seed, dtype=jnp.float32)
@@ -60,6 +68,7 @@ def operator(name: str, seed: int = 0):
         "1 bit": lambda: leaf(1, seed),
         "3 bits": lambda: leaf(3, seed),
         "4 bits": lambda: leaf(4, seed),
+        "int8 tables": lambda: integer_tables(seed),
         "8 bits": lambda: leaf(8, seed, offsets=False, ramp=True),
         "nested": lambda: nested(seed),
         "Sum": lambda: Sum((leaf(4, seed), leaf(1, seed + 1), dense)),
@@ -72,7 +81,7 @@ def operator(name: str, seed: int = 0):
     }[name]()
 
 
-NAMES = ("dense", "1 bit", "3 bits", "4 bits", "8 bits", "nested", "Sum", "ScaleInput", "PermuteInput")
+NAMES = ("dense", "1 bit", "3 bits", "4 bits", "int8 tables", "8 bits", "nested", "Sum", "ScaleInput", "PermuteInput")
 NAMES += ("LowRank", "Sum with LowRank", "Sparse", "Sum with Sparse")
 
 

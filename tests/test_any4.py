@@ -11,6 +11,8 @@ import pytest
 
 from any4_jax import statistics, weights
 from any4_jax.methods import NF4, Any4, Int, quantize
+from any4_jax.methods.integer_tables import stored
+from any4_jax.refit import Fit
 
 N, K, G = 20, 32, 16
 dequantize = jax.jit(weights.dequantize)
@@ -43,7 +45,12 @@ def seen() -> statistics.Moments:
 
 def errors(method, given: statistics.Gathered | None = None) -> np.ndarray:
     """Each row's squared error weighted by E[x^2], float64 [N]."""
-    gap = np.asarray(dequantize(quantize(jnp.asarray(layer()), method, given or stats())), np.float64) - layer()
+    return error_of(quantize(jnp.asarray(layer()), method, given or stats()))
+
+
+def error_of(q: weights.QuantizedTensor) -> np.ndarray:
+    """The same of a result."""
+    gap = np.asarray(dequantize(q), np.float64) - layer()
     return (np.asarray(seen().second_moment, np.float64) * gap**2).sum(axis=1)
 
 
@@ -69,6 +76,23 @@ def test_refit_raises_no_rows_error(plain: Any4) -> None:
     before, after = errors(plain), errors(dataclasses.replace(plain, refit=True))
     assert (after <= before * (1 + 1e-5)).all()
     assert after.sum() < 0.99 * before.sum()
+
+
+def test_integers_are_chosen_as_they_are_stored() -> None:
+    """A table of int8 refitted as it is stored is better than one rounded afterwards, and groups scale to it."""
+    method, w = dataclasses.replace(REFITTED, table_dtype="int8"), jnp.asarray(layer())
+    q, exact = (quantize(w, each, stats()) for each in (method, REFITTED))
+    assert q.lut.dtype == jnp.int8 and int(jnp.abs(q.lut).max()) <= 127
+
+    @jax.jit
+    def others(q, exact):
+        afterwards = stored(Fit(exact.lut, exact.scales, exact.offsets), jnp.dtype(jnp.int8))
+        fits = afterwards, Fit(q.lut, *method.scale_groups(w, seen().second_moment, q.lut))
+        return [weights.encode(w, *fit, bits=4, group_size=G) for fit in fits]
+
+    refitted, rounded, rescaled = (error_of(each).sum() for each in (q, *others(q, exact)))
+    assert refitted < 0.9 * rounded
+    assert rescaled < 1.2 * refitted
 
 
 def test_a_rows_company_changes_no_bit() -> None:

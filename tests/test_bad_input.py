@@ -70,6 +70,12 @@ FIELDS = [
     (lambda: quantize(W, NF4(scale_dtype="int8")), ValueError, "scale_dtype='int8' choose"),
     (lambda: quantize(W, NF4(table_dtype="bf16")), ValueError, "table_dtype='bf16' choose"),
     (lambda: quantize(W, Any4(table_dtype="uint8")), ValueError, "table_dtype='uint8' choose"),
+    (lambda: quantize(W, NF4(table_dtype="int8")), ValueError, "table_dtype='int8' NF4 choose"),
+    (
+        lambda: quantize(W, Any4(table_dtype="int8", group_size=None)),
+        ValueError,
+        "table_dtype='int8' group_size=None pass a group_size",
+    ),
     (lambda: quantize(W, Any4(bits=5)), ValueError, "bits=5 choose"),
     (lambda: quantize(W, Any4(solver="best")), ValueError, "solver='best' choose"),
     (lambda: quantize(W, Any4(init="quantile")), ValueError, "init='quantile' solver='exact' pass"),

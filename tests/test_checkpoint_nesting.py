@@ -1,9 +1,12 @@
 """Trees that contain themselves or have no end are refused before anything is written, and a later save works."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from equality import assert_same
 
 import any4_jax as a4
 from any4_jax.methods import Int, quantize
@@ -45,6 +48,15 @@ def test_what_has_no_end_is_refused(tree, said, tmp_path) -> None:
     assert not (tmp_path / "c").exists()
     a4.save(tmp_path / "c", deep(60, lambda node: {"a": node}))
     np.testing.assert_array_equal(jax.tree.leaves(a4.load(tmp_path / "c")), [jnp.ones(3)])
+
+
+def test_tables_of_integers_come_back_and_other_integers_are_no_tables(tmp_path) -> None:
+    leaf = quantize(jnp.asarray(np.random.default_rng(0).normal(size=(8, 32)), jnp.float32), Int(group_size=16))
+    leaf = dataclasses.replace(leaf, lut=leaf.lut.astype(jnp.int8))
+    a4.save(tmp_path / "c", {"a": leaf})
+    assert_same(a4.load(tmp_path / "c"), {"a": leaf})
+    with pytest.raises(ValueError, match=r"lut is uint8 \[1, 16\], and floats or int8 .* are needed"):
+        a4.save(tmp_path / "d", {"a": dataclasses.replace(leaf, lut=leaf.lut.astype(jnp.uint8))})
 
 
 def test_an_operator_that_would_not_load_is_not_saved(tmp_path) -> None:

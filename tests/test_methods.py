@@ -27,9 +27,10 @@ FIXED += [Int(scale_dtype="float32", table_dtype="float32"), NF4(group_size=1), 
 # Every compiled solver costs seconds: few rows, each crossing several options.
 LEARNED = [
     Any4(group_size=16),
-    Any4(bits=2, group_size=16, symmetric=True, solver="lloyd", init="quantile", refit=True),
+    Any4(bits=2, group_size=16, symmetric=True, solver="lloyd", init="quantile", refit=True, table_dtype="int8"),
     Any4(bits=3, group_size=24, solver="gradient", max_iter=30, keep_outliers=True, refit=False, sample_tokens=48),
-    Any4(bits=3, group_size=16, per_row=False, bias_pow=0.8),
+    Any4(bits=3, group_size=16, per_row=False, bias_pow=0.8, table_dtype="int8"),
+    Any4(group_size=16, keep_outliers=True, table_dtype="int8"),
 ]
 COMPENSATED = [
     GPTQ(Int(bits=3, group_size=16)),
@@ -37,6 +38,7 @@ COMPENSATED = [
     GPTQ(NF4(group_size=7), static_groups=False),
     GPTQ(MX4(), act_order=False, block=9),
     GPTQ(LEARNED[0], static_groups=False, act_order=False),
+    GPTQ(LEARNED[-1], static_groups=False),
     GPTQ(LEARNED[1], refits=1),
 ]
 METHODS = [pytest.param(m, id=f"{m.name}-{i}") for i, m in enumerate(FIXED + LEARNED + COMPENSATED)]
@@ -129,8 +131,9 @@ def test_powers_of_two_scale_the_matrix_exactly(method) -> None:
         try:
             scaled = leaf(run(w * factor, method))
         except ValueError as error:
-            # Steps of 1/255 of a small group, and offsets close to zero, leave the range before the weights do.
-            assert power == POWERS[0] and plain.offsets is not None, error
+            # Steps of 1/255 of a small group, scales of integers, and offsets close to zero leave the range before the
+            # weights do.
+            assert power == POWERS[0] and (plain.offsets is not None or plain.lut.dtype == jnp.int8), error
             assert re.search(
                 "(scales|offsets) would be too small for (bfloat16|float32); scale the weights", str(error)
             )
@@ -171,6 +174,11 @@ LOST = [
         "too small for bfloat16; scale the weights",
     ),
     (NF4(scale_dtype="float16"), 2.0**-18, "scales would be too small for float16; pass scale_dtype='bfloat16' or"),
+    (
+        Any4(bits=2, group_size=16, scale_dtype="float16", table_dtype="int8"),
+        2.0**-10,
+        "scales would be too small for float16; pass scale_dtype='bfloat16' or",
+    ),
     (NF4(scale_dtype="float16"), 2.0**16, "scales would be too large for float16; pass scale_dtype='bfloat16' or"),
     (
         Any4(bits=2, group_size=None, table_dtype="float16"),

@@ -30,13 +30,17 @@ CASES = {
     "a shared table": {"free": (0, 0), "shared": True},
     "float16": {"dtype": jnp.float16},
     "float32": {"dtype": jnp.float32},
+    "int8": {"table": jnp.int8},
+    "int8, 2 bits, no offsets": {"table": jnp.int8, "bits": 2, "symmetric": True},
 }
 
 
 class Problem:
     """Rows with heavy tails and groups of different size, a constant row, an all-zero group, and a coarse start."""
 
-    def __init__(self, bits=4, symmetric=False, group_size=32, k=72, dtype=jnp.bfloat16, free=None, shared=False):
+    def __init__(
+        self, bits=4, symmetric=False, group_size=32, k=72, dtype=jnp.bfloat16, free=None, shared=False, table=None
+    ):
         rng = np.random.default_rng(0)
         groups = -(-k // group_size)
         self.group_size, self.free = group_size, free or (0, 2**bits)
@@ -53,7 +57,9 @@ class Problem:
         scales = (np.maximum(high - low, 1e-6) / (2 * half - 1)).astype(dtype)
         offsets = (low + half * scales.astype(np.float32)).astype(dtype)
         levels = np.arange(-half, half) + rng.uniform(-0.2, 0.2, (1 if shared else N, 2 * half))
-        self.start = Fit(levels.astype(dtype), scales, None if symmetric else offsets)
+        if table == jnp.int8:
+            levels, scales = (levels * 12).round(), (scales / 12).astype(dtype)
+        self.start = Fit(levels.astype(table or dtype), scales, None if symmetric else offsets)
 
     def refit(self, isa: str = "auto", searches: int = 2, max_rounds: int = 300, **change) -> Fit:
         """By the handler, of arrays that may be given anew."""

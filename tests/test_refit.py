@@ -120,7 +120,11 @@ def test_the_ends_of_a_table_may_be_held(backend) -> None:
 
 
 @pytest.mark.parametrize("backend", [option.name for option in backends.BACKENDS.options[:-1]], indirect=True)
-@pytest.mark.parametrize("fields", [{}, {"bits": 3, "symmetric": True, "scale_dtype": "float16"}], ids=["4", "3"])
+@pytest.mark.parametrize(
+    "fields",
+    [{}, {"bits": 3, "symmetric": True, "scale_dtype": "float16"}, {"bits": 2, "table_dtype": "int8"}],
+    ids=["4", "3", "int8"],
+)
 def test_backends_agree(fields, backend) -> None:
     """In what they reach: float32 rounding may choose another of two scales that are as good."""
     begun = learned(dataclasses.replace(PLAIN, **fields))

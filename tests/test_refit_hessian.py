@@ -12,6 +12,7 @@ import pytest
 from equality import assert_same
 
 from any4_jax import formats, scaling
+from any4_jax.methods.integer_tables import stored
 from any4_jax.refit import Fit
 from any4_jax.refit.descent import Grid, descend
 from any4_jax.refit.hessian import improve
@@ -103,15 +104,17 @@ def test_scales_and_offsets_are_those_of_numpys_least_squares(offsets) -> None:
     assert (fit.offsets is not None) == offsets
 
 
-@pytest.mark.parametrize("mean", [0.0, 100.0])
-def test_no_round_raises_a_rows_error_in_stored_dtypes(mean) -> None:
+@pytest.mark.parametrize(("mean", "table"), [(0.0, jnp.bfloat16), (100.0, jnp.bfloat16), (0.0, jnp.int8)])
+def test_no_round_raises_a_rows_error_in_stored_dtypes(mean, table) -> None:
     """Far from zero, bfloat16 offsets are coarse, and what is best before rounding is often worse after it."""
     w = layer() + np.float32(mean)
     start, codes = started(w)
+    if table == jnp.int8:
+        start = stored(start._replace(lut=start.lut.astype(jnp.float32)), table)
     reached = [errors(w, H, start, codes)]
     for rounds in (1, 2, 3, 4, 5, 6, 8):
         fit, new = run(w, start, codes, rounds=rounds)
-        assert [a.dtype for a in fit] == [jnp.bfloat16] * 3 and new.dtype == jnp.uint8
+        assert [a.dtype for a in fit] == [table, jnp.bfloat16, jnp.bfloat16] and new.dtype == jnp.uint8
         assert (np.diff(np.asarray(fit.lut, np.float32), axis=1) >= 0).all()
         reached.append(errors(w, H, fit, new))
         assert (reached[-1] <= reached[-2] * (1 + 1e-6)).all()

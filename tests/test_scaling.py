@@ -38,6 +38,12 @@ def test_rules_by_hand(w, rule, bits, scale, offset) -> None:
         np.testing.assert_allclose(got.offsets, [[offset]], rtol=1e-6)
 
 
+def test_integers_are_the_nearest_within_their_range() -> None:
+    given = jnp.asarray([-1e9, -127.6, -0.5, 0.5, 1.5, 126.4, 128.0, jnp.inf], jnp.float32)
+    found = scaling.rounded(given, jnp.dtype(jnp.int8))
+    assert found.dtype == jnp.int8 and found.tolist() == [-127, -127, 0, 0, 2, 126, 127, 127]
+
+
 @pytest.mark.parametrize("rule", ["asymmetric", "symmetric", "absmax"])
 def test_normalized_range(rule, rng: np.random.Generator) -> None:
     w = jnp.asarray(rng.normal(size=(5, 96)), jnp.float32)

@@ -78,6 +78,22 @@ def test_bits_per_weight_counts_what_is_stored(bits: int, rng: np.random.Generat
     assert (abstract.shape, abstract.nbytes) == (w.shape, w.nbytes)
 
 
+def test_a_table_of_int8(rng: np.random.Generator) -> None:
+    """It follows the law as it is stored, takes half the bytes, and no gradient or optimiser sees it."""
+    plain = leaf(4, rng)
+    table = np.sort(rng.integers(-127, 128, (N, 16)), axis=1)
+    w = dataclasses.replace(plain, lut=jnp.asarray(table, jnp.int8))
+    np.testing.assert_allclose(dequantize(w), law(w), rtol=1e-6, atol=1e-6)
+    assert w.nbytes == plain.nbytes - plain.lut.nbytes // 2
+    tables, codes = partition(w)
+    assert tables.lut is None and codes.lut is w.lut and tables.scales is w.scales
+    assert [place.trained for place, _ in weights.places(w)] == ["floats", None, "tables", "tables"]
+    w.check()
+    for dtype in (jnp.uint8, jnp.int16):
+        with pytest.raises(TypeError, match=f"lut of dtype {jnp.dtype(dtype)}, need a floating dtype or int8"):
+            dataclasses.replace(w, lut=w.lut.astype(dtype)).check()
+
+
 def test_doubly_quantized_scales(rng: np.random.Generator) -> None:
     scales = rng.uniform(0.5, 2.0, (N, GROUPS)).astype(np.float32)
     inner = weights.encode(

@@ -1,6 +1,7 @@
 """any4 (arXiv 2507.04610): each row of a weight matrix learns its own table of 2, 4, 8 or 16 values."""
 
 import dataclasses
+import functools
 from typing import Annotated, ClassVar, Literal
 
 import jax
@@ -9,8 +10,10 @@ from pydantic import Field
 
 from any4_jax import clustering, formats, scaling, weights
 from any4_jax.methods.base import Result
+from any4_jax.methods.clipping import clipped_scales
 from any4_jax.methods.fields import Fields
 from any4_jax.methods.gradient import train_tables
+from any4_jax.methods.integer_tables import reaching, stored
 from any4_jax.methods.units import put_back
 from any4_jax.refit import Fit, refit
 from any4_jax.schema import Count, Finite, Index, Positive
@@ -61,10 +64,12 @@ class Any4(Fields):
       bias_pow: cluster sign(u)|u|^bias_pow about the middle of the table, and transform back.
       refit: alternate between least-squares updates of table, scales and offsets, in their stored dtypes, and choosing
         the codes again, until the gain is small. A table shared by all rows stays as it is. Without scaling there is
-        nothing to alternate.
+        nothing to alternate. A table for a row is refitted in float32 first where it is to be stored as integers.
       scale_search: how many rounds of the refit begin with a search for each group's scale; 0 for none.
       sequential: gather statistics from the model as quantized so far.
-      scale_dtype, table_dtype: the dtypes in which scales, offsets and tables are stored.
+      scale_dtype: the dtype in which scales and offsets are stored.
+      table_dtype: the dtype in which tables are stored. Those of "int8" hold integers from -127 to 127, for which the
+        group scales are so much smaller; they take half the bytes of bfloat16, and no gradient trains them later.
     """
 
     name: ClassVar[str] = "any4"
@@ -86,7 +91,7 @@ class Any4(Fields):
     scale_search: Index = 2
     sequential: bool = False
     scale_dtype: scaling.StoredDtype = "bfloat16"
-    table_dtype: scaling.StoredDtype = "bfloat16"
+    table_dtype: scaling.TableDtype = "bfloat16"
 
     @classmethod
     def paper(cls, **fields) -> "Any4":
@@ -114,6 +119,11 @@ class Any4(Fields):
             raise ValueError(
                 "got solver='gradient' with per_row=False, it trains a table for each row; pass per_row=True or "
                 "another solver"
+            )
+        if self.table_dtype == "int8" and self.group_size is None:
+            raise ValueError(
+                "got table_dtype='int8' with group_size=None, which stores no scale for integers; pass a group_size "
+                "(one above K for a scale a row) or a floating table_dtype"
             )
         if self.sample_weight not in (None, "auto") and not gathered:
             raise ValueError(
@@ -143,8 +153,8 @@ class Any4(Fields):
         importance = self._importance(gathered, k)
         group_size = k if self.group_size is None else min(self.group_size, k)
         # The solvers square weights, and rows that share a table must share a unit.
-        stored = self.table_dtype if self.group_size is None else self.scale_dtype
-        unit = scaling.unit(w, jnp.dtype(stored), axis=1 if self.per_row else None)
+        sized = self.table_dtype if self.group_size is None else self.scale_dtype
+        unit = scaling.unit(w, jnp.dtype(sized), axis=1 if self.per_row else None)
         even = w / unit
         table = None if self.per_row else self._matrix_table(even, importance, group_size)
         drawn = Sample(self.sample_tokens)
@@ -187,29 +197,33 @@ class Any4(Fields):
     def scale_groups(self, w: jax.Array, importance: jax.Array, lut: jax.Array) -> scaling.GroupScales:
         """Scales and offsets [N, ceil(K/G)] of weights [N, K] for tables that stay as they are."""
         group_size = w.shape[1] if self.group_size is None else min(self.group_size, w.shape[1])
-        start = Fit(lut, *self._first_scales(w, group_size))
+
+        def first(w: jax.Array) -> scaling.GroupScales:
+            made = self._first_scales(w, group_size)
+            if self.table_dtype != "int8":
+                return made
+            # What integers stood for isn't kept with them: here the largest is as large as the row's scaled weights.
+            # The searches that follow narrow that, by as much as the weights reach beyond what stands for them.
+            reach = jnp.abs(scaling.normalize(w, *made, group_size)).max(axis=1, keepdims=True)
+            return made._replace(scales=reaching(Fit(lut, *made), reach).scales)
+
         if self.refit and self.group_size is not None:
             searches, rounds, kept = self.scale_search, self.max_iter, slice(0)
-            start = refit(w, importance, start, group_size, searches=searches, max_rounds=rounds, entries=kept)
-        return scaling.GroupScales(start.scales, start.offsets)
+            start = Fit(lut, *first(w))
+            found = refit(w, importance, start, group_size, searches=searches, max_rounds=rounds, entries=kept)
+            return scaling.GroupScales(found.scales, found.offsets)
+        if self.table_dtype == "int8":
+            return clipped_scales(first, w, importance, lut, group_size=group_size, uniform=False)
+        return first(w)
 
     def _encode(self, w, importance, sample, group_size, table) -> weights.QuantizedTensor:
         u, sample_weight, scales, offsets = self._scaled(w, importance, group_size)
         if table is None:
             table = self._tables(u, sample_weight, (u.min(axis=1), u.max(axis=1)))
-        lut = scaling.rounded(table, jnp.dtype(self.table_dtype))
         inner = slice(1, -1) if self.keep_outliers else slice(None)
-        if self.refit and self.group_size is not None:
-            free = inner if self.per_row else slice(0)
-            lut, scales, offsets = refit(
-                w,
-                importance,
-                Fit(lut, scales, offsets),
-                group_size,
-                searches=self.scale_search,
-                max_rounds=self.max_iter,
-                entries=free,
-            )
+        lut, scales, offsets = self._fitted(
+            *(w, importance, Fit(table, scales, offsets), group_size), entries=inner if self.per_row else slice(0)
+        )
         if self.solver == "gradient":
             lut = train_tables(
                 *(w, lut, scales, offsets),
@@ -220,6 +234,20 @@ class Any4(Fields):
                 entries=inner,
             )
         return weights.encode(w, lut, scales, offsets, bits=self.bits, group_size=group_size)
+
+    def _fitted(self, w: jax.Array, importance: jax.Array, start: Fit, group_size: int, entries: slice) -> Fit:
+        """What is stored of a start whose table is float32; `entries` are those that a refit may change."""
+        dtype = jnp.dtype(self.table_dtype)
+        if not self.refit or self.group_size is None:
+            return stored(start, dtype)
+        improve = functools.partial(
+            refit, w, importance, group_size=group_size, max_rounds=self.max_iter, entries=entries
+        )
+        if self.table_dtype == "int8" and self.per_row:
+            # Integers move in steps, and are soon stuck. An exact table leads further, and they go on from there.
+            exact = improve(start, searches=self.scale_search)
+            return improve(stored(exact, dtype), searches=0)
+        return improve(stored(start, dtype), searches=self.scale_search)
 
     def _matrix_table(self, w, importance, group_size) -> jax.Array:
         u, sample_weight, _, _ = self._scaled(w, importance, group_size)

@@ -95,6 +95,20 @@ def _parts(g: int) -> list[Case]:
     ]
 
 
+def _tables(g: int) -> list[Case]:
+    """Learned tables of bfloat16 and of int8, refitted as they are stored and not refitted at all."""
+    return [
+        Case(f"{name}, {dtype} tables", dataclasses.replace(method, table_dtype=dtype))
+        for name, method in (
+            ("any4", Any4(group_size=g)),
+            ("any3", Any4(bits=3, group_size=g)),
+            ("any2", Any4(bits=2, group_size=g)),
+            ("any4, exact tables alone", Any4(group_size=g, refit=False)),
+        )
+        for dtype in ("bfloat16", "int8")
+    ]
+
+
 def _group_size(g: int) -> list[Case]:
     cases = [Case(f"any4, groups of {size}", Any4(group_size=size)) for size in (32, 64, 128)]
     return [*cases, Case("any4, whole rows", Any4(group_size=WHOLE_ROWS))]
@@ -213,6 +227,7 @@ def _bits_kl(g: int) -> list[Case]:
 STUDIES: Mapping[str, Callable[[int], list[Case]]] = {
     "headline": _headline,
     "parts": _parts,
+    "tables": _tables,
     "group-size": _group_size,
     "calibration": _calibration,
     "term": _term,
