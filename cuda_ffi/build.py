@@ -26,14 +26,20 @@ SUFFIX = {"cpu": ".cc", "cuda": ".cu"}
 
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-pthread", "-Wall", "-Wextra")
 # By the end of a file's name. Machines other than x86-64 compile these files without the flags, to nothing.
+_AVX512 = (
+    *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mprefer-vector-width=512"),
+    # GCC 12's own header of intrinsics deliberately reads uninitialized variables.
+    *("-Wno-uninitialized", "-Wno-maybe-uninitialized"),
+)
 ISA_FLAGS = {
-    "_avx512.cc": (
-        *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mprefer-vector-width=512"),
-        # GCC 12's own header of intrinsics deliberately reads uninitialized variables.
-        *("-Wno-uninitialized", "-Wno-maybe-uninitialized"),
-    ),
+    "_avx512.cc": _AVX512,
+    "_avx512vnni.cc": (*_AVX512, "-mavx512vnni"),
+    "_avx512vbmi.cc": (*_AVX512, "-mavx512vnni", "-mavx512vbmi"),
     "_avx2.cc": ("-mavx2", "-mfma"),
+    "_avxvnni.cc": ("-mavx2", "-mfma", "-mavxvnni"),
 }
+# What a compiler may be too old for, such as GCC 10. Its files hold nothing where the flag is missing.
+RECENT_FLAG = "-mavxvnni"
 # The two numbers are nvcc's warnings about XLA's headers.
 CUDA_FLAGS = ("-std=c++17", "-O3", "--cudart=static", "-Xcompiler=-fPIC,-pthread", "-diag-suppress=940,2473")
 # Later GPUs compile Hopper's PTX.
@@ -99,6 +105,15 @@ def machine_flags(nvcc: str, source: Path) -> list[str]:
     return [f"-gencode=arch=compute_{n},code=sm_{n}" for n in CUDA_MACHINES if f"sm_{n}" in known]
 
 
+def _known(compiler: str, options: Sequence[str]) -> list[str]:
+    """The flags without RECENT_FLAG if the compiler doesn't know it."""
+    if RECENT_FLAG not in options:
+        return list(options)
+    probe = [compiler, RECENT_FLAG, "-x", "c++", "-E", os.devnull]
+    known = subprocess.run(probe, capture_output=True, check=False).returncode == 0
+    return [option for option in options if known or option != RECENT_FLAG]
+
+
 def _run(command: Sequence[str]) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
@@ -135,7 +150,7 @@ def build(kind: str, folder: Path | None = None) -> Path:
         objects = [Path(scratch) / (f.stem + ".o") for f in sources]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             commands = [
-                [compiler, *flags(kind, source), *(machine_flags(compiler, source) if kind == "cuda" else ())]
+                [compiler, *_known(compiler, flags(kind, source)), *(machine_flags(compiler, source) if kind == "cuda" else ())]
                 + ["-c", str(source), "-o", str(made)]
                 for source, made in zip(sources, objects, strict=True)
             ]

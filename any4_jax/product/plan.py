@@ -21,7 +21,7 @@ from any4_jax.product.backends.cpu import CPU
 from any4_jax.product.backends.cuda import CUDA
 from any4_jax.product.backends.pallas import PALLAS
 from any4_jax.product.backends.xla import XLA
-from any4_jax.product.quantized_input import is_integer_product, quantize_input
+from any4_jax.product.quantized_input import is_integer_product, product_of_rounded, why_no_bytes
 from any4_jax.weights import (
     QuantizedTensor,
     QuantizeInput,
@@ -204,4 +204,35 @@ def _(w, x, backend=None):
 def _(w: QuantizeInput, x, backend=None):
     if is_integer_product(w):
         return planned(x, w, backend, lambda kernel: kernel.run)
-    return product(w.inner, quantize_input(x, w), backend)
+    if why_no_bytes(w) is None:
+        return planned(x, w, backend, functools.partial(_bytes, named=backend is not None))
+    return _rounded(x, w, backend)
+
+
+def _bytes(kernel: Backend, named: bool) -> Callable[..., jax.Array]:
+    """The function of (x, w) that multiplies rounded inputs on a backend. XLA is the reference where it was named; else
+    the platform has no kernel for bytes, and rounded floats take the kernel that is first there."""
+    if kernel is BACKENDS.options[-1] and not named:
+        return _rounded
+    return functools.partial(byte_product, backend=kernel.name)
+
+
+def _rounded(x: jax.Array, w: QuantizeInput, backend: str | None = None) -> jax.Array:
+    return product_of_rounded(x, w, functools.partial(product, backend=backend))
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
+def byte_product(x: jax.Array, w: QuantizeInput, backend: str) -> jax.Array:
+    """The product [M, N] of x [M, K], rounded, and a weight [N, K] on one backend, with the reference's derivatives."""
+    return BACKENDS.named(backend).run(x, w)
+
+
+@byte_product.defjvp
+def _(backend, primals, tangents):
+    x, w = primals
+    tables, codes = partition(w)
+    moved = jax.tree.map(
+        lambda table, tangent: None if table is None else tangent, tables, tangents[1], is_leaf=_is_none
+    )
+    reference = lambda x, tables: BACKENDS.options[-1].run(x, combine(tables, codes))  # noqa: E731
+    return byte_product(x, w, backend), jax.jvp(reference, (x, tables), (tangents[0], moved))[1]

@@ -1,0 +1,182 @@
+"""The kernel contract of products of bytes: the numbers of the operator's own reference, on every instruction set that
+this processor has."""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from any4_jax import weights
+from any4_jax.partition import combine, partition
+from any4_jax.product import explain, matmul, matmul_each
+from any4_jax.product.quantized_input import quantize_input
+from any4_jax.weights import QuantizedTensor, QuantizeInput, Sum, take
+from cuda_ffi import registration
+from cuda_ffi.byte_product import TARGET, byte_products
+from cuda_ffi.lut_product import Matrix
+from cuda_ffi.threads import limit_threads
+
+ULP = {"float32": 2.0**-23, "bfloat16": 2.0**-7, "float16": 2.0**-10}
+
+why_not = registration.why_not("cpu")
+native = pytest.mark.skipif(why_not is not None, reason=str(why_not))
+
+
+@pytest.fixture(params=("portable", "avx2", "avxvnni", "avx512", "avx512vnni", "avx512vbmi"))
+def isa(request: pytest.FixtureRequest, library: ctypes.CDLL) -> str:
+    """Each instruction set that has a name and that this processor has."""
+    if not library.any4_cpu_has_isa(request.param.encode()):
+        pytest.skip(f"this processor has no {request.param}")
+    return request.param
+
+
+def leaf(
+    n: int,
+    k: int,
+    *,
+    bits: int = 4,
+    g: int = 128,
+    dtype: Any = jnp.bfloat16,
+    row_tables: bool = True,
+    offsets: bool = True,
+    e8m0: bool = False,
+    ramp: float | None = None,
+    lowest: int = -127,
+    seed: int = 0,
+) -> QuantizedTensor:
+    """Random codes and tables of int8 from `lowest` on; for 8 bits, or where its middle is given, a floating ramp."""
+    rng = np.random.default_rng(seed)
+    groups = -(-k // g)
+    rows = n if row_tables else 1
+    if bits == 8 or ramp is not None:
+        steps = 2.0 ** -rng.integers(0, 3, (rows, 1))
+        table = jnp.asarray((np.arange(2.0**bits) - 2 ** (bits - 1)) * steps + (ramp or 0), jnp.float32)
+    else:
+        table = jnp.asarray(rng.integers(lowest, 128, (rows, 16)), jnp.int8).at[:, 3].set(lowest)
+    scales = rng.integers(110, 120, (n, groups)).astype(np.uint8) if e8m0 else rng.uniform(0.01, 0.02, (n, groups))
+    return weights.from_codes(
+        jnp.asarray(rng.integers(0, 2**bits, (n, k), dtype=np.uint8)),
+        table,
+        jnp.asarray(scales, None if e8m0 else dtype),
+        jnp.asarray(rng.normal(size=(n, groups)), dtype) if offsets else None,
+        bits=bits,
+        group_size=g,
+        uniform=bits == 8 or ramp is not None,
+    )
+
+
+def rounding(inner: Any) -> QuantizeInput:
+    return QuantizeInput(inner, None, 8, True, "group")
+
+
+def matrix(w: QuantizedTensor) -> Matrix:
+    return Matrix(w.planes, w.lut, w.scales, w.offsets)
+
+
+@functools.partial(jax.jit, static_argnames="isa")
+def products(inputs: list[jax.Array], w: QuantizedTensor, isa: str) -> list[jax.Array]:
+    """A product for each input in one program: compiling is most of these tests' time."""
+    return [byte_products(x, [matrix(w)], bits=w.bits, group_size=w.group_size, isa=isa)[0] for x in inputs]
+
+
+def rows(*shape: int, dtype: Any = jnp.float32) -> jax.Array:
+    rng = np.random.default_rng(7)
+    # Magnitudes that differ between groups.
+    return jnp.asarray(rng.normal(size=shape) * np.exp2(rng.integers(-3, 4, shape[-1]) // 3), dtype)
+
+
+def check(y: jax.Array, x: jax.Array, w: QuantizedTensor) -> None:
+    """Every element within the rounding of its dtype and of a float32 sum, relative to the terms of the sum."""
+    assert y.dtype == x.dtype and y.shape == (x.shape[0], w.shape[0])
+    rounded = np.asarray(quantize_input(x.astype(jnp.float32), rounding(w)), np.float64)
+    scaled = np.asarray(weights.dequantize(dataclasses.replace(w, offsets=None)), np.float64)
+    dense = np.asarray(weights.dequantize(w), np.float64)
+    expected = rounded @ dense.T
+    magnitude = np.abs(rounded) @ (np.abs(scaled) + np.abs(dense - scaled)).T
+    # A wrong code, and an input that is rounded the other way, are 1e3 of these units.
+    slack = 16 * 2.0**-24 * magnitude + ULP[str(y.dtype)] * np.abs(expected) + 1e-30
+    np.testing.assert_array_less(np.abs(np.asarray(y, np.float64) - expected), slack)
+
+
+def check_all(inputs: list[jax.Array], w: QuantizedTensor, isa: str) -> None:
+    for x, y in zip(inputs, products(inputs, w, isa), strict=True):
+        check(y, x, w)
+
+
+KINDS: dict[str, dict[str, Any]] = {
+    "table": dict(),
+    "one table": dict(row_tables=False),
+    "table with -128": dict(lowest=-128),
+    "no offsets": dict(offsets=False),
+    "float32 scales": dict(dtype=jnp.float32),
+    "float16 scales": dict(dtype=jnp.float16),
+    "e8m0": dict(e8m0=True),
+    "4-bit ramp": dict(ramp=0.0),
+    "4-bit ramp, no offsets": dict(ramp=0.25, offsets=False, row_tables=False),
+    "8 bits": dict(bits=8, row_tables=False, offsets=False),
+    "8 bits, ramp of a middle": dict(bits=8, ramp=2.0, offsets=False),
+    "8 bits, offsets": dict(bits=8, g=32),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_weight_and_number_of_rows(isa: str, kind: str) -> None:
+    """K ends within a step, N within a tile; each number of rows of x has code of its own."""
+    w = leaf(11, 333, **{"g": 64, **KINDS[kind]})
+    check_all([rows(m, 333, dtype=list(ULP)[m % 3]) for m in (1, 2, 3, 7)], w, isa)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_every_group_size(isa: str, bits: int) -> None:
+    """Groups within a step and beyond it, such as end within one, a short last one, and one for the whole row."""
+    for g in (32, 64, 96, 128, 160, 256, 500, 1000):
+        check_all([rows(m, 500) for m in (1, 4)], leaf(6, 500, g=g, bits=bits), isa)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (70, 3, 70), (200, 130, 33), (1, 9, 4100), (5, 70, 128), (3, 1, 2049)])
+def test_shapes_beyond_one_pass(isa: str, shape: tuple[int, int, int]) -> None:
+    """More rows of x than one pass takes, more of the weight than a task, and the smallest."""
+    m, n, k = shape
+    for bits in (4, 8):
+        check_all([rows(m, k)], leaf(n, k, g=64, bits=bits), isa)
+
+
+def test_inputs_at_the_ends_of_their_range(isa: str) -> None:
+    """Ties go to even; groups of zeros, of the least and of the largest numbers stay finite."""
+    ties = np.resize(np.arange(-4.5, 5.5), 64)
+    x = jnp.asarray(np.stack([np.r_[127.0, ties[1:32], -127.0, ties[33:]], *np.ones((4, 64))]), jnp.float32)
+    x = x.at[1].set(0).at[2, 32:].set(1e-40).at[3, 5].set(1e38).at[4, :32].set(-3e-30)
+    check_all([x, x[:1]], leaf(5, 64, g=32, offsets=False), isa)
+
+
+def test_threads_change_no_bit(isa: str) -> None:
+    w = leaf(300, 520)
+    try:
+        for m in (1, 40):
+            x = rows(m, 520)
+            limit_threads(1)
+            (alone,) = products([x], w, isa)
+            limit_threads(0)
+            np.testing.assert_array_equal(products([x], w, isa)[0], alone)
+    finally:
+        limit_threads(0)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_values_that_are_not_finite_stay_in_their_rows(isa: str, bits: int) -> None:
+    w = leaf(4, 160, g=32, bits=bits)
+    scales = w.scales.at[1, 2].set(jnp.inf).at[2, 0].set(jnp.nan)
+    broken = dataclasses.replace(w, scales=scales, offsets=w.offsets.at[3, 4].set(jnp.nan))
+    for m in (1, 5):
+        (y,) = products([rows(m, 160)], broken, isa)
+        assert np.isfinite(np.asarray(y[:, 0])).all() and not np.isfinite(np.asarray(y[:, 1:])).any()
+        for bad in (jnp.nan, jnp.inf):
+            (y,) = products([rows(m, 160).at[0, 5].set(bad)], w, isa)
+            assert np.isnan(y[0]).all() and np.isfinite(np.asarray(y[1:])).all()
