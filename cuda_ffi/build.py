@@ -150,7 +150,11 @@ def build(kind: str, folder: Path | None = None) -> Path:
         objects = [Path(scratch) / (f.stem + ".o") for f in sources]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             commands = [
-                [compiler, *_known(compiler, flags(kind, source)), *(machine_flags(compiler, source) if kind == "cuda" else ())]
+                [
+                    compiler,
+                    *_known(compiler, flags(kind, source)),
+                    *(machine_flags(compiler, source) if kind == "cuda" else ()),
+                ]
                 + ["-c", str(source), "-o", str(made)]
                 for source, made in zip(sources, objects, strict=True)
             ]

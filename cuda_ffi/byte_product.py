@@ -26,8 +26,8 @@ def byte_products(
 
     Args:
       x: [M, K], float32, bfloat16 or float16.
-      matrices: at least one, each [N, K] with an N of its own. The lut is int8 [N or 1, 16]; or floating, with 16 or 256
-        entries, of which the first two and the middle one are read: it must be a ramp.
+      matrices: at least one, each [N, K] with an N of its own. The lut is int8 [N or 1, 16]; or floating, with 16 or
+        256 entries, of which the first two and the middle one are read: it must be a ramp.
       bits: of the codes of all matrices, 4 or 8.
       group_size: G of all matrices, a multiple of 32, or at least K.
       isa: the instruction set: "avx512vbmi", "avx512vnni", "avx512", "avxvnni", "avx2", "portable", or "auto" for the

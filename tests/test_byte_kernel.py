@@ -180,3 +180,69 @@ def test_values_that_are_not_finite_stay_in_their_rows(isa: str, bits: int) -> N
         for bad in (jnp.nan, jnp.inf):
             (y,) = products([rows(m, 160).at[0, 5].set(bad)], w, isa)
             assert np.isnan(y[0]).all() and np.isfinite(np.asarray(y[1:])).all()
+
+
+@native
+def test_matmul_takes_it_and_agrees_with_xla() -> None:
+    w, x = rounding(leaf(24, 200, g=64)), rows(2, 3, 200)
+    assert "cpu: taken (x is rounded to bytes, which multiply the weight's bytes)" in explain(x, w, "cpu").splitlines()
+    assert explain(x, w, "tpu").splitlines()[-1] == "xla: taken (x is rounded, and multiplies as floats)"
+    y = matmul(x, w, "xla")
+    for backend in (None, "cpu"):
+        np.testing.assert_allclose(jax.jit(matmul, static_argnums=2)(x, w, backend), y, rtol=1e-5, atol=1e-4)
+    text = jax.jit(matmul).lower(x, w).compile().as_text()
+    assert text.count(f'custom_call_target="{TARGET}"') == 1
+    assert "f32[24,200]" not in text and "f32[200,24]" not in text
+    stack = jax.tree.map(lambda a: jnp.stack([a[::-1], a]), w)
+    np.testing.assert_array_equal(jax.jit(lambda x, stack: matmul(x, take(stack, 1)))(x, stack), matmul(x, w))
+    assert matmul(x[:0], w, "cpu").shape == (0, 3, 24)
+
+
+@native
+def test_several_weights_share_a_call() -> None:
+    ws = (rounding(leaf(24, 200)), rounding(leaf(7, 200, ramp=0.5, seed=1)), rounding(leaf(9, 200, row_tables=False)))
+    x = rows(3, 200)
+    lowered = jax.jit(matmul_each).lower(x, ws)
+    assert lowered.as_text().count(f"@{TARGET}(") == 1
+    for y, w in zip(lowered.compile()(x, ws), ws, strict=True):
+        np.testing.assert_array_equal(y, matmul(x, w))
+    mixed = (ws[0], rounding(leaf(24, 200, bits=8)), ws[0].inner)
+    assert jax.jit(matmul_each).lower(x, mixed).as_text().count(f"@{TARGET}(") == 2
+
+
+@native
+def test_gradients_are_those_of_xla() -> None:
+    w, x = rounding(leaf(10, 90, g=32, dtype=jnp.float32)), rows(3, 90)
+    tables, codes = partition(w)
+
+    def loss(x, t, backend):
+        return jnp.sin(matmul(x, combine(t, codes), backend)).sum()
+
+    ours, theirs = (jax.grad(loss, (0, 1))(x, tables, backend) for backend in ("cpu", "xla"))
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3)
+
+
+def floating(w: QuantizedTensor) -> QuantizedTensor:
+    return dataclasses.replace(w, lut=w.lut.astype(jnp.bfloat16))
+
+
+@pytest.mark.parametrize(
+    "w, reason",
+    [
+        (rounding(floating(leaf(9, 80))), "the table is bfloat16 of 16 entries, it takes 16 of int8, or a ramp"),
+        (rounding(leaf(9, 80, g=16)), "groups have 16 weights, it takes multiples of 32"),
+        (rounding(leaf(9, 80, bits=2, ramp=0.0)), "codes have 2 bits, it takes 4 and 8"),
+        (rounding(Sum((leaf(9, 80), leaf(9, 80, seed=1)))), "the weight is a Sum"),
+        (dataclasses.replace(rounding(leaf(9, 80)), bits=6), "it takes x rounded to symmetric integers of 8 bits"),
+    ],
+)
+def test_what_it_cant_take_is_rounded_and_multiplied_as_floats(w: QuantizeInput, reason: str) -> None:
+    x = rows(3, 80)
+    line, *others = explain(x, w, "cpu").splitlines()
+    assert line.startswith("inputs of 8 bits: ") and line.endswith("; x is rounded, and multiplies as floats")
+    assert reason in line and any(other.endswith(": taken") for other in others)
+    expected = np.asarray(quantize_input(x, w), np.float64) @ np.asarray(weights.dequantize(w), np.float64).T
+    np.testing.assert_allclose(matmul(x, w), expected, rtol=1e-4, atol=1e-4)
+    short = matmul(x.astype(jnp.bfloat16), w)
+    assert short.dtype == jnp.bfloat16
