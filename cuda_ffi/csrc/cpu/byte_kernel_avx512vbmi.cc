@@ -25,7 +25,7 @@ struct Vector : Vector512 {
 
 const ByteKernel* Avx512VbmiByteKernel() {
   using byte_avx512vbmi::Vector;
-  return byte_avx512vbmi::ByteKernelOf<Vector, Vector>::Get();
+  return byte_avx512vbmi::ByteKernelOf<Vector>::Get();
 }
 
 }  // namespace any4

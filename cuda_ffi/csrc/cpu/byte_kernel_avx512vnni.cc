@@ -24,7 +24,7 @@ struct Vector : Vector512 {
 
 const ByteKernel* Avx512VnniByteKernel() {
   using byte_avx512vnni::Vector;
-  return byte_avx512vnni::ByteKernelOf<Vector, Vector>::Get();
+  return byte_avx512vnni::ByteKernelOf<Vector>::Get();
 }
 
 }  // namespace any4

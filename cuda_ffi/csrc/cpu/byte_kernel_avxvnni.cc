@@ -12,8 +12,8 @@ namespace byte_avxvnni {
 #include "byte_vector256_inl.h"
 
 struct Vector : Vector256 {
-  static constexpr bool kUnsigned = true, kHoldsLowest = true;
-  static constexpr int kRowsOfOne = 4, kRows = 2, kInputs = 4;
+  static constexpr bool kUnsigned = true;
+  static constexpr int kRowsOfOne = 2, kRows = 1, kInputs = 8;
   using Table = UnsignedTable;
 
   static Ints Dot(Ints sum, Bytes weights, Bytes q) { return _mm256_dpbusd_avx_epi32(sum, weights, q); }
@@ -23,7 +23,7 @@ struct Vector : Vector256 {
 
 const ByteKernel* AvxVnniByteKernel() {
   using byte_avxvnni::Vector;
-  return byte_avxvnni::ByteKernelOf<Vector, Vector>::Get();
+  return byte_avxvnni::ByteKernelOf<Vector>::Get();
 }
 
 }  // namespace any4

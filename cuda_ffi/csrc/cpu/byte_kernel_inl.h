@@ -3,12 +3,12 @@
 //
 // Of V the kernel needs kLanes lanes of 32 bits in Ints and Floats, Bytes of 4 kLanes, and
 //   kUnsigned                  whether weights are value + 128, bytes without a sign, else bytes with one
-//   kHoldsLowest               whether a weight may be -128
 //   kRowsOfOne                 rows of the weight at a time for one row of x, where latency limits
 //   kRows, kInputs             those of the weight and of x at a time, where there are more of x
 //   Dot(sum, weights, q)       adds to each lane the products of its 4 bytes
 //   Table, Low, High           a table of 16 bytes, and the halves of a vector of codes that it looks up
 //   Whole(at, low, high)       two vectors of codes of 8 bits in the order of byte_kernel.h
+// and what byte_round_inl.h calls.
 
 #include "numbers_inl.h"
 #include "byte_round_inl.h"
@@ -52,48 +52,21 @@ struct ByteRows {
   }
 };
 
-// The codes of kRows neighbouring rows of the weight. Vector loads read whole steps: after a row come the next row's
-// bytes, which do no harm, since x has zeros there. After the last row no bytes may be read, so its own are copied.
-template <class V, int kBits, int kRows>
-struct ByteCodes {
-  static constexpr int64_t kStepBytes = V::kLanes * kBits;
+// kRows rows of the weight by kInputs rows of x at a time, over all steps of a row.
+template <class V, int kBits, bool kWhole>
+struct ByteMultiply {
+  using Bytes = typename V::Bytes;
+  using Floats = typename V::Floats;
+  static constexpr int64_t kLanes = V::kLanes, kStep = 8 * kLanes, kStepBytes = kLanes * kBits;
   // Codes are prefetched a page ahead, since the processor's own prefetching ends there.
   static constexpr int64_t kAhead = 4096;
 
-  const uint8_t* rows[kRows];
-  const uint8_t* ends[kRows];
-  uint8_t last[kRows][kStepBytes];
-
-  ByteCodes(const ByteWeight& w, int64_t n, int64_t steps) {
-    const int64_t stride = CodeBytes(w.k, kBits), whole = (steps - 1) * kStepBytes;
-    for (int r = 0; r < kRows; ++r) {
-      rows[r] = w.codes + (n + r) * stride;
-      ends[r] = rows[r] + whole;
-      if ((w.n - n - r) * stride - whole >= kStepBytes) continue;
-      __builtin_memset(last[r], 0, kStepBytes);
-      __builtin_memcpy(last[r], ends[r], stride - whole);
-      ends[r] = last[r];
-    }
-  }
-};
-
-template <class V, int kBits, int kRows, int kInputs, bool kWhole>
-struct ByteTile {
-  using Bytes = typename V::Bytes;
-  using Ints = typename V::Ints;
-  using Floats = typename V::Floats;
-  static constexpr int64_t kLanes = V::kLanes;
-
-  const ByteInput& in;
-  int64_t input;  // the first row of x
-  typename V::Table tables[kRows];
-  const float* scales[kRows];
-  Floats sums[kRows][kInputs];
-
-  inline __attribute__((always_inline)) void Step(int64_t step, const uint8_t* const* codes) {
-    const int8_t* values = in.values + (input * in.steps + step) * 8 * kLanes;
-    const int32_t* starts = in.starts + (input * in.steps + step) * kLanes;
-    const float* input_scales = in.scales + (input * in.steps + step) * kLanes;
+  // Adds the products of one step to the sums.
+  template <int kRows, int kInputs>
+  static inline __attribute__((always_inline)) void Step(const ByteInput& in, int64_t input, int64_t step,
+                                                         const uint8_t* const* codes, const typename V::Table* tables,
+                                                         const float* const* scales, Floats (&sums)[kRows][kInputs]) {
+    const int64_t at = input * in.steps + step;
     Bytes low[kRows], high[kRows];
     Floats scale[kRows];
     for (int r = 0; r < kRows; ++r) {
@@ -108,48 +81,54 @@ struct ByteTile {
       scale[r] = kWhole ? V::Broadcast(*from) : V::Pick(from, in.relative + step * kLanes);
     }
     for (int i = 0; i < kInputs; ++i) {
-      const Bytes q_low = V::Load(values + i * in.steps * 8 * kLanes);
-      const Bytes q_high = V::Load(values + i * in.steps * 8 * kLanes + 4 * kLanes);
-      const Floats by = V::LoadFloats(input_scales + i * in.steps * kLanes);
-      const Ints start = V::kUnsigned ? V::LoadInts(starts + i * in.steps * kLanes) : V::Zero();
+      const int64_t of_input = at + i * in.steps;
+      const Bytes q_low = V::Load(in.values + of_input * kStep);
+      const Bytes q_high = V::Load(in.values + of_input * kStep + kStep / 2);
+      const Floats by = V::LoadFloats(in.scales + of_input * kLanes);
       for (int r = 0; r < kRows; ++r) {
-        const Ints dot = V::Dot(V::Dot(start, low[r], q_low), high[r], q_high);
+        const auto start = V::kUnsigned ? V::LoadInts(in.starts + of_input * kLanes) : V::Zero();
+        const auto dot = V::Dot(V::Dot(start, low[r], q_low), high[r], q_high);
         sums[r][i] = V::Fma(V::ToFloats(dot), V::Multiply(by, scale[r]), sums[r][i]);
       }
     }
   }
 
-  inline __attribute__((always_inline)) void Run(ByteCodes<V, kBits, kRows>& codes) {
-    for (auto& of_row : sums) {
-      for (Floats& sum : of_row) sum = V::ZeroFloats();
-    }
-    for (int64_t step = 0; step + 1 < in.steps; ++step) {
-      const uint8_t* at[kRows];
-      for (int r = 0; r < kRows; ++r) {
-        at[r] = codes.rows[r] + step * codes.kStepBytes;
-        if (kInputs == 1) __builtin_prefetch(at[r] + codes.kAhead);
-      }
-      Step(step, at);
-    }
-    Step(in.steps - 1, codes.ends);
-  }
-};
-
-template <class V, int kBits, bool kWhole>
-struct ByteMultiply {
   template <int kRows, int kInputs>
   static void Tile(const ByteWeight& w, const ByteInput& in, const ByteRows& rows, int64_t n, int64_t within,
                    int64_t input, const Output& out) {
-    ByteCodes<V, kBits, kRows> codes(w, n, in.steps);
-    ByteTile<V, kBits, kRows, kInputs, kWhole> tile{in, input, {}, {}, {}};
+    typename V::Table tables[kRows];
+    const float* scales[kRows];
+    Floats sums[kRows][kInputs];
     for (int r = 0; r < kRows; ++r) {
-      if constexpr (kBits == 4) tile.tables[r].Set(TableOf(w, n + r));
-      tile.scales[r] = rows.scales + (within + r) * in.groups;
+      if constexpr (kBits == 4) tables[r].Set(TableOf(w, n + r));
+      scales[r] = rows.scales + (within + r) * in.groups;
+      for (Floats& sum : sums[r]) sum = V::ZeroFloats();
     }
-    tile.Run(codes);
+    const uint8_t* codes[kRows];
+    const int64_t stride = CodeBytes(w.k, kBits), last_step = in.steps - 1;
+    for (int r = 0; r < kRows; ++r) codes[r] = w.codes + (n + r) * stride;
+    for (int64_t step = 0; step < last_step; ++step) {
+      if (kInputs == 1) {
+        for (int r = 0; r < kRows; ++r) __builtin_prefetch(codes[r] + kAhead);
+      }
+      Step<kRows, kInputs>(in, input, step, codes, tables, scales, sums);
+      for (int r = 0; r < kRows; ++r) codes[r] += kStepBytes;
+    }
+    // Vector loads read whole steps: after a row come the next row's bytes, which do no harm, since x has zeros there.
+    // After the last row no bytes may be read, so its own are copied.
+    uint8_t last[kRows][kStepBytes];
+    const int64_t left = stride - last_step * kStepBytes;
+    if (n + kRows >= w.n - kStepBytes && left < kStepBytes) {
+      for (int r = 0; r < kRows; ++r) {
+        __builtin_memset(last[r], 0, kStepBytes);
+        __builtin_memcpy(last[r], codes[r], left);
+        codes[r] = last[r];
+      }
+    }
+    Step<kRows, kInputs>(in, input, last_step, codes, tables, scales, sums);
     for (int r = 0; r < kRows; ++r) {
       for (int i = 0; i < kInputs; ++i) {
-        auto sum = tile.sums[r][i];
+        Floats sum = sums[r][i];
         if (rows.any_offsets) {
           const float* offsets = rows.offsets + (within + r) * in.groups;
           const float* of_x = in.sums + (input + i) * in.groups;
@@ -171,49 +150,39 @@ struct ByteMultiply {
     for (; r < count; ++r) Tile<1, kInputs>(w, in, rows, first + r, r, input, out);
   }
 
+  // All rows of x from `input` on, kInputs at a time, then fewer.
+  template <int kInputs>
+  static void Inputs(const ByteWeight& w, const ByteInput& in, const ByteRows& rows, int64_t first, int64_t count,
+                     int64_t input, const Output& out) {
+    constexpr int kRows = kInputs == 1 ? V::kRowsOfOne : V::kRows;
+    for (; input + kInputs <= in.rows; input += kInputs) Tiles<kRows, kInputs>(w, in, rows, first, count, input, out);
+    if constexpr (kInputs > 1) {
+      if (input < in.rows) Inputs<kInputs / 2>(w, in, rows, first, count, input, out);
+    }
+  }
+
   static void Range(const ByteWeight& w, const ByteInput& in, int64_t begin, int64_t end, const Output& out,
                     float* scratch) {
     ByteRows rows(w, scratch);
     for (int64_t first = begin; first < end; first += kByteRows) {
       const int64_t count = end - first < kByteRows ? end - first : kByteRows;
       rows.Load(w, first, count);
-      int64_t input = 0;
-      for (; input + V::kInputs <= in.rows; input += V::kInputs) {
-        Tiles<V::kRows, V::kInputs>(w, in, rows, first, count, input, out);
-      }
-      for (; input + 2 <= in.rows; input += 2) Tiles<V::kRows, 2>(w, in, rows, first, count, input, out);
-      if (input < in.rows) Tiles<V::kRowsOfOne, 1>(w, in, rows, first, count, input, out);
+      Inputs<V::kInputs>(w, in, rows, first, count, 0, out);
     }
   }
 };
 
-// V may have another type for codes of 8 bits, and for tables that hold -128.
-template <class V, class Wide>
+template <class V>
 struct ByteKernelOf {
   static void Round(const void* x, Type type, int bits, const ByteInput& in, int64_t row) {
     (bits == 4 ? RoundRow<V, 4> : RoundRow<V, 8>)(x, type, in, row);
   }
 
-  template <bool kWhole>
-  static void Chosen(const ByteWeight& w, const ByteInput& in, int64_t begin, int64_t end, const Output& out,
-                     float* scratch) {
-    if (w.bits == 8) return ByteMultiply<Wide, 8, kWhole>::Range(w, in, begin, end, out, scratch);
-    const bool narrow = V::kHoldsLowest || w.ramp || !HoldsLowest(w, begin, end);
-    (narrow ? ByteMultiply<V, 4, kWhole>::Range : ByteMultiply<Wide, 4, kWhole>::Range)(w, in, begin, end, out, scratch);
-  }
-
-  static bool HoldsLowest(const ByteWeight& w, int64_t begin, int64_t end) {
-    const auto* table = static_cast<const int8_t*>(w.lut) + (w.lut_rows == 1 ? 0 : begin * 16);
-    int8_t lowest = 127;
-    for (int64_t i = 0; i < (w.lut_rows == 1 ? 16 : (end - begin) * 16); ++i) {
-      lowest = table[i] < lowest ? table[i] : lowest;
-    }
-    return lowest == -128;
-  }
-
   static void Multiply(const ByteWeight& w, const ByteInput& in, int64_t begin, int64_t end, const Output& out,
                        float* scratch) {
-    (in.whole_steps ? Chosen<true> : Chosen<false>)(w, in, begin, end, out, scratch);
+    const auto range = w.bits == 4 ? (in.whole_steps ? ByteMultiply<V, 4, true>::Range : ByteMultiply<V, 4, false>::Range)
+                                   : (in.whole_steps ? ByteMultiply<V, 8, true>::Range : ByteMultiply<V, 8, false>::Range);
+    range(w, in, begin, end, out, scratch);
   }
 
   static const ByteKernel* Get() {

@@ -8,7 +8,7 @@ namespace byte_portable {
 
 struct Vector {
   static constexpr int kLanes = 8;
-  static constexpr bool kUnsigned = false, kHoldsLowest = true;
+  static constexpr bool kUnsigned = false;
   static constexpr int kRowsOfOne = 1, kRows = 1, kInputs = 2;
 
   struct Bytes {
@@ -91,6 +91,31 @@ struct Vector {
   static Ints Nearest(const Floats& a) {
     return Each<Ints>([&](int i) { return static_cast<int32_t>(__builtin_rintf(a.lane[i])); });
   }
+  // The bits of the magnitudes.
+  static Ints Magnitude(const Floats& a) {
+    return Each<Ints>([&](int i) {
+      int32_t bits;
+      __builtin_memcpy(&bits, a.lane + i, sizeof bits);
+      return bits & 0x7fffffff;
+    });
+  }
+  static Ints Larger(const Ints& a, const Ints& b) {
+    return Each<Ints>([&](int i) { return a.lane[i] > b.lane[i] ? a.lane[i] : b.lane[i]; });
+  }
+  static int32_t Largest(const Ints& a) {
+    int32_t largest = 0;
+    for (int32_t value : a.lane) largest = value > largest ? value : largest;
+    return largest;
+  }
+  // 32 integers of 8 bits: even and odd ones apart where codes have 4 bits, else the first and the second half.
+  template <int kBits>
+  static void StoreGroup(const Ints* q, int8_t* low, int8_t* high) {
+    for (int i = 0; i < 16; ++i) {
+      const int first = kBits == 4 ? 2 * i : i, second = kBits == 4 ? 2 * i + 1 : 16 + i;
+      low[i] = static_cast<int8_t>(q[first / kLanes].lane[first % kLanes]);
+      high[i] = static_cast<int8_t>(q[second / kLanes].lane[second % kLanes]);
+    }
+  }
   static float Sum(const Floats& a) {
     float total = 0;
     for (float value : a.lane) total += value;
@@ -111,7 +136,7 @@ struct Vector {
 
 const ByteKernel* PortableByteKernel() {
   using byte_portable::Vector;
-  return byte_portable::ByteKernelOf<Vector, Vector>::Get();
+  return byte_portable::ByteKernelOf<Vector>::Get();
 }
 
 }  // namespace any4

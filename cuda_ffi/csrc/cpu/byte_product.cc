@@ -1,6 +1,7 @@
 #include "byte_product.h"
 
 #include <algorithm>
+#include <cstring>
 #include <vector>
 
 #include "byte_kernel.h"
@@ -25,20 +26,25 @@ const ByteKernel& ByteKernelFor(Isa isa) {
 
 void ByteProducts(const ByteProduct* products, int64_t count, const void* x, int64_t m, Type type, Isa isa,
                   const Executor& executor) {
+  const int64_t item = type == Type::kFloat32 ? 4 : 2;
   int64_t n = 0;
   for (const ByteProduct* product = products; product < products + count; ++product) n += product->weight.n;
   if (m == 0 || n == 0) return;
+  if (products[0].weight.k == 0) {
+    for (const ByteProduct* product = products; product < products + count; ++product) {
+      std::memset(product->y, 0, m * product->weight.n * item);
+    }
+    return;
+  }
   const ByteWeight& shape = products[0].weight;
   const ByteKernel& kernel = ByteKernelFor(isa);
   const int64_t lanes = kernel.lanes, step = 8 * lanes, groups = shape.groups();
-  const int64_t item = type == Type::kFloat32 ? 4 : 2;
 
   ByteInput input{};
   input.k = shape.k;
   input.group_size = shape.group_size;
   input.groups = groups;
-  // K = 0 has a step of zeros.
-  input.steps = std::max<int64_t>((shape.k + step - 1) / step, 1);
+  input.steps = (shape.k + step - 1) / step;
   input.whole_steps = groups <= 1 || shape.group_size % step == 0;
   std::vector<int32_t> group(input.steps), relative(input.steps * lanes);
   for (int64_t s = 0; s < input.steps; ++s) {

@@ -1,5 +1,7 @@
 // What the kernels of 256 bits have in common, AVX2's and AVX-VNNI's. Each includes it inside its own namespace.
 
+#include "byte_order_inl.h"
+
 struct Vector256 {
   using Bytes = __m256i;
   using Ints = __m256i;
@@ -34,6 +36,24 @@ struct Vector256 {
   static Floats Fma(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
   static Floats ToFloats(Ints a) { return _mm256_cvtepi32_ps(a); }
   static Ints Nearest(Floats a) { return _mm256_cvtps_epi32(a); }
+  // The bits of the magnitudes.
+  static Ints Magnitude(Floats a) { return _mm256_and_si256(_mm256_castps_si256(a), _mm256_set1_epi32(0x7fffffff)); }
+  static Ints Larger(Ints a, Ints b) { return _mm256_max_epi32(a, b); }
+  static int32_t Largest(Ints a) {
+    const __m128i four = _mm_max_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
+    const __m128i two = _mm_max_epi32(four, _mm_shuffle_epi32(four, 0x0e));
+    return _mm_cvtsi128_si32(_mm_max_epi32(two, _mm_shuffle_epi32(two, 0x01)));
+  }
+  // 32 integers of 8 bits: even and odd ones apart where codes have 4 bits, else the first and the second half.
+  template <int kBits>
+  static void StoreGroup(const Ints* q, int8_t* low, int8_t* high) {
+    // Packing works within halves of 128 bits, so fours end up out of order.
+    const __m256i packed = _mm256_packs_epi16(_mm256_packs_epi32(q[0], q[1]), _mm256_packs_epi32(q[2], q[3]));
+    __m256i bytes = _mm256_permutevar8x32_epi32(packed, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+    if constexpr (kBits == 4) bytes = EvenThenOdd(bytes);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(low), _mm256_castsi256_si128(bytes));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(high), _mm256_extracti128_si256(bytes, 1));
+  }
   static float Sum(Floats a) {
     const __m128 four = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
     const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));

@@ -1,12 +1,14 @@
 // What the kernels of 512 bits have in common. Each includes it inside its own namespace.
 
+#include "byte_order_inl.h"
+
 struct Vector512 {
   using Bytes = __m512i;
   using Ints = __m512i;
   using Floats = __m512;
   static constexpr int kLanes = 16;
-  static constexpr bool kUnsigned = true, kHoldsLowest = true;
-  static constexpr int kRowsOfOne = 4, kRows = 4, kInputs = 4;
+  static constexpr bool kUnsigned = true;
+  static constexpr int kRowsOfOne = 4, kRows = 2, kInputs = 8;
 
   static Bytes Load(const void* from) { return _mm512_loadu_si512(from); }
   static Bytes Ones() { return _mm512_set1_epi8(1); }
@@ -34,6 +36,18 @@ struct Vector512 {
   static Floats Fma(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
   static Floats ToFloats(Ints a) { return _mm512_cvtepi32_ps(a); }
   static Ints Nearest(Floats a) { return _mm512_cvtps_epi32(a); }
+  // The bits of the magnitudes.
+  static Ints Magnitude(Floats a) { return _mm512_and_si512(_mm512_castps_si512(a), _mm512_set1_epi32(0x7fffffff)); }
+  static Ints Larger(Ints a, Ints b) { return _mm512_max_epi32(a, b); }
+  static int32_t Largest(Ints a) { return _mm512_reduce_max_epi32(a); }
+  // 32 integers of 8 bits: even and odd ones apart where codes have 4 bits, else the first and the second half.
+  template <int kBits>
+  static void StoreGroup(const Ints* q, int8_t* low, int8_t* high) {
+    __m256i bytes = _mm256_set_m128i(_mm512_cvtepi32_epi8(q[1]), _mm512_cvtepi32_epi8(q[0]));
+    if constexpr (kBits == 4) bytes = EvenThenOdd(bytes);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(low), _mm256_castsi256_si128(bytes));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(high), _mm256_extracti128_si256(bytes, 1));
+  }
   static float Sum(Floats a) { return _mm512_reduce_add_ps(a); }
 
   // value + 128 of each entry, four times over.
