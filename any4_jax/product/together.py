@@ -50,7 +50,7 @@ def _recipe(w: Any) -> tuple[Any, ...] | None:
     """What weights of one call agree in; None for one that has its own."""
     as_bytes = isinstance(w, QuantizeInput) and why_no_bytes(w) is None
     leaf = leaf_of(w.inner if as_bytes else w) if len(w.shape) == 2 else None
-    return leaf and (as_bytes, leaf.bits, leaf.group_size, leaf.shape[-1])
+    return None if leaf is None else (as_bytes, leaf.bits, leaf.group_size, leaf.shape[-1])
 
 
 def _products(kernels: tuple[Backend, ...]) -> Callable[..., tuple[jax.Array, ...]]:

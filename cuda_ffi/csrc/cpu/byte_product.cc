@@ -46,13 +46,11 @@ void ByteProducts(const ByteProduct* products, int64_t count, const void* x, int
   input.groups = groups;
   input.steps = (shape.k + step - 1) / step;
   input.whole_steps = groups <= 1 || shape.group_size % step == 0;
-  std::vector<int32_t> group(input.steps), relative(input.steps * lanes);
-  for (int64_t s = 0; s < input.steps; ++s) {
-    group[s] = static_cast<int32_t>(s * step / shape.group_size);
-    for (int64_t lane = 0; lane < lanes; ++lane) {
-      const int64_t of_lane = std::min((s * step + lane / 4 * kGroup) / shape.group_size, groups - 1);
-      relative[s * lanes + lane] = static_cast<int32_t>(std::max<int64_t>(of_lane - group[s], 0));
-    }
+  std::vector<int32_t> group(input.steps), relative(input.whole_steps ? 0 : input.steps * lanes);
+  for (int64_t s = 0; s < input.steps; ++s) group[s] = static_cast<int32_t>(s * step / shape.group_size);
+  for (size_t i = 0; i < relative.size(); i += 4) {
+    const auto of_lanes = static_cast<int32_t>(std::min(static_cast<int64_t>(i) / 4 * kGroup, shape.k - 1) / shape.group_size);
+    std::fill_n(relative.begin() + i, 4, of_lanes - group[i / lanes]);
   }
   input.group = group.data();
   input.relative = relative.data();
