@@ -25,7 +25,7 @@ SOURCES = Path(__file__).resolve().parent / "csrc"
 SUFFIX = {"cpu": ".cc", "cuda": ".cu"}
 
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-pthread", "-Wall", "-Wextra")
-# By the end of a file's name. Machines other than x86-64 compile these files without the flags, to nothing.
+# By the end of a file's name; the first for x86-64. Other machines compile these files without the flags, to nothing.
 _AVX512 = (
     *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mprefer-vector-width=512"),
     # GCC 12's own header of intrinsics deliberately reads uninitialized variables.
@@ -38,6 +38,7 @@ ISA_FLAGS = {
     "_avx2.cc": ("-mavx2", "-mfma"),
     "_avxvnni.cc": ("-mavx2", "-mfma", "-mavxvnni"),
 }
+ARM_FLAGS = {"_dotprod.cc": ("-march=armv8.2-a+dotprod",)}
 # What a compiler may be too old for, such as GCC 10. Its files hold nothing where the flag is missing.
 RECENT_FLAG = "-mavxvnni"
 # The two numbers are nvcc's warnings about XLA's headers.
@@ -91,8 +92,9 @@ def flags(kind: str, source: Path) -> tuple[str, ...]:
     if kind == "cuda":
         target = HOPPER_ONLY if source.name.endswith(HOPPER_FILES) else CUDA_PTX
         return (*CUDA_FLAGS, target, f"-I{SOURCES}", f"-I{SOURCES / 'cuda'}")
-    on_x86 = platform.machine().lower() in ("x86_64", "amd64")
-    special = [isa for end, isa in ISA_FLAGS.items() if on_x86 and source.name.endswith(end)]
+    machine = platform.machine().lower()
+    known = ISA_FLAGS if machine in ("x86_64", "amd64") else ARM_FLAGS if machine in ("aarch64", "arm64") else {}
+    special = [isa for end, isa in known.items() if source.name.endswith(end)]
     # XLA's headers are not clean under -Wextra.
     return (*FLAGS, *(special[0] if special else ()), "-isystem", str(SOURCES), f"-I{SOURCES / 'cpu'}")
 

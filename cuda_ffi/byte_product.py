@@ -30,8 +30,8 @@ def byte_products(
         256 entries, of which the first two and the middle one are read: it must be a ramp.
       bits: of the codes of all matrices, 4 or 8.
       group_size: G of all matrices, a multiple of 32, or at least K.
-      isa: the instruction set: "avx512vbmi", "avx512vnni", "avx512", "avxvnni", "avx2", "portable", or "auto" for the
-        best that this processor has. AVX-512 without VNNI has AVX2's kernel.
+      isa: the instruction set: "avx512vbmi", "avx512vnni", "avx512", "avxvnni", "avx2", "dotprod" (ARM), "portable", or
+        "auto" for the best that this processor has. AVX-512 without VNNI has AVX2's kernel.
 
     Raises:
       RuntimeError: the library can't be used; `registration.why_not("cpu")` says why without raising.

@@ -30,7 +30,7 @@ why_not = registration.why_not("cpu")
 native = pytest.mark.skipif(why_not is not None, reason=str(why_not))
 
 
-@pytest.fixture(params=("portable", "avx2", "avxvnni", "avx512", "avx512vnni", "avx512vbmi"))
+@pytest.fixture(params=("portable", "avx2", "avxvnni", "avx512", "avx512vnni", "avx512vbmi", "dotprod"))
 def isa(request: pytest.FixtureRequest, library: ctypes.CDLL) -> str:
     """Each instruction set that has a name and that this processor has."""
     if not library.any4_cpu_has_isa(request.param.encode()):

@@ -106,7 +106,7 @@ def test_vendored_headers_are_no_newer_than_any_supported_jaxlib() -> None:
 
 def test_both_builds_use_the_same_flags() -> None:
     text = (REPOSITORY / "CMakeLists.txt").read_text(encoding="utf-8")
-    for ending, flags in build.ISA_FLAGS.items():
+    for ending, flags in (build.ISA_FLAGS | build.ARM_FLAGS).items():
         (given,) = re.findall(rf'any4_isa_flags\({ending.removeprefix("_").removesuffix(".cc")} "(.*)"\)', text)
         for name in ("avx512", "header_warnings"):
             (value,) = re.findall(rf'set\({name} "(.*)"\)', text)

@@ -50,6 +50,7 @@ inline int64_t ByteScratchFloats(const ByteWeight& weight) { return 2 * (kByteRo
 
 // Null if the library was built without that instruction set.
 const ByteKernel* PortableByteKernel();
+const ByteKernel* DotProdByteKernel();
 const ByteKernel* Avx2ByteKernel();
 const ByteKernel* AvxVnniByteKernel();
 const ByteKernel* Avx512VnniByteKernel();

@@ -16,7 +16,8 @@ const ByteKernel& ByteKernelFor(Isa isa) {
   const ByteKernel* const vnni = isa >= Isa::kAvx512Vnni ? Avx512VnniByteKernel() : nullptr;
   const ByteKernel* const avxvnni = isa == Isa::kAvxVnni ? AvxVnniByteKernel() : nullptr;
   const ByteKernel* const avx2 = isa >= Isa::kAvx2 ? Avx2ByteKernel() : nullptr;
-  for (const ByteKernel* kernel : {vbmi, vnni, avxvnni, avx2}) {
+  const ByteKernel* const dotprod = isa == Isa::kDotProd ? DotProdByteKernel() : nullptr;
+  for (const ByteKernel* kernel : {vbmi, vnni, avxvnni, avx2, dotprod}) {
     if (kernel != nullptr) return *kernel;
   }
   return *PortableByteKernel();

@@ -4,6 +4,8 @@
 
 #if defined(__x86_64__)
 #include <cpuid.h>
+#elif defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
 #endif
 
 namespace any4 {
@@ -33,16 +35,22 @@ bool Has(Isa isa) {
       return HasAvxVnni() && Has(Isa::kAvx2);
     case Isa::kAvx2:
       return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    case Isa::kDotProd:
+      return false;
     case Isa::kPortable:
       return true;
   }
+#elif defined(__aarch64__) && defined(__linux__)
+  constexpr unsigned long kHasDotProd = 1 << 20;  // HWCAP_ASIMDDP
+  if (isa == Isa::kDotProd) return (getauxval(AT_HWCAP) & kHasDotProd) != 0;
 #endif
   return isa == Isa::kPortable;
 }
 
 constexpr std::pair<std::string_view, Isa> kBestFirst[] = {
     {"avx512vbmi", Isa::kAvx512Vbmi}, {"avx512vnni", Isa::kAvx512Vnni}, {"avx512", Isa::kAvx512},
-    {"avxvnni", Isa::kAvxVnni},       {"avx2", Isa::kAvx2},             {"portable", Isa::kPortable}};
+    {"avxvnni", Isa::kAvxVnni},       {"avx2", Isa::kAvx2},             {"dotprod", Isa::kDotProd},
+    {"portable", Isa::kPortable}};
 
 Isa FindBest() {
   for (const auto& [name, isa] : kBestFirst) {

@@ -6,14 +6,15 @@
 
 namespace any4 {
 
-// In an order such that whoever has a set has all before it, but for kAvxVnni, which some with AVX-512 lack.
-enum class Isa { kPortable, kAvx2, kAvxVnni, kAvx512, kAvx512Vnni, kAvx512Vbmi };
+// Those of x86 from kAvx2 on are in an order such that whoever has a set has all before it, but for kAvxVnni, which some
+// with AVX-512 lack. kDotProd is ARM's.
+enum class Isa { kPortable, kDotProd, kAvx2, kAvxVnni, kAvx512, kAvx512Vnni, kAvx512Vbmi };
 
 // The best that this processor has.
 Isa BestIsa();
 
-// "auto" or a set's name ("portable", "avx2", "avxvnni", "avx512", "avx512vnni", "avx512vbmi") as an Isa; empty if the
-// name is unknown or this processor lacks the set.
+// "auto" or a set's name ("portable", "avx2", "avxvnni", "avx512", "avx512vnni", "avx512vbmi", "dotprod") as an Isa;
+// empty if the name is unknown or this processor lacks the set.
 std::optional<Isa> IsaNamed(std::string_view name);
 
 // The kernel for an instruction set: the best of those within it, or the portable one if the library was built without
