@@ -8,7 +8,7 @@ struct Vector512 {
   using Floats = __m512;
   static constexpr int kLanes = 16;
   static constexpr bool kUnsigned = true;
-  static constexpr int kRowsOfOne = 4, kRows = 2, kInputs = 8;
+  static constexpr int kRowsOfOne = 4, kRows = 4, kInputs = 4;
 
   static Bytes Load(const void* from) { return _mm512_loadu_si512(from); }
   static Bytes Ones() { return _mm512_set1_epi8(1); }
