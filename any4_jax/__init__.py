@@ -11,7 +11,7 @@ from any4_jax.generate import generate
 from any4_jax.methods import quantize
 from any4_jax.partition import combine, partition
 from any4_jax.product import matmul, matmul_each
-from any4_jax.surgery import explain
+from any4_jax.surgery import explain, quantize_inputs
 from any4_jax.training import add_lora, trainable
 from any4_jax.walk import calibrate, quantize_model
 from any4_jax.weights import QuantizedTensor, dequantize, take
@@ -39,6 +39,7 @@ __all__ = [
     "nn",
     "partition",
     "quantize",
+    "quantize_inputs",
     "quantize_model",
     "save",
     "statistics",

@@ -25,15 +25,22 @@ SOURCES = Path(__file__).resolve().parent / "csrc"
 SUFFIX = {"cpu": ".cc", "cuda": ".cu"}
 
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-pthread", "-Wall", "-Wextra")
-# By the end of a file's name. Machines other than x86-64 compile these files without the flags, to nothing.
+# By the end of a file's name; the first for x86-64. Other machines compile these files without the flags, to nothing.
+_AVX512 = (
+    *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mprefer-vector-width=512"),
+    # GCC 12's own header of intrinsics deliberately reads uninitialized variables.
+    *("-Wno-uninitialized", "-Wno-maybe-uninitialized"),
+)
 ISA_FLAGS = {
-    "_avx512.cc": (
-        *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mprefer-vector-width=512"),
-        # GCC 12's own header of intrinsics deliberately reads uninitialized variables.
-        *("-Wno-uninitialized", "-Wno-maybe-uninitialized"),
-    ),
+    "_avx512.cc": _AVX512,
+    "_avx512vnni.cc": (*_AVX512, "-mavx512vnni"),
+    "_avx512vbmi.cc": (*_AVX512, "-mavx512vnni", "-mavx512vbmi"),
     "_avx2.cc": ("-mavx2", "-mfma"),
+    "_avxvnni.cc": ("-mavx2", "-mfma", "-mavxvnni"),
 }
+ARM_FLAGS = {"_dotprod.cc": ("-march=armv8.2-a+dotprod",)}
+# What a compiler may be too old for, such as GCC 10. Its files hold nothing where the flag is missing.
+RECENT_FLAG = "-mavxvnni"
 # The two numbers are nvcc's warnings about XLA's headers.
 CUDA_FLAGS = ("-std=c++17", "-O3", "--cudart=static", "-Xcompiler=-fPIC,-pthread", "-diag-suppress=940,2473")
 # Later GPUs compile Hopper's PTX.
@@ -85,8 +92,9 @@ def flags(kind: str, source: Path) -> tuple[str, ...]:
     if kind == "cuda":
         target = HOPPER_ONLY if source.name.endswith(HOPPER_FILES) else CUDA_PTX
         return (*CUDA_FLAGS, target, f"-I{SOURCES}", f"-I{SOURCES / 'cuda'}")
-    on_x86 = platform.machine().lower() in ("x86_64", "amd64")
-    special = [isa for end, isa in ISA_FLAGS.items() if on_x86 and source.name.endswith(end)]
+    machine = platform.machine().lower()
+    known = ISA_FLAGS if machine in ("x86_64", "amd64") else ARM_FLAGS if machine in ("aarch64", "arm64") else {}
+    special = [isa for end, isa in known.items() if source.name.endswith(end)]
     # XLA's headers are not clean under -Wextra.
     return (*FLAGS, *(special[0] if special else ()), "-isystem", str(SOURCES), f"-I{SOURCES / 'cpu'}")
 
@@ -97,6 +105,15 @@ def machine_flags(nvcc: str, source: Path) -> list[str]:
         return []
     known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=False).stdout.split()
     return [f"-gencode=arch=compute_{n},code=sm_{n}" for n in CUDA_MACHINES if f"sm_{n}" in known]
+
+
+def _known(compiler: str, options: Sequence[str]) -> list[str]:
+    """The flags without RECENT_FLAG if the compiler doesn't know it."""
+    if RECENT_FLAG not in options:
+        return list(options)
+    probe = [compiler, RECENT_FLAG, "-x", "c++", "-E", os.devnull]
+    known = subprocess.run(probe, capture_output=True, check=False).returncode == 0
+    return [option for option in options if known or option != RECENT_FLAG]
 
 
 def _run(command: Sequence[str]) -> None:
@@ -135,7 +152,11 @@ def build(kind: str, folder: Path | None = None) -> Path:
         objects = [Path(scratch) / (f.stem + ".o") for f in sources]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             commands = [
-                [compiler, *flags(kind, source), *(machine_flags(compiler, source) if kind == "cuda" else ())]
+                [
+                    compiler,
+                    *_known(compiler, flags(kind, source)),
+                    *(machine_flags(compiler, source) if kind == "cuda" else ()),
+                ]
                 + ["-c", str(source), "-o", str(made)]
                 for source, made in zip(sources, objects, strict=True)
             ]

@@ -45,7 +45,8 @@ def lut_products(
       matrices: at least one, each [N, K] with an N of its own.
       bits: of the codes of all matrices, 1 to 6, or 8.
       group_size: G of all matrices, at least 1.
-      isa: the instruction set: "avx512", "avx2", "portable", or "auto" for the best that this processor has.
+      isa: the instruction set: "avx512", "avx2", "portable", or "auto" for the best that this processor has. Those that
+        `byte_products` names beside these have the kernel of the one that they extend.
 
     Raises:
       RuntimeError: the library can't be used; `registration.why_not("cpu")` says why without raising.
@@ -61,11 +62,11 @@ def lut_products(
 def _operands(matrix: Matrix) -> tuple[jax.Array, ...]:
     """OPERANDS arrays; an array of no elements takes the place of an absent one."""
     high = matrix.codes[1] if len(matrix.codes) > 1 else jnp.zeros((0, 0), jnp.uint8)
-    offsets = jnp.zeros((0, 0), jnp.float32) if matrix.offsets is None else _readable(matrix.offsets)
-    return matrix.codes[0], high, _readable(matrix.lut), _readable(matrix.scales), offsets
+    offsets = jnp.zeros((0, 0), jnp.float32) if matrix.offsets is None else readable(matrix.offsets)
+    return matrix.codes[0], high, readable(matrix.lut), readable(matrix.scales), offsets
 
 
-def _readable(stored: jax.Array) -> jax.Array:
+def readable(stored: jax.Array) -> jax.Array:
     """The handler reads float32, bfloat16 and e8m0; float16 becomes float32, which holds its values."""
     return stored if stored.dtype in (jnp.float32, jnp.bfloat16, jnp.uint8) else stored.astype(jnp.float32)
 

@@ -40,17 +40,20 @@ def test_integer_products_are_explained_as_they_run(platform: str) -> None:
     lines = explain(rows(1), INTEGERS, platform).splitlines()
     assert lines[-1] == "xla: taken (x is rounded to integers, which multiply the codes as int8)"
     assert not any("taken" in line or "could" in line for line in lines[:-1])
-    named = "cuda" if platform == "cuda" else "cpu"
-    reason = next(line for line in lines if line.startswith(f"{named}: "))
-    if platform in ("cpu", "cuda"):
-        assert reason.endswith("by the codes of a QuantizedTensor, the weight is a QuantizeInput")
+    said = {
+        "cpu": "with a scale for each group",
+        "cuda": "by the codes of a QuantizedTensor, the weight is a QuantizeInput",
+    }
+    if platform in said:
+        reason = next(line for line in lines if line.startswith(f"{platform}: "))
+        assert reason.endswith(said[platform])
 
 
 @pytest.mark.parametrize(
     "w, backend, reason",
     [
         (INTEGERS, "cuda", "it runs on cuda, not on cpu"),
-        (INTEGERS, "cpu", "the weight is a QuantizeInput"),
+        (INTEGERS, "cpu", "it takes x rounded to symmetric integers of 8 bits with a scale for each group"),
         (rows(N), "cuda", "it runs on cuda, not on cpu"),
         (rows(N), "cpu", "the weight is a plain array"),
         (low_rank(), "cpu", "the weight is a LowRank"),

@@ -14,6 +14,8 @@ from any4_jax.generate import generate_tokens
 from any4_jax.methods import AnyMethod
 from any4_jax.models.base import Decoder
 from any4_jax.nn.nnx import Any4Embed
+from any4_jax.surgery import quantize_inputs, quantized_leaves
+from any4_jax.weights import QuantizeInput, parts
 
 
 @dataclass(frozen=True)
@@ -79,8 +81,24 @@ def contestant(label: str, model: Decoder) -> Contestant:
     for path, method, _ in linears:
         kinds[path in model.head_site.linears].add(_kind(method))
     blocks, head = (" and ".join(sorted(found)) for found in kinds)
-    facts = {"model": label, "method": blocks or "float", "head": head or "float", "dtype": model.dtype.name}
+    dtype = model.dtype.name + (", int8 inputs" if _rounds_inputs(model) else "")
+    facts = {"model": label, "method": blocks or "float", "head": head or "float", "dtype": dtype}
     return Contestant(chunks, read_bytes(model), model.config.vocab_size, facts, model.config.max_position_embeddings)
+
+
+def _rounds_inputs(model: Decoder) -> bool:
+    return any(
+        isinstance(part, QuantizeInput) for operator in quantized_leaves(model).values() for part in parts(operator)
+    )
+
+
+def with_rounded_inputs(label: str, model: Decoder) -> dict[str, Contestant]:
+    """A model as it is, and beside it the model with inputs of 8 bits, by label.
+
+    Raises:
+      ValueError: its layers can't round their inputs, or do so already.
+    """
+    return {label: contestant(label, model), f"{label}, int8 inputs": contestant(label, quantize_inputs(model))}
 
 
 def of_shape(shape: str, methods: Sequence[str], head: str) -> dict[str, Entry]:

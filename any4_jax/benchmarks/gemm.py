@@ -18,7 +18,8 @@ from any4_jax import packing
 from any4_jax.benchmarks.machine import available_bytes, platform
 from any4_jax.benchmarks.timing import Candidate, StreamingRead, interleaved, significant, tree_bytes
 from any4_jax.product import BACKENDS, matmul
-from any4_jax.weights import QuantizedTensor, dequantize
+from any4_jax.product.quantized_input import quantize_input
+from any4_jax.weights import QuantizedTensor, QuantizeInput, dequantize
 
 # [N, K] of the linears of a block. "-together" joins those with the same input into one matrix (q, k, v; o; gate, up;
 # down), and adds the head.
@@ -50,6 +51,8 @@ class Gemm:
       m: numbers of rows of x.
       bits, group_size: of the weight, which is in any4's form: a table for each row, bfloat16 scales and offsets.
       rounds: turns of each candidate.
+      rounded: whether bytes are measured too: a weight of int8 tables, or of integers for 8 bits, whose inputs are
+        rounded to int8.
       rotate_mb: total size, in units of 10**6 bytes, of the copies of its weight through which a candidate's calls
         rotate, so that weights come from memory and not from a cache.
     """
@@ -60,6 +63,7 @@ class Gemm:
     group_size: int = 128
     rounds: int = 15
     rotate_mb: int = 400
+    rounded: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,13 +77,15 @@ class Measured:
 
 @dataclasses.dataclass(frozen=True)
 class _Product:
-    """One way to compute x W^T: a compiled function of x and one of `copies`, and the W that each copy stands for."""
+    """One way to compute x W^T: a compiled function of x and one of `copies`, the W that each copy stands for, and what
+    it makes of x."""
 
     name: str
     dtype: str
     run: Callable[[jax.Array, Any], jax.Array]
     copies: list[Any]
     exact: jax.Array
+    seen: Callable[[jax.Array], jax.Array] = lambda x: x
 
 
 def run(config: Gemm, progress: Callable[[int, int, str], None] = lambda done, total, what: None) -> Measured:
@@ -148,13 +154,16 @@ def _products(config: Gemm, n: int, k: int, m: int, where: str, note: Callable[[
     """All ways to compute one product here; `note` is called with a sentence for each thing that is left out."""
     w = jnp.asarray(np.random.default_rng(0).standard_normal((n, k), np.float32) * k**-0.5)
     q = random_weight(n, k, config.bits, config.group_size)
-    able: dict[str, list[str]] = {}
-    for backend, dtype in itertools.product(BACKENDS.options, DTYPES):
-        reason = backend.supports(jax.ShapeDtypeStruct((m, k), dtype), q, where)
+    weights: dict[str, Any] = {"": q}
+    if config.rounded:
+        weights[", int8 inputs"] = _rounding(q)
+    able: dict[tuple[str, str], list[str]] = {}
+    for (label, weight), backend, dtype in itertools.product(weights.items(), BACKENDS.options, DTYPES):
+        reason = backend.supports(jax.ShapeDtypeStruct((m, k), dtype), weight, where)
         if reason is None:
-            able.setdefault(backend.name, []).append(dtype)
+            able.setdefault((backend.name, label), []).append(dtype)
         else:
-            note(f"no product on the backend {backend.name}: {reason}")
+            note(f"no product on the backend {backend.name}{label}: {reason}")
 
     # Each of these has copies of its own: two layouts in two dtypes, and the quantized weight on each backend.
     rotate = config.rotate_mb * 10**6
@@ -175,13 +184,21 @@ def _products(config: Gemm, n: int, k: int, m: int, where: str, note: Callable[[
         exact = w.astype(dtype)
         products.append(_Product(DENSE[0], dtype, _dense_transposed, copies(exact), exact))
         products.append(_Product(DENSE[1], dtype, _dense, copies(exact.T), exact))
-    dense = dequantize(q)
-    for name, dtypes in able.items():
-        weights = copies(q)
+    for (name, label), dtypes in able.items():
+        weight, dense = copies(weights[label]), dequantize(weights[label])
+        seen = functools.partial(quantize_input, w=weights[label]) if label else _Product.seen
         run = jax.jit(functools.partial(matmul, backend=name))
         for dtype in dtypes:
-            products.append(_Product(f"{config.bits} bits on {name}", dtype, run, weights, dense))
+            products.append(_Product(f"{config.bits} bits on {name}{label}", dtype, run, weight, dense, seen))
     return products
+
+
+def _rounding(q: QuantizedTensor) -> QuantizeInput:
+    """A weight of bytes with the shape and the size of values of `random_weight`'s, behind inputs of 8 bits."""
+    step = (2**q.bits - 1) / 127
+    table = jnp.arange(256.0)[None] if q.bits == 8 else jnp.round(q.lut.astype(jnp.float32) / step).astype(jnp.int8)
+    scales = q.scales if q.bits == 8 else (q.scales * step).astype(q.scales.dtype)
+    return QuantizeInput(dataclasses.replace(q, lut=table, scales=scales, uniform=q.bits == 8), None, 8, True, "group")
 
 
 def random_weight(n: int, k: int, bits: int, group_size: int) -> QuantizedTensor:
@@ -222,7 +239,7 @@ def _error(product: _Product, x: jax.Array) -> float:
     Raises:
       RuntimeError: the error exceeds rounding.
     """
-    wide = np.asarray(x, np.float64)
+    wide = np.asarray(product.seen(x.astype(jnp.float32)), np.float64)
     exact = np.asarray(product.exact, np.float32)
     blocks = [wide @ exact[row : row + CHECKED_ROWS].astype(np.float64).T for row in range(0, len(exact), CHECKED_ROWS)]
     right = np.concatenate(blocks, axis=1)

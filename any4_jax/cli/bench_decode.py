@@ -12,7 +12,7 @@ from any4_jax.cli.bench_shared import add_common, check, counts, finish, heading
 from any4_jax.cli.errors import CommandLineError, WorkError
 from any4_jax.cli.numbers import at_least
 from any4_jax.cli.output import progress, table
-from any4_jax.cli.sources import MODEL_HELP, open_model
+from any4_jax.cli.sources import MODEL_HELP, add_inputs, open_model
 
 FACTS = ("model", "method", "head", "dtype")
 # Of the memory that is free, for weights; the rest is for caches and what the programs compute.
@@ -57,6 +57,7 @@ def add_decode(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="on a GPU: let each decode once more under jax's profiler, and tell the time by class of kernel",
     )
+    add_inputs(parser, "time each model twice, also while its")
     parser.add_argument("--svg", metavar="FILE", help="plot the speed against the tokens of the prompt here")
     add_common(parser, rounds=5)
     parser.set_defaults(run=run_decode)
@@ -71,6 +72,10 @@ def run_decode(args: argparse.Namespace) -> int:
     for flag, value in (("--methods", args.methods), ("--head", args.head)):
         if args.shape is None and value is not None:
             raise CommandLineError(f"got {flag} without --shape, whose weights it describes; give --shape too")
+    if args.shape is not None and args.inputs is not None:
+        raise CommandLineError(
+            "got --inputs with --shape, whose weights have no kernel for rounded inputs; give a model"
+        )
     few = [name for name in args.methods or () if shapes.METHODS[name] is not None]
     if args.head is not None and args.methods is not None and not few:
         raise CommandLineError(
@@ -110,8 +115,15 @@ def run_decode(args: argparse.Namespace) -> int:
 def _entries(args: argparse.Namespace) -> dict[str, contestants.Entry]:
     if args.shape is not None:
         return contestants.of_shape(args.shape, args.methods or ("bfloat16", "any4"), args.head or "bfloat16")
-    labels = contestants.labels(args.models or ["tiny"])
-    return {name: contestants.Entry.of(contestants.contestant(labels[name], open_model(name))) for name in labels}
+    made: dict[str, contestants.Contestant] = {}
+    for name, label in contestants.labels(args.models or ["tiny"]).items():
+        model = open_model(name)
+        made |= (
+            contestants.with_rounded_inputs(label, model)
+            if args.inputs
+            else {label: contestants.contestant(label, model)}
+        )
+    return {label: contestants.Entry.of(each) for label, each in made.items()}
 
 
 def _methods(text: str) -> tuple[str, ...]:

@@ -11,6 +11,7 @@ from any4_jax.cli.bench_tune import run_tune
 from any4_jax.cli.errors import CommandLineError
 from any4_jax.cli.numbers import count
 from any4_jax.cli.output import progress, table
+from any4_jax.cli.sources import add_inputs
 from any4_jax.packing import PLANES
 
 ON_CUDA = "llama-3.2-1b-together,llama-3.1-8b-together,llama-3.1-70b-together,squares"
@@ -38,6 +39,7 @@ def add_gemm(parser: argparse.ArgumentParser) -> None:
         metavar="MB",
         help="each candidate cycles through this much of weights, so that it reads memory, not a cache (default: 400)",
     )
+    add_inputs(parser, "on a CPU: also time a weight whose")
     parser.add_argument("--plot", metavar="FILE.svg", help="on cuda: plot the speed against the number of rows here")
     parser.add_argument(
         "--tune", action="store_true", help="find the fastest configuration of the Pallas kernels here instead"
@@ -55,9 +57,11 @@ def run_gemm(args: argparse.Namespace) -> int:
     on_cuda = machine.platform() == "cuda"
     if args.plot is not None and not on_cuda:
         raise CommandLineError("got --plot, which draws what is measured on cuda; run on a GPU, or leave it out")
+    if args.inputs is not None and on_cuda:
+        raise CommandLineError("got --inputs, which is measured on a CPU alone; leave it out, or set JAX_PLATFORMS=cpu")
     shapes = args.shapes or _shapes(ON_CUDA if on_cuda else "llama-3.2-1b")
     rows = args.m or (gemm_cuda.ROWS if on_cuda else (1, 16))
-    config = gemm.Gemm(shapes, rows, args.bits, args.group_size, args.rounds, args.rotate_mb)
+    config = gemm.Gemm(shapes, rows, args.bits, args.group_size, args.rounds, args.rotate_mb, args.inputs is not None)
     with progress("gemm", "shape") as bar:
         measured = (gemm_cuda.run if on_cuda else gemm.run)(config, bar)
     result = machine.result(

@@ -7,7 +7,7 @@ from typing import Any
 
 from any4_jax.cli.errors import WorkError
 from any4_jax.cli.sampling import add_sampling, check_sampling, write
-from any4_jax.cli.sources import MODEL_HELP, decoded, given_text, open_model
+from any4_jax.cli.sources import MODEL_HELP, add_inputs, decoded, given_text, open_model
 
 
 def add(commands: Any, common: argparse.ArgumentParser) -> None:
@@ -17,13 +17,14 @@ def add(commands: Any, common: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="CKPT_OR_MODEL", help=f"a checkpoint, {MODEL_HELP}")
     parser.add_argument("--system", metavar="TEXT", help="a system message that comes first")
     add_sampling(parser, new_tokens=512)
+    add_inputs(parser, "the model's")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     check_sampling(args)
     system = None if args.system is None else given_text(args.system, "the system message")
-    model = open_model(args.model)
+    model = open_model(args.model, args.inputs)
     if model.tokenizer is None or model.tokenizer.chat_template is None:
         raise WorkError(f"{args.model} has no chat template, which says who speaks; use any4 generate to continue text")
     said = [] if system is None else [{"role": "system", "content": system}]

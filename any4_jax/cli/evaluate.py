@@ -8,7 +8,7 @@ from typing import Any
 from any4_jax.cli.errors import CommandLineError, WorkError
 from any4_jax.cli.numbers import at_least, count
 from any4_jax.cli.output import progress, table
-from any4_jax.cli.sources import MODEL_HELP, open_model, read_text
+from any4_jax.cli.sources import MODEL_HELP, add_inputs, open_model, read_text
 from any4_jax.evaluation import Divergence, Perplexity, divergence, perplexity
 
 SEQLEN = 2048
@@ -33,6 +33,7 @@ def add(commands: Any, common: argparse.ArgumentParser) -> None:
         metavar="N",
         help=f"tokens in a window (default: {SEQLEN}, or the model's context if that is shorter)",
     )
+    add_inputs(parser, "measure the model while its")
     parser.add_argument("--windows", type=count, metavar="N", help="use only the first N windows")
     parser.add_argument("--out", metavar="FILE", help="write the results here as JSON")
     parser.set_defaults(run=run)
@@ -46,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
     sources = {task: TASKS[task]() for task in args.tasks}
     if args.text is not None:
         sources[args.text] = read_text(args.text)
-    model = open_model(args.model)
+    model = open_model(args.model, args.inputs)
     against = None if args.against is None else open_model(args.against)
     opened = [model] if against is None else [model, against]
     seqlen = args.seqlen or min(SEQLEN, *(each.config.max_position_embeddings for each in opened))
@@ -79,7 +80,8 @@ def run(args: argparse.Namespace) -> int:
             row += [f"{compared['top1_agreement']:.2%}"]
     print(table(header, rows))
     if args.out is not None:
-        models = {"model": args.model} | ({} if against is None else {"against": args.against})
+        models = {"model": args.model} | ({} if args.inputs is None else {"inputs": args.inputs})
+        models |= {} if against is None else {"against": args.against}
         Path(args.out).write_text(json.dumps(models | {"results": results}, indent=2) + "\n")
     return 0
 

@@ -7,7 +7,7 @@ from typing import Any
 from any4_jax.cli.errors import CommandLineError, WorkError
 from any4_jax.cli.numbers import count
 from any4_jax.cli.sampling import add_sampling, check_sampling, write
-from any4_jax.cli.sources import MODEL_HELP, given_text, open_model, prompt_text
+from any4_jax.cli.sources import MODEL_HELP, add_inputs, given_text, open_model, prompt_text
 from any4_jax.models import Decoder
 
 
@@ -26,6 +26,7 @@ def add(commands: Any, common: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--system", metavar="TEXT", help="a system message before the prompt, for a chat template")
     add_sampling(parser)
+    add_inputs(parser, "the model's")
     parser.add_argument("--n", type=count, metavar="N", help="so many texts, each sampled on its own (default: 1)")
     parser.set_defaults(run=run)
 
@@ -36,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
         raise CommandLineError("got --system with --raw, which continues text without messages; leave one out")
     text = prompt_text(args.prompt, args.prompt_file)
     system = None if args.system is None else given_text(args.system, "the system message")
-    model = open_model(args.model)
+    model = open_model(args.model, args.inputs)
     answers = model.tokenizer is not None and model.tokenizer.chat_template is not None and not args.raw
     ids = _ids(model, args.model, text, system, answers)
     if not write(model, ids, args, args.n or 1).tokens:

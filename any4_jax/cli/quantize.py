@@ -19,10 +19,10 @@ from any4_jax.cli.numbers import count
 from any4_jax.cli.options import checked
 from any4_jax.cli.output import Progress, megabytes, progress
 from any4_jax.cli.sizes import expected, where_the_bits_go
-from any4_jax.cli.sources import MODEL_HELP, calibration_text, check_output, is_checkpoint
+from any4_jax.cli.sources import MODEL_HELP, add_inputs, calibration_text, check_output, is_checkpoint
 from any4_jax.data import pieces
 from any4_jax.methods import CATALOGUE
-from any4_jax.surgery import quantized_leaves
+from any4_jax.surgery import quantize_inputs, quantized_leaves
 from any4_jax.walk import quantize_model
 
 SEQLEN = 2048
@@ -78,6 +78,7 @@ def add(commands: Any, common: argparse.ArgumentParser, argv: Sequence[str]) -> 
         help="compute every linear from scratch; by default, results that an interrupted run with the same arguments "
         "left in OUT.partial are reused",
     )
+    add_inputs(parser, "the checkpoint's")
     add_method(parser, argv)
     parser.set_defaults(run=run)
 
@@ -109,6 +110,8 @@ def run(args: argparse.Namespace) -> int:
                 model = quantize_model(
                     model, method, data=data, rules=rules, seqlen=seqlen, progress=step, finished=finished
                 )
+            if args.inputs is not None:
+                model = quantize_inputs(model)
             checkpoint.save(args.out, model)
             finished.clear()
     except KeyboardInterrupt:

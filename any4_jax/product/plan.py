@@ -5,6 +5,7 @@ is the reference that the others must match. Other operators are multiplied part
 """
 
 import contextlib
+import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +22,7 @@ from any4_jax.product.backends.cpu import CPU
 from any4_jax.product.backends.cuda import CUDA
 from any4_jax.product.backends.pallas import PALLAS
 from any4_jax.product.backends.xla import XLA
-from any4_jax.product.quantized_input import is_integer_product, quantize_input
+from any4_jax.product.quantized_input import is_integer_product, product_of_rounded, why_no_bytes
 from any4_jax.weights import (
     QuantizedTensor,
     QuantizeInput,
@@ -153,8 +154,12 @@ def _differentiable(kernel: Backend) -> Callable[..., jax.Array]:
     return functools.partial(coded_product, backend=kernel.name)
 
 
+Coded = QuantizedTensor | Slice | QuantizeInput
+"""What backends multiply by: a leaf, one of a stack, or one of these behind rounded inputs."""
+
+
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
-def coded_product(x: jax.Array, w: QuantizedTensor | Slice, backend: str) -> jax.Array:
+def coded_product(x: jax.Array, w: Coded, backend: str) -> jax.Array:
     """The product [M, N] of x [M, K] and a weight [N, K] on one backend.
 
     The custom derivative makes every kernel differentiable, forward, in reverse and more than once.
@@ -163,8 +168,10 @@ def coded_product(x: jax.Array, w: QuantizedTensor | Slice, backend: str) -> jax
     return kernel.run(x, operand(kernel, w))
 
 
-def operand(kernel: Backend, w: QuantizedTensor | Slice) -> QuantizedTensor | Slice:
+def operand(kernel: Backend, w: Coded) -> Coded:
     """What `kernel.run` reads of a weight: the slice itself where it can, else the matrix taken out of the stack."""
+    if isinstance(w, QuantizeInput):
+        return dataclasses.replace(w, inner=operand(kernel, w.inner))
     return w.matrix() if isinstance(w, Slice) and not kernel.takes_slices else w
 
 
@@ -174,13 +181,17 @@ def _(backend, primals, tangents):
 
 
 @jax.checkpoint
-def product_tangent(x: jax.Array, w: QuantizedTensor | Slice, dx: jax.Array, dw: Any) -> jax.Array:
+def product_tangent(x: jax.Array, w: Coded, dx: jax.Array, dw: Any) -> jax.Array:
     """The tangent [M, N] of a product, for the tangents of x [M, K] and of the weight [N, K].
 
     It is computed from the dense matrix. Under a checkpoint, a backward pass decodes that again instead of keeping it.
+    Behind rounded inputs it is that of XLA's product.
     """
     tables, codes = partition(w)
     d_tables = jax.tree.map(lambda table, tangent: None if table is None else tangent, tables, dw, is_leaf=_is_none)
+    if isinstance(w, QuantizeInput):
+        reference = lambda x, tables: BACKENDS.options[-1].run(x, combine(tables, codes))  # noqa: E731
+        return jax.jvp(reference, (x, tables), (dx, d_tables))[1]
     dense, d_dense = jax.jvp(lambda t: dequantize(combine(t, codes)), (tables,), (d_tables,))
     # In x's dtype throughout: its transpose multiplies in that dtype too, where accelerators are fast.
     first = jax.lax.dot_general(dx, dense.astype(x.dtype), _BY_K, precision=jax.lax.Precision.HIGHEST)
@@ -204,4 +215,21 @@ def _(w, x, backend=None):
 def _(w: QuantizeInput, x, backend=None):
     if is_integer_product(w):
         return planned(x, w, backend, lambda kernel: kernel.run)
-    return product(w.inner, quantize_input(x, w), backend)
+    if why_no_bytes(w) is None:
+        return planned(x, w, backend, None if backend else unnamed)
+    return _rounded(x, w, backend)
+
+
+def _rounded(x: jax.Array, w: QuantizeInput, backend: str | None = None) -> jax.Array:
+    return product_of_rounded(x, w, functools.partial(product, backend=backend))
+
+
+def unnamed(kernel: Backend) -> Callable[..., jax.Array]:
+    """The function of (x, w) that multiplies on a backend which the plan chose.
+
+    Where that is XLA for rounded inputs, the platform has no kernel for bytes, and they take its first one for floats.
+    """
+    differentiable = _differentiable(kernel)
+    if kernel is not BACKENDS.options[-1]:
+        return differentiable
+    return lambda x, w: (_rounded if isinstance(w, QuantizeInput) else differentiable)(x, w)

@@ -1,5 +1,7 @@
 """Inputs rounded on the fly before a product: the arithmetic behind the operator `QuantizeInput`."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,42 +9,93 @@ import numpy as np
 from any4_jax import formats, scaling
 from any4_jax.weights import QuantizeInput, Slice, is_operator, leaf_of
 
+GROUP = 32
+"""How many inputs of a row share a scale where `QuantizeInput.per` is "group"; the last group of a row may be short."""
+
 
 def is_integer_product(w: QuantizeInput) -> bool:
-    """Whether x and the weight's codes can be multiplied as int8: x is rounded to integers, the codes are 8 bits wide
-    and index a ramp, and scales and offsets are plain arrays."""
+    """Whether XLA can multiply x and the weight's codes as int8: x is rounded to integers with one scale for a whole
+    row, the codes are 8 bits wide and index a ramp, and scales and offsets are plain arrays."""
     leaf = leaf_of(w.inner)
-    if leaf is None or w.levels is not None:
+    if leaf is None or w.levels is not None or w.per == "group":
         return False
     return leaf.bits == 8 and leaf.uniform and not is_operator(leaf.scales) and not is_operator(leaf.offsets)
 
 
+def why_no_bytes(w: QuantizeInput) -> str | None:
+    """Why x, rounded, and the weight can't be multiplied as bytes, group by group; None if they can.
+
+    A weight is bytes where it looks up a table of int8, or where its codes count the steps of a ramp.
+    """
+    leaf = leaf_of(w.inner)
+    if leaf is None:
+        return f"it multiplies rounded x by the codes of a QuantizedTensor, the weight is a {type(w.inner).__name__}"
+    if w.levels is not None or w.per != "group" or not w.symmetric or w.bits != 8:
+        return "it takes x rounded to symmetric integers of 8 bits with a scale for each group"
+    if leaf.bits not in (4, 8):
+        return f"codes have {leaf.bits} bits, it takes 4 and 8"
+    if not leaf.uniform and (leaf.bits, leaf.lut.dtype) != (4, jnp.int8):
+        return f"the table is {leaf.lut.dtype} of {2**leaf.bits} entries, it takes 16 of int8, or a ramp"
+    if leaf.group_size % GROUP and leaf.group_size < leaf.shape[-1]:
+        return f"groups have {leaf.group_size} weights, it takes multiples of {GROUP}"
+    return None
+
+
 def quantize_input(x: jax.Array, w: QuantizeInput) -> jax.Array:
     """x [M, K] rounded onto the grid of `w`, in x's dtype."""
+    grouped = _grouped(x.astype(jnp.float32), w.per)
     if w.levels is not None:
-        scale = _absmax(x, w.per)
+        scale = _absmax(grouped, w.per)
         levels = w.levels.astype(jnp.float32)
-        rounded = levels[formats.nearest(x.astype(jnp.float32) / scale, levels[None])]
-        return (rounded * scale).astype(x.dtype)
-    q, scale, zero = _integer_input(x, w)
-    return ((q - zero) * scale).astype(x.dtype)
+        rounded = levels[formats.nearest(_rows(grouped / scale), levels[None])].reshape(grouped.shape) * scale
+    else:
+        q, scale, zero = _integer_input(grouped, w)
+        rounded = (q - zero) * scale
+    return rounded.reshape(x.shape[0], -1)[:, : x.shape[1]].astype(x.dtype)
+
+
+def product_of_rounded(x: jax.Array, w: QuantizeInput, product: Callable[..., jax.Array]) -> jax.Array:
+    """x [M, K], quantized, by the weight [N, K], as `product(w.inner, rounded x)` computes it: [M, N] in x's dtype."""
+    if w.per != "group":
+        return product(w.inner, quantize_input(x, w))
+    return product(w.inner, quantize_input(x.astype(jnp.float32), w)).astype(x.dtype)
+
+
+def _rows(x: jax.Array) -> jax.Array:
+    return x.reshape(-1, x.shape[-1])
+
+
+def _grouped(x: jax.Array, per: str) -> jax.Array:
+    """x [M, K] with an axis for the groups, [M, ceil(K / GROUP), GROUP] with zeros at the end, where there are any."""
+    if per != "group":
+        return x
+    m, k = x.shape
+    return jnp.pad(x, ((0, 0), (0, -k % GROUP))).reshape(m, -(-k // GROUP), GROUP)
 
 
 def _absmax(x: jax.Array, per: str) -> jax.Array:
-    axis = -1 if per == "token" else None
-    largest = jnp.abs(x.astype(jnp.float32)).max(axis=axis, keepdims=True, initial=0.0)
-    return jnp.where(largest == 0, 1.0, largest)
+    axis = None if per == "tensor" else -1
+    largest = jnp.abs(x).max(axis=axis, keepdims=True, initial=0.0)
+    # The inverse of anything smaller could overflow. Inputs that small are zeros.
+    return jnp.where(largest < _SMALLEST, 1.0, largest)
+
+
+_SMALLEST = np.float32(2.0**-100)
 
 
 def _integer_input(x: jax.Array, w: QuantizeInput) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(q, scale, zero), float32 [M, K], [M or 1, 1] and [M or 1, 1], such that x is close to (q - zero) * scale. The
-    values of q are integers from -2^(bits-1) to 2^(bits-1) - 1."""
+    """(q, scale, zero), float32, the first of x's shape, such that the float32 x is close to (q - zero) * scale.
+
+    The values of q are integers from -2^(bits-1) to 2^(bits-1) - 1.
+    """
     half = 2 ** (w.bits - 1)
-    x = x.astype(jnp.float32)
     if w.symmetric:
-        scale = _absmax(x, w.per) / (half - 1)
-        return jnp.clip(jnp.round(x / scale), -half, half - 1), scale, jnp.zeros_like(scale)
-    axis = -1 if w.per == "token" else None
+        largest = _absmax(x, w.per)
+        # Products with constants and inverses, since XLA makes quotients into such where it can, and kernels have to
+        # find the same integers.
+        scale = largest * np.float32(1 / (half - 1))
+        return jnp.clip(jnp.round(x * ((half - 1) / largest)), -half, half - 1), scale, jnp.zeros_like(scale)
+    axis = None if w.per == "tensor" else -1
     low = x.min(axis=axis, keepdims=True, initial=0.0)
     high = x.max(axis=axis, keepdims=True, initial=0.0)
     scale = jnp.where(high > low, (high - low) / (2 * half - 1), 1.0)
@@ -58,7 +111,7 @@ def integer_product(x: jax.Array, w: QuantizeInput) -> jax.Array:
     y = a * sum over groups of [ s d (q.c - z sum c) + (s b + o) (sum q - z G) ].
     """
     leaf = w.inner.matrix() if isinstance(w.inner, Slice) else w.inner
-    q, a, z = _integer_input(x, w)
+    q, a, z = _integer_input(x.astype(jnp.float32), w)
     k, group = leaf.shape[-1], min(leaf.group_size, leaf.shape[-1])
     short = -k % group
     q8 = jnp.pad(q.astype(jnp.int8), ((0, 0), (0, short))).reshape(q.shape[0], (k + short) // group, group)

@@ -10,13 +10,15 @@ import jax.numpy as jnp
 from any4_jax.product import plan
 from any4_jax.product.backends.base import Backend
 from any4_jax.product.matmul import matmul
-from any4_jax.weights import leaf_of
+from any4_jax.product.quantized_input import why_no_bytes
+from any4_jax.weights import QuantizeInput, leaf_of
 
 
 def matmul_each(x: jax.Array, ws: Sequence[Any]) -> tuple[jax.Array, ...]:
     """`matmul(x, w)` for each w, in one call where a kernel takes several weights at once, else one after the other.
 
-    Weights share a call where they are QuantizedTensors [N, K], or slices of such, with the same bits and group size.
+    Weights share a call where they are QuantizedTensors [N, K], or slices of such, with the same bits and group size;
+    so do those that round x to the same bytes (`QuantizeInput`).
     A call costs nearly as much for a small product as for a large one: when SmolLM2-135M decodes on 2 cores, seven
     calls a block become four.
 
@@ -40,21 +42,25 @@ def matmul_each(x: jax.Array, ws: Sequence[Any]) -> tuple[jax.Array, ...]:
 def _alike(x: jax.Array, ws: Sequence[Any]) -> bool:
     if len(ws) < 2 or x.ndim == 0 or not jnp.issubdtype(x.dtype, jnp.floating):
         return False
-    leaves = [leaf_of(w) if len(w.shape) == 2 else None for w in ws]
-    recipes = {leaf and (leaf.bits, leaf.group_size, leaf.shape[-1]) for leaf in leaves}
-    first = leaves[0]
-    return first is not None and recipes == {(first.bits, first.group_size, x.shape[-1])}
+    recipes = {_recipe(w) for w in ws}
+    return len(recipes) == 1 and None not in recipes and ws[0].shape[-1] == x.shape[-1]
+
+
+def _recipe(w: Any) -> tuple[Any, ...] | None:
+    """What weights of one call agree in; None for one that has its own."""
+    as_bytes = isinstance(w, QuantizeInput) and why_no_bytes(w) is None
+    leaf = leaf_of(w.inner if as_bytes else w) if len(w.shape) == 2 else None
+    return None if leaf is None else (as_bytes, leaf.bits, leaf.group_size, leaf.shape[-1])
 
 
 def _products(kernels: tuple[Backend, ...]) -> Callable[..., tuple[jax.Array, ...]]:
-    backends = tuple(kernel.name for kernel in kernels)
-    if len(set(backends)) == 1 and kernels[0].run_together is not None:
-        return functools.partial(_together, backend=backends[0])
-    return functools.partial(_separately, backends=backends)
+    if len({kernel.name for kernel in kernels}) == 1 and kernels[0].run_together is not None:
+        return functools.partial(_together, backend=kernels[0].name)
+    return functools.partial(_separately, kernels=kernels)
 
 
-def _separately(x: jax.Array, ws: Sequence[Any], backends: tuple[str, ...]) -> tuple[jax.Array, ...]:
-    return tuple(plan.coded_product(x, w, backend) for w, backend in zip(ws, backends, strict=True))
+def _separately(x: jax.Array, ws: Sequence[Any], kernels: tuple[Backend, ...]) -> tuple[jax.Array, ...]:
+    return tuple(plan.unnamed(kernel)(x, w) for w, kernel in zip(ws, kernels, strict=True))
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))

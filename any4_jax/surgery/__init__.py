@@ -2,6 +2,7 @@
 
 from any4_jax.surgery.containers import Container, container_of, recipe_of
 from any4_jax.surgery.explain import explain
+from any4_jax.surgery.inputs import quantize_inputs
 from any4_jax.surgery.model import map_operators, quantized_leaves
 from any4_jax.surgery.nnx_modules import around, copy_module, holders, linears, matrix_of, replace_module
 from any4_jax.surgery.rules import DEFAULT_RULES, Recipe, Rules, refuse_special, resolve
@@ -19,6 +20,7 @@ __all__ = [
     "linears",
     "map_operators",
     "matrix_of",
+    "quantize_inputs",
     "quantized_leaves",
     "recipe_of",
     "refuse_special",

@@ -18,14 +18,16 @@ class QuantizeInput(Operator):
       levels: None for integers, else floating [*L, 2**bits], ascending in [-1, 1], onto which x / absmax is rounded.
       bits: 2..8 (static).
       symmetric: a scale without a zero point (static); tables are always symmetric.
-      per: "token" for a scale for each row of x, "tensor" for one for all of x (static).
+      per: what has a scale of its own (static): "token" for each row of x, "tensor" for all of x, "group" for each 32
+        inputs of a row, whatever the weight's group size. With "group" the product is computed in float32 and rounded
+        once to x's dtype; a kernel may multiply the integers, which gives the same but for the order of float32 sums.
     """
 
     inner: Any
     levels: jax.Array | None
     bits: int
     symmetric: bool
-    per: Literal["token", "tensor"]
+    per: Literal["token", "tensor", "group"]
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -31,7 +31,7 @@ from any4_jax.benchmarks import contestants, decode, machine
 from any4_jax.benchmarks.timing import StreamingRead
 from any4_jax.cli.bench_decode import decode_table
 from any4_jax.cli.numbers import at_least, count
-from any4_jax.cli.sources import MODEL_HELP, open_model
+from any4_jax.cli.sources import MODEL_HELP, add_inputs, open_model
 from any4_jax.data.assets import fetch_smollm2
 
 REQUANTIZED = {"Q4_0": llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_0, "IQ4_NL": llama_cpp.LLAMA_FTYPE_MOSTLY_IQ4_NL}
@@ -41,6 +41,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="+", metavar="MODEL", help=f"for this library: a checkpoint, {MODEL_HELP}")
     parser.add_argument("--gguf", type=Path, metavar="FILE", help="for llama.cpp, in Q4_1 (default: SmolLM2, fetched)")
+    add_inputs(parser, "time each model twice, also while its")
     parser.add_argument("--prompt-tokens", type=count, default=32)
     parser.add_argument("--tokens", type=at_least(2), default=128)
     parser.add_argument("--rounds", type=count, default=5)
@@ -55,8 +56,13 @@ def main() -> None:
         for name, kind in REQUANTIZED.items():
             made[name] = llama(requantized(source, Path(folder) / f"{name}.gguf", kind), name, slots)
     for name, label in contestants.labels(args.models).items():
-        ours = contestants.contestant(label, open_model(name))
-        made[name] = dataclasses.replace(ours, facts={"engine": "any4_jax", **ours.facts})
+        model = open_model(name)
+        ours = {label: contestants.contestant(label, model)}
+        if args.inputs is not None:
+            ours = contestants.with_rounded_inputs(label, model)
+        made |= {
+            key: dataclasses.replace(each, facts={"engine": "any4_jax", **each.facts}) for key, each in ours.items()
+        }
 
     stream = StreamingRead(machine.platform())
     rows, _ = decode.run(

@@ -31,7 +31,7 @@ class Pool {
 
 inline std::vector<any4::Isa> InstructionSets() {
   std::vector<any4::Isa> found;
-  for (const char* name : {"portable", "avx2", "avx512"}) {
+  for (const char* name : {"portable", "avx2", "avxvnni", "avx512", "avx512vnni", "avx512vbmi", "dotprod"}) {
     if (const auto isa = any4::IsaNamed(name)) found.push_back(*isa);
   }
   return found;

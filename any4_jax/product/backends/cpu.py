@@ -1,4 +1,4 @@
-"""The C++ product of `cuda_ffi` as a backend."""
+"""The C++ products of `cuda_ffi` as a backend: of floats, and of rounded inputs by bytes."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,13 +7,14 @@ import jax
 import jax.numpy as jnp
 
 from any4_jax.product.backends.base import Backend, arrays_of, why_no_codes
-from any4_jax.weights import QuantizedTensor
+from any4_jax.product.quantized_input import why_no_bytes
+from any4_jax.weights import QuantizedTensor, QuantizeInput
 
 
 def _supports(x: Any, w: Any, platform: str) -> str | None:
     if platform != "cpu":
         return f"it runs on cpu, not on {platform}"
-    reason = why_no_codes(w)
+    reason = why_no_bytes(w) if isinstance(w, QuantizeInput) else why_no_codes(w)
     if reason is not None:
         return reason
     if x.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
@@ -23,16 +24,23 @@ def _supports(x: Any, w: Any, platform: str) -> str | None:
     return registration.why_not("cpu")
 
 
-def _run(x: jax.Array, w: QuantizedTensor) -> jax.Array:
+def _run(x: jax.Array, w: QuantizedTensor | QuantizeInput) -> jax.Array:
     (y,) = _run_together(x, (w,))
     return y
 
 
-def _run_together(x: jax.Array, ws: Sequence[QuantizedTensor]) -> tuple[jax.Array, ...]:
+def _run_together(x: jax.Array, ws: Sequence[QuantizedTensor | QuantizeInput]) -> tuple[jax.Array, ...]:
+    from cuda_ffi.byte_product import byte_products
     from cuda_ffi.lut_product import Matrix, lut_products
 
-    matrices = [Matrix(*arrays_of(w)) for w in ws]
-    return lut_products(x, matrices, bits=ws[0].bits, group_size=ws[0].group_size)
+    products = byte_products if isinstance(ws[0], QuantizeInput) else lut_products
+    leaves = [w.inner if isinstance(w, QuantizeInput) else w for w in ws]
+    matrices = [Matrix(*arrays_of(leaf)) for leaf in leaves]
+    return products(x, matrices, bits=leaves[0].bits, group_size=leaves[0].group_size)
 
 
-CPU = Backend(name="cpu", supports=_supports, run=_run, run_together=_run_together)
+def _detail(x: Any, w: Any) -> str | None:
+    return "x is rounded to bytes, which multiply the weight's bytes" if isinstance(w, QuantizeInput) else None
+
+
+CPU = Backend(name="cpu", supports=_supports, run=_run, run_together=_run_together, detail=_detail)

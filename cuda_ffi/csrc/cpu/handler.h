@@ -1,13 +1,15 @@
-// What the handlers share: XLA's threads, the shape of a matrix, and how they refuse an instruction set.
+// What the handlers share: XLA's threads, the shape and type of a matrix, and how they refuse an instruction set.
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
 #include <functional>
+#include <optional>
 #include <string>
 #include <string_view>
 #include <utility>
 
+#include "numbers.h"
 #include "threads.h"
 #include "xla/ffi/api/ffi.h"
 
@@ -26,6 +28,18 @@ bool HasShape(const Buffer& buffer, int64_t rows, int64_t columns) {
   const auto shape = buffer.dimensions();
   return shape.size() == 2 && shape[0] == rows && shape[1] == columns;
 }
+
+template <class Buffer>
+std::optional<Type> TypeOf(const Buffer& buffer) {
+  switch (buffer.element_type()) {
+    case xla::ffi::F32: return Type::kFloat32;
+    case xla::ffi::BF16: return Type::kBfloat16;
+    case xla::ffi::U8: return Type::kE8m0;
+    default: return std::nullopt;
+  }
+}
+
+inline bool IsFloat(std::optional<Type> type) { return type && *type != Type::kE8m0; }
 
 inline std::string LacksIsa(std::string_view name) {
   return "got isa=" + std::string(name) + ", which this processor doesn't have; pass \"auto\"";

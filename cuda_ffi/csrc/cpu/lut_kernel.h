@@ -36,12 +36,6 @@ struct Input {
   bool half;                // the last block has words of 16 bits
 };
 
-struct Output {
-  void* y;
-  int64_t stride;
-  Type type;
-};
-
 // How many rows of the weight have their tables widened at a time, and the length of the longest table.
 constexpr int64_t kTableRows = 8;
 constexpr int64_t kTableFloats = 256;

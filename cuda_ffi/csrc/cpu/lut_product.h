@@ -5,12 +5,10 @@
 #include <cstdint>
 
 #include "isa.h"
+#include "numbers.h"
 #include "threads.h"
 
 namespace any4 {
-
-// kE8m0 is a biased exponent in a byte; only scales have it.
-enum class Type { kFloat32, kBfloat16, kE8m0 };
 
 struct LutWeight {
   int64_t n, k;

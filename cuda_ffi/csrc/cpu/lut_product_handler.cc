@@ -1,5 +1,4 @@
 // XLA's entry point to LutProducts: it checks what Python passed, and lends it XLA's threads.
-#include <optional>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -13,17 +12,8 @@ namespace {
 
 namespace ffi = xla::ffi;
 using any4::HasShape;
-
-std::optional<any4::Type> TypeOf(const ffi::AnyBuffer& buffer) {
-  switch (buffer.element_type()) {
-    case ffi::F32: return any4::Type::kFloat32;
-    case ffi::BF16: return any4::Type::kBfloat16;
-    case ffi::U8: return any4::Type::kE8m0;
-    default: return std::nullopt;
-  }
-}
-
-bool IsFloat(std::optional<any4::Type> type) { return type && *type != any4::Type::kE8m0; }
+using any4::IsFloat;
+using any4::TypeOf;
 
 ffi::Error Invalid(const std::string& message) {
   return ffi::Error::InvalidArgument("any4_cpu_lut_product: " + message);

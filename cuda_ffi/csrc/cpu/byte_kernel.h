@@ -1,0 +1,59 @@
+// What byte_product.cc and the code of each instruction set (byte_kernel_*.cc) share.
+//
+// A step is the codes of one vector of nibbles, 8 for each of its V lanes of 32 bits. The bytes' low halves are a vector
+// of even k, their high halves one of odd k, so x is stored in that order: step, half, byte. Codes of 8 bits fill two
+// vectors, and each input group of kGroup is 16 bytes of either, so that both widths leave the sum of a group in the
+// same 4 lanes. There every step multiplies by the scales of its groups, and adds to a vector of floats.
+#pragma once
+
+#include <cstdint>
+
+#include "byte_product.h"
+
+namespace any4 {
+
+inline int64_t CodeBytes(int64_t k, int bits) { return (k * bits + 7) / 8; }
+
+// Rounded x in the order above, padded with zeros to whole steps, and all else that the weight's rows have in common.
+struct ByteInput {
+  int64_t rows;
+  int64_t k;
+  int64_t group_size;
+  int64_t steps;             // in a row
+  int8_t* values;            // [rows, steps, 8 V]: q
+  int32_t* starts;           // [rows, steps, V]: -128 times the sum of the values that a lane multiplies
+  float* scales;             // [rows, steps, V]: a, of each lane
+  float* sums;               // [rows, groups]: of a * q over each of the weight's groups
+  int64_t groups;
+  const int32_t* group;      // [steps]: the weight's group that a step begins in
+  const int32_t* relative;   // [steps, V]: the group of each lane, less the former
+  bool whole_steps;          // every step lies in one of the weight's groups
+};
+
+// How many rows of the weight have their scales widened at a time, and the most of a task.
+constexpr int64_t kByteRows = 8;
+constexpr int64_t kByteTaskRows = 64;
+// The rows of x in one pass over the weight: at K = 2048 they take 256 kB, which a level-2 cache holds.
+constexpr int64_t kByteInputRows = 64;
+// Floats beyond a row's scales that vector loads may read.
+constexpr int64_t kBytePadding = 16;
+
+struct ByteKernel {
+  int64_t lanes;  // V
+  // Rounds row `row` of x, which is at `x`, into the input's arrays.
+  void (*round)(const void* x, Type type, int bits, const ByteInput& in, int64_t row);
+  // Multiplies rows [begin, end) of the weight with all rows of the input; `scratch` has ByteScratchFloats.
+  void (*multiply)(const ByteWeight&, const ByteInput&, int64_t begin, int64_t end, const Output&, float* scratch);
+};
+
+inline int64_t ByteScratchFloats(const ByteWeight& weight) { return 2 * (kByteRows * weight.groups() + kBytePadding); }
+
+// Null if the library was built without that instruction set.
+const ByteKernel* PortableByteKernel();
+const ByteKernel* DotProdByteKernel();
+const ByteKernel* Avx2ByteKernel();
+const ByteKernel* AvxVnniByteKernel();
+const ByteKernel* Avx512VnniByteKernel();
+const ByteKernel* Avx512VbmiByteKernel();
+
+}  // namespace any4

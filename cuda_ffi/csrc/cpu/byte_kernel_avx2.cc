@@ -1,0 +1,43 @@
+// AVX2: a byte shuffle looks up 32 weights. The one product of bytes, of bytes without a sign by bytes with one, adds
+// pairs in 16 bits with saturation. Magnitudes of weights, up to 128, by inputs that take their sign stay below.
+#include "byte_kernel.h"
+
+#if defined(__AVX2__)
+
+#include <immintrin.h>
+
+namespace any4 {
+namespace byte_avx2 {
+
+#include "byte_kernel_inl.h"
+#include "byte_vector256_inl.h"
+
+struct Vector : Vector256 {
+  static constexpr bool kUnsigned = false;
+  static constexpr int kRowsOfOne = 2, kRows = 1, kInputs = 8;
+  using Table = SignedTable;
+
+  static void Whole(const uint8_t* codes, Bytes* low, Bytes* high) {
+    Vector256::Whole(codes, low, high);
+    *low = _mm256_xor_si256(*low, _mm256_set1_epi8(-128));
+    *high = _mm256_xor_si256(*high, _mm256_set1_epi8(-128));
+  }
+  static Ints Dot(Ints sum, Bytes weights, Bytes q) {
+    const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(weights), _mm256_sign_epi8(q, weights));
+    return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+  }
+};
+
+}  // namespace byte_avx2
+
+const ByteKernel* Avx2ByteKernel() { return byte_avx2::ByteKernelOf<byte_avx2::Vector>::Get(); }
+
+}  // namespace any4
+
+#else
+
+namespace any4 {
+const ByteKernel* Avx2ByteKernel() { return nullptr; }
+}  // namespace any4
+
+#endif

@@ -1,0 +1,192 @@
+// The kernel, over a vector type V. Each instruction set's file includes this one inside its own namespace, so that the
+// linker never merges code of different sets. For the same reason it calls nothing of the standard library.
+//
+// Of V the kernel needs kLanes lanes of 32 bits in Ints and Floats, Bytes of 4 kLanes, and
+//   kUnsigned                  whether weights are value + 128, bytes without a sign, else bytes with one
+//   kRowsOfOne                 rows of the weight at a time for one row of x, where latency limits
+//   kRows, kInputs             those of the weight and of x at a time, where there are more of x
+//   Dot(sum, weights, q)       adds to each lane the products of its 4 bytes
+//   Table, Low, High           a table of 16 bytes, and the halves of a vector of codes that it looks up
+//   Whole(at, low, high)       two vectors of codes of 8 bits in the order of byte_kernel.h
+// and what byte_round_inl.h calls.
+
+#include "numbers_inl.h"
+#include "byte_round_inl.h"
+
+// The bytes of row n's table, -8 to 7 for a ramp.
+inline const int8_t* TableOf(const ByteWeight& w, int64_t n) {
+  static constexpr int8_t kRamp[16] = {-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7};
+  return w.ramp ? kRamp : static_cast<const int8_t*>(w.lut) + (w.lut_rows == 1 ? 0 : n * 16);
+}
+
+// The scales and offsets of a few rows of the weight, as floats; a ramp's step and middle are part of them.
+struct ByteRows {
+  float* scales;
+  float* offsets;
+  bool any_offsets;
+
+  ByteRows(const ByteWeight& w, float* scratch)
+      : scales(scratch), offsets(scratch + kByteRows * w.groups() + kBytePadding), any_offsets(w.offsets != nullptr) {}
+
+  void Load(const ByteWeight& w, int64_t first, int64_t count) {
+    const int64_t groups = w.groups();
+    Widen(w.scales, w.scales_type, first * groups, count * groups, scales);
+    any_offsets = w.offsets != nullptr;
+    if (any_offsets) Widen(w.offsets, w.offsets_type, first * groups, count * groups, offsets);
+    if (!w.ramp) return;
+    for (int64_t row = 0; row < count; ++row) {
+      const int64_t size = int64_t{1} << w.bits, table = (w.lut_rows == 1 ? 0 : first + row) * size;
+      float start[2], middle;
+      Widen(w.lut, w.lut_type, table, 2, start);
+      Widen(w.lut, w.lut_type, table + size / 2, 1, &middle);
+      const float step = start[1] - start[0];
+      if (middle != 0 && !any_offsets) {
+        for (int64_t i = 0; i < count * groups; ++i) offsets[i] = 0;
+        any_offsets = true;
+      }
+      for (int64_t i = row * groups; i < (row + 1) * groups; ++i) {
+        if (any_offsets) offsets[i] += middle * scales[i];
+        scales[i] *= step;
+      }
+    }
+  }
+};
+
+// kRows rows of the weight by kInputs rows of x at a time, over all steps of a row.
+template <class V, int kBits, bool kWhole>
+struct ByteMultiply {
+  using Bytes = typename V::Bytes;
+  using Floats = typename V::Floats;
+  static constexpr int64_t kLanes = V::kLanes, kStep = 8 * kLanes, kStepBytes = kLanes * kBits;
+  // Codes are prefetched a page ahead, since the processor's own prefetching ends there.
+  static constexpr int64_t kAhead = 4096;
+
+  // Adds the products of one step to the sums.
+  template <int kRows, int kInputs>
+  static inline __attribute__((always_inline)) void Step(const ByteInput& in, int64_t input, int64_t step,
+                                                         const uint8_t* const* codes, const typename V::Table* tables,
+                                                         const float* const* scales, Floats (&sums)[kRows][kInputs]) {
+    const int64_t at = input * in.steps + step;
+    Bytes low[kRows], high[kRows];
+    Floats scale[kRows];
+    for (int r = 0; r < kRows; ++r) {
+      if constexpr (kBits == 4) {
+        const Bytes both = V::Load(codes[r]);
+        low[r] = tables[r].Look(V::Low(both));
+        high[r] = tables[r].Look(V::High(both));
+      } else {
+        V::Whole(codes[r], &low[r], &high[r]);
+      }
+      const float* from = scales[r] + in.group[step];
+      scale[r] = kWhole ? V::Broadcast(*from) : V::Pick(from, in.relative + step * kLanes);
+    }
+    for (int i = 0; i < kInputs; ++i) {
+      const int64_t of_input = at + i * in.steps;
+      const Bytes q_low = V::Load(in.values + of_input * kStep);
+      const Bytes q_high = V::Load(in.values + of_input * kStep + kStep / 2);
+      const Floats by = V::LoadFloats(in.scales + of_input * kLanes);
+      for (int r = 0; r < kRows; ++r) {
+        const auto start = V::kUnsigned ? V::LoadInts(in.starts + of_input * kLanes) : V::Zero();
+        const auto dot = V::Dot(V::Dot(start, low[r], q_low), high[r], q_high);
+        sums[r][i] = V::Fma(V::ToFloats(dot), V::Multiply(by, scale[r]), sums[r][i]);
+      }
+    }
+  }
+
+  template <int kRows, int kInputs>
+  static void Tile(const ByteWeight& w, const ByteInput& in, const ByteRows& rows, int64_t n, int64_t within,
+                   int64_t input, const Output& out) {
+    typename V::Table tables[kRows];
+    const float* scales[kRows];
+    Floats sums[kRows][kInputs];
+    for (int r = 0; r < kRows; ++r) {
+      if constexpr (kBits == 4) tables[r].Set(TableOf(w, n + r));
+      scales[r] = rows.scales + (within + r) * in.groups;
+      for (Floats& sum : sums[r]) sum = V::ZeroFloats();
+    }
+    const uint8_t* codes[kRows];
+    const int64_t stride = CodeBytes(w.k, kBits), last_step = in.steps - 1;
+    for (int r = 0; r < kRows; ++r) codes[r] = w.codes + (n + r) * stride;
+    for (int64_t step = 0; step < last_step; ++step) {
+      if (kInputs == 1) {
+        for (int r = 0; r < kRows; ++r) __builtin_prefetch(codes[r] + kAhead);
+      }
+      Step<kRows, kInputs>(in, input, step, codes, tables, scales, sums);
+      for (int r = 0; r < kRows; ++r) codes[r] += kStepBytes;
+    }
+    // Vector loads read whole steps: after a row come the next row's bytes, which do no harm, since x has zeros there.
+    // After the last row no bytes may be read, so its own are copied.
+    uint8_t last[kRows][kStepBytes];
+    const int64_t left = stride - last_step * kStepBytes;
+    if (n + kRows >= w.n - kStepBytes && left < kStepBytes) {
+      for (int r = 0; r < kRows; ++r) {
+        __builtin_memset(last[r], 0, kStepBytes);
+        __builtin_memcpy(last[r], codes[r], left);
+        codes[r] = last[r];
+      }
+    }
+    Step<kRows, kInputs>(in, input, last_step, codes, tables, scales, sums);
+    for (int r = 0; r < kRows; ++r) {
+      for (int i = 0; i < kInputs; ++i) {
+        Floats sum = sums[r][i];
+        if (rows.any_offsets) {
+          const float* offsets = rows.offsets + (within + r) * in.groups;
+          const float* of_x = in.sums + (input + i) * in.groups;
+          for (int64_t g = 0; g < in.groups; g += V::kLanes) {
+            sum = V::Fma(V::LoadFirst(offsets + g, in.groups - g), V::LoadFirst(of_x + g, in.groups - g), sum);
+          }
+        }
+        Store(out, input + i, n + r, V::Sum(sum));
+      }
+    }
+  }
+
+  // Rows [first, first + count) of the weight by kInputs rows of x, as many of the weight at a time as registers allow.
+  template <int kRows, int kInputs>
+  static void Tiles(const ByteWeight& w, const ByteInput& in, const ByteRows& rows, int64_t first, int64_t count,
+                    int64_t input, const Output& out) {
+    int64_t r = 0;
+    for (; r + kRows <= count; r += kRows) Tile<kRows, kInputs>(w, in, rows, first + r, r, input, out);
+    for (; r < count; ++r) Tile<1, kInputs>(w, in, rows, first + r, r, input, out);
+  }
+
+  // All rows of x from `input` on, kInputs at a time, then fewer.
+  template <int kInputs>
+  static void Inputs(const ByteWeight& w, const ByteInput& in, const ByteRows& rows, int64_t first, int64_t count,
+                     int64_t input, const Output& out) {
+    constexpr int kRows = kInputs == 1 ? V::kRowsOfOne : V::kRows;
+    for (; input + kInputs <= in.rows; input += kInputs) Tiles<kRows, kInputs>(w, in, rows, first, count, input, out);
+    if constexpr (kInputs > 1) {
+      if (input < in.rows) Inputs<kInputs / 2>(w, in, rows, first, count, input, out);
+    }
+  }
+
+  static void Range(const ByteWeight& w, const ByteInput& in, int64_t begin, int64_t end, const Output& out,
+                    float* scratch) {
+    ByteRows rows(w, scratch);
+    for (int64_t first = begin; first < end; first += kByteRows) {
+      const int64_t count = end - first < kByteRows ? end - first : kByteRows;
+      rows.Load(w, first, count);
+      Inputs<V::kInputs>(w, in, rows, first, count, 0, out);
+    }
+  }
+};
+
+template <class V>
+struct ByteKernelOf {
+  static void Round(const void* x, Type type, int bits, const ByteInput& in, int64_t row) {
+    (bits == 4 ? RoundRow<V, 4> : RoundRow<V, 8>)(x, type, in, row);
+  }
+
+  static void Multiply(const ByteWeight& w, const ByteInput& in, int64_t begin, int64_t end, const Output& out,
+                       float* scratch) {
+    const auto range = w.bits == 4 ? (in.whole_steps ? ByteMultiply<V, 4, true>::Range : ByteMultiply<V, 4, false>::Range)
+                                   : (in.whole_steps ? ByteMultiply<V, 8, true>::Range : ByteMultiply<V, 8, false>::Range);
+    range(w, in, begin, end, out, scratch);
+  }
+
+  static const ByteKernel* Get() {
+    static const ByteKernel kernel{V::kLanes, Round, Multiply};
+    return &kernel;
+  }
+};

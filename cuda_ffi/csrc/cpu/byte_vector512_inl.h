@@ -1,0 +1,62 @@
+// What the kernels of 512 bits have in common. Each includes it inside its own namespace.
+
+#include "byte_order_inl.h"
+
+struct Vector512 {
+  using Bytes = __m512i;
+  using Ints = __m512i;
+  using Floats = __m512;
+  static constexpr int kLanes = 16;
+  static constexpr bool kUnsigned = true;
+  static constexpr int kRowsOfOne = 4, kRows = 4, kInputs = 4;
+
+  static Bytes Load(const void* from) { return _mm512_loadu_si512(from); }
+  static Bytes Ones() { return _mm512_set1_epi8(1); }
+  static void Whole(const uint8_t* codes, Bytes* low, Bytes* high) {
+    const Bytes first = Load(codes), second = Load(codes + 64);
+    *low = _mm512_shuffle_i64x2(first, second, 0x88);
+    *high = _mm512_shuffle_i64x2(first, second, 0xdd);
+  }
+  static Ints Zero() { return _mm512_setzero_si512(); }
+  static Ints LoadInts(const int32_t* from) { return Load(from); }
+  static void StoreInts(int32_t* to, Ints value) { _mm512_storeu_si512(to, value); }
+  static Ints Dot(Ints sum, Bytes weights, Bytes q) { return _mm512_dpbusd_epi32(sum, weights, q); }
+  static Floats ZeroFloats() { return _mm512_setzero_ps(); }
+  static Floats Broadcast(float value) { return _mm512_set1_ps(value); }
+  static Floats LoadFloats(const float* from) { return _mm512_loadu_ps(from); }
+  // The first `count` floats, then zeros; `count` may exceed the number of lanes.
+  static Floats LoadFirst(const float* from, int64_t count) {
+    const __mmask16 wanted = count >= kLanes ? 0xffff : static_cast<__mmask16>((1u << count) - 1);
+    return _mm512_maskz_loadu_ps(wanted, from);
+  }
+  static Floats Pick(const float* from, const int32_t* lanes) {
+    return _mm512_permutexvar_ps(LoadInts(lanes), LoadFloats(from));
+  }
+  static Floats Multiply(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
+  static Floats Fma(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
+  static Floats ToFloats(Ints a) { return _mm512_cvtepi32_ps(a); }
+  static Ints Nearest(Floats a) { return _mm512_cvtps_epi32(a); }
+  // The bits of the magnitudes.
+  static Ints Magnitude(Floats a) { return _mm512_and_si512(_mm512_castps_si512(a), _mm512_set1_epi32(0x7fffffff)); }
+  static Ints Larger(Ints a, Ints b) { return _mm512_max_epi32(a, b); }
+  static int32_t Largest(Ints a) { return _mm512_reduce_max_epi32(a); }
+  // 32 integers of 8 bits: even and odd ones apart where codes have 4 bits, else the first and the second half.
+  template <int kBits>
+  static void StoreGroup(const Ints* q, int8_t* low, int8_t* high) {
+    __m256i bytes = _mm256_set_m128i(_mm512_cvtepi32_epi8(q[1]), _mm512_cvtepi32_epi8(q[0]));
+    if constexpr (kBits == 4) bytes = EvenThenOdd(bytes);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(low), _mm256_castsi256_si128(bytes));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(high), _mm256_extracti128_si256(bytes, 1));
+  }
+  static float Sum(Floats a) { return _mm512_reduce_add_ps(a); }
+
+  // value + 128 of each entry, four times over.
+  struct Table {
+    Bytes values;
+
+    void Set(const int8_t* table) {
+      const __m128i once = _mm_loadu_si128(reinterpret_cast<const __m128i*>(table));
+      values = _mm512_xor_si512(_mm512_broadcast_i32x4(once), _mm512_set1_epi8(-128));
+    }
+  };
+};

@@ -1,0 +1,120 @@
+// Runs the code of every instruction set for products of bytes on odd shapes, in buffers that end where the arrays end,
+// against sums in double; built with sanitizers by test_native_build.py. Prints the number of cases; fails at the first
+// wrong one.
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <random>
+#include <vector>
+
+#include "byte_kernel.h"
+#include "byte_product.h"
+#include "pool.h"
+
+namespace {
+
+struct Shape {
+  int64_t m, n, k, group_size;
+  bool row_tables, offsets;
+};
+
+// Rows of x for every tile, tasks that end unevenly, groups within a step, the whole row as one, one code, none.
+constexpr Shape kShapes[] = {
+    {1, 7, 300, 32, true, true},   {2, 5, 515, 64, false, false}, {3, 9, 130, 96, true, true},
+    {17, 66, 640, 128, true, true}, {70, 9, 264, 1000, true, false}, {1, 1, 1, 1, false, true},
+    {5, 6, 33, 33, true, true},    {1, 3, 4097, 128, true, true}, {1, 90, 2, 32, true, true},
+    {2, 3, 0, 32, false, false},
+};
+
+// x rounded as the kernel rounds it.
+std::vector<double> Rounded(const std::vector<float>& x, int64_t m, int64_t k) {
+  std::vector<double> rounded(x.size());
+  for (int64_t row = 0; row < m; ++row) {
+    for (int64_t first = row * k; first < (row + 1) * k; first += any4::kGroup) {
+      const int64_t end = std::min(first + any4::kGroup, (row + 1) * k);
+      float largest = 0;
+      for (int64_t i = first; i < end; ++i) largest = std::max(largest, std::abs(x[i]));
+      const float inverse = 127.0f / largest;
+      for (int64_t i = first; i < end; ++i) {
+        volatile float scaled = x[i] * inverse;
+        rounded[i] = std::nearbyint(scaled) * static_cast<double>(largest) / 127;
+      }
+    }
+  }
+  return rounded;
+}
+
+bool Check(const Shape& s, int bits, bool ramp, any4::Isa isa, int64_t thread_count) {
+  std::mt19937 random(static_cast<unsigned>(s.k * 8 + bits));
+  std::uniform_real_distribution<float> uniform(-1, 1);
+  const int64_t row_bytes = any4::CodeBytes(s.k, bits), groups = (s.k + s.group_size - 1) / s.group_size;
+  const int64_t tables = s.row_tables ? s.n : 1, size = int64_t{1} << bits;
+  std::vector<uint8_t> codes(s.n * s.k), packed(s.n * row_bytes);
+  for (int64_t i = 0; i < s.n * s.k; ++i) {
+    codes[i] = static_cast<uint8_t>(random() % size);
+    packed[i / s.k * row_bytes + i % s.k * bits / 8] |= static_cast<uint8_t>(codes[i] << (i % s.k * bits % 8));
+  }
+  std::vector<int8_t> lut(tables * size);
+  std::vector<float> steps(tables * size), scales(s.n * groups), offsets(s.n * groups);
+  for (int8_t& v : lut) v = static_cast<int8_t>(random());
+  for (int64_t i = 0; i < tables * size; ++i) steps[i] = static_cast<float>(i % size - size / 2) / 4 + 0.5f;
+  for (float& v : scales) v = uniform(random);
+  for (float& v : offsets) v = uniform(random);
+  std::vector<float> x(s.m * s.k), y(s.m * s.n, NAN);
+  for (float& v : x) v = uniform(random);
+
+  any4::ByteWeight w{};
+  w.n = s.n;
+  w.k = s.k;
+  w.bits = bits;
+  w.group_size = s.group_size;
+  w.codes = packed.data();
+  w.lut = ramp ? static_cast<const void*>(steps.data()) : lut.data();
+  w.lut_rows = tables;
+  w.ramp = ramp;
+  w.scales = scales.data();
+  w.offsets = s.offsets ? offsets.data() : nullptr;
+  const any4::ByteProduct product{w, y.data()};
+  {
+    Pool pool;
+    any4::ByteProducts(&product, 1, x.data(), s.m, any4::Type::kFloat32, isa, pool.executor(thread_count));
+  }
+  const std::vector<double> rounded = Rounded(x, s.m, s.k);
+  for (int64_t m = 0; m < s.m; ++m) {
+    for (int64_t n = 0; n < s.n; ++n) {
+      double sum = 0, magnitude = 0;
+      for (int64_t k = 0; k < s.k; ++k) {
+        const int64_t group = n * groups + k / s.group_size, entry = (s.row_tables ? n : 0) * size + codes[n * s.k + k];
+        const double scaled = (ramp ? static_cast<double>(steps[entry]) : lut[entry]) * scales[group];
+        const double offset = s.offsets ? offsets[group] : 0;
+        sum += rounded[m * s.k + k] * (scaled + offset);
+        magnitude += std::abs(rounded[m * s.k + k]) * (std::abs(scaled) + std::abs(offset));
+      }
+      const double got = y[m * s.n + n];
+      if (!(std::abs(got - sum) <= 3e-6 * magnitude)) {
+        std::printf("m=%ld n=%ld k=%ld g=%ld bits=%d isa=%d: y[%ld, %ld] is %g, not %g\n", long(s.m), long(s.n),
+                    long(s.k), long(s.group_size), bits, int(isa), long(m), long(n), got, sum);
+        return false;
+      }
+    }
+  }
+  return true;
+}
+
+}  // namespace
+
+int main() {
+  int cases = 0;
+  for (const any4::Isa isa : InstructionSets()) {
+    for (const Shape& shape : kShapes) {
+      for (const auto& [bits, ramp] : {std::pair{4, false}, {4, true}, {8, true}}) {
+        if (!Check(shape, bits, ramp, isa, 1 + cases % 4)) return EXIT_FAILURE;
+        ++cases;
+      }
+    }
+  }
+  std::printf("%d cases\n", cases);
+  return EXIT_SUCCESS;
+}
