@@ -10,8 +10,8 @@ def partition(tree, mask=None) -> tuple[Any, Any]:
     """Splits a tree into (chosen, rest). Both have the tree's structure, with None where the other has the array.
 
     Without a mask, the floating-point leaves are chosen: lut, scales, offsets, low-rank factors, input scales and dense
-    weights, which gradients and optimisers may see. The rest are the integers, which they never see: codes, e8m0
-    exponents and permutations.
+    weights, which gradients and optimisers may see. The rest are the integers, which they never see: codes, tables of
+    int8, e8m0 exponents and permutations.
 
     Args:
       tree: arrays, in operators or not.

@@ -30,7 +30,10 @@ _LOST_EXPONENT = 255
 
 
 StoredDtype = Literal["bfloat16", "float16", "float32"]
-"""The dtypes of tables, scales and offsets, except for e8m0 exponents."""
+"""The dtypes of tables, scales and offsets, except for e8m0 exponents and tables of integers."""
+
+TableDtype = StoredDtype | Literal["int8"]
+"""The dtypes of learned tables. Integers have a smaller group scale, so that the law stands as it is."""
 
 
 class GroupScales(NamedTuple):
@@ -41,10 +44,19 @@ class GroupScales(NamedTuple):
 
 
 def rounded(values: jax.Array, dtype) -> jax.Array:
-    """float32 values rounded to the dtype in which they are stored. A cast alone is not enough: XLA may drop a cast to
-    bfloat16 that is followed by one back to float32, and codes would then be chosen for values that aren't stored."""
+    """float32 values rounded to the dtype in which they are stored, integers to the nearest from -127 to 127. A cast
+    alone is not enough: XLA may drop a cast to bfloat16 that is followed by one back to float32, and codes would then
+    be chosen for values that aren't stored."""
+    if jnp.issubdtype(dtype, jnp.signedinteger):
+        most = largest_integer(dtype)
+        return jnp.clip(jnp.round(values), -most, most).astype(dtype)
     info = jnp.finfo(dtype)
     return jax.lax.reduce_precision(values, info.nexp, info.nmant).astype(dtype)
+
+
+def largest_integer(dtype) -> int:
+    """The largest magnitude of a table of integers, for int8 127: as many lie below zero as above it."""
+    return int(jnp.iinfo(dtype).max)
 
 
 def group_count(k: int, group_size: int) -> int:

@@ -49,8 +49,8 @@ def refit(
     Args:
       w: float32 [N, K].
       importance: h, float32 [K], not negative.
-      lut: [N or 1, 2**bits], 4, 8 or 16 entries, ascending; float32, bfloat16 or float16, like scales and offsets.
-      scales: [N, ceil(K / group_size)].
+      lut: [N or 1, 2**bits], 4, 8 or 16 entries, ascending; float32, bfloat16, float16, or int8 from -127 to 127.
+      scales: [N, ceil(K / group_size)], float32, bfloat16 or float16.
       offsets: like scales, or None.
       kind: which library, "cpu" or "cuda".
       group_size: G, 1 to K.
@@ -70,13 +70,18 @@ def refit(
     """
     registration.register(kind)
     stored = (lut, scales) if offsets is None else (lut, scales, offsets)
-    mantissas = tuple(jnp.finfo(a.dtype).nmant for a in stored)
+    mantissas = tuple(_mantissa(a.dtype) for a in stored)
     call = _call(kind, group_size, searches, max_rounds, free, settled, search, mantissas, isa)
     tables = jnp.broadcast_to(lut, (w.shape[0], lut.shape[1]))
     # The handler's float32 values, in and out, are values that the stored dtypes hold: the casts round nothing.
     found = call(w, importance, *(a.astype(jnp.float32) for a in (tables, *stored[1:])))
     fit = tuple(a.astype(like.dtype) for a, like in zip(found, stored, strict=True))
     return fit[0] if free[0] < free[1] else lut, fit[1], None if offsets is None else fit[2]
+
+
+def _mantissa(dtype) -> int:
+    """The mantissa bits of a stored dtype: float32 23, float16 10, bfloat16 7; 0 for int8."""
+    return jnp.finfo(dtype).nmant if jnp.issubdtype(dtype, jnp.floating) else 0
 
 
 @functools.cache
@@ -93,7 +98,7 @@ def _call(
 ):
     """The custom call on float32 (w, importance, lut [N, 2**bits], scales[, offsets]) with its rule for vmap.
 
-    mantissas: the mantissa bits of the stored dtypes of lut, scales and offsets: float32 23, float16 10, bfloat16 7.
+    mantissas: those of the stored dtypes of lut, scales and offsets, see `_mantissa`.
     """
     attributes = {
         "group_size": np.int64(group_size),

@@ -77,8 +77,8 @@ def _(w: QuantizedTensor) -> str | None:
     fits = len(lut) >= 2 and lut in ((*stack, 1, 2**w.bits), (*stack, n, 2**w.bits))
     if k < 0 or any(p.shape != size or p.dtype != jnp.uint8 for p, size in zip(w.planes, sizes, strict=True)):
         return f"codes are {_described(w.codes)}, and uint8 {', '.join(str(list(s)) for s in sizes)} is needed"
-    if not fits or not _is_floating(w.lut):
-        return f"lut is {_described(w.lut)}, and floats {[*stack, f'1 or {n}', 2**w.bits]} are needed"
+    if not fits or not (_is_floating(w.lut) or w.lut.dtype == jnp.int8):
+        return f"lut is {_described(w.lut)}, and floats or int8 {[*stack, f'1 or {n}', 2**w.bits]} are needed"
     groups = (*stack, n, scaling.group_count(k, w.group_size))
     for field, stored in (("scales", w.scales), ("offsets", w.offsets)):
         if stored is None and field == "offsets":

@@ -11,6 +11,7 @@ from any4_jax import clustering, formats, scaling, weights
 from any4_jax.methods.base import Result
 from any4_jax.methods.fields import Fields
 from any4_jax.methods.gradient import train_tables
+from any4_jax.methods.integer_tables import reaching, stored
 from any4_jax.methods.units import put_back
 from any4_jax.refit import Fit, refit
 from any4_jax.schema import Count, Finite, Index, Positive
@@ -64,7 +65,9 @@ class Any4(Fields):
         nothing to alternate.
       scale_search: how many rounds of the refit begin with a search for each group's scale; 0 for none.
       sequential: gather statistics from the model as quantized so far.
-      scale_dtype, table_dtype: the dtypes in which scales, offsets and tables are stored.
+      scale_dtype, table_dtype: the dtypes in which scales, offsets and tables are stored. A table of "int8" holds
+        integers from -127 to 127, for which the group scales are so much smaller. It takes half the bytes of one of
+        bfloat16, and no gradient trains it later.
     """
 
     name: ClassVar[str] = "any4"
@@ -86,7 +89,7 @@ class Any4(Fields):
     scale_search: Index = 2
     sequential: bool = False
     scale_dtype: scaling.StoredDtype = "bfloat16"
-    table_dtype: scaling.StoredDtype = "bfloat16"
+    table_dtype: scaling.TableDtype = "bfloat16"
 
     @classmethod
     def paper(cls, **fields) -> "Any4":
@@ -114,6 +117,11 @@ class Any4(Fields):
             raise ValueError(
                 "got solver='gradient' with per_row=False, it trains a table for each row; pass per_row=True or "
                 "another solver"
+            )
+        if self.table_dtype == "int8" and self.group_size is None:
+            raise ValueError(
+                "got table_dtype='int8' with group_size=None, which stores no scale for integers; pass a group_size "
+                "(one above K for a scale a row) or a floating table_dtype"
             )
         if self.sample_weight not in (None, "auto") and not gathered:
             raise ValueError(
@@ -143,8 +151,8 @@ class Any4(Fields):
         importance = self._importance(gathered, k)
         group_size = k if self.group_size is None else min(self.group_size, k)
         # The solvers square weights, and rows that share a table must share a unit.
-        stored = self.table_dtype if self.group_size is None else self.scale_dtype
-        unit = scaling.unit(w, jnp.dtype(stored), axis=1 if self.per_row else None)
+        sized = self.table_dtype if self.group_size is None else self.scale_dtype
+        unit = scaling.unit(w, jnp.dtype(sized), axis=1 if self.per_row else None)
         even = w / unit
         table = None if self.per_row else self._matrix_table(even, importance, group_size)
         drawn = Sample(self.sample_tokens)
@@ -188,6 +196,10 @@ class Any4(Fields):
         """Scales and offsets [N, ceil(K/G)] of weights [N, K] for tables that stay as they are."""
         group_size = w.shape[1] if self.group_size is None else min(self.group_size, w.shape[1])
         start = Fit(lut, *self._first_scales(w, group_size))
+        if self.table_dtype == "int8":
+            # What a table's integers stood for isn't kept with them: here the largest is as large as the row's weights.
+            u = scaling.normalize(w, start.scales, start.offsets, group_size)
+            start = reaching(start, jnp.abs(u).max(axis=1, keepdims=True))
         if self.refit and self.group_size is not None:
             searches, rounds, kept = self.scale_search, self.max_iter, slice(0)
             start = refit(w, importance, start, group_size, searches=searches, max_rounds=rounds, entries=kept)
@@ -197,7 +209,7 @@ class Any4(Fields):
         u, sample_weight, scales, offsets = self._scaled(w, importance, group_size)
         if table is None:
             table = self._tables(u, sample_weight, (u.min(axis=1), u.max(axis=1)))
-        lut = scaling.rounded(table, jnp.dtype(self.table_dtype))
+        lut, scales, offsets = stored(table, scaling.GroupScales(scales, offsets), jnp.dtype(self.table_dtype))
         inner = slice(1, -1) if self.keep_outliers else slice(None)
         if self.refit and self.group_size is not None:
             free = inner if self.per_row else slice(0)

@@ -110,7 +110,7 @@ class GPTQ(Fields):
         else:
             leaf = self._with_static_groups(target, leaf, hessian, factored, order)
         # Codes under a Hessian that isn't positive definite are noise: a method around this one shall see it too.
-        operator: Any = dataclasses.replace(leaf, lut=jnp.where(factored.positive, leaf.lut, jnp.nan))
+        operator: Any = jax.tree.map(lambda stored: _unless(factored.positive, stored), leaf)
         if self.act_order and moving:
             operator = weights.PermuteInput(operator, order)
         fault = (
@@ -201,6 +201,11 @@ class GPTQ(Fields):
                 "one QuantizedTensor; pass a method that gives one"
             )
         return operator
+
+
+def _unless(good: jax.Array, stored: jax.Array) -> jax.Array:
+    """The stored array; NaN where it is floating and all is not `good`, bool []."""
+    return jnp.where(good, stored, jnp.nan) if jnp.issubdtype(stored.dtype, jnp.inexact) else stored
 
 
 def _plain(stored: Any) -> jax.Array:

@@ -118,13 +118,14 @@ class _Problem(NamedTuple):
         largest = scaling.power_of_two(jnp.abs(scales).max(axis=1, keepdims=True))
         steps = scaling.expand(scales / largest, self.group_size, k)
         equations = of_tables(state.codes, steps, range(first, stop), self.hessian, state.pull)
-        low = lut[:, first - 1] if first > 0 else -jnp.inf
-        high = lut[:, stop] if stop < lut.shape[1] else jnp.inf
+        table = lut.astype(jnp.float32)
+        low = table[:, first - 1] if first > 0 else -jnp.inf
+        high = table[:, stop] if stop < lut.shape[1] else jnp.inf
 
         def stored(values, _):
             return scaling.rounded(jnp.clip(values, low, high), lut.dtype).astype(jnp.float32)
 
-        old = lut[:, first:stop].astype(jnp.float32)
+        old = table[:, first:stop]
         found = solve_rounded(equations, old, jnp.broadcast_to(1 / largest, old.shape), stored)
         moved = lut.at[:, first:stop].set(found.astype(lut.dtype))
         order = jnp.argsort(moved, axis=1)

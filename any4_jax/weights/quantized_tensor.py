@@ -11,8 +11,8 @@ from any4_jax.weights.operator import Operator, dequantize, is_operator, operato
 
 
 def _lut_is_trained(w: "QuantizedTensor"):
-    # Integer products rely on a uniform table being a ramp, so training must leave it alone.
-    return None if w.uniform else "tables"
+    # Integer products rely on a uniform table being a ramp, so training must leave it alone. Integers have no gradient.
+    return None if w.uniform or getattr(w.lut, "dtype", None) == jnp.int8 else "tables"
 
 
 @operator(
@@ -30,7 +30,7 @@ class QuantizedTensor(Operator):
 
     Attributes:
       codes: packed uint8 (see packing.py): [*L, N, ceil(K * bits / 8)], or a tuple of planes for 3, 5 and 6 bits.
-      lut: floating [*L, N or 1, 2**bits], a table for each row or one for the matrix, stored as it is used.
+      lut: floating or int8 [*L, N or 1, 2**bits], a table for each row or one for the matrix, stored as it is used.
       scales: floating [*L, N, ceil(K/G)]: an array, or an operator of that shape. uint8 arrays are e8m0 exponents.
       offsets: like scales, in units of the weight; None for symmetric formats.
       bits: width of a code (static).
@@ -84,6 +84,10 @@ class QuantizedTensor(Operator):
                     f"got a QuantizedTensor with codes of dtype {plane.dtype}, need packed uint8; make it by "
                     "weights.from_codes"
                 )
+        if not (jnp.issubdtype(self.lut.dtype, jnp.floating) or self.lut.dtype == jnp.int8):
+            raise TypeError(
+                f"got a QuantizedTensor with a lut of dtype {self.lut.dtype}, need a floating dtype or int8; convert it"
+            )
         *stack, n, k = self.shape
         groups = scaling.group_count(k, self.group_size) if self.group_size >= 1 else 0
         need = {

@@ -36,7 +36,7 @@ class Backend(choice.Backend):
 
 class Arrays(NamedTuple):
     """What kernels read of a QuantizedTensor: codes as a tuple of planes, and scales and offsets as arrays. Those that
-    are operators are decoded to float32 for each product."""
+    are operators are decoded to float32 for each product, and a table of integers becomes one of bfloat16."""
 
     codes: tuple[jax.Array, ...]
     lut: jax.Array
@@ -55,7 +55,7 @@ class Dtypes(NamedTuple):
 def arrays_of(w: QuantizedTensor) -> Arrays:
     """The arrays of a leaf."""
     scales, offsets = (dequantize(a) if is_operator(a) else a for a in (w.scales, w.offsets))
-    return Arrays(w.planes, w.lut, scales, offsets)
+    return Arrays(w.planes, w.lut.astype(_read_as(w.lut.dtype)), scales, offsets)
 
 
 def dtypes_of(w: QuantizedTensor) -> Dtypes:
@@ -63,7 +63,12 @@ def dtypes_of(w: QuantizedTensor) -> Dtypes:
     scales, offsets = (
         jnp.dtype(jnp.float32) if is_operator(a) else getattr(a, "dtype", None) for a in (w.scales, w.offsets)
     )
-    return Dtypes(w.lut.dtype, scales, offsets)
+    return Dtypes(_read_as(w.lut.dtype), scales, offsets)
+
+
+def _read_as(lut_dtype: Any) -> Any:
+    """The dtype in which kernels read a table: bfloat16, which holds all of int8, for integers."""
+    return lut_dtype if jnp.issubdtype(lut_dtype, jnp.floating) else jnp.dtype(jnp.bfloat16)
 
 
 def why_no_codes(w: Any) -> str | None:

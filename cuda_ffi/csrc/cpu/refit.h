@@ -22,7 +22,7 @@ struct RefitOptions {
   // the point held[i] of the table's range where it is: 0 is its lower end, 1 its upper. Without offsets it keeps zero.
   const float *factors, *held;
   int64_t starts, fits;
-  // The mantissa bits of the stored dtypes: float32 23, float16 10, bfloat16 7.
+  // The mantissa bits of the stored dtypes: float32 23, float16 10, bfloat16 7; 0 for a table of int8.
   int64_t table_mantissa, scale_mantissa, offset_mantissa;
 
   int64_t groups() const { return (inputs + group_size - 1) / group_size; }

@@ -9,9 +9,15 @@ namespace any4 {
 namespace {
 
 // Rounds to the nearest value of a dtype with so many bits of mantissa, ties to even, as XLA's ReducePrecision does:
-// for float16, subnormals become zero and values that are too large infinite.
+// for float16, subnormals become zero and values that are too large infinite. Without a mantissa, to the nearest
+// integer from -127 to 127.
 inline Floats Rounded(const Floats& values, int64_t mantissa) {
   if (mantissa == 23) return values;
+  if (mantissa == 0) {
+    // Beside this number float32 holds integers alone.
+    const Floats shift = All(0x1.8p23f);
+    return Maximum(All(-127), Minimum(values, All(127))) + shift - shift;
+  }
   const int shift = static_cast<int>(23 - mantissa);
   return Each<Floats>([&](int r) {
     IntRegister bits;

@@ -20,8 +20,9 @@ using Floats = ffi::Buffer<ffi::F32>;
 ffi::Error Invalid(const std::string& message) { return ffi::Error::InvalidArgument("any4_cpu_refit: " + message); }
 
 bool AreStored(ffi::Span<const int64_t> mantissas) {
-  return mantissas.size() == 3 &&
-         std::all_of(mantissas.begin(), mantissas.end(), [](int64_t m) { return m == 23 || m == 10 || m == 7; });
+  if (mantissas.size() != 3) return false;
+  const int64_t* const groups = mantissas[0] == 0 ? mantissas.begin() + 1 : mantissas.begin();
+  return std::all_of(groups, mantissas.end(), [](int64_t m) { return m == 23 || m == 10 || m == 7; });
 }
 
 // `offsets` without elements are absent. Tables, scales and offsets come in one buffer each and go out in another.
@@ -33,7 +34,7 @@ ffi::Error Refit(ffi::ThreadPool pool, Floats weights, Floats importance, Floats
   const auto isa = any4::IsaNamed(isa_name);
   if (!isa) return Invalid(any4::LacksIsa(isa_name));
   if (weights.dimensions().size() != 2 || tables.dimensions().size() != 2) return Invalid("w and lut need two axes");
-  if (!AreStored(mantissas)) return Invalid("stored dtypes have 23, 10 or 7 bits of mantissa");
+  if (!AreStored(mantissas)) return Invalid("stored dtypes have 23, 10 or 7 bits of mantissa, or a table none");
   const int64_t count = weights.dimensions()[0], inputs = weights.dimensions()[1], entries = tables.dimensions()[1];
   any4::RefitOptions options{};
   options.inputs = inputs;

@@ -30,7 +30,7 @@ struct RefitOptions {
   // its lower end and 1 its upper. `fits` least-squares fits follow each.
   int starts, fits;
   float factors[kMostStarts], held[kMostStarts];
-  int lut_mantissa, scale_mantissa, offset_mantissa;  // bits: 23 float32, 10 float16, 7 bfloat16
+  int lut_mantissa, scale_mantissa, offset_mantissa;  // bits: 23 float32, 10 float16, 7 bfloat16; 0 for a lut of int8
 };
 
 struct RefitResult {

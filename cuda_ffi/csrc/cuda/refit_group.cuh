@@ -23,8 +23,9 @@ __device__ T WarpSum(T value) {
 }
 
 // Rounds to the nearest value of the dtype with that many bits of mantissa. Values that are subnormal in float16 become
-// zero, as in XLA's reduce_precision.
+// zero, as in XLA's reduce_precision. Without a mantissa, to the nearest integer from -127 to 127.
 __device__ float Rounded(float value, int mantissa) {
+  if (mantissa == 0) return rintf(fminf(fmaxf(value, -127.0f), 127.0f));
   if (mantissa == 7) return __bfloat162float(__float2bfloat16_rn(value));
   if (mantissa == 10) {
     const float half = __half2float(__float2half_rn(value));

@@ -43,8 +43,10 @@ ffi::Error Refit(cudaStream_t stream, ffi::ScratchAllocator scratch, ffi::Buffer
     return Invalid("the shapes of its operands don't fit together");
   }
   if (factors.size() > any4::kMostStarts || held.size() != factors.size() || mantissas.size() != 3 ||
-      !std::all_of(mantissas.begin(), mantissas.end(), IsMantissa)) {
-    return Invalid("need up to 64 pairs of factors and held points, and dtypes of 23, 10 or 7 bits of mantissa");
+      !(mantissas[0] == 0 || IsMantissa(mantissas[0])) ||
+      !std::all_of(mantissas.begin() + 1, mantissas.end(), IsMantissa)) {
+    return Invalid(
+        "need up to 64 pairs of factors and held points, and dtypes of 23, 10 or 7 bits of mantissa, or a lut of none");
   }
   if (count == 0) return ffi::Error::Success();
   const any4::RefitRows rows{w.typed_data(),
