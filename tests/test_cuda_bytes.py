@@ -21,7 +21,7 @@ from any4_jax.product.quantized_input import quantize_input
 from any4_jax.weights import QuantizedTensor, QuantizeInput
 from cuda_ffi.byte_product_cuda import MOST_ROWS, TARGET, byte_products
 from cuda_ffi.lut_product import Matrix
-from cuda_ffi.lut_product_cuda import DEQUANTIZE, PRODUCT
+from cuda_ffi.lut_product_cuda import PRODUCT
 
 
 def leaf(
@@ -99,18 +99,14 @@ def test_it_says_why_not(x: jax.Array, w: QuantizedTensor, words: str) -> None:
 def test_few_rows_take_bytes() -> None:
     table, asked = leaf(64, 256), rounding(leaf(64, 256))
     calls = {
-        (1, False): TARGET,
         (MOST_ROWS, False): TARGET,
         (MOST_ROWS + 1, False): PRODUCT,
-        (65, False): DEQUANTIZE,
-        (1, True): TARGET,
         (MOST_ROUNDED_ROWS, True): TARGET,
-        (MOST_ROUNDED_ROWS + 1, True): None,
     }
     for (m, rounds), call in calls.items():
         text = lowered(matmul, rows(m, 256), asked if rounds else table)
-        found = {name for name in (TARGET, PRODUCT, DEQUANTIZE) if text.count(f"@{name}(") == 1}
-        assert found == ({call} if call else set()), (m, rounds)
+        found = {name for name in (TARGET, PRODUCT) if text.count(f"@{name}(") == 1}
+        assert found == {call}, (m, rounds)
     taken = "cuda: taken (x is rounded to {}, which multiplies the table's bytes)"
     assert taken.format("int16") in explain(rows(2, 256), table, "cuda").splitlines()
     assert taken.format("int8") in explain(rows(2, 256), asked, "cuda").splitlines()
