@@ -28,7 +28,8 @@ hopper = pytest.mark.skipif(not on_hopper(), reason="needs a GPU of compute capa
 @pytest.mark.parametrize("offsets", [True, False])
 def test_every_instance(g: int, offsets: bool, dtype: str) -> None:
     """Shapes that each number of columns and of tiles is chosen for: one tile a block and several, rows and columns
-    past the last, more steps than stages, fewer, and a last step of half the inputs."""
+    past the last, more steps than stages, fewer, and a last step of half the inputs; few tiles of many steps, which two
+    blocks share."""
     for m, n, k in (
         (33, 264, 2336),
         (64, 8192, 64),
@@ -36,6 +37,9 @@ def test_every_instance(g: int, offsets: bool, dtype: str) -> None:
         (128, 17000, 96),
         (300, 17000, 192),
         (513, 200, 576),
+        (40, 136, 4128),
+        (128, 72, 4160),
+        (500, 264, 2208),
     ):
         w, x = leaf(n, k, g=g, offsets=offsets, row_tables=m != 100), rows(m, k, dtype=dtype)
         assert is_wide(matrix(w), x.dtype, w.shape[1], 4, w.group_size)
@@ -74,8 +78,8 @@ def test_identity_gives_the_weights_rounded_once(dtype: str) -> None:
 @pytest.mark.parametrize("m", [40, 100, 300])
 def test_no_bit_depends_on_what_else_is_computed(m: int) -> None:
     """The same every time, in a stack and in company; indices beyond a stack stand for its ends."""
-    x = rows(m, 1088)
-    ws = [leaf(n, 1088, seed=seed) for seed, n in enumerate((512, 136, 512))]
+    x = rows(m, 2112)
+    ws = [leaf(n, 2112, seed=seed) for seed, n in enumerate((512, 136, 512))]
     alone = [np.asarray(product(x, w)) for w in ws]
     for again, y in zip(jax.jit(matmul_each)(x, ws), alone, strict=True):
         np.testing.assert_array_equal(again, y)

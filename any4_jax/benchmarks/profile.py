@@ -100,8 +100,9 @@ def _kernel(event: Any) -> Kernel:
 def scopes(found: Sequence[Kernel], texts: Iterable[str]) -> dict[str, str]:
     """The path of scopes of each HLO instruction, by its name as a kernel's, in the program that ran the kernels.
 
-    Several programs may have one name, and hold instructions of one name. So the program is the one that has the most
-    of the kernels' names.
+    Several programs may have one name, and hold instructions of one name: so do the loops of two models. So the program
+    is the one whose fusions and the kernels' names differ least, as a share of both together; a longer one with all of
+    the kernels' names would have fusions that never ran.
 
     Args:
       found: the kernels.
@@ -109,7 +110,12 @@ def scopes(found: Sequence[Kernel], texts: Iterable[str]) -> dict[str, str]:
     """
     names = {_plain(kernel.name) for kernel in found} | {_plain(kernel.instruction) for kernel in found}
     programs = [{_plain(name): path for name, path in _INSTRUCTION.findall(text)} for text in texts]
-    return max(programs, key=lambda program: len(names & program.keys()), default={})
+
+    def alike(program: Mapping[str, str]) -> float:
+        fusions = {name for name in program if "fusion" in name}
+        return len(names & program.keys()) / max(len(names | fusions), 1)
+
+    return max(programs, key=alike, default={})
 
 
 def _programs(name: str) -> Iterator[str]:

@@ -120,6 +120,11 @@ int main() {
       }
       // Tiles enough for the instances of Hopper's kernel for many rows that take 128 rows of W at a time.
       for (const int m : {128, 250}) Multiply({4, 128, 17000, 96, m, offsets, true, type});
+      // Few tiles and many inputs, so that the parts of K have blocks of their own; the last step of 4128 is half full.
+      for (const int m : {40, 64, 100, 128, 256, 500}) {
+        Multiply({4, 128, 72, 4128, m, offsets, true, type, 2});
+        if (offsets) Multiply({4, m == 64 ? 32 : 256, 136, 4128, m, offsets, true, type});
+      }
       for (const int64_t group_size : {32, 64, 256, 100000}) {
         for (const int m : {1, 8, 48, 200}) Multiply({4, group_size, 128, 2048, m, offsets, true, type, 1, 3});
       }
@@ -132,6 +137,9 @@ int main() {
         Dequantize({bits, 128, 16, 4096, 1, offsets, false, type, 2});
       }
     }
+  }
+  for (const int m : {64, 512}) {
+    for (const int64_t k : {4096, 14336}) Multiply({4, 128, 4096, k, m, true, true, Type::kBfloat16});
   }
   std::printf("%d cases\n", cases);
 }

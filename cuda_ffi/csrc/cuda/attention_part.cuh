@@ -1,4 +1,4 @@
-// The attention of a block of threads over its share of the slots of one key and value head.
+// How a block of threads holds its share of the slots of one key and value head, and the new token.
 //
 // A tile is 32 slots, and belongs to one warp, which copies the tile's keys and values to shared memory and multiplies
 // them on tensor cores by the queries, and by the weights, of up to eight heads at once. No other warp waits for it. In
@@ -13,27 +13,34 @@
 namespace any4 {
 namespace {
 
-constexpr int kTile = 32, kMostThreads = 256;
+constexpr int kTile = 32;
 // The score of nothing, in powers of two.
 constexpr float kNothing = -1e30f;
 constexpr float kLog2e = 1.4426950408889634f;
 constexpr unsigned kAll = 0xFFFFFFFFu;
 
 constexpr int kHeads = 8;
+// Floats that a warp leaves beside its sums: the highest scores, the totals, and what it counts for.
+constexpr int kFound = 3 * kHeads;
 
-// How shared memory is laid out, for channels up to kSize.
+// How shared memory is laid out, for channels up to kSize. Those beyond the real size are zeros: branches around them
+// would keep a product's loads from overlapping the one before it.
 template <int kSize>
 struct PartOf {
+  static constexpr int kThreads = kSize <= 128 ? 384 : 192;  // at most; more would not fit in shared memory
   static constexpr int kPieces = kSize / 8;         // of 16 bytes that a lane copies of a tile's keys, or values
   static constexpr int kTilePieces = 32 * kPieces;  // of a tile's keys, or values
   static constexpr int kRowLanes = kSize / 8;       // lanes side by side on the values of a slot
   static constexpr int kRows = 32 / kRowLanes;      // slots whose values are copied at once
   static constexpr int kSteps = kSize / 16;         // of 16 channels
   static constexpr int kQuery = kSize + 8;          // elements from one head's query to the next
-  static constexpr int kFound = 2 * kHeads;         // floats of a warp: the highest scores, then the totals
+  static constexpr int kQuads = kHeads * kSize / 4;  // of the results
+
+  // Of `PartSums`: the quads, of which a part may have one more than its share, and two numbers a head of each part.
+  static constexpr int kPushed = 4 * (kQuads + kMostParts) + kMostParts * 2 * kHeads;
 
   static int SharedBytes(int warps) {
-    return warps * (2 * kTilePieces * 16 + kFound * 4) + (kHeads * kQuery + 2 * kSize) * 2;
+    return warps * (2 * kTilePieces * 16 + kFound * 4) + (kHeads * kQuery + 2 * kSize) * 2 + kPushed * 4;
   }
 };
 
@@ -51,44 +58,69 @@ struct Seen {
   __device__ bool Sees(int slot) const { return slot >= first && slot <= last; }
 };
 
-// A channel pair (i, i + size / 2), rotated in float32 and rounded, without fused operations: as plain code rounds it.
-template <typename T>
-__device__ __forceinline__ void RotatePair(const AttentionStep& step, int row, const T* from, int i, T& low, T& high) {
-  const int half = step.size / 2;
-  low = from[i], high = from[i + half];
-  if (step.cos == nullptr) return;
-  const float a = static_cast<float>(low), b = static_cast<float>(high);
-  const float cos = __ldg(step.cos + row * half + i), sin = __ldg(step.sin + row * half + i);
-  low = static_cast<T>(__fsub_rn(__fmul_rn(a, cos), __fmul_rn(b, sin)));
-  high = static_cast<T>(__fadd_rn(__fmul_rn(b, cos), __fmul_rn(a, sin)));
-}
-
-// Fills `queries` [kHeads, kQuery] with the rotated queries of the heads from `head` on, and new_key and new_value.
+// The queries of kHeads heads and the new key, as pairs of channels (i, i + size / 2), and the new value. What a thread
+// has of them is loaded before it asks for tiles, and stored, rotated, while these are under way.
 template <typename T, int kSize>
-__device__ void LoadToken(const AttentionStep& step, int row, int group, int head, int stop, T* queries, T* new_key,
-                          T* new_value) {
-  constexpr int kHalf = kSize / 2, kQuery = PartOf<kSize>::kQuery;
-  const int half = step.size / 2;
-  const int64_t token = (static_cast<int64_t>(row) * step.groups + group) * step.size;
-  for (int o = threadIdx.x; o < (kHeads + 1) * kHalf; o += blockDim.x) {
-    const int g = o / kHalf, i = o % kHalf;
-    if (i >= half) continue;
-    T low = 0.0f, high = 0.0f;
-    if (g == kHeads) {
-      RotatePair(step, row, static_cast<const T*>(step.new_keys) + token, i, low, high);
-      new_key[i] = low, new_key[i + half] = high;
-      continue;
-    }
-    if (head + g < stop) {
-      const int64_t query = (static_cast<int64_t>(row) * step.heads + head + g) * step.size;
-      RotatePair(step, row, static_cast<const T*>(step.queries) + query, i, low, high);
-    }
-    queries[g * kQuery + i] = low, queries[g * kQuery + i + half] = high;
+class Token {
+ public:
+  __device__ Token(const AttentionStep& step, int row, int group, int head, int stop)
+      : step_(step), row_(row), head_(head), stop_(stop), token_(row * int64_t{step.groups} + group) {
+#pragma unroll
+    for (int n = 0; n < kHeld; ++n) held_[n] = Load(n * blockDim.x + threadIdx.x);
   }
-  for (int i = threadIdx.x; i < step.size; i += blockDim.x) {
-    new_value[i] = static_cast<const T*>(step.new_values)[token + i];
+
+  // Fills `queries` [kHeads, kQuery], and new_key and new_value [kSize], with zeros beyond the channels and heads.
+  __device__ void Store(T* queries, T* new_key, T* new_value) const {
+#pragma unroll
+    for (int n = 0; n < kHeld; ++n) Store(held_[n], n * blockDim.x + threadIdx.x, queries, new_key);
+    for (int o = kHeld * blockDim.x + threadIdx.x; o < kPairs; o += blockDim.x) Store(Load(o), o, queries, new_key);
+    const T* const from = static_cast<const T*>(step_.new_values) + token_ * step_.size;
+    for (int i = threadIdx.x; i < kSize; i += blockDim.x) {
+      new_value[i] = i < step_.size ? from[i] : static_cast<T>(0.0f);
+    }
   }
-}
+
+ private:
+  struct Pair {
+    T low, high;
+    float cos, sin;
+  };
+  static constexpr int kHalf = kSize / 2, kPairs = (kHeads + 1) * kHalf;
+  static constexpr int kHeld = (kPairs + PartOf<kSize>::kThreads - 1) / PartOf<kSize>::kThreads;
+
+  __device__ Pair Load(int o) const {
+    const int g = o / kHalf, i = o % kHalf, half = step_.size / 2;
+    Pair pair{0.0f, 0.0f, 1.0f, 0.0f};
+    if (i >= half || g > kHeads || (g < kHeads && head_ + g >= stop_)) return pair;
+    const T* const from = g == kHeads ? static_cast<const T*>(step_.new_keys) + token_ * step_.size
+                                      : static_cast<const T*>(step_.queries) +
+                                            (row_ * int64_t{step_.heads} + head_ + g) * step_.size;
+    pair.low = from[i], pair.high = from[i + half];
+    if (step_.cos == nullptr) return pair;
+    pair.cos = __ldg(step_.cos + row_ * half + i), pair.sin = __ldg(step_.sin + row_ * half + i);
+    return pair;
+  }
+
+  // Rotated in float32 and rounded, without fused operations: as plain code rounds it.
+  __device__ void Store(Pair pair, int o, T* queries, T* new_key) const {
+    const int g = o / kHalf, i = o % kHalf, half = step_.size / 2;
+    if (g > kHeads) return;
+    if (step_.cos != nullptr) {
+      const float a = static_cast<float>(pair.low), b = static_cast<float>(pair.high);
+      pair.low = static_cast<T>(__fsub_rn(__fmul_rn(a, pair.cos), __fmul_rn(b, pair.sin)));
+      pair.high = static_cast<T>(__fadd_rn(__fmul_rn(b, pair.cos), __fmul_rn(a, pair.sin)));
+    }
+    T* const to = g == kHeads ? new_key : queries + g * PartOf<kSize>::kQuery;
+    // Pairs that there are none of are the zeros beyond the channels.
+    const bool real = i < half;
+    to[real ? i : i + half] = pair.low, to[real ? i + half : i + kHalf] = pair.high;
+  }
+
+  const AttentionStep& step_;
+  const int row_, head_, stop_;
+  const int64_t token_;
+  Pair held_[kHeld];
+};
 
 // A warp's tiles in shared memory, and the copies to them.
 template <typename T, int kSize>
@@ -100,7 +132,8 @@ class Tiles {
       : seen_(seen), size_(step.size), slots_(step.slots), lane_(threadIdx.x % 32), staged_keys_(stage),
         staged_values_(stage + Of::kTilePieces),
         keys_(static_cast<const T*>(step.keys) + (pair * size_ + lane_ / 4) * slots_),
-        values_(static_cast<const T*>(step.values) + pair * slots_ * size_ + 8 * (lane_ % Of::kRowLanes)) {}
+        values_(static_cast<const T*>(step.values) + pair * slots_ * size_ +
+                min(8 * (lane_ % Of::kRowLanes), size_ - 8)) {}
 
   // The place of channels 8 i to 8 i + 7, of which it is number r, in slots 8 s to 8 s + 7.
   __device__ uint4* Keys(int i, int r, int s) const { return staged_keys_ + i * 32 + r * 4 + (s ^ (r >> 1 & 3)); }
@@ -111,37 +144,40 @@ class Tiles {
   __device__ void FetchKeys(int tile) {
     const int slot = tile * kTile + 8 * (lane_ % 4);
     const bool any = slot <= seen_.last && slot + 7 >= seen_.first;
-    const T* const from = keys_ + (any ? slot : 0);
+    const T* from = keys_ + (any ? slot : 0);
+    const int64_t next = int64_t{8} * slots_;
 #pragma unroll
     for (int i = 0; i < Of::kPieces; ++i) {
-      if (8 * i >= size_) break;
-      __pipeline_memcpy_async(Keys(i, lane_ / 4, lane_ % 4), from + static_cast<int64_t>(8 * i) * slots_, 16,
-                              any ? 0 : 16);
+      const bool real = any && 8 * i < size_;
+      __pipeline_memcpy_async(Keys(i, lane_ / 4, lane_ % 4), real ? from : keys_, 16, real ? 0 : 16);
+      from += next;
     }
   }
 
   __device__ void FetchValues(int tile) {
     const bool inside = 8 * (lane_ % Of::kRowLanes) < size_;
+    const T* from = values_ + (int64_t{tile} * kTile + lane_ / Of::kRowLanes) * size_;
 #pragma unroll
     for (int i = 0; i < Of::kPieces; ++i) {
-      const int row = i * Of::kRows + lane_ / Of::kRowLanes, slot = tile * kTile + row;
-      const bool any = inside && seen_.Sees(slot);
-      const T* const from = values_ + (any ? static_cast<int64_t>(slot) * size_ : 0);
-      __pipeline_memcpy_async(Values(row, lane_ % Of::kRowLanes), from, 16, any ? 0 : 16);
+      const int row = i * Of::kRows + lane_ / Of::kRowLanes;
+      const bool real = inside && seen_.Sees(tile * kTile + row);
+      __pipeline_memcpy_async(Values(row, lane_ % Of::kRowLanes), real ? from : values_, 16, real ? 0 : 16);
+      from += Of::kRows * size_;
     }
   }
 
   // Puts the new key into the pieces that this lane copied, once they have arrived: the cache may not hold it yet.
   __device__ void PatchKeys(int tile, const T* new_key) {
     if (!Patches(tile) || seen_.at % kTile / 8 != lane_ % 4) return;
-    for (int i = 0; 8 * i < size_; ++i) {
+#pragma unroll
+    for (int i = 0; i < Of::kPieces; ++i) {
       reinterpret_cast<T*>(Keys(i, lane_ / 4, lane_ % 4))[seen_.at % 8] = new_key[lane_ / 4 + 8 * i];
     }
   }
 
   __device__ void PatchValues(int tile, const T* new_value) {
     const int row = seen_.at % kTile, p = lane_ % Of::kRowLanes;
-    if (!Patches(tile) || row % Of::kRows != lane_ / Of::kRowLanes || 8 * p >= size_) return;
+    if (!Patches(tile) || row % Of::kRows != lane_ / Of::kRowLanes) return;
     *Values(row, p) = *reinterpret_cast<const uint4*>(new_value + 8 * p);
   }
 
@@ -154,110 +190,6 @@ class Tiles {
   uint4* const staged_values_;
   const T* const keys_;
   const T* const values_;
-};
-
-// A warp's softmax so far, over its tiles. Its sums are divided by 2^highest. Lane l has the scores of head l / 4 for
-// the slots 2 (l % 4) and 2 (l % 4) + 1 of each eight, and the sums of the heads with these numbers for the channels
-// l / 4 and l / 4 + 8 of each sixteen.
-template <typename T, int kSize>
-struct Running {
-  using Of = PartOf<kSize>;
-
-  uint32_t query[Of::kSteps][2];
-  float highest = kNothing;  // the highest score, in powers of two
-  float total = 0;           // of this lane's slots
-  float mixed[Of::kSteps][4] = {};
-
-  __device__ explicit Running(const T* queries) {
-    const int lane = threadIdx.x % 32;
-    const T* const from = queries + lane / 4 * Of::kQuery + 2 * (lane % 4);
-#pragma unroll
-    for (int k = 0; k < Of::kSteps; ++k) {
-      query[k][0] = *reinterpret_cast<const uint32_t*>(from + 16 * k);
-      query[k][1] = *reinterpret_cast<const uint32_t*>(from + 16 * k + 8);
-    }
-  }
-
-  __device__ void Products(const Tiles<T, kSize>& tiles, int size, float (&scores)[4][4]) const {
-    const int number = threadIdx.x % 32 / 8, r = threadIdx.x % 8;
-#pragma unroll
-    for (int k = 0; k < Of::kSteps; ++k) {
-      if (16 * k >= size) break;
-      // Rows of the other eight heads, of which there are none.
-      const uint32_t a[4] = {query[k][0], 0, query[k][1], 0};
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        uint32_t keys[4];
-        LoadTransposed(tiles.Keys(2 * k + number % 2, r, 2 * half + number / 2), keys);
-        MultiplyAdd<T>(scores[2 * half], a, keys[0], keys[1]);
-        MultiplyAdd<T>(scores[2 * half + 1], a, keys[2], keys[3]);
-      }
-    }
-  }
-
-  // Turns products into weights, and fades what was mixed before.
-  __device__ void Weigh(const AttentionStep& step, const Seen& seen, int tile, float (&scores)[4][4]) {
-    const int lane = threadIdx.x % 32;
-    float most = highest;
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      float& score = scores[i / 2][i % 2];
-      score *= step.scale;
-      if (step.softcap > 0) score = step.softcap * tanhf(score / step.softcap);
-      score = seen.Sees(tile * kTile + i / 2 * 8 + 2 * (lane % 4) + i % 2) ? score * kLog2e : kNothing;
-      most = fmaxf(most, score);
-    }
-    most = fmaxf(most, __shfl_xor_sync(kAll, most, 1));
-    most = fmaxf(most, __shfl_xor_sync(kAll, most, 2));
-    const float fade = exp2f(highest - most);
-    highest = most;
-    total *= fade;
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      float& score = scores[i / 2][i % 2];
-      score = score == kNothing ? 0 : exp2f(score - most);
-      total += score;
-    }
-    const float fades[2] = {__shfl_sync(kAll, fade, 8 * (lane % 4)), __shfl_sync(kAll, fade, 8 * (lane % 4) + 4)};
-#pragma unroll
-    for (int t = 0; t < Of::kSteps; ++t) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) mixed[t][i] *= fades[i % 2];
-    }
-  }
-
-  __device__ void Mix(const Tiles<T, kSize>& tiles, int size, const float (&weights)[4][4]) {
-    const int number = threadIdx.x % 32 / 8, r = threadIdx.x % 8;
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const Split<T> first(weights[2 * half][0], weights[2 * half][1]);
-      const Split<T> second(weights[2 * half + 1][0], weights[2 * half + 1][1]);
-#pragma unroll
-      for (int t = 0; t < Of::kSteps; ++t) {
-        if (16 * t >= size) break;
-        uint32_t values[4];
-        LoadTransposed(tiles.Values(16 * half + 8 * (number / 2) + r, 2 * t + number % 2), values);
-        MultiplyAdd<T>(mixed[t], values, first.high, second.high);
-        MultiplyAdd<T>(mixed[t], values, first.low, second.low);
-      }
-    }
-  }
-
-  // Leaves the sums [kHeads, kSize], and in `found` the highest scores and the totals.
-  __device__ void Leave(int size, float* sums, float* found) {
-    const int lane = threadIdx.x % 32;
-    total += __shfl_xor_sync(kAll, total, 1);
-    total += __shfl_xor_sync(kAll, total, 2);
-    if (lane % 4 == 0) found[lane / 4] = highest, found[kHeads + lane / 4] = total;
-#pragma unroll
-    for (int t = 0; t < Of::kSteps; ++t) {
-      if (16 * t >= size) break;
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        sums[(2 * (lane % 4) + i % 2) * kSize + 16 * t + lane / 4 + i / 2 * 8] = mixed[t][i];
-      }
-    }
-  }
 };
 
 }  // namespace

@@ -46,6 +46,12 @@ __device__ __forceinline__ void Wait(uint32_t barrier, uint32_t parity) {
   } while (done == 0);
 }
 
+// A barrier of all threads of the cluster in two parts: what is written before the first is seen after the second.
+__device__ __forceinline__ void ArriveInCluster() {
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+}
+__device__ __forceinline__ void WaitForCluster() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+
 // Once all have passed, copies and the other blocks of the cluster see the barriers.
 template <int kCluster>
 __device__ __forceinline__ void SyncCluster() {
@@ -53,7 +59,8 @@ __device__ __forceinline__ void SyncCluster() {
   if constexpr (kCluster == 1) {
     __syncthreads();
   } else {
-    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+    ArriveInCluster();
+    WaitForCluster();
   }
 }
 
@@ -62,6 +69,18 @@ __device__ __forceinline__ uint32_t RankInCluster() {
   uint32_t rank = 0;
   if constexpr (kCluster > 1) asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
   return rank;
+}
+
+// The address in another block of the cluster of what is at the same place in its shared memory.
+__device__ __forceinline__ uint32_t AddressIn(uint32_t block, uint32_t address) {
+  uint32_t there;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(block));
+  return there;
+}
+
+__device__ __forceinline__ void StoreAt(uint32_t there, float a, float b, float c, float d) {
+  asm volatile("st.shared::cluster.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(there), "f"(a), "f"(b), "f"(c), "f"(d)
+               : "memory");
 }
 
 // Copies the box at (column, row) of a matrix to shared memory; in a cluster, to the same place in all its blocks,

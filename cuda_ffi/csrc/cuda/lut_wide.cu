@@ -31,7 +31,7 @@ bool IsAligned(const void* address) { return reinterpret_cast<uintptr_t>(address
 
 bool CanLaunchWide(const WideLaunch& launch) {
   const LutWeight& w = launch.w;
-  if (w.stack * w.n > INT_MAX || launch.m > INT_MAX / 2 || w.k > INT_MAX / 2) return false;
+  if (w.stack * w.n > INT_MAX || w.n * w.groups > INT_MAX || launch.m > INT_MAX / 2 || w.k > INT_MAX / 2) return false;
   return IsAligned(launch.x) && IsAligned(launch.y) && IsAligned(w.codes) && IsHopper();
 }
 

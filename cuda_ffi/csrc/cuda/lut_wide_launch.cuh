@@ -12,9 +12,28 @@
 namespace any4 {
 namespace {
 
+// The launch of clusters of an instance, before the grid is known.
+template <typename Of>
+struct WideClusters {
+  cudaLaunchAttribute dimension{};
+  cudaLaunchConfig_t config{};
+
+  explicit WideClusters(cudaStream_t stream) {
+    dimension.id = cudaLaunchAttributeClusterDimension;
+    dimension.val.clusterDim = {Of::kCluster, 1, 1};
+    config.attrs = &dimension;
+    config.numAttrs = 1;
+    config.gridDim = Of::kCluster;
+    config.blockDim = Of::kThreads;
+    config.dynamicSmemBytes = Of::kSharedBytes;
+    config.stream = stream;
+  }
+  WideClusters(const WideClusters&) = delete;
+};
+
 // How many clusters of an instance the device has room for at a time. Each device is asked once.
 template <typename T, typename Of>
-cudaError_t Resident(cudaLaunchConfig_t config, int* clusters) {
+cudaError_t Resident(int* clusters) {
   constexpr int kMostDevices = 64;
   static std::atomic<int> known[kMostDevices];
   int device = 0;
@@ -28,12 +47,17 @@ cudaError_t Resident(cudaLaunchConfig_t config, int* clusters) {
       error != cudaSuccess) {
     return error;
   }
-  config.gridDim = Of::kCluster;
-  const cudaError_t error = cudaOccupancyMaxActiveClusters(clusters, kernel, &config);
+  const WideClusters<Of> launched(nullptr);
+  const cudaError_t error = cudaOccupancyMaxActiveClusters(clusters, kernel, &launched.config);
   *clusters = std::max(*clusters, 1);
   if (error == cudaSuccess && keep) known[device].store(*clusters);
   return error;
 }
+
+int64_t TilesOf(int64_t count, int64_t of_tile) { return (count + of_tile - 1) / of_tile; }
+
+// The steps of each part of a row but the last. A pair of steps may share its scales, so parts begin with a pair.
+int64_t WidePartSteps(int64_t k, int64_t parts) { return 2 * TilesOf(TilesOf(k, 2 * kStepInputs), parts); }
 
 }  // namespace
 
@@ -42,53 +66,73 @@ cudaError_t LaunchWideInstance(const WideLaunch& launch, cudaStream_t stream) {
   const LutWeight& w = launch.w;
   const auto type = std::is_same_v<T, __half> ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
   WideMaps maps;
-  if (!Encode(&maps.x, type, launch.x, launch.m, w.k, Of::kColumns / Of::kCluster, kStepInputs,
+  if (!Encode(&maps.x, type, launch.x, launch.m, w.k, Of::kColumns / Of::kSharers, kStepInputs,
               CU_TENSOR_MAP_SWIZZLE_128B) ||
       !Encode(&maps.codes, CU_TENSOR_MAP_DATA_TYPE_UINT8, w.codes, w.stack * w.n, w.k / 2, Of::kRows, kStepInputs / 2,
               CU_TENSOR_MAP_SWIZZLE_32B) ||
-      !Encode(&maps.y, type, launch.y, launch.m, w.n, Of::kColumns, 64, CU_TENSOR_MAP_SWIZZLE_128B)) {
+      !Encode(&maps.y, type, launch.y, launch.m, w.n, Of::kShareColumns, 64, CU_TENSOR_MAP_SWIZZLE_128B)) {
     return cudaErrorInvalidValue;
   }
   WideGrid grid{};
-  grid.columns = static_cast<int>((launch.m + Of::kColumns - 1) / Of::kColumns);
-  constexpr int kClusterRows = Of::kRows * Of::kCluster;
-  grid.tiles = static_cast<int>((w.n + kClusterRows - 1) / kClusterRows) * grid.columns;
-  grid.steps = static_cast<int>((w.k + kStepInputs - 1) / kStepInputs);
+  grid.columns = static_cast<int>(TilesOf(launch.m, Of::kColumns));
+  grid.tiles = static_cast<int>(TilesOf(w.n, Of::kRows * Of::kSharers)) * grid.columns;
+  grid.steps = static_cast<int>(TilesOf(w.k, kStepInputs));
+  grid.part_steps = static_cast<int>(WidePartSteps(w.k, Of::kParts));
   while (grid.group_shift < 30 && int64_t{1} << grid.group_shift < launch.group_size) ++grid.group_shift;
   grid.last_group = static_cast<int>(w.groups - 1);
 
-  cudaLaunchAttribute cluster{};
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim = {Of::kCluster, 1, 1};
-  cudaLaunchConfig_t config{};
-  config.attrs = &cluster;
-  config.numAttrs = 1;
-  config.blockDim = Of::kThreads;
-  config.dynamicSmemBytes = Of::kSharedBytes;
-  config.stream = stream;
   int clusters = 0;
-  if (const cudaError_t error = Resident<T, Of>(config, &clusters); error != cudaSuccess) return error;
-  config.gridDim = Of::kCluster * std::min(grid.tiles, clusters);
-  return cudaLaunchKernelEx(&config, LutWide<T, Of>, maps, w, grid);
+  if (const cudaError_t error = Resident<T, Of>(&clusters); error != cudaSuccess) return error;
+  WideClusters<Of> launched(stream);
+  // A cluster that splits K computes one tile: its stages then receive sums.
+  launched.config.gridDim = Of::kCluster * (Of::kParts > 1 ? grid.tiles : std::min(grid.tiles, clusters));
+  return cudaLaunchKernelEx(&launched.config, LutWide<T, Of>, maps, w, grid);
 }
 
-// Launches the instance that should finish first: by the number of tiles that each multiprocessor computes one after
-// the other, and the nanoseconds that a step of one was measured to take on an H100 (lut_wide.md).
+// The instance that should finish first of those considered: by the number of tiles that a cluster computes one after
+// the other, and the nanoseconds that were measured (lut_wide.md) for each of its steps and for adding up parts.
+template <typename T>
+class WideChoice {
+ public:
+  explicit WideChoice(const WideLaunch& launch) : launch_(launch) {}
+
+  template <typename Of>
+  void Consider(int64_t of_step, int64_t of_parts = 0) {
+    int clusters = 0;
+    if (error_ == cudaSuccess) error_ = Resident<T, Of>(&clusters);
+    if (error_ != cudaSuccess) return;
+    const int64_t tiles = TilesOf(launch_.m, Of::kColumns) * TilesOf(launch_.w.n, Of::kRows * Of::kSharers);
+    const int64_t steps = WidePartSteps(launch_.w.k, Of::kParts), rounds = TilesOf(tiles, clusters);
+    // Each part needs a step at least, and more tiles than clusters fill the GPU without parts.
+    if (Of::kParts > 1 && (steps >= TilesOf(launch_.w.k, kStepInputs) || rounds > 1)) return;
+    const int64_t nanoseconds = rounds * steps * of_step + of_parts;
+    if (launch_instance_ != nullptr && nanoseconds >= least_) return;
+    least_ = nanoseconds;
+    launch_instance_ = LaunchWideInstance<T, Of>;
+  }
+
+  cudaError_t Launch(cudaStream_t stream) const {
+    return error_ == cudaSuccess ? launch_instance_(launch_, stream) : error_;
+  }
+
+ private:
+  const WideLaunch& launch_;
+  int64_t least_ = 0;
+  cudaError_t (*launch_instance_)(const WideLaunch&, cudaStream_t) = nullptr;
+  cudaError_t error_ = cudaSuccess;
+};
+
 template <typename T, int kGroups, Type kScale>
 cudaError_t LaunchWideScales(const WideLaunch& launch, cudaStream_t stream) {
-  const int64_t multiprocessors = Multiprocessors();
-  const auto nanoseconds = [&](int64_t columns, int64_t rows, int64_t of_step) {
-    const int64_t tiles = ((launch.m + columns - 1) / columns) * ((launch.w.n + rows - 1) / rows);
-    return (tiles + multiprocessors - 1) / multiprocessors * of_step;
-  };
-  const int64_t times[] = {nanoseconds(256, 128, 850), nanoseconds(128, 128, 570), nanoseconds(128, 64, 360),
-                           nanoseconds(64, 64, 270)};
-  switch (std::min_element(times, times + 4) - times) {
-    case 0: return LaunchWideInstance<T, WideOf<256, 2, 1, 2, 4, kGroups, kScale>>(launch, stream);
-    case 1: return LaunchWideInstance<T, WideOf<128, 2, 1, 1, 6, kGroups, kScale>>(launch, stream);
-    case 2: return LaunchWideInstance<T, WideOf<128, 1, 2, 2, 8, kGroups, kScale>>(launch, stream);
-    default: return LaunchWideInstance<T, WideOf<64, 1, 3, 1, 12, kGroups, kScale>>(launch, stream);
-  }
+  WideChoice<T> choice(launch);
+  choice.template Consider<WideOf<256, 2, 1, 2, 1, 4, kGroups, kScale>>(740);
+  choice.template Consider<WideOf<256, 2, 1, 1, 2, 4, kGroups, kScale>>(730, 3000);
+  choice.template Consider<WideOf<128, 2, 1, 1, 1, 6, kGroups, kScale>>(500);
+  choice.template Consider<WideOf<128, 2, 1, 1, 2, 6, kGroups, kScale>>(530, 1300);
+  choice.template Consider<WideOf<128, 1, 2, 1, 2, 8, kGroups, kScale>>(280, 1000);
+  choice.template Consider<WideOf<64, 1, 3, 1, 1, 12, kGroups, kScale>>(215);
+  choice.template Consider<WideOf<64, 1, 3, 1, 2, 12, kGroups, kScale>>(230, 700);
+  return choice.Launch(stream);
 }
 
 template <typename T, Type kScale>

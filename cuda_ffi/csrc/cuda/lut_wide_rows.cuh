@@ -11,7 +11,7 @@ constexpr int kStepInputs = 64;
 // The tiles of y. Those with the same rows of W follow each other, so that codes come from memory once.
 struct WideGrid {
   int columns, tiles;  // tiles with the same rows of W, and all tiles; a tile is what a cluster computes at a time
-  int steps;           // of a row
+  int steps, part_steps;  // of a row, and of each part of it but the last, which may have fewer
   int group_shift;     // log2 of the inputs of a group, at most 30
   int last_group;
 };
@@ -26,14 +26,14 @@ __device__ __forceinline__ uint32_t PairOf(uint32_t raw) {
 
 // Loads a scale or offset as it is stored. Volatile, since the compiler would move the load to the step that needs it.
 template <Type kStored>
-__device__ __forceinline__ uint32_t LoadStored(const void* row, int group) {
+__device__ __forceinline__ uint32_t LoadStored(const void* array, uint32_t at) {
   uint32_t raw;
   if constexpr (kStored == Type::kE8m0) {
-    asm volatile("ld.global.nc.u8 %0, [%1];" : "=r"(raw) : "l"(static_cast<const uint8_t*>(row) + group));
+    asm volatile("ld.global.nc.u8 %0, [%1];" : "=r"(raw) : "l"(static_cast<const uint8_t*>(array) + at));
   } else {
     asm volatile("{.reg .u16 half; ld.global.nc.u16 half, [%1]; cvt.u32.u16 %0, half;}"
                  : "=r"(raw)
-                 : "l"(static_cast<const uint16_t*>(row) + group));
+                 : "l"(static_cast<const uint16_t*>(array) + at));
   }
   return raw;
 }
@@ -50,28 +50,29 @@ __device__ __forceinline__ uint32_t Affine(uint32_t values, uint32_t scale, uint
 }
 
 // What a lane decodes: rows g and g + 8 of its warp's 16 rows. kGroups is the number of groups in a step; or 1 for
-// groups of two steps or more. Where kPaired is set, a step of an even number and the next are decoded one after the
-// other, and share their scales.
-template <typename T, int kGroups, Type kScale, bool kPaired>
+// groups of two steps or more: then a step of an even number and the next, which are decoded one after the other, share
+// their scales.
+template <typename T, int kGroups, Type kScale>
 struct WideRows {
   static constexpr Type kOffset = kScale == Type::kE8m0 ? Type::kBfloat16 : kScale;
 
   Decoder<T, 4> table[2];
-  const void *scales[2], *offsets[2];
+  const void *scales, *offsets;
+  uint32_t first[2];  // of a row's scales and offsets in their arrays
   bool with_offsets;
   // As they are stored, for the step to be decoded next and the one after it.
   uint32_t raw_scale[2][kGroups][2], raw_offset[2][kGroups][2];
   uint32_t scale[kGroups][2], offset[kGroups][2];  // for the step that is being decoded
 
-  __device__ __forceinline__ WideRows(const LutWeight& w, int64_t first_row) : with_offsets(w.offsets != nullptr) {
+  // Where there are no offsets, scales are loaded in their place: a branch would keep instructions apart.
+  __device__ __forceinline__ WideRows(const LutWeight& w, int64_t first_row)
+      : scales(w.scales), offsets(w.offsets != nullptr ? w.offsets : w.scales), with_offsets(w.offsets != nullptr) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       // Rows past the end repeat the last row and are not stored.
-      const int64_t row = min(first_row + 8 * r, w.n - 1), at = row * w.groups;
+      const int64_t row = min(first_row + 8 * r, w.n - 1);
       table[r].Load(w, row);
-      scales[r] = static_cast<const uint8_t*>(w.scales) + at * BytesOf(kScale);
-      // Where there are no offsets, something else is loaded in their place: a branch would keep instructions apart.
-      offsets[r] = with_offsets ? static_cast<const uint8_t*>(w.offsets) + at * BytesOf(kOffset) : w.lut;
+      first[r] = static_cast<uint32_t>(row * w.groups);
     }
   }
 
@@ -83,8 +84,10 @@ struct WideRows {
       const int group = min((step * kStepInputs + 32 * i) >> grid.group_shift, grid.last_group);
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        raw_scale[kPlace][i][r] = LoadStored<kScale>(scales[r], group);
-        raw_offset[kPlace][i][r] = LoadStored<kOffset>(offsets[r], with_offsets ? group : 0);
+        raw_scale[kPlace][i][r] = LoadStored<kScale>(scales, first[r] + group);
+        // Scales of one byte are fewer bytes than offsets would be.
+        const bool any = kScale != Type::kE8m0 || with_offsets;
+        raw_offset[kPlace][i][r] = LoadStored<kOffset>(offsets, any ? first[r] + group : 0);
       }
     }
   }
@@ -108,8 +111,7 @@ struct WideRows {
         words[r][half] = Permute(Permute(v.x, v.y, byte_of_two), Permute(v.z, v.w, byte_of_two), 0x5410);
       }
     }
-    // The second of two paired steps has the scales of the first.
-    if constexpr (!kPaired || kPlace == 0) {
+    if constexpr (kGroups > 1 || kPlace == 0) {
 #pragma unroll
       for (int i = 0; i < kGroups; ++i) {
 #pragma unroll

@@ -13,10 +13,10 @@
 namespace any4 {
 
 // Describes rows of 64 two-byte elements in shared memory, whose 16-byte pieces are swizzled within 128 bytes. Eight
-// rows are 1024 bytes, and must be aligned to that. Adding 2 to the description moves it on by 16 elements.
-__device__ __forceinline__ uint64_t DescribeRows(uint32_t shared_address) {
-  constexpr uint64_t kSwizzle128 = uint64_t{1} << 62, kEightRows = uint64_t{1024 >> 4} << 32;
-  return kSwizzle128 | kEightRows | uint64_t{1} << 16 | (shared_address & 0x3FFFF) >> 4;
+// rows are 1024 bytes, and must be aligned to that. This is the lower half, where the address is: adding 2 moves it on
+// by 16 elements. The upper half is the same for all such rows, 0x40000040: the swizzle, and eight rows in 16 bytes.
+__device__ __forceinline__ uint32_t DescribeRows(uint32_t shared_address) {
+  return 1u << 16 | (shared_address & 0x3FFFF) >> 4;
 }
 
 // Orders accesses to registers before the products that follow: call it before the first product of a set.
@@ -48,7 +48,7 @@ __device__ __forceinline__ void Pin(uint32_t (&registers)[kCount]) {
 // w + g + 8 of W; a[2] and a[3] are the same rows, 8 inputs on; sums[4 j + 2 h + i] is row 16 w + g + 8 h of W and row
 // 8 j + 2 t + i of x.
 template <typename T, int kColumns>
-__device__ __forceinline__ void WideProduct(float (&sums)[kColumns / 2], const uint32_t (&a)[4], uint64_t b);
+__device__ __forceinline__ void WideProduct(float (&sums)[kColumns / 2], const uint32_t (&a)[4], uint32_t b);
 
 #define ANY4_4(i) "+f"(s[i]), "+f"(s[i + 1]), "+f"(s[i + 2]), "+f"(s[i + 3])
 #define ANY4_16(i) ANY4_4(i), ANY4_4(i + 4), ANY4_4(i + 8), ANY4_4(i + 12)
@@ -75,12 +75,12 @@ __device__ __forceinline__ void WideProduct(float (&sums)[kColumns / 2], const u
 
 #define ANY4_WIDE_PRODUCT(T, type, n, a0, a1, a2, a3, b)                                                             \
   template <>                                                                                                        \
-  __device__ __forceinline__ void WideProduct<T, n>(float (&s)[n / 2], const uint32_t (&a)[4], uint64_t b_rows) {    \
-    asm volatile("{.reg .pred add; setp.eq.b32 add, 0, 0;\n"                                                         \
+  __device__ __forceinline__ void WideProduct<T, n>(float (&s)[n / 2], const uint32_t (&a)[4], uint32_t b_rows) {    \
+    asm volatile("{.reg .pred add; setp.eq.b32 add, 0, 0; .reg .b64 b; mov.b64 b, {%" #b ", 0x40000040};\n"          \
                  "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." type "." type " {" ANY4_SUMS_##n                  \
-                 "}, {%" #a0 ",%" #a1 ",%" #a2 ",%" #a3 "}, %" #b ", add, 1, 1, 0;}"                                 \
+                 "}, {%" #a0 ",%" #a1 ",%" #a2 ",%" #a3 "}, b, add, 1, 1, 0;}"                                       \
                  : ANY4_OPERANDS_##n                                                                                 \
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b_rows));                                         \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b_rows));                                         \
   }
 
 ANY4_WIDE_PRODUCT(__nv_bfloat16, "bf16", 64, 32, 33, 34, 35, 36)
