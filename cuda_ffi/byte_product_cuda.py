@@ -16,8 +16,8 @@ from cuda_ffi.lut_product_cuda import OPERANDS, _operands, _stacked
 TARGET = "any4_cuda_byte_product"
 
 MOST_ROWS = 2
-"""The rows of x that one reading of the weight serves. With more, the kernel for floating tables is faster than its
-16-bit inputs."""
+"""The rows of x that one reading of the weight serves. More are left to the kernel for floating tables, which reads it
+once, unless x has to be rounded to int8."""
 
 Rounding = Literal["int8", "int16"]
 _LIMBS: dict[Rounding, int] = {"int8": 1, "int16": 2}
