@@ -32,6 +32,7 @@ TARGETS: dict[str, dict[str, str]] = {
     "cuda": {
         "any4_cuda_lut_product": "any4_cuda_lut_product",
         "any4_cuda_lut_dequantize": "any4_cuda_lut_dequantize",
+        "any4_cuda_byte_product": "any4_cuda_byte_product",
         "any4_cuda_kmeans": "any4_cuda_kmeans",
         "any4_cuda_refit": "any4_cuda_refit",
         "any4_cuda_compensation": "any4_cuda_compensation",

@@ -150,7 +150,7 @@ def test_matmul_takes_it_and_agrees_with_xla() -> None:
 def lowered(function: Any, *arguments: Any, on: str = "NVIDIA A100-SXM4-80GB") -> str:
     """StableHLO for an NVIDIA GPU, which this machine needn't have."""
     device = jax.sharding.AbstractDevice(device_kind=on, num_cores=None, platform="gpu")
-    checks = [jax.export.DisabledSafetyCheck.custom_call(name) for name in (PRODUCT, DEQUANTIZE)]
+    checks = [jax.export.DisabledSafetyCheck.custom_call(name) for name in registration.TARGETS["cuda"].values()]
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device)):
         exported = jax.export.export(jax.jit(function), platforms=["cuda"], disabled_checks=checks)(*arguments)
     return exported.mlir_module()

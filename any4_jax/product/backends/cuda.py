@@ -1,51 +1,109 @@
-"""The CUDA product of `cuda_ffi` as a backend."""
+"""The CUDA products of `cuda_ffi` as a backend: of floats, and of rounded inputs by bytes."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 
 from any4_jax.product.backends.base import Backend, arrays_of, dtypes_of, why_no_codes
-from any4_jax.weights import QuantizedTensor, Slice, is_operator, leaf_of
+from any4_jax.product.quantized_input import why_no_bytes
+from any4_jax.weights import QuantizedTensor, QuantizeInput, Slice, is_operator, leaf_of
+
+MOST_ROUNDED_ROWS = 16
+"""The most rows of x, rounded as the user asked, that the kernel takes. It reads the weight anew for each two; a
+product of floats decodes it once."""
 
 
 def _supports(x: Any, w: Any, platform: str) -> str | None:
     if platform != "cuda":
         return f"it runs on cuda, not on {platform}"
-    leaf = leaf_of(w)
-    if leaf is None:
-        return why_no_codes(w)
-    if leaf.bits == 8 and not leaf.uniform:
-        return "the table of 256 entries is not a ramp"
+    rounded = isinstance(w, QuantizeInput)
+    reason = why_no_bytes(w) if rounded else why_no_codes(w)
+    if reason is not None:
+        return reason
+    leaf = leaf_of(w.inner if rounded else w)
+    assert leaf is not None
     from cuda_ffi import lut_product_cuda, registration
 
-    reason = lut_product_cuda.why_not(x.dtype, leaf.bits, leaf.group_size, leaf.shape[-1], *dtypes_of(leaf))
+    if rounded:
+        reason = _why_not_as_bytes(x, leaf)
+        if reason is None and _rows(x) > MOST_ROUNDED_ROWS:
+            reason = f"x has {_rows(x)} rows, it takes at most {MOST_ROUNDED_ROWS} that are rounded to bytes"
+    elif leaf.bits == 8 and not leaf.uniform:
+        return "the table of 256 entries is not a ramp"
+    else:
+        reason = lut_product_cuda.why_not(x.dtype, leaf.bits, leaf.group_size, leaf.shape[-1], *dtypes_of(leaf))
     return reason or registration.why_not("cuda")
 
 
-def _run(x: jax.Array, w: QuantizedTensor | Slice) -> jax.Array:
+def _rows(x: Any) -> int:
+    return math.prod(x.shape[:-1])
+
+
+def _why_not_as_bytes(x: Any, leaf: QuantizedTensor) -> str | None:
+    from cuda_ffi import byte_product_cuda
+
+    _, scales, offsets = dtypes_of(leaf)
+    n, k = leaf.shape[-2:]
+    return byte_product_cuda.why_not(x.dtype, leaf.bits, leaf.group_size, (n, k), leaf.lut.dtype, scales, offsets)
+
+
+def _rounding(x: Any, w: QuantizedTensor | Slice | QuantizeInput) -> Any:
+    """How x is rounded to multiply bytes; None where it multiplies as it is."""
+    from cuda_ffi import byte_product_cuda
+
+    if isinstance(w, QuantizeInput):
+        return "int8"
+    leaf = leaf_of(w)
+    assert leaf is not None
+    few = _rows(x) <= byte_product_cuda.MOST_ROWS
+    return "int16" if few and _why_not_as_bytes(x, leaf) is None else None
+
+
+def _run(x: jax.Array, w: QuantizedTensor | Slice | QuantizeInput) -> jax.Array:
     (y,) = _run_together(x, (w,))
     return y
 
 
-def _run_together(x: jax.Array, ws: Sequence[QuantizedTensor | Slice]) -> tuple[jax.Array, ...]:
+def _run_together(x: jax.Array, ws: Sequence[QuantizedTensor | Slice | QuantizeInput]) -> tuple[jax.Array, ...]:
+    from cuda_ffi.byte_product_cuda import byte_products
     from cuda_ffi.lut_product_cuda import lut_products
 
-    leaf = leaf_of(ws[0])
-    assert leaf is not None
-    return lut_products(x, [_matrix(w) for w in ws], bits=leaf.bits, group_size=leaf.group_size)
+    first = leaf_of(ws[0].inner if isinstance(ws[0], QuantizeInput) else ws[0])
+    assert first is not None
+    roundings = [_rounding(x, w) for w in ws]
+    ys: dict[int, jax.Array] = {}
+    for rounding in dict.fromkeys(roundings):
+        places = [i for i, of_weight in enumerate(roundings) if of_weight == rounding]
+        matrices = [_matrix(ws[i], as_bytes=rounding is not None) for i in places]
+        if rounding is None:
+            products = lut_products(x, matrices, bits=first.bits, group_size=first.group_size)
+        else:
+            products = byte_products(x, matrices, group_size=first.group_size, rounding=rounding)
+        ys |= zip(places, products, strict=True)
+    return tuple(ys[i] for i in range(len(ws)))
 
 
-def _matrix(w: QuantizedTensor | Slice) -> Any:
+def _matrix(w: QuantizedTensor | Slice | QuantizeInput, as_bytes: bool) -> Any:
     from cuda_ffi.lut_product import Matrix
     from cuda_ffi.lut_product_cuda import StackedMatrix
 
-    if isinstance(w, QuantizedTensor):
-        return Matrix(*arrays_of(w))
-    if is_operator(w.stack.scales) or is_operator(w.stack.offsets):
+    if isinstance(w, QuantizeInput):
+        return _matrix(w.inner, as_bytes)
+    if isinstance(w, Slice) and (is_operator(w.stack.scales) or is_operator(w.stack.offsets)):
         # Decoding the scales of one matrix is less work than decoding those of all.
-        return Matrix(*arrays_of(w.matrix()))
-    return StackedMatrix(*arrays_of(w.stack), w.index)
+        w = w.matrix()
+    leaf = w if isinstance(w, QuantizedTensor) else w.stack
+    arrays = arrays_of(leaf)
+    if as_bytes:
+        arrays = arrays._replace(lut=leaf.lut)
+    return Matrix(*arrays) if isinstance(w, QuantizedTensor) else StackedMatrix(*arrays, w.index)
+
+
+def _detail(x: Any, w: Any) -> str | None:
+    rounding = _rounding(x, w)
+    return None if rounding is None else f"x is rounded to {rounding}, which multiplies the table's bytes"
 
 
 def is_one_launch(m: int) -> bool:
@@ -67,4 +125,4 @@ def launcher() -> Callable[..., None]:
     return lut_product_plain.launcher()
 
 
-CUDA = Backend(name="cuda", supports=_supports, run=_run, run_together=_run_together, takes_slices=True)
+CUDA = Backend(name="cuda", supports=_supports, run=_run, run_together=_run_together, takes_slices=True, detail=_detail)

@@ -3,6 +3,7 @@
 #include <string_view>
 #include <vector>
 
+#include "byte_product.h"
 #include "handler.h"
 #include "lut_product.h"
 #include "xla/ffi/api/ffi.h"
@@ -17,6 +18,7 @@ std::optional<any4::Type> TypeOf(const ffi::AnyBuffer& buffer) {
     case ffi::F16: return any4::Type::kFloat16;
     case ffi::F32: return any4::Type::kFloat32;
     case ffi::U8: return any4::Type::kE8m0;
+    case ffi::S8: return any4::Type::kInt8;
     default: return std::nullopt;
   }
 }
@@ -24,6 +26,8 @@ std::optional<any4::Type> TypeOf(const ffi::AnyBuffer& buffer) {
 bool IsHalf(std::optional<any4::Type> type) {
   return type == any4::Type::kBfloat16 || type == any4::Type::kFloat16;
 }
+
+bool IsFloating(std::optional<any4::Type> type) { return IsHalf(type) || type == any4::Type::kFloat32; }
 
 using any4::HasShape;
 
@@ -35,9 +39,9 @@ ffi::Error Invalid(std::string_view what) { return any4::Invalid(kTarget, what);
 // they have no elements; all but `index` have a leading axis, the stack.
 constexpr size_t kOperands = 6;
 
-// The weight of k inputs whose operands begin at `first`, to be decoded to `type`.
+// The weight of k inputs whose operands begin at `first`, to be decoded to `type`, or for ByteProducts as it is.
 ffi::ErrorOr<any4::LutWeight> WeightOf(const ffi::RemainingArgs& operands, size_t first, int64_t k, int64_t bits,
-                                       int64_t group_size, any4::Type type) {
+                                       int64_t group_size, any4::Type type, bool bytes = false) {
   const auto invalid = [](std::string_view what) { return ffi::Unexpected(Invalid(what)); };
   const auto operand = [&](size_t i) { return *operands.get<ffi::AnyBuffer>(first + i); };
   const ffi::AnyBuffer codes = operand(0), high = operand(1), lut = operand(2), scales = operand(3),
@@ -67,12 +71,15 @@ ffi::ErrorOr<any4::LutWeight> WeightOf(const ffi::RemainingArgs& operands, size_
     return invalid("the shapes of its operands don't fit together");
   }
   const auto lut_type = TypeOf(lut), scale_type = TypeOf(scales), offset_type = TypeOf(offsets);
-  if (!IsHalf(lut_type) || !scale_type || !offset_type || offset_type == any4::Type::kE8m0 ||
-      codes.element_type() != ffi::U8 || index.element_type() != ffi::S32) {
-    return invalid("need codes uint8, index int32, lut bfloat16 or float16, scales and offsets these, float32 or e8m0");
+  const bool scaled = IsFloating(scale_type) || scale_type == any4::Type::kE8m0;
+  if (!lut_type || !scaled || !IsFloating(offset_type) || codes.element_type() != ffi::U8 ||
+      index.element_type() != ffi::S32) {
+    return invalid("need codes uint8, index int32, scales and offsets bfloat16, float16, float32 or e8m0");
   }
-  if (!IsHalf(type) || (*lut_type != type && type != any4::Type::kFloat16)) {
-    return invalid("need x and y of one type, bfloat16 with a table of it or float16");
+  // ByteProducts asks for a table of int8 itself.
+  const bool fits = bytes ? bits == 4 : IsHalf(lut_type) && (lut_type == type || type == any4::Type::kFloat16);
+  if (!IsHalf(type) || !fits) {
+    return invalid("need x and y of one type, bfloat16 with a table of it, or float16 with one of either");
   }
   w.codes = static_cast<const uint8_t*>(codes.untyped_data());
   w.high = with_high ? static_cast<const uint8_t*>(high.untyped_data()) : nullptr;
@@ -87,29 +94,61 @@ ffi::ErrorOr<any4::LutWeight> WeightOf(const ffi::RemainingArgs& operands, size_
   return w;
 }
 
-// (x, matrix...) -> y for each matrix.
-ffi::Error Products(cudaStream_t stream, ffi::RemainingArgs operands, ffi::RemainingRets results, int64_t bits,
-                    int64_t group_size) {
+// The operands (x, matrix...) of products, and a result y for each matrix; of those with elements what a launch needs.
+struct Batch {
+  const void* x;
+  int64_t m;
+  any4::Type type;
+  std::vector<any4::LutWeight> weights = {};
+  std::vector<void*> ys = {};
+
+  int count() const { return static_cast<int>(weights.size()); }
+};
+
+ffi::ErrorOr<Batch> BatchOf(const ffi::RemainingArgs& operands, const ffi::RemainingRets& results, int64_t bits,
+                            int64_t group_size, bool bytes) {
+  const auto invalid = [](std::string_view what) { return ffi::Unexpected(Invalid(what)); };
   if (results.size() == 0 || operands.size() != 1 + kOperands * results.size()) {
-    return Invalid("need x, and six operands for each result");
+    return invalid("need x, and six operands for each result");
   }
   const ffi::AnyBuffer x = *operands.get<ffi::AnyBuffer>(0);
   const auto type = TypeOf(x);
-  if (x.dimensions().size() != 2 || !type) return Invalid("x needs two axes and bfloat16 or float16");
-  const int64_t m = x.dimensions()[0], k = x.dimensions()[1];
-  std::vector<any4::LutWeight> weights;
-  std::vector<void*> ys;
+  if (x.dimensions().size() != 2 || !type) return invalid("x needs two axes and bfloat16 or float16");
+  Batch batch{x.untyped_data(), x.dimensions()[0], *type};
   for (size_t i = 0; i < results.size(); ++i) {
-    const auto w = WeightOf(operands, 1 + i * kOperands, k, bits, group_size, *type);
-    if (w.has_error()) return w.error();
+    const auto w = WeightOf(operands, 1 + i * kOperands, x.dimensions()[1], bits, group_size, *type, bytes);
+    if (w.has_error()) return ffi::Unexpected(w.error());
     const ffi::AnyBuffer y = **results.get<ffi::AnyBuffer>(i);
-    if (!HasShape(y, {m, w->n}) || TypeOf(y) != type) return Invalid("y needs the shape [M, N] and x's type");
-    if (m == 0 || w->n == 0) continue;
-    weights.push_back(*w);
-    ys.push_back(y.untyped_data());
+    if (!HasShape(y, {batch.m, w->n}) || TypeOf(y) != type) return invalid("y needs the shape [M, N] and x's type");
+    if (batch.m == 0 || w->n == 0) continue;
+    batch.weights.push_back(*w);
+    batch.ys.push_back(y.untyped_data());
   }
-  return any4::Done(kTarget, any4::LutProducts(weights.data(), ys.data(), static_cast<int>(weights.size()), static_cast<int>(bits),
-                                group_size, x.untyped_data(), m, *type, stream));
+  return batch;
+}
+
+ffi::Error Products(cudaStream_t stream, ffi::RemainingArgs operands, ffi::RemainingRets results, int64_t bits,
+                    int64_t group_size) {
+  const auto batch = BatchOf(operands, results, bits, group_size, false);
+  if (batch.has_error()) return batch.error();
+  return any4::Done(kTarget, any4::LutProducts(batch->weights.data(), batch->ys.data(), batch->count(),
+                                               static_cast<int>(bits), group_size, batch->x, batch->m, batch->type,
+                                               stream));
+}
+
+// With x rounded to `limbs` bytes.
+ffi::Error ByteProducts(cudaStream_t stream, ffi::RemainingArgs operands, ffi::RemainingRets results,
+                        int64_t group_size, int64_t limbs) {
+  const auto batch = BatchOf(operands, results, 4, group_size, true);
+  if (batch.has_error()) return batch.error();
+  if (limbs != 1 && limbs != 2) return Invalid("x is rounded to one byte or to two");
+  for (const any4::LutWeight& w : batch->weights) {
+    if (batch->type != any4::Type::kBfloat16 || !any4::IsForBytes(w, group_size)) {
+      return Invalid("need a table of int8, the rest in bfloat16, k % 256 == 0, n % 32 == 0, groups of 64, 128, ...");
+    }
+  }
+  return any4::Done(kTarget, any4::ByteProducts(batch->weights.data(), batch->ys.data(), batch->count(), group_size,
+                                                batch->x, batch->m, static_cast<any4::Inputs>(limbs), stream));
 }
 
 // (matrix) -> W.
@@ -126,17 +165,15 @@ ffi::Error Dequantize(cudaStream_t stream, ffi::RemainingArgs operands, ffi::Rem
   return any4::Done(kTarget, any4::LutDequantize(*w, static_cast<int>(bits), group_size, out.untyped_data(), *type, stream));
 }
 
-auto Binding() {
-  return ffi::Ffi::Bind()
-      .Ctx<ffi::PlatformStream<cudaStream_t>>()
-      .RemainingArgs()
-      .RemainingRets()
-      .Attr<int64_t>("bits")
-      .Attr<int64_t>("group_size");
-}
+auto Operands() { return ffi::Ffi::Bind().Ctx<ffi::PlatformStream<cudaStream_t>>().RemainingArgs().RemainingRets(); }
+
+auto Binding() { return Operands().Attr<int64_t>("bits").Attr<int64_t>("group_size"); }
+
+auto ByteBinding() { return Operands().Attr<int64_t>("group_size").Attr<int64_t>("limbs"); }
 
 }  // namespace
 
 // kCmdBufferCompatible: XLA may capture them in a CUDA graph.
 XLA_FFI_DEFINE_HANDLER_SYMBOL(any4_cuda_lut_product, Products, Binding(), {ffi::Traits::kCmdBufferCompatible});
 XLA_FFI_DEFINE_HANDLER_SYMBOL(any4_cuda_lut_dequantize, Dequantize, Binding(), {ffi::Traits::kCmdBufferCompatible});
+XLA_FFI_DEFINE_HANDLER_SYMBOL(any4_cuda_byte_product, ByteProducts, ByteBinding(), {ffi::Traits::kCmdBufferCompatible});

@@ -8,7 +8,7 @@
 namespace any4 {
 
 __host__ __device__ __forceinline__ int64_t BytesOf(Type type) {
-  return type == Type::kE8m0 ? 1 : type == Type::kFloat32 ? 4 : 2;
+  return type == Type::kE8m0 || type == Type::kInt8 ? 1 : type == Type::kFloat32 ? 4 : 2;
 }
 
 // The number of the matrix in the stack. The kernel reads it from the device, so that a loop over layers multiplies
@@ -27,7 +27,7 @@ __device__ __forceinline__ LutWeight TakeOfStack(LutWeight w) {
   const auto advance = [i](const void* from, int64_t bytes) { return static_cast<const uint8_t*>(from) + i * bytes; };
   w.codes = advance(w.codes, weights * (kBits == 3 ? 2 : kBits) / 8);
   if (kBits == 3) w.high = advance(w.high, weights / 8);
-  w.lut = advance(w.lut, (w.lut_stride == 0 ? 1 : w.n) * (2 << kBits));
+  w.lut = advance(w.lut, (w.lut_stride == 0 ? 1 : w.n) * BytesOf(w.lut_type) << kBits);
   w.scales = advance(w.scales, groups * BytesOf(w.scale_type));
   if (w.offsets != nullptr) w.offsets = advance(w.offsets, groups * BytesOf(w.offset_type));
   return w;

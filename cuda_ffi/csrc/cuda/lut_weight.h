@@ -5,14 +5,14 @@
 
 namespace any4 {
 
-enum class Type : int { kBfloat16, kFloat16, kFloat32, kE8m0 };
+enum class Type : int { kBfloat16, kFloat16, kFloat32, kE8m0, kInt8 };
 
 // A row has k inputs, and k % 32 == 0, so that a lane's 32 codes lie at a multiple of their size. Each array may be a
 // stack, which holds the arrays of several such matrices one after the other; the pointers are to the first.
 struct LutWeight {
   const uint8_t* codes;  // first plane, [n, k * its width / 8]
   const uint8_t* high;   // second plane of 3-bit codes, [n, k / 8]
-  const void* lut;       // [n or 1, 2^bits], kBfloat16 or kFloat16
+  const void* lut;       // [n or 1, 2^bits], kBfloat16 or kFloat16; for ByteProducts kInt8
   const void* scales;    // [n, groups]
   const void* offsets;   // [n, groups], or nullptr
   const int32_t* index;  // number of the matrix in the stack, on the device; nullptr for the first
