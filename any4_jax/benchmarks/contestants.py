@@ -160,6 +160,7 @@ def read_bytes(model: Decoder) -> int:
 
 
 def _kind(method: AnyMethod) -> str:
-    """The method's name with its number of bits, such as "int8"."""
+    """The method's name with its number of bits, such as "int8", and its tables' dtype where that is integers."""
     bits = getattr(method, "bits", None)
-    return method.name if bits is None else f"{method.name.rstrip('0123456789')}{bits}"
+    name = method.name if bits is None else f"{method.name.rstrip('0123456789')}{bits}"
+    return f"{name}, int8 tables" if getattr(method, "table_dtype", None) == "int8" else name

@@ -62,15 +62,17 @@ CONFIGS = {
 METHODS: dict[str, Method | None] = {
     "bfloat16": None,
     "any4": Any4(),
+    "any4-int8": Any4(table_dtype="int8"),
     "any3": Any4(bits=3),
     "nf4": NF4(),
     "int4": Int(bits=4),
     "int8": Int(bits=8),
 }
-"""What the linears of a random model are stored in; None is the float kind. Groups have 128 weights."""
+"""What the linears of a random model are stored in; None is the float kind. Groups have 128 weights. Tables of
+"any4-int8" hold integers of 8 bits."""
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4, 5, 6, 7))
+@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4, 5, 6, 7, 8))
 def random_leaf(
     seed: int,
     n: int,
@@ -80,6 +82,7 @@ def random_leaf(
     levels: tuple[float, ...] | None = None,
     offsets: bool = True,
     uniform: bool = False,
+    integers: bool = False,
 ) -> QuantizedTensor:
     """A weight [N, K] with random codes, and scales, offsets and tables in bfloat16.
 
@@ -89,11 +92,14 @@ def random_leaf(
       bits, group_size, uniform: see `QuantizedTensor`.
       levels: the table of all rows; None gives each row a random one.
       offsets: whether there are offsets.
+      integers: whether random tables are int8.
     """
     keys = jax.random.split(jax.random.key(seed), 4)
     groups = (n, -(-k // group_size))
     codes = tuple(jax.random.bits(keys[0], (n, plane_bytes(k, width)), jnp.uint8) for width in PLANES[bits])
-    if levels is None:
+    if levels is None and integers:
+        lut, largest = jnp.sort(jax.random.randint(keys[1], (n, 2**bits), -127, 128, jnp.int8)), 127.0
+    elif levels is None:
         lut, largest = jnp.sort(jax.random.normal(keys[1], (n, 2**bits), jnp.bfloat16)), 1.0
     else:
         lut, largest = jnp.asarray([levels], jnp.bfloat16), max(map(abs, levels))
@@ -174,7 +180,8 @@ def random_weight(seed: int, n: int, k: int, method: Any) -> QuantizedTensor:
     """A weight [N, K] of the form that the method gives, with random codes."""
     form = _form(n, k, method)
     levels = None if form.lut.shape[0] > 1 else _table(k, method)
-    return random_leaf(seed, n, k, form.bits, form.group_size, levels, form.offsets is not None, form.uniform)
+    integers = form.lut.dtype == jnp.int8
+    return random_leaf(seed, n, k, form.bits, form.group_size, levels, form.offsets is not None, form.uniform, integers)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
