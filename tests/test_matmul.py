@@ -10,6 +10,7 @@ from small_weights import INTEGERS, NAMES, K, M, N, dequantize, leaf, low_rank, 
 
 from any4_jax.partition import combine, partition
 from any4_jax.product import BACKENDS, matmul
+from any4_jax.product.backends.base import arrays_of, dtypes_of
 from any4_jax.product.quantized_input import quantize_input
 from any4_jax.weights import QuantizeInput, take
 
@@ -30,6 +31,13 @@ def test_identity_gives_the_matrix_rounded_once(name: str, dtype: str) -> None:
     y = matmul(jnp.eye(K, dtype=dtype), w)
     assert y.dtype == dtype
     np.testing.assert_array_equal(y.T, dequantize(w, jnp.dtype(dtype)))
+
+
+def test_kernels_read_tables_of_integers_as_bfloat16() -> None:
+    w = operator("int8 tables")
+    read = arrays_of(w).lut
+    assert w.lut.dtype == jnp.int8 and read.dtype == dtypes_of(w).lut == jnp.bfloat16
+    np.testing.assert_array_equal(read.astype(jnp.int8), w.lut)
 
 
 def test_accumulates_in_float32() -> None:
