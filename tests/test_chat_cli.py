@@ -24,7 +24,7 @@ def asked(monkeypatch):
     """The tiny model gets a chat template, which writes the contents one after another; the messages that it saw."""
     seen = []
 
-    def open_model(name):
+    def open_model(name, inputs):
         model = a4.models.load(name)
         model.tokenizer.chat_template = "a template"
         return model

@@ -105,6 +105,7 @@ def operators() -> dict:
         "ScaleInput": ScaleInput(leaf, jnp.asarray(rng.uniform(size=20), jnp.float32)),
         "PermuteInput": PermuteInput(odd, jnp.asarray(rng.permutation(20), jnp.int32)),
         "QuantizeInput": QuantizeInput(byte, None, 8, False, "tensor"),
+        "QuantizeInput by group": QuantizeInput(byte, None, 8, True, "group"),
         "QuantizeInput with levels": QuantizeInput(byte, jnp.linspace(-1, 1, 16), 4, True, "token"),
         "double": double,
         "six bits": quantize(w, Int(bits=6, group_size=8)),

@@ -142,7 +142,7 @@ def test_interrupt_is_130(monkeypatch, capsys):
 
 
 def test_a_bug_is_no_bare_key(monkeypatch, capsys):
-    monkeypatch.setattr("any4_jax.cli.generate.open_model", lambda name: {}[name])
+    monkeypatch.setattr("any4_jax.cli.generate.open_model", lambda name, inputs: {}[name])
     assert main(["generate", "tiny", "--prompt", "x"]) == 1
     assert "KeyError" in capsys.readouterr().err
 

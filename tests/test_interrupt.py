@@ -54,7 +54,7 @@ def twice():
 
 OPEN = {f.__name__: f for f in (swallowed, disguised, twice)}
 real = generate.open_model
-generate.open_model = lambda name: OPEN[name]() if name in OPEN else real(name)
+generate.open_model = lambda name, inputs: OPEN[name]() if name in OPEN else real(name, inputs)
 Tokenizer.chat_template = None
 print("ready", flush=True)
 for line in sys.stdin:
