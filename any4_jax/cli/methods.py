@@ -7,7 +7,7 @@ import typing
 from collections.abc import Collection, Sequence
 from typing import Any
 
-from any4_jax.cli.options import add_fields, build
+from any4_jax.cli.options import add_fields, build, only_held
 from any4_jax.methods import CATALOGUE, AnyMethod
 
 DEFAULT = "any4"
@@ -43,13 +43,17 @@ def method_from(args: argparse.Namespace, name: str | None = None, **fixed: Any)
 
     Args:
       args: the parsed command line.
-      name: another method to build instead; it takes those of the given fields that it has too.
+      name: another method to build instead; it takes those of the given fields that it has too, if it may hold their
+        values: integers of 8 bits have no use for the dtype of learned tables.
       fixed: values of fields, which override those of the command line.
 
     Raises:
       CommandLineError: the method refuses the values.
     """
-    return _described(args, CATALOGUE[name or args.method], None, "", fixed)
+    cls = CATALOGUE[name or args.method]
+    if name is not None:
+        args = only_held(args, cls)
+    return _described(args, cls, None, "", fixed)
 
 
 def _described(args: argparse.Namespace, cls: type, held: Any, prefix: str, fixed: dict[str, Any]) -> Any:

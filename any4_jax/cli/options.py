@@ -12,6 +12,7 @@ from typing import Any, Literal
 import jax.numpy as jnp
 
 from any4_jax.cli.errors import CommandLineError
+from any4_jax.methods.fields import takes
 
 # Flags are stored under names with this prefix, which no other argument of a command has.
 _PREFIX = "field."
@@ -75,6 +76,14 @@ def build(config: Any, args: argparse.Namespace, prefix: str = "", **fixed: Any)
         return config(**given | fixed) if isinstance(config, type) else dataclasses.replace(config, **given | fixed)
     except (ValueError, TypeError) as error:
         raise CommandLineError(str(error)) from error
+
+
+def only_held(args: argparse.Namespace, cls: type) -> argparse.Namespace:
+    """The command line without the values that fields of a dataclass may not hold."""
+    names = {_PREFIX + field.name: field.name for field in dataclasses.fields(cls)}
+    return argparse.Namespace(
+        **{flag: value for flag, value in vars(args).items() if flag not in names or takes(cls, names[flag], value)}
+    )
 
 
 def checked(method: Any, stats_given: bool) -> Any:

@@ -68,8 +68,8 @@ def add(commands: Any, common: argparse.ArgumentParser, argv: Sequence[str]) -> 
         metavar="REGEX=METHOD",
         help="linears whose path matches take METHOD, or stay as they are if it is none; "
         "may be repeated: the first match counts, and --method serves the other linears; "
-        "METHOD takes those of the fields below that it has, and int8 is int with 8 bits; only a rule quantizes the "
-        "embedding, which is the head of many models: embed_tokens=int8",
+        "METHOD takes the fields below that it has, unless it can't hold the value, and int8 is int with 8 bits; only "
+        "a rule quantizes the embedding, which is the head of many models: embed_tokens=int8",
     )
     parser.add_argument(
         "--no-resume",

@@ -38,6 +38,12 @@ def check_fields(method: Any) -> None:
             raise ValueError(f"got {name}={value!r} for {type(method).__name__}, need {need}; choose such a value")
 
 
+def takes(cls: type, name: str, value: Any) -> bool:
+    """Whether the dataclass has a field of this name that may hold the value."""
+    check = _checks(cls).get(name)  # type: ignore[arg-type]
+    return check is not None and check(value) is None
+
+
 @functools.cache
 def _checks(cls: type) -> dict[str, Callable[[Any], str | None]]:
     """For each field, the function from its value to what is needed in words, or to None if the value will do."""
