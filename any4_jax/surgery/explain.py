@@ -35,7 +35,7 @@ def explain(x: Any, w: Any = None, platform: str | None = None, *, rows: int = 1
         return product.explain(x, w, platform)
     check_rows(rows)
     container, dtype = container_of(x), _dtype(x)
-    operators, matrices = container.operators(x), container.matrices(x, None)
+    operators, matrices = container.operators(x), container.matrices(x, None, ())
     if not operators and not matrices:
         raise ValueError(
             f"got a {type(x).__name__} without dense layers, need a model that quantize_model takes; pass one, or an "

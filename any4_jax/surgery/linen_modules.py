@@ -18,6 +18,7 @@ from any4_jax.models import hf_flax
 from any4_jax.nn.linen import boxed
 from any4_jax.nn.swapping import Intercepted, intercepted, layers_of, quantized_dense
 from any4_jax.surgery import trees
+from any4_jax.surgery.declarations import Declared
 from any4_jax.surgery.rules import Recipe
 from any4_jax.weights import is_operator
 
@@ -29,7 +30,7 @@ def is_pair(model: Any) -> bool:
     return isinstance(model, tuple) and len(model) == 2 and isinstance(model[0], linen.Module | Intercepted)
 
 
-def pair_matrices(model: Pair, inputs: Any = None) -> dict[str, Matrix]:
+def pair_matrices(model: Pair, inputs: Any = None, declared: Declared = ()) -> dict[str, Matrix]:
     """The kernels of the Dense layers, by the dotted path of the layer.
 
     Args:
@@ -70,7 +71,7 @@ def pair_replace(model: Pair, done: Mapping[str, Any], recipe: Recipe | None) ->
     return swapped, {**variables, "params": params} if "params" in variables else params
 
 
-def hf_matrices(model: Any, inputs: Any = None) -> dict[str, Matrix]:
+def hf_matrices(model: Any, inputs: Any = None, declared: Declared = ()) -> dict[str, Matrix]:
     """The kernels of the Dense layers of a Hugging Face Flax model, which are found by tracing it."""
     plain, special = hf_flax.layers_by_name(model)
     return _marked(_kernels(model.params, plain | dict.fromkeys(special, True)), special)

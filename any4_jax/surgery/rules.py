@@ -8,12 +8,14 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from any4_jax.methods import AnyMethod
 from any4_jax.methods.base import Note
 from any4_jax.methods.matrices import Matrix
+from any4_jax.surgery.declarations import Axes, Declaration, Declared, Einsum
 
 _NAMED = 3
 
-Rules = Sequence[tuple[str, AnyMethod | None]]
+Rule = tuple[str, AnyMethod | None] | tuple[str, AnyMethod | None, Declaration]
+Rules = Sequence[Rule]
 
-DEFAULT_RULES: Rules = ((r"(.*[./])?(lm_head|embed_tokens|router)([./].*)?", None),)
+DEFAULT_RULES: Sequence[tuple[str, AnyMethod | None]] = ((r"(.*[./])?(lm_head|embed_tokens|router)([./].*)?", None),)
 """Tried after the caller's rules: the head, the embedding and the routers of experts stay as they are unless one of the
 caller's names them."""
 
@@ -100,19 +102,48 @@ def resolve(
     return {path: taken for path in paths if (taken := chosen[path]) is not None}
 
 
-def _pairs(rules: Rules | None) -> Rules:
-    """The caller's rules, each a pair of a regex and a method or None."""
+def declarations(rules: Rules | None) -> Declared:
+    """What the rules declare of kernels: (regex, declaration) of those with three parts.
+
+    Raises:
+      TypeError: as `resolve`.
+    """
+    _pairs(rules)
+    return tuple((rule[0], rule[2]) for rule in rules or () if len(rule) == 3)
+
+
+def declared_for(names: Iterable[str], declared: Declared) -> dict[str, Declaration]:
+    """The first declaration whose regex matches each name.
+
+    Raises:
+      TypeError, ValueError: as `matching`.
+    """
+    names, found = list(names), dict[str, Declaration]()
+    for pattern, declaration in declared:
+        for name in matching(names, pattern):
+            found.setdefault(name, declaration)
+    return found
+
+
+def pairs(rules: Rules | None) -> tuple[tuple[str, AnyMethod | None], ...]:
+    """The regex and the method of each rule."""
+    return tuple((rule[0], rule[1]) for rule in rules or ())
+
+
+def _pairs(rules: Rules | None) -> Sequence[tuple[str, AnyMethod | None]]:
+    """The caller's rules, each as a pair of a regex and a method or None."""
     need = "need pairs of a regex and a method or None, such as [(r'.*mlp.*', None)]"
     if rules is None:
         return ()
     if not isinstance(rules, Sequence) or isinstance(rules, str):
         raise TypeError(f"got rules of type {type(rules).__name__}, {need}; pass a list of them")
     for rule in rules:
-        if not isinstance(rule, tuple | list) or len(rule) != 2:
+        parts = len(rule) if isinstance(rule, tuple | list) else 0
+        if parts != 2 and not (parts == 3 and isinstance(rule[2], Einsum | Axes)):
             raise TypeError(f"got the rule {rule!r}, {need}; write it so")
         if rule[1] is not None and not callable(getattr(rule[1], "apply", None)):
             raise TypeError(f"got the rule {rule!r}, whose second part is no method, {need}; write it so")
-    return rules
+    return pairs(rules)
 
 
 def refuse_special(matrices: Mapping[str, Matrix], chosen: Iterable[str]) -> None:

@@ -13,7 +13,8 @@ from any4_jax.methods.matrices import Matrix
 from any4_jax.nn.axes import kernel_axes
 from any4_jax.nn.linen import boxed
 from any4_jax.surgery import fitting
-from any4_jax.surgery.rules import Recipe
+from any4_jax.surgery.declarations import Declared, layout_of
+from any4_jax.surgery.rules import Recipe, declared_for
 from any4_jax.weights import is_operator
 
 _TRANSPOSED = {"kernel": True, "weight": False}
@@ -39,13 +40,22 @@ def operators(tree: Any) -> dict[str, Any]:
     return {path: leaf for path, leaf in leaves(tree).items() if is_operator(leaf)}
 
 
-def matrices(tree: Any) -> dict[str, Matrix]:
-    """The float matrices that can be quantized, by dotted path."""
+def matrices(tree: Any, declared: Declared = ()) -> dict[str, Matrix]:
+    """The float matrices that can be quantized, by dotted path.
+
+    Args:
+      tree: of arrays.
+      declared: regexes of paths, and what is declared of the arrays there.
+    """
     found = {}
-    for path, leaf in leaves(tree).items():
+    here = leaves(tree)
+    for path, leaf in here.items():
         name, array = path.rsplit(".", 1)[-1], meta.unbox(leaf)
         if name in _TRANSPOSED and not is_operator(leaf) and getattr(array, "ndim", 0) == 2:
             found[path] = Matrix(array, _TRANSPOSED[name])
+    arrays = {path: meta.unbox(leaf) for path, leaf in here.items() if not is_operator(leaf)}
+    for path, declaration in declared_for(arrays, declared).items():
+        found[path] = Matrix(arrays[path], False, layout=layout_of(path, declaration, arrays[path]))
     return found
 
 

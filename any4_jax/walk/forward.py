@@ -4,17 +4,18 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from any4_jax import statistics
 from any4_jax.methods.matrices import Progress
 from any4_jax.models import hf_flax
 from any4_jax.nn.swapping import intercepted, quantized_dense, tapping
+from any4_jax.nn.watching import flattened
 from any4_jax.statistics import Gathered, Statistic
-from any4_jax.surgery import linears
+from any4_jax.surgery import Declared, nnx_modules
 from any4_jax.surgery.linen_modules import layer_path, params_of
-from any4_jax.surgery.trees import dotted
+from any4_jax.surgery.nnx_kernels import watch
+from any4_jax.surgery.tracing import call_of
 
 Needs = tuple[Statistic, ...]
 Found = dict[str, Gathered]
@@ -36,7 +37,9 @@ def run_hf(model: Any, batches: Sequence[Any], needs: Needs, progress: Progress 
     return _gather(forward, model.params, batches, needs, progress)
 
 
-def run_linen(model: Any, batches: Sequence[Any], needs: Needs, progress: Progress | None) -> Found:
+def run_linen(
+    model: Any, batches: Sequence[Any], needs: Needs, progress: Progress | None, declared: Declared = ()
+) -> Found:
     """Statistics by path of a pair (Linen module, variables), over batches of arguments of `apply`.
 
     Raises:
@@ -45,7 +48,7 @@ def run_linen(model: Any, batches: Sequence[Any], needs: Needs, progress: Progre
     module, variables = model
 
     def forward(variables, batch, tap):
-        arguments, named = _arguments(batch)
+        arguments, named = call_of(batch)
         tapped = intercepted(module, quantized_dense, tapping(tap))
         tapped.apply(variables, *arguments, **named, mutable=True)
 
@@ -84,41 +87,22 @@ def _gather(
     return seen
 
 
-class _Tapped(nnx.Module):
-    """A dense layer that keeps statistics of its inputs in a variable of its own."""
+def run_nnx(
+    model: nnx.Module, batches: Sequence[Any], needs: Needs, progress: Progress | None, declared: Declared = ()
+) -> Found:
+    """Statistics by path of any NNX module, over batches of arguments of its call, or of its method "method".
 
-    def __init__(self, inner: nnx.Linear, needs: Needs) -> None:
-        self.inner = inner
-        self.seen = nnx.Intermediate(jax.tree.map(jnp.asarray, statistics.empty(inner.in_features, needs)))
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        self.seen.set_value(statistics.update(self.seen.get_value(), x))
-        return self.inner(x)
-
-
-def run_nnx(model: nnx.Module, batches: Sequence[Any], needs: Needs, progress: Progress | None) -> Found:
-    """Statistics by path of any NNX module, over batches of arguments of its call."""
-    paths = set(linears(model))
-
-    def tap(path: tuple, node: Any) -> Any:
-        return _Tapped(node, needs) if dotted(path) in paths else node
-
-    tapped = nnx.recursive_map(tap, nnx.clone(model))
-
-    @nnx.jit
-    def step(module, batch):
-        arguments, named = _arguments(batch)
-        module(*arguments, **named)
-
+    Kernels that no class of layers tells of are found by tracing the first batch, or by what is declared of them. Each
+    matrix of a stack, an expert's or a layer's under nnx.scan and nnx.vmap, has statistics of its own.
+    """
+    watched: Any = nnx.clone(model)
+    kernels = watch(watched, nnx_modules.matrices(model, batches[0], declared), needs)
+    steps: dict[Any, Callable[..., Any]] = {}
     for index, batch in enumerate(batches):
-        step(tapped, batch)
+        arguments, named = call_of(batch)
+        name = named.pop("method", "__call__")
+        step = steps.setdefault(name, nnx.jit(lambda module, a, n, name=name: getattr(module, name)(*a, **n)))
+        step(watched, arguments, named)
         if progress is not None:
             progress(index + 1, len(batches), "batch")
-    found = {dotted(path): node for path, node in nnx.iter_modules(tapped) if isinstance(node, _Tapped)}
-    return {path: node.seen.get_value() for path, node in found.items()}
-
-
-def _arguments(batch: Any) -> tuple[tuple, dict[str, Any]]:
-    if isinstance(batch, Mapping):
-        return (), dict(batch)
-    return (batch if isinstance(batch, tuple) else (batch,)), {}
+    return {path: flattened(kernel.seen.get_value()) for path, kernel in kernels.items()}

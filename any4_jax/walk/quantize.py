@@ -28,7 +28,9 @@ from any4_jax.surgery import (
     around,
     container_of,
     copy_module,
+    declarations,
     holders,
+    pairs,
     recipe_of,
     refuse_special,
     replace_module,
@@ -90,7 +92,7 @@ def quantize_model(
     if data is not None and stats is not None:
         raise ValueError("got both data and stats, need only one source of statistics; leave one out")
     container = container_of(model)
-    matrices = container.matrices(model, inputs)
+    matrices = container.matrices(model, inputs, declarations(rules))
     by_name = {path for path, matrix in matrices.items() if matrix.by_name}
     done = container.operators(model)
     chosen = resolve(matrices, method, rules, by_name, done)
@@ -134,7 +136,7 @@ def quantize_model(
     _check(chosen, stats)
     results = _results({path: (matrices[path], m, stats.get(path)) for path, m in chosen.items()}, count, finished)
     notes = {path: result.notes for path, result in results.items()}
-    operators = {path: result.operator for path, result in results.items()}
+    operators = {path: matrices[path].held(result.operator) for path, result in results.items()}
     return container.replace(model, operators, _recipe(model, method, rules, chosen, notes))
 
 
@@ -224,7 +226,7 @@ def _recipe(
         if path in notes
     ]
     return Recipe(
-        rules=tuple((pattern, unlifted(m)) for pattern, m in (*(rules or ()), *DEFAULT_RULES, (r".*", method))),
+        rules=tuple((pattern, unlifted(m)) for pattern, m in (*pairs(rules), *DEFAULT_RULES, (r".*", method))),
         linears=tuple(sorted((*(earlier.linears if earlier else ()), *decided), key=itemgetter(0))),
     )
 
