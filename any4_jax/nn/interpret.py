@@ -220,6 +220,27 @@ def trace(function: Callable[..., Any], *args: Any) -> tuple[ClosedJaxpr, list[A
     return program, arrays, result
 
 
+def jit_arrays(function: Callable[..., Any], jit: Callable[..., Any] = jax.jit) -> Callable[..., Any]:
+    """`function` under jit; what is no array in its arguments is static, such as a flag or the name of a method."""
+    programs: dict[Any, Callable[..., Any]] = {}
+
+    def call(*args: Any) -> Any:
+        leaves, structure = jax.tree.flatten(args, is_leaf=_is_whole)
+        dynamic = [_is_array(leaf) or _is_whole(leaf) for leaf in leaves]
+        fixed = [None if moves else leaf for leaf, moves in zip(leaves, dynamic, strict=True)]
+        key = (structure, tuple(dynamic), repr(fixed))
+
+        def run(*moving: Any) -> Any:
+            rest = iter(moving)
+            whole = [next(rest) if moves else leaf for leaf, moves in zip(fixed, dynamic, strict=True)]
+            return function(*jax.tree.unflatten(structure, whole))
+
+        program = programs.setdefault(key, jit(run))
+        return program(*(leaf for leaf, moves in zip(leaves, dynamic, strict=True) if moves))
+
+    return call
+
+
 def _is_array(leaf: Any) -> bool:
     return isinstance(leaf, jax.Array | jax.ShapeDtypeStruct) or type(leaf).__module__ == "numpy"
 

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from any4_jax.nn.axes import matrix_axes
 from any4_jax.nn.interpret import evaluate, plain, trace
 from any4_jax.nn.operator_variables import Quantized, blank, plain_metadata
 from any4_jax.nn.stored import Stored, stored
@@ -122,12 +123,10 @@ class Any4Kernel(Quantized, Kernel):
 
 
 def _of_matrix(metadata: dict[str, Any], layout: Layout) -> dict[str, Any]:
-    """A variable's metadata, with the names of the matrix's axes [*L, K, N] in place of the kernel's. An axis that is
-    merged of several is split as the first of them."""
+    """A variable's metadata, with the names of the matrix's axes in place of the kernel's."""
     names = metadata.pop("out_sharding", None)
     if names and len(names) == len(layout.roles):
-        by_role = {role: [name for name, own in zip(names, layout.roles, strict=True) if own == role] for role in "LKN"}
-        metadata["out_sharding"] = (*by_role["L"], by_role["K"][0], by_role["N"][0])
+        metadata["out_sharding"] = matrix_axes(tuple(names), layout.roles)
     return metadata
 
 

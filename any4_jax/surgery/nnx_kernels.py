@@ -170,7 +170,7 @@ def watch(model: nnx.Module, matrices: Mapping[str, Matrix], needs: tuple[Any, .
             matrix = matrices.get(name_of(path, attribute))
             if not isinstance(value, nnx.Param) or matrix is None or matrix.by_name or attribute == "bias":
                 continue
-            layout = matrix.layout or (_of_linear(value.get_value()) if matrix.transposed else None)
+            layout = matrix.layout or (linear_layout(value.get_value(), True) if matrix.transposed else None)
             if layout is not None:
                 kernel = new.setdefault(id(value), WatchedKernel(value, layout, needs))
                 found[name_of(path, attribute)] = kernel
@@ -178,8 +178,10 @@ def watch(model: nnx.Module, matrices: Mapping[str, Matrix], needs: tuple[Any, .
     return found
 
 
-def _of_linear(kernel: Any) -> Layout:
-    return Layout("L" * (kernel.ndim - 2) + "KN", tuple(kernel.shape), jnp.dtype(kernel.dtype).name)
+def linear_layout(kernel: Any, transposed: bool) -> Layout:
+    """The layout of a linear's kernel, [*L, K, N] if transposed, else [*L, N, K]."""
+    roles = "L" * (kernel.ndim - 2) + ("KN" if transposed else "NK")
+    return Layout(roles, tuple(kernel.shape), jnp.dtype(kernel.dtype).name)
 
 
 def _owners(model: nnx.Module) -> Iterator[tuple[tuple, nnx.Module]]:

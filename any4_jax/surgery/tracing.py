@@ -34,6 +34,11 @@ def find(run: Callable[..., Any], kernels: Mapping[str, Any], *rest: Any) -> Fin
     return reader
 
 
+def shapes(run: Callable[..., Any], *args: Any) -> None:
+    """Traces run(*args), whose arguments may hold anything, for what happens on the way."""
+    trace(run, *args)
+
+
 def layouts(finding: Finding, kernels: Mapping[str, Any]) -> dict[str, Layout | str]:
     """The layout of each kernel that products read, or in words why it has none that all of them agree in."""
     found: dict[str, Layout | str] = {}
