@@ -237,4 +237,24 @@ def test_a_kernel_that_modules_share_stays_shared() -> None:
     first, second = (Einsum("BTD,DE->BTE", (D, D), nnx.Rngs(0)) for _ in range(2))
     second.w = first.w
     new = a4.quantize_model(nnx.Sequential(first, second), NF)
-    assert len(quantized_leaves(new)) == 2 and new.layers[0].w is new.layers[1].w
+    assert len(quantized_leaves(new)) == 1 and new.layers[0].w is new.layers[1].w
+
+
+@pytest.mark.parametrize("shared", ["kernel", "bias"])
+def test_what_linears_share_stays_shared(shared: str, tmp_path) -> None:
+    pair = nnx.Sequential(*(nnx.Linear(D, D, rngs=nnx.Rngs(i)) for i in range(2)))
+    setattr(pair.layers[1], shared, getattr(pair.layers[0], shared))
+    new = a4.quantize_model(pair, NF)
+    a4.save(tmp_path / "net", new)
+    for each in (new, a4.load(tmp_path / "net", into=pair), a4.load(tmp_path / "net", into=new)):
+        first, second = each.layers
+        alike = first.arrays is second.arrays if shared == "kernel" else first.bias is second.bias
+        assert alike and len(quantized_leaves(each)) == (1 if shared == "kernel" else 2)
+        np.testing.assert_array_equal(each(X), new(X))
+
+
+def test_an_array_of_a_layer_and_of_another_module_is_refused() -> None:
+    first, second = nnx.Linear(D, D, rngs=nnx.Rngs(0)), Einsum("BTD,DE->BTE", (D, D), nnx.Rngs(0))
+    second.w = first.kernel
+    with pytest.raises(ValueError, match=r"layers\.0 \(with an array that layers\.1\.w holds too\)"):
+        a4.quantize_model(nnx.Sequential(first, second), NF)

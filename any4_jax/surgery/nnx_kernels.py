@@ -31,12 +31,14 @@ def name_of(path: tuple, attribute: str) -> str:
 def parameters(model: nnx.Module) -> dict[str, tuple[Place, nnx.Param]]:
     """The parameters of at least two axes that are no part of an nnx.Linear or nnx.Embed, by name."""
     found: dict[str, tuple[Place, nnx.Param]] = {}
+    seen: set[int] = set()
     for path, module in nnx.iter_modules(model):
         if isinstance(module, _TAKEN):
             continue
         for attribute, value in vars(module).items():
             own = isinstance(value, nnx.Param) and not isinstance(value, _ADAPTER)
-            if own and getattr(value.get_value(), "ndim", 0) > 1:
+            if own and id(value) not in seen and getattr(value.get_value(), "ndim", 0) > 1:
+                seen.add(id(value))
                 found[name_of(path, attribute)] = (path, attribute), value
     return found
 
@@ -123,12 +125,33 @@ def _adapters(model: nnx.Module) -> dict[tuple, str]:
     return found
 
 
+def shared(model: nnx.Module, layers: Mapping[str, Any]) -> dict[str, str]:
+    """The kernels that a layer and a module of another kind share, by name, and why they stay, in words.
+
+    Args:
+      model: the module.
+      layers: the variables of its nnx.Linears and nnx.Embeds, by name.
+    """
+    owners = {id(variable): name for name, variable in layers.items()}
+    both = {
+        name_of(path, attribute): owners[id(value)]
+        for path, module in nnx.iter_modules(model)
+        if not isinstance(module, _TAKEN)
+        for attribute, value in vars(module).items()
+        if id(value) in owners
+    }
+    pairs = [*both.items(), *((layer, name) for name, layer in both.items())]
+    return {name: f"with an array that {other} holds too" for name, other in pairs}
+
+
 def held(model: nnx.Module) -> dict[str, tuple[Place, Any]]:
     """The quantized kernels of a module, by name."""
-    found = {}
+    found: dict[str, tuple[Place, Any]] = {}
+    seen: set[int] = set()
     for path, module in nnx.iter_modules(model):
         for attribute, value in vars(module).items():
-            if isinstance(value, Any4Kernel):
+            if isinstance(value, Any4Kernel) and id(value) not in seen:
+                seen.add(id(value))
                 found[name_of(path, attribute)] = (path, attribute), value
     return found
 

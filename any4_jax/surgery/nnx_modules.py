@@ -35,8 +35,17 @@ def holders(model: nnx.Module) -> dict[str, Any]:
     found = {dotted(path): node for path, node in nnx.iter_modules(model) if isinstance(node, kinds)}
     kernels = nnx_kernels.held(model)
     own = {dotted((*path, attribute)) for (path, attribute), _ in kernels.values()}
-    whole = {path: node for path, node in found.items() if path not in own}
+    # Layers that share their matrix are one, as they are in the module's state.
+    first = {id(matrix_variable(node)): path for path, node in reversed(found.items())}
+    whole = {path: node for path, node in found.items() if path not in own and first[id(matrix_variable(node))] == path}
     return whole | {name: kernel for name, (_, kernel) in kernels.items()}
+
+
+def matrix_variable(layer: Any) -> Any:
+    """What holds the matrix of a layer: its variable, or the variables of an operator."""
+    if isinstance(layer, Quantized):
+        return layer.arrays
+    return layer.embedding if isinstance(layer, nnx.Embed) else layer.kernel
 
 
 def matrix_of(layer: nnx.Linear | nnx.Embed) -> Matrix:
@@ -55,8 +64,11 @@ def matrices(model: nnx.Module, inputs: Any = None, declared: Declared = ()) -> 
       inputs: example arguments of its call, with which kernels are found that no class of layers tells of.
       declared: regexes of paths, and what is declared of the kernels there.
     """
-    found = {path: matrix_of(layer) for path, layer in holders(model).items() if not isinstance(layer, Quantized)}
+    layers = {path: layer for path, layer in holders(model).items() if not isinstance(layer, Quantized)}
+    found = {path: matrix_of(layer) for path, layer in layers.items()}
     found |= nnx_kernels.matrices(model, inputs, declared)
+    elsewhere = nnx_kernels.shared(model, {path: matrix_variable(layer) for path, layer in layers.items()})
+    found = {path: dataclasses.replace(m, special=m.special or elsewhere.get(path)) for path, m in found.items()}
     wrapped = {dotted(path): reason for path, reason in rewritten(model).items()}
     return found | {path: dataclasses.replace(found[path], special=wrapped[path]) for path in found if path in wrapped}
 
@@ -92,9 +104,20 @@ def replace(model: nnx.Module, done: Mapping[str, Any], recipe: Recipe | None) -
 
     layers = {path for path, layer in holders(model).items() if not isinstance(layer, Any4Kernel)}
 
+    weights: dict[int, Any] = {}
+    biases: dict[int, Any] = {}
+
     def swap(path, node):
-        name = dotted(path)
-        return around(node, done[name]) if name in done and name in layers else node
+        key = id(matrix_variable(node)) if isinstance(node, nnx.Linear | nnx.Embed | Quantized) else None
+        operator = done.get(dotted(path)) if dotted(path) in layers else None
+        if isinstance(node, Any4Kernel) or key is None or (operator is None and key not in weights):
+            return node
+        layer = around(node, weights[key].weight if operator is None else operator)
+        # What layers share in the module, they share in the new one.
+        layer.arrays = weights.setdefault(key, layer).arrays
+        if getattr(node, "bias", None) is not None:
+            layer.bias = biases.setdefault(id(node.bias), layer.bias)
+        return layer
 
     new: Any = nnx.recursive_map(swap, copy_module(model))
     nnx_kernels.put(new, {path: operator for path, operator in done.items() if path not in layers})
