@@ -17,7 +17,7 @@ from flax.linen.dtypes import promote_dtype
 from flax.linen.module import InterceptorContext
 
 from any4_jax.nn.coded_variables import with_kernels
-from any4_jax.nn.linen import Any4Dense, call_dense, layer_name
+from any4_jax.nn.linen import Any4Dense, call_dense
 from any4_jax.weights import is_operator
 
 Interceptor = Callable[[Callable[..., Any], Any, Any, InterceptorContext], Any]
@@ -41,11 +41,11 @@ def quantized_dense(next_fun: Callable[..., Any], args: Any, kwargs: Any, contex
     if not is_operator(kernel):
         return next_fun(*args, **kwargs)
     if _kernel_is_kn(module) is None:
-        path = layer_name(module)
+        path = ".".join(module.path) or "kernel"  # as surgery names a layer that is the whole model
         raise TypeError(
             f"{path}: a {type(module).__name__} holds a quantized kernel, need nn.Dense or nn.DenseGeneral (from the "
-            "last axis to one) as they are, with no dot_general of the caller's; leave it out with the rule "
-            f"({path!r}, None)"
+            "last axis to one) as they are, with no dot_general of the caller's; quantize with example inputs=, which "
+            f"tell what it contracts, or leave it out with the rule ({path!r}, None)"
         )
     return call_dense(module, _input(args, kwargs), meta.unbox(kernel), nn.initializers.zeros_init())
 

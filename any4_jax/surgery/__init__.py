@@ -1,6 +1,7 @@
 """Surgery: finds and replaces the linears of a model, whatever the model is made of."""
 
 from any4_jax.surgery.containers import Container, container_of, recipe_of
+from any4_jax.surgery.coverage import Coverage, coverage
 from any4_jax.surgery.declarations import Axes, Declaration, Declared, Einsum
 from any4_jax.surgery.explain import explain
 from any4_jax.surgery.model import map_operators, quantized_leaves
@@ -11,6 +12,7 @@ __all__ = [
     "DEFAULT_RULES",
     "Axes",
     "Container",
+    "Coverage",
     "Declaration",
     "Declared",
     "Einsum",
@@ -19,6 +21,7 @@ __all__ = [
     "around",
     "container_of",
     "copy_module",
+    "coverage",
     "declarations",
     "explain",
     "holders",

@@ -19,7 +19,7 @@ from any4_jax.nn.swapping import Intercepted, intercepted, layers_of, quantized_
 from any4_jax.surgery import tracing, trees
 from any4_jax.surgery.declarations import Declared, layout_of
 from any4_jax.surgery.rules import Recipe, declared_for
-from any4_jax.weights import Contraction, contraction, is_operator
+from any4_jax.weights import is_operator
 
 Pair = tuple[linen.Module | Intercepted, Mapping[str, Any]]
 
@@ -226,8 +226,7 @@ def _unboxed(matrix: Matrix) -> Matrix:
 
 
 def _operators(params: Mapping[str, Any]) -> dict[str, Any]:
-    found = {_layer(path): meta.unbox(operator) for path, operator in trees.operators(params).items()}
-    return {path: own.matrix if isinstance(own, Contraction) else own for path, own in found.items()}
+    return {_layer(path): meta.unbox(operator) for path, operator in trees.operators(params).items()}
 
 
 def with_kernels(params: Mapping[str, Any], done: Mapping[str, Any]) -> dict[str, Any]:
@@ -237,8 +236,6 @@ def with_kernels(params: Mapping[str, Any], done: Mapping[str, Any]) -> dict[str
     new = {}
     for path, given in done.items():
         key = _key(path, here)
-        box, before = trees.box_of(here[key]), meta.unbox(here[key])
-        if isinstance(before, Contraction) and not isinstance(given, Contraction):
-            given = contraction(given, before.layout)
-        new[key] = boxed(given, box) if box is not None and is_operator(given) else given
+        box, kernel = trees.box_of(here[key]), trees.as_before(here[key], given)
+        new[key] = boxed(kernel, box) if box is not None and is_operator(kernel) else kernel
     return trees.replace(plain, new)

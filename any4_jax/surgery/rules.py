@@ -11,6 +11,7 @@ from any4_jax.methods.matrices import Matrix
 from any4_jax.surgery.declarations import Axes, Declaration, Declared, Einsum
 
 _NAMED = 3
+_NONE: Mapping[str, object] = {}
 
 Rule = tuple[str, AnyMethod | None] | tuple[str, AnyMethod | None, Declaration]
 Rules = Sequence[Rule]
@@ -51,13 +52,7 @@ def matching(paths: Iterable[str], pattern: str, quantized: Collection[str] = ()
       TypeError: the pattern is no text.
       ValueError: the regex doesn't compile, or matches no path.
     """
-    paths = list(paths)
-    if not isinstance(pattern, str):
-        raise TypeError(f"got {pattern!r} as a regular expression of paths, need a str; pass one")
-    try:
-        compiled = re.compile(pattern)
-    except re.error as error:
-        raise ValueError(f"got rule {pattern!r}, which is not a regular expression ({error}); correct it") from None
+    paths, compiled = list(paths), _compiled(pattern)
     found = [path for path in paths if compiled.fullmatch(path)]
     already = [path for path in quantized if compiled.fullmatch(path)]
     if already and not found:
@@ -73,18 +68,29 @@ def matching(paths: Iterable[str], pattern: str, quantized: Collection[str] = ()
     return found
 
 
+def _compiled(pattern: str) -> re.Pattern[str]:
+    if not isinstance(pattern, str):
+        raise TypeError(f"got {pattern!r} as a regular expression of paths, need a str; pass one")
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"got rule {pattern!r}, which is not a regular expression ({error}); correct it") from None
+
+
 def resolve(
     paths: Iterable[str],
     method: AnyMethod | None,
     rules: Rules | None,
     by_name: Collection[str] = (),
     quantized: Collection[str] = (),
+    others: Mapping[str, object] = _NONE,
 ) -> dict[str, AnyMethod]:
     """The method for each path that is to be quantized.
 
     Rules are tried in order: the caller's, DEFAULT_RULES, then `method` for all other paths. The first rule whose
     regex matches the whole path decides; None leaves the linear as it is. Only a caller's rule can choose a path of
-    `by_name`. `quantized` are the paths of linears that are quantized already, for messages.
+    `by_name`. `quantized` are the paths of linears that are quantized already, for messages. `others`
+    are the arrays that nothing is known of, by path, with their descriptions: a rule may leave them as they are.
 
     Raises:
       TypeError: the rules are no pairs of a regex and a method or None.
@@ -93,6 +99,16 @@ def resolve(
     paths = list(paths)
     chosen: dict[str, AnyMethod | None] = {}
     for pattern, decided in _pairs(rules):
+        compiled = _compiled(pattern)
+        unknown = {path: other for path, other in others.items() if compiled.fullmatch(path)}
+        if unknown and not any(map(compiled.fullmatch, paths)):
+            if decided is None:
+                continue
+            path, other = next(iter(unknown.items()))
+            raise ValueError(
+                f"rule {pattern!r} matches {path} ({other}), of which nothing tells what is contracted; pass example "
+                f"inputs=, or declare it: ({pattern!r}, method, any4_jax.Einsum('BTD,DNH->BTNH'))"
+            )
         for path in matching(paths, pattern, quantized):
             chosen.setdefault(path, decided)
     for pattern, decided in (*DEFAULT_RULES, (r".*", method)):

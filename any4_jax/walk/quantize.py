@@ -1,7 +1,8 @@
 """`quantize_model`: takes any kind of model and returns a quantized one of the same kind."""
 
 import itertools
-from collections.abc import Callable, Collection, Mapping
+import warnings
+from collections.abc import Callable, Collection, Iterable, Mapping
 from operator import itemgetter
 from typing import Any
 
@@ -20,6 +21,7 @@ from any4_jax.methods.matrices import (
     quantize_matrices,
 )
 from any4_jax.models.base import Decoder
+from any4_jax.models.hf_flax import is_hf_flax
 from any4_jax.statistics import Gathered
 from any4_jax.surgery import (
     DEFAULT_RULES,
@@ -36,6 +38,8 @@ from any4_jax.surgery import (
     replace_module,
     resolve,
 )
+from any4_jax.surgery.coverage import SHARE, arrays_of, coverage, named_by
+from any4_jax.surgery.coverage import few as few_left
 from any4_jax.walk.batches import token_batches
 from any4_jax.walk.calibrate import Data, calibrate
 from any4_jax.walk.contents import few, refuse_nonfinite
@@ -54,6 +58,7 @@ def quantize_model(
     seqlen: int = 2048,
     progress: Progress | None = None,
     finished: Finished | None = None,
+    strict: bool = False,
 ) -> Any:
     """The model with its linears quantized. `model` itself stays as it was; the new one shares the arrays that are left
     alone.
@@ -65,19 +70,24 @@ def quantize_model(
     Args:
       model: one of
         - a decoder of any4_jax.models, or any other NNX module: every nnx.Linear becomes an Any4Linear, every nnx.Embed
-          that a rule names an Any4Embed;
+          that a rule names an Any4Embed, and every other kernel an Any4Kernel in the place of its nnx.Param;
         - a Hugging Face Flax model: its kernels become operators, and it still works, including `generate`;
         - a pair (Linen module, variables or their "params"): the new pair's module has the same `apply` and `init`;
-        - a tree of arrays (dicts and lists), where "kernel" is [K, N] and "weight" is [N, K].
+        - a tree of arrays (dicts and lists), where "kernel" is [K, N] and "weight" is [N, K]; others are declared.
       method: for the linears that no rule matches; None leaves these alone.
       data: what statistics are gathered from, as in `calibrate`; None for methods that need none, or with `stats`.
       stats: statistics of the input of each linear by path, as `calibrate` returns them, in place of `data`.
-      rules: pairs of a regex of paths and a method, see `any4_jax.surgery.resolve`.
-      inputs: for a Linen pair, example arguments of `apply` (a tuple, or a dict by name; ShapeDtypeStructs will do).
-        They serve to find its Dense layers, including stacked ones. With None, every two-dimensional "kernel" counts as
-        a Dense layer's.
+      rules: pairs of a regex of paths and a method, see `any4_jax.surgery.resolve`. A third part declares what is
+        contracted of the kernels there: any4_jax.Einsum("BTD,NDH->BTNH"), or any4_jax.Axes("NKN").
+      inputs: for an NNX module or a Linen pair, example arguments of its call or of `apply`: a tuple, or a dict by name
+        ("method" among them); ShapeDtypeStructs will do. The model is traced with them, and every kernel that products
+        contract is found, whatever its rank. None takes the first batch of `data`. Without either, an NNX module has
+        the kernels of flax's own layers and of modules with an `einsum_str`, and a pair every two-dimensional "kernel",
+        which counts as a Dense layer's.
       batch_size, seqlen: how the data is cut into batches, as in `calibrate`.
       progress: called with (done, total, path) after each linear.
+      strict: whether a matrix of 4096 entries or more that stays float, is no embedding, and is named by no rule is an
+        error. Without it, there is a warning where more than a tenth of the weights stay float so.
       finished: where results are kept as soon as they are there. They are looked up before anything is computed, so a
         run that was killed continues, with equal bytes. None keeps nothing.
 
@@ -89,13 +99,34 @@ def quantize_model(
         `stats` are both given; `stats` has a path that the model lacks, or lacks one that a method needs; a method of
         sites or blocks is used for a model without blocks; weights or other parameters are not finite.
     """
+    new = _quantized(model, method, data, stats, rules, inputs, batch_size, seqlen, progress, finished)
+    if method is not None:
+        _tell_what_is_left(new, rules, strict)
+    return new
+
+
+def _quantized(
+    model: Any,
+    method: AnyMethod | None,
+    data: Data | None,
+    stats: Mapping[str, Gathered] | None,
+    rules: Rules | None,
+    inputs: Any,
+    batch_size: int,
+    seqlen: int,
+    progress: Progress | None,
+    finished: Finished | None,
+) -> Any:
     if data is not None and stats is not None:
         raise ValueError("got both data and stats, need only one source of statistics; leave one out")
+    if data is not None and inputs is None and not isinstance(model, Decoder) and not is_hf_flax(model):
+        data, inputs = _first_of(data)
     container = container_of(model)
     matrices = container.matrices(model, inputs, declarations(rules))
     by_name = {path for path, matrix in matrices.items() if matrix.by_name}
     done = container.operators(model)
-    chosen = resolve(matrices, method, rules, by_name, done)
+    others = {path: other for path, other in arrays_of(model) if path not in matrices}
+    chosen = resolve(matrices, method, rules, by_name, done, others)
     refuse_special(matrices, chosen)
     if not chosen:
         found = len(matrices) - len(by_name)
@@ -104,10 +135,10 @@ def quantize_model(
                 f"got a model of which {len(done)} layers are quantized already ({few(done)}), and the rules leave the "
                 f"other {found} alone; quantize the float model, or name one of the others by a rule"
             )
-        raise ValueError(f"found {found} linear layers and the rules leave all of them alone; name one to quantize")
+        raise ValueError(_nothing(model, found))
     if stats is not None:
         _check(chosen, stats)
-        _check_stats(stats, {*matrices, *done}, chosen, by_name)
+        _check_stats(stats, {*matrices, *done, *others}, chosen, by_name)
     refuse_nonfinite(model, [matrices[path].array for path in chosen])
     count = _counting(len(chosen), progress)
     wider = any(scope_of(m) != "matrix" for m in chosen.values())
@@ -138,6 +169,43 @@ def quantize_model(
     notes = {path: result.notes for path, result in results.items()}
     operators = {path: matrices[path].held(result.operator) for path, result in results.items()}
     return container.replace(model, operators, _recipe(model, method, rules, chosen, notes))
+
+
+_ADVICE = (
+    "pass example inputs=, name each by a rule that quantizes it, such as (r'.*\\.w', method, "
+    "any4_jax.Einsum('BTD,DNH->BTNH')), or by one that leaves it, (path, None)"
+)
+
+
+def _nothing(model: Any, found: int) -> str:
+    """What to say of a model in which nothing is to be quantized."""
+    text = f"found {found} linear layers and the rules leave all of them alone"
+    there = dict(arrays_of(model))
+    return f"{text}; name one to quantize" if found or not there else f"{text}; it has {few_left(there)}: {_ADVICE}"
+
+
+def _tell_what_is_left(model: Any, rules: Rules | None, strict: bool) -> None:
+    """Warns of matrices that stay float although no rule says so; with `strict`, raises ValueError."""
+    whole = coverage(model)
+    left = whole.unnamed(named_by(pattern for pattern, _ in (*pairs(rules), *DEFAULT_RULES)))
+    weights = sum(one.size for one in left.values())
+    if left and (strict or weights > SHARE * (whole.weights + weights)):
+        count = len(whole.done) + len(whole.left)
+        message = (
+            f"quantized {len(whole.done)} of {count} matrices, {100 * whole.share:.3g} % of their weights; left, and "
+            f"named by no rule: {few_left(left)}; {_ADVICE}"
+        )
+        if strict:
+            raise ValueError(message)
+        warnings.warn(message, stacklevel=3)
+
+
+def _first_of(data: Data) -> tuple[Data, Any]:
+    """The data, and its first batch if it is batches of a model's own inputs."""
+    if isinstance(data, str | bytes) or not isinstance(data, Iterable):
+        return data, None
+    batches: Any = [data] if hasattr(data, "shape") else list(data)
+    return batches, batches[0] if batches else None
 
 
 def _walked(model: Decoder, plan: Plan) -> tuple[Decoder, dict[str, Mapping[str, Note]]]:
