@@ -91,11 +91,13 @@ class Any4Kernel(Quantized, Kernel):
     @classmethod
     def of(cls, weight: Any, layout: Layout, metadata: Mapping[str, Any] = _NONE) -> "Any4Kernel":
         """A kernel around an existing operator [*L, N, K], with the metadata of the float kernel's variable."""
-        kernel = blank(cls)
+        kernel: Any = blank(cls)
         kernel._layout = layout
         kernel._metadata = tuple(_of_matrix(plain_metadata(metadata), layout).items())
         kernel._arrange(weight, False)
         return kernel
+
+    _metadata: tuple[tuple[str, Any], ...]
 
     @property
     def kernel_metadata(self) -> dict[str, Any]:

@@ -2,13 +2,14 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from any4_jax.product import lookup, matmul
+from any4_jax.product.lookup import lookup
+from any4_jax.product.matmul import matmul
 from any4_jax.weights import Layout, Slice, dequantize, is_operator, take
 
 Group = tuple[int, ...]
@@ -171,7 +172,7 @@ class Stored:
           batch: those axes of L along which x has entries of its own.
           dtype: that it is computed in.
         """
-        call = matmul
+        call: Callable[..., jax.Array] = matmul
         for axis in reversed(self.stack):
             call = jax.vmap(call, (0 if axis in batch else None, 0))
         return call(x.astype(dtype), _unsliced(self.weight) if self.stack else self.weight)

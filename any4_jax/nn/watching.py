@@ -83,7 +83,7 @@ class Gathering(Reader):
         # A row of zeros is a token that was sent to another expert.
         reached = jnp.any(rows != 0, axis=-1)
         (axis,) = stack
-        index = kernel.taken.get(axis)
+        index: Any = kernel.taken.get(axis)
         if axis in kernel.left:
             routed = reached if shared else jnp.broadcast_to(reached, (kernel.sizes[axis], *reached.shape))
             self.state[kernel.path] = statistics.update(gathered, rows, None, routed)

@@ -47,8 +47,8 @@ def _pair_matrices(model: Pair, inputs: Any) -> dict[str, Matrix]:
     module, variables = model
     rewritten = _wrapped(variables)
     if inputs is None:
-        here = trees.matrices(params_of(variables)).items()
-        found = {_layer(path): _unboxed(matrix) for path, matrix in here if trees.is_kernel(path)}
+        two_axes = trees.matrices(params_of(variables)).items()
+        found = {_layer(path): _unboxed(matrix) for path, matrix in two_axes if trees.is_kernel(path)}
         return _marked(found, rewritten)
     arguments, named = tracing.call_of(inputs)
     whole = meta.unbox(variables if "params" in variables else {"params": variables})

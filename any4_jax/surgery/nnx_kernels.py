@@ -75,9 +75,10 @@ def matrices(model: nnx.Module, inputs: Any, declared: Declared) -> dict[str, Ma
     here = parameters(model)
     told: dict[str, Layout | str] = {}
     for path, module in nnx.iter_modules(model):
-        found = _by_class(module)
-        if found is not None and name_of(path, found[0]) in here:
-            name, (attribute, says) = name_of(path, found[0]), found
+        by_class = _by_class(module)
+        if by_class is not None and name_of(path, by_class[0]) in here:
+            attribute, says = by_class
+            name = name_of(path, attribute)
             kernel = vars(module)[attribute].get_value()
             if isinstance(says, Layout):
                 told[name] = says
@@ -93,9 +94,9 @@ def matrices(model: nnx.Module, inputs: Any, declared: Declared) -> dict[str, Ma
         told[name] = layout_of(name, declaration, here[name][1].get_value())
     beside = _adapters(model)
     found = {}
-    for name, says in told.items():
+    for name, known in told.items():
         (path, _), param = here[name]
-        layout, special = (None, says) if isinstance(says, str) else (says, beside.get(path))
+        layout, special = (None, known) if isinstance(known, str) else (known, beside.get(path))
         found[name] = Matrix(param.get_value(), False, by_name=name in tables, special=special, layout=layout)
     return found
 

@@ -133,8 +133,8 @@ def contents(model: nnx.Module) -> dict[str, Any]:
     for path, layer in holders(model).items():
         if isinstance(layer, Quantized) and path not in kernels:
             flat[*filter(None, path.split(".")), _name(layer)] = layer.weight
-    for (path, attribute), kernel in kernels.values():
-        flat[*map(str, path), attribute] = kernel.contraction
+    for (owner, attribute), kernel in kernels.values():
+        flat[*map(str, owner), attribute] = kernel.contraction
     return unflatten_dict(flat)
 
 
@@ -156,7 +156,7 @@ def fill(model: nnx.Module, given: Mapping[str, Any], recipe: Recipe | None, *, 
         return _name(held[layers[path]]) == "kernel" if path in layers else None
 
     fitting.check(wanted, new, turned, declared=declared)
-    kernels = {dotted(place): name for name, place in nnx_kernels.places(model).items()}
+    kernels = {dotted(at): name for name, at in nnx_kernels.places(model).items()}
     names = layers | kernels
     done = {names[path]: leaf for path, leaf in new.items() if is_operator(leaf)}
     for path, layer in names.items():

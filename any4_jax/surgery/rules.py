@@ -4,6 +4,7 @@ import dataclasses
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any
 
 from any4_jax.methods import AnyMethod
 from any4_jax.methods.base import Note
@@ -125,7 +126,8 @@ def declarations(rules: Rules | None) -> Declared:
       TypeError: as `resolve`.
     """
     _pairs(rules)
-    return tuple((rule[0], rule[2]) for rule in rules or () if len(rule) == 3)
+    whole: Sequence[Any] = rules or ()
+    return tuple((rule[0], rule[2]) for rule in whole if len(rule) > 2)
 
 
 def declared_for(names: Iterable[str], declared: Declared) -> dict[str, Declaration]:

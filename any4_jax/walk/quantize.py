@@ -1,7 +1,6 @@
 """`quantize_model`: takes any kind of model and returns a quantized one of the same kind."""
 
 import itertools
-import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping
 from operator import itemgetter
 from typing import Any
@@ -38,12 +37,12 @@ from any4_jax.surgery import (
     replace_module,
     resolve,
 )
-from any4_jax.surgery.coverage import SHARE, arrays_of, coverage, named_by
-from any4_jax.surgery.coverage import few as few_left
+from any4_jax.surgery.coverage import arrays_of
 from any4_jax.walk.batches import token_batches
 from any4_jax.walk.calibrate import Data, calibrate
 from any4_jax.walk.contents import few, refuse_nonfinite
 from any4_jax.walk.driver import Plan, walk
+from any4_jax.walk.left import nothing_found, tell_what_is_left
 
 
 def quantize_model(
@@ -101,7 +100,7 @@ def quantize_model(
     """
     new = _quantized(model, method, data, stats, rules, inputs, batch_size, seqlen, progress, finished)
     if method is not None:
-        _tell_what_is_left(new, rules, strict)
+        tell_what_is_left(new, rules, strict)
     return new
 
 
@@ -135,7 +134,7 @@ def _quantized(
                 f"got a model of which {len(done)} layers are quantized already ({few(done)}), and the rules leave the "
                 f"other {found} alone; quantize the float model, or name one of the others by a rule"
             )
-        raise ValueError(_nothing(model, found))
+        raise ValueError(nothing_found(model, found))
     if stats is not None:
         _check(chosen, stats)
         _check_stats(stats, {*matrices, *done, *others}, chosen, by_name)
@@ -169,35 +168,6 @@ def _quantized(
     notes = {path: result.notes for path, result in results.items()}
     operators = {path: matrices[path].held(result.operator) for path, result in results.items()}
     return container.replace(model, operators, _recipe(model, method, rules, chosen, notes))
-
-
-_ADVICE = (
-    "pass example inputs=, name each by a rule that quantizes it, such as (r'.*\\.w', method, "
-    "any4_jax.Einsum('BTD,DNH->BTNH')), or by one that leaves it, (path, None)"
-)
-
-
-def _nothing(model: Any, found: int) -> str:
-    """What to say of a model in which nothing is to be quantized."""
-    text = f"found {found} linear layers and the rules leave all of them alone"
-    there = dict(arrays_of(model))
-    return f"{text}; name one to quantize" if found or not there else f"{text}; it has {few_left(there)}: {_ADVICE}"
-
-
-def _tell_what_is_left(model: Any, rules: Rules | None, strict: bool) -> None:
-    """Warns of matrices that stay float although no rule says so; with `strict`, raises ValueError."""
-    whole = coverage(model)
-    left = whole.unnamed(named_by(pattern for pattern, _ in (*pairs(rules), *DEFAULT_RULES)))
-    weights = sum(one.size for one in left.values())
-    if left and (strict or weights > SHARE * (whole.weights + weights)):
-        count = len(whole.done) + len(whole.left)
-        message = (
-            f"quantized {len(whole.done)} of {count} matrices, {100 * whole.share:.3g} % of their weights; left, and "
-            f"named by no rule: {few_left(left)}; {_ADVICE}"
-        )
-        if strict:
-            raise ValueError(message)
-        warnings.warn(message, stacklevel=3)
 
 
 def _first_of(data: Data) -> tuple[Data, Any]:
