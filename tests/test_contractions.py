@@ -134,19 +134,18 @@ def test_an_nnx_model_computes_with_its_dequantized_kernels(net, small) -> None:
     container = container_of(net)
     dense = container.fill(net, floats(container.tree(small)), None)
     expected = nnx.jit(lambda model, x: model(x))(dense, X)
-    assert float(jnp.abs(expected - net(X)).max()) > 1e-3
     close(nnx.jit(lambda model, x: model(x))(small, X), expected)
 
 
 def test_an_nnx_model_is_saved_and_loaded(net, small, tmp_path) -> None:
     a4.save(tmp_path / "net", small)
-    for into in (net, small, nnx.eval_shape(lambda: NNXNet(nnx.Rngs(0)))):
+    for into in (small, nnx.eval_shape(lambda: NNXNet(nnx.Rngs(0)))):
         new = a4.load(tmp_path / "net", into=into)
         assert type(new.q).__name__ == "Einsum" and isinstance(new.q, Einsum)
         for one, other in zip(jax.tree.leaves(nnx.state(new)), jax.tree.leaves(nnx.state(small)), strict=True):
             np.testing.assert_array_equal(one, other)
         assert new.recipe == small.recipe
-    wrong = NNXNet(nnx.Rngs(0))
+    wrong = nnx.clone(net)
     wrong.raw = nnx.Param(jnp.zeros((D, 3, D)))
     with pytest.raises(ValueError, match=r"raw is \[16, 2, 16\], need \[16, 3, 16\]"):
         a4.load(tmp_path / "net", into=wrong)

@@ -128,7 +128,7 @@ def replace(model: nnx.Module, done: Mapping[str, Any], recipe: Recipe | None) -
 
 def contents(model: nnx.Module) -> dict[str, Any]:
     """The arrays and operators of a module, except the state of its random numbers (nnx.RngState)."""
-    flat: dict[tuple, Any] = {tuple(map(str, path)): v.get_value() for path, v in _variables(model)}
+    flat: dict[tuple, Any] = {tuple(map(str, path)): _value(v) for path, v in _variables(model)}
     kernels = nnx_kernels.held(model)
     for path, layer in holders(model).items():
         if isinstance(layer, Quantized) and path not in kernels:
@@ -170,8 +170,14 @@ def fill(model: nnx.Module, given: Mapping[str, Any], recipe: Recipe | None, *, 
     graphdef, state = nnx.split(filled)
     variables = dict(nnx.to_flat_state(state))
     for place, variable in _variables(filled):
-        variables[place] = variable.replace(_at(place, variable.get_value(), new))
+        value = _at(place, _value(variable), new)
+        variables[place] = variable.replace(value) if isinstance(variable, nnx.Variable) else value
     return nnx.merge(graphdef, nnx.from_flat_state(variables))
+
+
+def _value(variable: Any) -> Any:
+    """The value of a variable. A module may hold an array without one."""
+    return variable.get_value() if isinstance(variable, nnx.Variable) else variable
 
 
 def _at(path: tuple, value: Any, new: Mapping[str, Any]) -> Any:

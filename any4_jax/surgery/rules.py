@@ -126,7 +126,7 @@ def declarations(rules: Rules | None) -> Declared:
       TypeError: as `resolve`.
     """
     _pairs(rules)
-    whole: Sequence[Any] = rules or ()
+    whole: Any = rules or ()
     return tuple((rule[0], rule[2]) for rule in whole if len(rule) > 2)
 
 
@@ -155,7 +155,8 @@ def _pairs(rules: Rules | None) -> Sequence[tuple[str, AnyMethod | None]]:
         return ()
     if not isinstance(rules, Sequence) or isinstance(rules, str):
         raise TypeError(f"got rules of type {type(rules).__name__}, {need}; pass a list of them")
-    for rule in rules:
+    given: Any = rules
+    for rule in given:
         parts = len(rule) if isinstance(rule, tuple | list) else 0
         if parts != 2 and not (parts == 3 and isinstance(rule[2], Einsum | Axes)):
             raise TypeError(f"got the rule {rule!r}, {need}; write it so")

@@ -13,7 +13,10 @@ config = llama.ModelConfig(
 )  # fmt: skip
 model = llama.Llama3(config, rngs=nnx.Rngs(0))
 tokens = jnp.asarray(np.random.default_rng(0).integers(256, size=(4, 32)))
-positions, mask = jnp.broadcast_to(jnp.arange(32), (4, 32)), jnp.broadcast_to(jnp.tril(jnp.ones((32, 32), bool)), (4, 32, 32))
+positions, mask = (
+    jnp.broadcast_to(jnp.arange(32), (4, 32)),
+    jnp.broadcast_to(jnp.tril(jnp.ones((32, 32), bool)), (4, 32, 32)),
+)
 batch = (tokens, positions, None, mask)
 
 method = a4.methods.Any4(group_size=32)
