@@ -155,6 +155,28 @@ def test_statistics_inside_a_scan_are_those_of_each_layer() -> None:
         x = jnp.tanh(x @ layer["kernel"][i] + layer["bias"][i])
 
 
+class Two(linen.Module):
+    """An encoder and a decoder; its call is the decoder."""
+
+    def setup(self) -> None:
+        self.first, self.second = linen.Dense(8), linen.Dense(4)
+
+    def encode(self, x: jax.Array, train: bool) -> jax.Array:
+        return self.first(x) if not train else x
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.second(self.encode(x, train=False))
+
+
+def test_another_method_than_the_call_is_calibrated_with_its_flags() -> None:
+    net, batch = Two(), {"x": X, "train": False, "method": "encode"}
+    params = net.init(jax.random.key(0), X)["params"]
+    seen = a4.calibrate((net, params), [batch, batch])
+    assert set(seen) == {"first"} and int(seen["first"][a4.statistics.Moments()].count) == 2 * len(X)
+    pair = a4.quantize_model((net, params), NF, inputs=batch)
+    assert set(quantized_leaves(pair)) == {"first"}
+
+
 def test_what_cannot_be_calibrated_says_so() -> None:
     with pytest.raises(TypeError, match="got a dict, calibrate runs"):
         a4.calibrate({"kernel": X}, [X])

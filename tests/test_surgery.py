@@ -262,6 +262,7 @@ class Foreign:
 
 def test_a_model_of_another_library_is_refused_but_for_declared_kernels() -> None:
     model = Foreign(jnp.ones((4, 8)))
-    with pytest.raises(TypeError, match="got a Foreign, .* whose code knows no operators; pass a nested dict"):
-        quantize_model(model, NF)
+    for tree in (model, {"layers": [model]}):
+        with pytest.raises(TypeError, match="got a Foreign, .* whose code knows no operators; pass a nested dict"):
+            quantize_model(tree, NF)
     assert quantize_model(model, None, rules=[("weight", NF, Axes("NK"))]).weight.shape == (4, 8)

@@ -73,16 +73,28 @@ def matrices(tree: Any, declared: Declared = ()) -> dict[str, Matrix]:
 
 def _refuse_code(tree: Any) -> None:
     """Raises TypeError for a model of another library: its own code would meet operators in place of arrays."""
-    own = type(tree)
-    package = own.__module__.partition(".")[0]
-    plain = tree is None or isinstance(tree, Mapping | list | tuple | jax.Array)
-    if not plain and not is_operator(tree) and package != "numpy":
-        kind = {"equinox": "an Equinox module", "keras": "a Keras model", "haiku": "a Haiku transform"}.get(package)
-        raise TypeError(
-            f"got a {own.__name__}, {kind or f'a class of {package}'}, whose code knows no operators; pass a nested "
-            "dict of its arrays, or declare kernels by rules such as (r'.*weight', method, any4_jax.Axes('NK')) and "
-            "multiply by any4_jax.matmul"
+    nodes = [tree, *jax.tree.leaves(tree, is_leaf=_is_foreign)]
+    foreign = next((node for node in nodes if _is_foreign(node)), None)
+    if foreign is not None:
+        own = type(foreign)
+        packages = {base.__module__.partition(".")[0] for base in own.__mro__}
+        kind = next(
+            (words for package, words in _LIBRARIES.items() if package in packages), f"a class {own.__module__}"
         )
+        raise TypeError(
+            f"got a {own.__name__}, {kind}, whose code knows no operators; pass a nested dict of its arrays, or declare "
+            "kernels by rules such as (r'.*weight', method, any4_jax.Axes('NK')) and multiply by any4_jax.matmul"
+        )
+
+
+_LIBRARIES = {"equinox": "an Equinox module", "keras": "a Keras model", "haiku": "a Haiku transform"}
+
+
+def _is_foreign(node: Any) -> bool:
+    """Whether a node is an object with code of its own, such as a module of another library."""
+    if node is None or isinstance(node, Mapping | list | tuple | str | bytes) or is_leaf(node):
+        return False
+    return not hasattr(node, "shape")
 
 
 def _turned(path: str, here: Mapping[str, Any], transposed: bool) -> str | None:
