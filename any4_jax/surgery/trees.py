@@ -78,9 +78,7 @@ def _refuse_code(tree: Any) -> None:
     if foreign is not None:
         own = type(foreign)
         packages = {base.__module__.partition(".")[0] for base in own.__mro__}
-        kind = next(
-            (words for package, words in _LIBRARIES.items() if package in packages), f"a class {own.__module__}"
-        )
+        kind = next((words for name, words in _LIBRARIES.items() if name in packages), "a class of its own")
         raise TypeError(
             f"got a {own.__name__}, {kind}, whose code knows no operators; pass a nested dict of its arrays, or declare "
             "kernels by rules such as (r'.*weight', method, any4_jax.Axes('NK')) and multiply by any4_jax.matmul"
