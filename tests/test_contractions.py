@@ -52,7 +52,6 @@ class Experts(nnx.Module):
 
 class NNXNet(nnx.Module):
     def __init__(self, rngs: nnx.Rngs) -> None:
-        self.attention = nnx.MultiHeadAttention(H, D, decode=False, rngs=rngs)
         self.heads = nnx.LinearGeneral(D, (H, 3), rngs=rngs)
         self.out = nnx.LinearGeneral((H, 3), D, axis=(-2, -1), use_bias=False, rngs=rngs)
         self.flax = nnx.Einsum("btd,dhk->bthk", (D, H, 3), (H, 3), rngs=rngs)
@@ -63,14 +62,14 @@ class NNXNet(nnx.Module):
         self.table = nnx.Param(normal(rngs, 7, D))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        x = self.attention(x) + self.table[...][jnp.arange(5)] + self.bias[...]
+        x = x + self.table[...][jnp.arange(5)] + self.bias[...]
         x = x + self.out(self.heads(x) + self.flax(x) + self.q(x))
         x = jnp.einsum("btd,dce->cbte", x, self.raw[...])[1]
         return self.experts(x) @ self.table[...].T
 
 
 EXPERTS = {f"experts.{name}" for name in ("one", "all", "sorted", "chosen", "gates")}
-BY_CLASS = {f"attention.{name}" for name in ("query", "key", "value", "out")} | {"heads", "out", "flax", "q.w"}
+BY_CLASS = {"heads", "out", "flax", "q.w"}
 
 
 class Block(linen.Module):

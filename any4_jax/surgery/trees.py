@@ -80,8 +80,9 @@ def _refuse_code(tree: Any) -> None:
         packages = {base.__module__.partition(".")[0] for base in own.__mro__}
         kind = next((words for name, words in _LIBRARIES.items() if name in packages), "a class of its own")
         raise TypeError(
-            f"got a {own.__name__}, {kind}, whose code knows no operators; pass a nested dict of its arrays, or declare "
-            "kernels by rules such as (r'.*weight', method, any4_jax.Axes('NK')) and multiply by any4_jax.matmul"
+            f"got a {own.__name__}, {kind}, whose code knows no operators; pass a nested dict of its arrays, or "
+            "declare kernels by rules such as (r'.*weight', method, any4_jax.Axes('NK')) and multiply by "
+            "any4_jax.matmul"
         )
 
 

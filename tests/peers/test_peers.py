@@ -23,15 +23,22 @@ TOKENS = jnp.arange(6)[None] % 50
 CALL = (TOKENS, jnp.arange(6)[None], None, jnp.tril(jnp.ones((1, 6, 6), bool)))
 
 
+def drawn(model):
+    """The model with random numbers in place of the zeros that some of its kernels start from."""
+    state, keys = nnx.state(model), iter(jax.random.split(jax.random.key(0), 1000))
+    nnx.update(model, jax.tree.map(lambda a: jax.random.normal(next(keys), a.shape, a.dtype) / 8, state))
+    return model
+
+
 def llama3():
     llama = pytest.importorskip("tunix.models.llama3.model")
-    return llama.Llama3(llama.ModelConfig(**SIZES), rngs=nnx.Rngs(0))
+    return drawn(llama.Llama3(llama.ModelConfig(**SIZES), rngs=nnx.Rngs(0)))
 
 
 def qwen3_moe():
     qwen = pytest.importorskip("tunix.models.qwen3.model")
     config = qwen.ModelConfig(**SIZES, num_experts=4, num_experts_per_tok=2, use_tied_embedding=True)
-    return qwen.Qwen3(config, rngs=nnx.Rngs(0))
+    return drawn(qwen.Qwen3(config, rngs=nnx.Rngs(0)))
 
 
 def floats(model, small):
