@@ -2,7 +2,7 @@
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-newest newest sanitize fuzz lint clean
+.PHONY: help demo test test-newest test-peers newest sanitize fuzz lint clean
 
 INSTALL_INPUTS := pyproject.toml CMakeLists.txt $(filter-out %.md,$(wildcard cuda_ffi/csrc/*/*.*)) \
 	$(wildcard cuda_ffi/csrc/xla/ffi/api/*.h)
@@ -44,6 +44,7 @@ NEWEST_IF_OTHER := if .venv/bin/python -c 'import sys; sys.exit(sys.hexversion >
 help:
 	@echo "make demo      quantize a real small model to 4 bits, compare, generate, save and load"
 	@echo "make test      format check, lint, types, all tests; the core tests again on the newest Python"
+	@echo "make test-peers  models of Tunix and Gemma in 4 bits, if google-tunix and gemma are installed in .venv"
 	@echo "make lint      format check, lint and types only"
 	@echo "make sanitize  the C++ kernels under sanitizers, two minutes; where there is a GPU the CUDA kernels too"
 	@echo "make fuzz      two thousand mutated inputs, each a result or one sentence, fifteen minutes; CASES, FIRST"
@@ -63,6 +64,10 @@ newest: .venv/bin/python
 
 test-newest: .venv-newest/dev.stamp
 	@$(call PYTEST,.venv-newest/bin/python) -m "not slow and not sanitize" $(CORE)
+
+# With the packages that are installed in .venv: pip install google-tunix gemma. The others' tests skip themselves.
+test-peers: .venv/dev.stamp
+	@.venv/bin/python -m pytest tests/peers
 
 # Two minutes of compiling, which a change of Python code doesn't need.
 sanitize: .venv/dev.stamp

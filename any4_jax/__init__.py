@@ -11,7 +11,7 @@ from any4_jax.generate import generate
 from any4_jax.methods import quantize
 from any4_jax.partition import combine, partition
 from any4_jax.product import matmul, matmul_each
-from any4_jax.surgery import explain, quantize_inputs
+from any4_jax.surgery import Axes, Einsum, explain, quantize_inputs
 from any4_jax.training import add_lora, trainable
 from any4_jax.walk import calibrate, quantize_model
 from any4_jax.weights import QuantizedTensor, dequantize, take
@@ -19,6 +19,8 @@ from any4_jax.weights import QuantizedTensor, dequantize, take
 __version__ = "0.1.0"
 
 __all__ = [
+    "Axes",
+    "Einsum",
     "QuantizedTensor",
     "add_lora",
     "calibrate",

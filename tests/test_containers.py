@@ -59,8 +59,8 @@ def test_a_linen_pair_computes_with_its_dequantized_weights() -> None:
     net = LinenNet()
     params = net.init(jax.random.key(0), X)["params"]
     module, small = a4.quantize_model((net, params), NF, inputs=(X,))
-    assert set(quantized_leaves((module, small))) == {"first", "Dense_0"}
-    assert isinstance(params["first"]["kernel"], jax.Array) and small["heads"] is not None
+    assert set(quantized_leaves((module, small))) == {"first", "heads", "Dense_0"}
+    assert isinstance(params["first"]["kernel"], jax.Array)
     dense = jax.tree.map(lambda leaf: leaf, params)
     for path in (("first",), ("Dense_0",)):
         node, new = dense, small
@@ -68,6 +68,7 @@ def test_a_linen_pair_computes_with_its_dequantized_weights() -> None:
             node, new = node[name], new[name]
         np.testing.assert_array_equal(new["kernel"].codes, quantize(node["kernel"].T, NF).codes)
         node["kernel"] = dense_like(new["kernel"]).T
+    dense["heads"]["kernel"] = small["heads"]["kernel"].layout.kernel(dense_like(small["heads"]["kernel"]))
     expected = net.apply({"params": dense}, X)
     np.testing.assert_allclose(module.apply({"params": small}, X), expected, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(jax.jit(module.apply)({"params": small}, X), expected, rtol=1e-5, atol=1e-5)
@@ -127,7 +128,7 @@ def test_statistics_of_any_model_are_those_of_its_layers_inputs(kind: str) -> No
         stats = a4.calibrate((net, params), batches)
         first = net.apply({"params": params}, rows, capture_intermediates=True)[1]["intermediates"]["first"]
         heads = linen.DenseGeneral((4, 5)).apply({"params": params["heads"]}, first["__call__"][0])
-        expected = {"first": rows, "Dense_0": np.maximum(heads.reshape(-1, 20), 0)}
+        expected = {"first": rows, "heads": first["__call__"][0], "Dense_0": np.maximum(heads.reshape(-1, 20), 0)}
     else:
         model = NNXNet(nnx.Rngs(0))
         stats = a4.calibrate(model, [(batch,) for batch in batches])
@@ -142,10 +143,38 @@ def test_statistics_of_any_model_are_those_of_its_layers_inputs(kind: str) -> No
         np.testing.assert_allclose(moments.second_moment, (np.asarray(x) ** 2).mean(axis=0), rtol=1e-4, atol=1e-6)
 
 
-def test_statistics_inside_a_scan_are_refused() -> None:
+def test_statistics_inside_a_scan_are_those_of_each_layer() -> None:
     net = Scanned()
-    with pytest.raises(ValueError, match="inside a lifted transformation"):
-        a4.calibrate((net, net.init(jax.random.key(0), X)["params"]), [X])
+    params = net.init(jax.random.key(0), X)["params"]
+    x, layer = X, params["layer"]
+    seen = a4.calibrate((net, params), [X])["layer"]
+    assert seen.stack == (3,)
+    for i in range(3):
+        moments = seen.of_expert(i)[a4.statistics.Moments()]
+        np.testing.assert_allclose(moments.second_moment, (np.asarray(x) ** 2).mean(axis=0), rtol=1e-4, atol=1e-6)
+        x = jnp.tanh(x @ layer["kernel"][i] + layer["bias"][i])
+
+
+class Two(linen.Module):
+    """An encoder and a decoder; its call is the decoder."""
+
+    def setup(self) -> None:
+        self.first, self.second = linen.Dense(8), linen.Dense(4)
+
+    def encode(self, x: jax.Array, train: bool) -> jax.Array:
+        return self.first(x) if not train else x
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.second(self.encode(x, train=False))
+
+
+def test_another_method_than_the_call_is_calibrated_with_its_flags() -> None:
+    net, batch = Two(), {"x": X, "train": False, "method": "encode"}
+    params = net.init(jax.random.key(0), X)["params"]
+    seen = a4.calibrate((net, params), [batch, batch])
+    assert set(seen) == {"first"} and int(seen["first"][a4.statistics.Moments()].count) == 2 * len(X)
+    pair = a4.quantize_model((net, params), NF, inputs=batch)
+    assert set(quantized_leaves(pair)) == {"first"}
 
 
 def test_what_cannot_be_calibrated_says_so() -> None:

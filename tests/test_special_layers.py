@@ -41,6 +41,17 @@ def linear(cls=nnx.Linear, **fields):
     return cls(K, K, rngs=nnx.Rngs(0), **fields)
 
 
+def with_adapter(layer):
+    """The layer as adapters are added from outside, whose code then runs in place of the layer's product."""
+    layer.kernel_lora_a, layer.kernel_lora_b = nnx.LoRAParam(jnp.ones((K, 2))), nnx.LoRAParam(jnp.ones((2, K)))
+    return layer
+
+
+def scaled(layer):
+    layer.scale = nnx.Param(jnp.ones(()))
+    return layer
+
+
 SPECIAL = {
     "a LoRALinear, a subclass of nnx.Linear": lambda: linear(nnx.LoRALinear, lora_rank=2),
     "a Same, a subclass of nnx.Linear": lambda: linear(Same),
@@ -51,6 +62,8 @@ SPECIAL = {
     ),
     "a Doubled, a subclass of nnx.Embed": lambda: linear(Doubled),
     "an nnx.Embed with its own promote_dtype": lambda: linear(nnx.Embed, promote_dtype=as_they_are),
+    "an nnx.Linear with kernel_lora_a and kernel_lora_b beside its kernel": lambda: with_adapter(linear()),
+    "an nnx.Embed with scale beside its kernel": lambda: scaled(linear(nnx.Embed)),
     "within an nnx.WeightNorm, which rewrites it": lambda: nnx.WeightNorm(linear(), rngs=nnx.Rngs(0)),
     "within an nnx.SpectralNorm, which rewrites it": lambda: nnx.SpectralNorm(linear(), rngs=nnx.Rngs(0)),
 }

@@ -13,7 +13,7 @@ from any4_jax.methods import NF4, Any4, Int, quantize
 from any4_jax.methods.apply import apply_method
 from any4_jax.models.tiny import random_llama
 from any4_jax.nn.nnx import Any4Linear, Codes, Tables
-from any4_jax.surgery import explain, linears, quantized_leaves, resolve
+from any4_jax.surgery import Axes, coverage, explain, linears, quantized_leaves, resolve
 from any4_jax.walk import quantize_model
 
 PATHS = ["layers.0.self_attn.q_proj", "layers.0.mlp.up_proj", "layers.1.mlp.up_proj", "lm_head"]
@@ -205,3 +205,64 @@ def test_explain_needs_rows_and_layers(model, rows) -> None:
 def test_explain_refuses_what_is_no_platform(model) -> None:
     with pytest.raises(ValueError, match="got platform='gpu', need one of 'cpu', 'cuda', 'rocm', 'tpu'"):
         explain(model, platform="gpu")
+
+
+class Heads(nnx.Module):
+    """A kernel of which only an equation tells what is contracted, and it isn't said."""
+
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        self.first, self.heads = nnx.Linear(64, 64, rngs=rngs), nnx.Param(jnp.ones((64, 4, 32)))
+        self.embedding, self.small = nnx.Embed(80, 64, rngs=rngs), nnx.Param(jnp.ones((8, 8)))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return jnp.einsum("bd,dnh->bnh", self.first(x), self.heads[...])
+
+
+def test_what_is_left_is_said(recwarn) -> None:
+    net, whole = Heads(nnx.Rngs(0)), r"1 of 3 matrices, 23.5 % of their weights"
+    left = r"heads \(Heads \[64, 4, 32\]\)"
+    with pytest.warns(
+        UserWarning, match=rf"quantized {whole}; left, and named by no rule: {left}; pass example inputs"
+    ):
+        new = quantize_model(net, NF)
+    with pytest.raises(ValueError, match=rf"{whole}; .*{left}; pass"):
+        quantize_model(net, NF, strict=True)
+    told = str(coverage(new))
+    assert told.startswith("1 of 3 matrices, 23.5 % of their weights, are quantized; left: ")
+    assert "embedding (Embed [80, 64])" in told and "small" not in told and told in explain(new)
+    recwarn.clear()
+    x = jnp.ones((1, 64))
+    quantize_model(net, NF, rules=[("heads", None)], strict=True)
+    whole_net = quantize_model(net, NF, inputs=(x,), strict=True)
+    assert not recwarn.list and set(quantized_leaves(whole_net)) == {"first", "heads"}
+    with pytest.raises(ValueError, match=rf"'he.*' matches {left}, of which nothing tells what is contracted; pass"):
+        quantize_model(net, NF, rules=[("he.*", NF)])
+    with pytest.raises(ValueError, match=r"found 0 linear layers .*; it has w \(array \[4, 8\]\): pass example inputs"):
+        quantize_model({"w": jnp.ones((4, 8))}, NF)
+
+
+@pytest.mark.parametrize("name,shape,read,meant", [("weight", (8, 4), "N, K", "KN"), ("kernel", (4, 8), "K, N", "NK")])
+def test_a_matrix_that_its_bias_contradicts_is_refused(name, shape, read, meant) -> None:
+    tree = {"a": {name: jnp.ones(shape), "bias": jnp.ones(4)}}
+    with pytest.raises(
+        ValueError, match=rf"is read as \[{read}\], and its bias has 4 entries; declare Axes\('{meant}'"
+    ):
+        quantize_model(tree, NF)
+    (new,) = quantized_leaves(quantize_model(tree, None, rules=[(rf"a\.{name}", NF, Axes(meant))])).values()
+    assert new.shape == (4, 8)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Foreign:
+    """A model of a library whose modules are trees."""
+
+    weight: jax.Array
+
+
+def test_a_model_of_another_library_is_refused_but_for_declared_kernels() -> None:
+    model = Foreign(jnp.ones((4, 8)))
+    for tree in (model, {"layers": [model]}):
+        with pytest.raises(TypeError, match="got a Foreign, .* whose code knows no operators; pass a nested dict"):
+            quantize_model(tree, NF)
+    assert quantize_model(model, None, rules=[("weight", NF, Axes("NK"))]).weight.shape == (4, 8)

@@ -11,7 +11,7 @@ from any4_jax import checkpoint
 from any4_jax.checkpoint import Manifest
 from any4_jax.checkpoint.contents import abstract, contents, current, is_described
 from any4_jax.cli.output import megabytes, table
-from any4_jax.surgery import quantized_leaves
+from any4_jax.surgery import coverage, quantized_leaves
 from any4_jax.weights import LowRank, Sum
 
 
@@ -54,6 +54,7 @@ def run(args: argparse.Namespace) -> int:
         f"\n{len(rows)} layers quantized: {8 * stored / weights:.3f} bits per weight, {megabytes(stored)} MB{of_these}"
         f"; the other parameters {megabytes(sum(sizes.values()) - stored)} MB"
     )
+    print(coverage(contents(content, abstract(manifest))))
     for line in _settings(recipe.values()):
         print(line)
     return 0

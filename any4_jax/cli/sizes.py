@@ -20,7 +20,7 @@ _WORDS = {"codes": "codes", "lut": "tables", "scales": "scales", "offsets": "off
 
 def expected(model: Decoder, method: AnyMethod | None, rules: Rules) -> str:
     """One line on what a model's linears will take, computed from their shapes before anything is quantized."""
-    matrices = container_of(model).matrices(model, None)
+    matrices = container_of(model).matrices(model, None, ())
     chosen: dict[str, Any] = resolve(
         matrices, method, rules, {path for path, matrix in matrices.items() if matrix.by_name}
     )

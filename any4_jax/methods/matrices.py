@@ -15,6 +15,7 @@ import numpy as np
 from any4_jax.methods.apply import apply_method
 from any4_jax.methods.base import AnyMethod, Method, Result
 from any4_jax.statistics import Gathered
+from any4_jax.weights import Layout, contraction
 
 Progress = Callable[[int, int, str], None]
 
@@ -29,18 +30,30 @@ class Matrix:
       transposed: see `array`.
       by_name: whether it is quantized only if a caller's rule names it: an embedding.
       special: why an operator can't take its place in the model, in words; None if one can.
+      layout: how the axes of `array`, a kernel of any rank, become those of a matrix; None if it is a matrix as it is.
     """
 
     array: jax.Array
     transposed: bool
     by_name: bool = False
     special: str | None = None
+    layout: Layout | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
         """(*L, N, K)."""
+        if self.layout is not None:
+            return self.layout.shape
         shape = tuple(self.array.shape)
         return (*shape[:-2], *shape[:-3:-1]) if self.transposed else shape
+
+    def arranged(self) -> jax.Array:
+        """The array as [*L, K, N] if `transposed`, else as [*L, N, K]."""
+        return self.array if self.layout is None else self.layout.matrix(self.array)
+
+    def held(self, operator: Any) -> Any:
+        """An operator [*L, N, K] as the model holds it in the array's place."""
+        return operator if self.layout is None else contraction(operator, self.layout)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +93,7 @@ def quantize_matrix(matrix: Matrix, method: Method, gathered: Gathered | None, p
     Raises:
       ValueError, TypeError: as in `quantize`.
     """
-    array = matrix.array
+    array = matrix.arranged()
     if array.ndim <= 2:
         return apply_method(array, method, gathered, transposed=matrix.transposed, path=path)
     stack = array.shape[:-2]
@@ -157,7 +170,8 @@ def _one_of_each_first(jobs: Mapping[str, Job]) -> tuple[list[str], list[str]]:
 def job_key(matrix: Matrix, method: AnyMethod, gathered: Gathered | None) -> str:
     """The key of a result where statistics are given: the hex sha256 of all that determines it. That is the weight and
     the statistics (dtypes, shapes and bytes), and the method's name and fields."""
-    digest = hashlib.sha256(repr((method.name, method, matrix.transposed)).encode())
+    laid = matrix.transposed if matrix.layout is None else matrix.layout
+    digest = hashlib.sha256(repr((method.name, method, laid)).encode())
     digest.update(repr(None if gathered is None else tuple(gathered)).encode())
     digest_arrays(digest, (matrix.array, gathered))
     return digest.hexdigest()

@@ -28,6 +28,19 @@ def array_axes(axes: str, kernel: tuple, shape: tuple[int, ...]) -> tuple:
     return (*own(before, shape[:first]), *stack, *own(after, shape[first + len(stack) :]))
 
 
+def matrix_axes(names: tuple, roles: str) -> tuple:
+    """The names of the axes of a matrix [*L, K, N], from those of a kernel of any rank that it stands for.
+
+    An axis that is merged of several is split as the first of them.
+
+    Args:
+      names: of all axes of the kernel.
+      roles: what they are, see `any4_jax.weights.Layout`.
+    """
+    of = {letter: [name for name, role in zip(names, roles, strict=True) if role == letter] for letter in "LKN"}
+    return (*of["L"], of["K"][0], of["N"][0])
+
+
 def kernel_axes(operator: Any) -> tuple:
     """The inverse of `array_axes`: the names of a float kernel's axes [*L, K, N], from the boxed arrays of an operator.
 

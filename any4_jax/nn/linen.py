@@ -12,9 +12,9 @@ from flax.linen.dtypes import promote_dtype
 from jax.typing import DTypeLike
 
 from any4_jax.methods import Any4, Method, quantize
-from any4_jax.nn.axes import array_axes
+from any4_jax.nn.axes import array_axes, matrix_axes
 from any4_jax.product import matmul
-from any4_jax.weights import is_operator, places
+from any4_jax.weights import Contraction, is_operator, places
 
 
 class Any4Dense(nn.Module):
@@ -87,8 +87,8 @@ def with_group_size(method: Any, group_size: int | None) -> Method:
 
 
 def boxed(operator: Any, box: meta.AxisMetadata) -> Any:
-    """An operator [*L, N, K] with each array boxed like the float kernel [*L, K, N] was, under the names of the axes
-    that the array has (`any4_jax.nn.axes`).
+    """An operator [*L, N, K] with each array boxed like the float kernel was, under the names of the axes that the
+    array has (`any4_jax.nn.axes`). The box names the axes [*L, K, N], or those of the kernel that a Contraction is.
 
     Raises:
       TypeError: the box is not an `nn.Partitioned`, which has names, or has fewer than two of them.
@@ -96,8 +96,11 @@ def boxed(operator: Any, box: meta.AxisMetadata) -> Any:
     if not isinstance(box, meta.Partitioned) or len(box.names) < 2:
         raise TypeError(f"got a kernel boxed as {box!r}, need nn.Partitioned with a name for each axis; box it so")
 
+    names = box.names
+    if isinstance(operator, Contraction) and len(names) == len(operator.layout.roles):
+        names = matrix_axes(tuple(names), operator.layout.roles)
     boxes = [
-        box.replace(value=leaf, names=array_axes(place.axes, box.names, leaf.shape)) for place, leaf in places(operator)
+        box.replace(value=leaf, names=array_axes(place.axes, names, leaf.shape)) for place, leaf in places(operator)
     ]
     return jax.tree.unflatten(jax.tree.structure(operator), boxes)
 

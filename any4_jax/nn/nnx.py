@@ -12,7 +12,7 @@ from jax.typing import DTypeLike
 
 from any4_jax.methods import Any4, Method, quantize
 from any4_jax.nn.linen import dense, with_bias, with_group_size
-from any4_jax.nn.operator_variables import Codes, Quantized, Tables, blank
+from any4_jax.nn.operator_variables import Codes, Quantized, Tables, blank, plain_metadata
 from any4_jax.product import lookup, matmul_each
 
 __all__ = ["Any4Embed", "Any4Linear", "Codes", "Tables", "call_each"]
@@ -114,13 +114,13 @@ class Any4Linear(Quantized):
         parameter = None
         if bias is not None:
             parameter = nnx.Param(bias)
-            parameter.set_metadata(parameter.get_metadata() | _plain(bias_metadata))
+            parameter.set_metadata(parameter.get_metadata() | plain_metadata(bias_metadata))
         layer._hold(weight, parameter, dtype, kernel_metadata, place=False)
         return layer
 
     def _hold(self, weight: Any, bias: Any, dtype: Any, metadata: Mapping[str, Any], place: bool) -> None:
         self.out_features, self.in_features = weight.shape[-2:]
-        self._metadata = tuple(_plain(metadata).items())
+        self._metadata = tuple(plain_metadata(metadata).items())
         self._arrange(weight, place)
         self.bias = nnx.data(bias)
         self.dtype = None if dtype is None else jnp.dtype(dtype)
@@ -189,9 +189,3 @@ class Any4Embed(Quantized):
     def attend(self, x: jax.Array) -> jax.Array:
         """x floating [..., K] -> its products with all rows, [..., N]."""
         return dense(x, self.weight, None, self.dtype)
-
-
-def _plain(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """Metadata to give to other arrays: without hooks, which are written for float kernels, and without NNX's own."""
-    kept = set(metadata) - nnx.Variable.required_metadata
-    return {key: metadata[key] for key in sorted(kept) if not key.startswith("on_")}

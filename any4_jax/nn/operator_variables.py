@@ -123,3 +123,9 @@ def _padded(names: tuple, rank: int) -> tuple:
     """A name or None for each of `rank` axes. `names` may lack the stack's axes in front, and one or two at the end."""
     named = (*names, None, None)[: max(2, len(names))]
     return ((None,) * rank + named)[-rank:]
+
+
+def plain_metadata(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """Metadata to give to other arrays: without hooks, which are written for float kernels, and without NNX's own."""
+    kept = set(metadata) - nnx.Variable.required_metadata
+    return {key: metadata[key] for key in sorted(kept) if not key.startswith("on_")}

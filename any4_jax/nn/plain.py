@@ -10,6 +10,8 @@ from flax.nnx.nn import dtypes
 
 _CLASSES = (nnx.Linear, nnx.Embed)
 _WRAPPERS = (nnx.WeightNorm, nnx.SpectralNorm)
+_OWN = ("kernel", "bias", "embedding")
+_HELD = (nnx.Variable, nnx.Module)
 _PROMOTIONS = (dtypes.promote_dtype, linen_dtypes.promote_dtype)
 
 
@@ -23,6 +25,9 @@ def why_not_plain(layer: Any) -> str | None:
     if type(layer) is not base:
         of = "no nnx.Linear or nnx.Embed" if base is None else f"a subclass of nnx.{base.__name__}"
         return f"a {type(layer).__name__}, {of}"
+    beside = [name for name, value in vars(layer).items() if name not in _OWN and isinstance(value, _HELD)]
+    if beside:
+        return f"an nnx.{base.__name__} with {' and '.join(beside)} beside its kernel"
     changed = []
     if layer.promote_dtype not in _PROMOTIONS:
         changed.append("promote_dtype")

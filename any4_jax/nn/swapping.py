@@ -16,7 +16,8 @@ from flax.core import meta
 from flax.linen.dtypes import promote_dtype
 from flax.linen.module import InterceptorContext
 
-from any4_jax.nn.linen import Any4Dense, call_dense, layer_name
+from any4_jax.nn.coded_variables import with_kernels
+from any4_jax.nn.linen import Any4Dense, call_dense
 from any4_jax.weights import is_operator
 
 Interceptor = Callable[[Callable[..., Any], Any, Any, InterceptorContext], Any]
@@ -40,11 +41,11 @@ def quantized_dense(next_fun: Callable[..., Any], args: Any, kwargs: Any, contex
     if not is_operator(kernel):
         return next_fun(*args, **kwargs)
     if _kernel_is_kn(module) is None:
-        path = layer_name(module)
+        path = ".".join(module.path) or "kernel"  # as surgery names a layer that is the whole model
         raise TypeError(
             f"{path}: a {type(module).__name__} holds a quantized kernel, need nn.Dense or nn.DenseGeneral (from the "
-            "last axis to one) as they are, with no dot_general of the caller's; leave it out with the rule "
-            f"({path!r}, None)"
+            "last axis to one) as they are, with no dot_general of the caller's; quantize with example inputs=, which "
+            f"tell what it contracts, or leave it out with the rule ({path!r}, None)"
         )
     return call_dense(module, _input(args, kwargs), meta.unbox(kernel), nn.initializers.zeros_init())
 
@@ -121,8 +122,8 @@ class Intercepted:
     recipe: Any = dataclasses.field(default=None, compare=False)
 
     def apply(self, variables: Any, *args: Any, **kwargs: Any) -> Any:
-        """nn.Module.apply."""
-        return self._run(self.inner.apply, variables, *args, **kwargs)
+        """nn.Module.apply. Kernels of any rank (`any4_jax.weights.Contraction`) are read where products read them."""
+        return with_kernels(lambda floats: self._run(self.inner.apply, floats, *args, **kwargs), variables)
 
     def init(self, rngs: Any, *args: Any, **kwargs: Any) -> Any:
         """nn.Module.init: it gives the parameters of the module itself, with float kernels."""
@@ -171,20 +172,11 @@ def intercepted(module: Any, *interceptors: Interceptor) -> Intercepted:
     return dataclasses.replace(wrapped, interceptors=tuple(dict.fromkeys((*wrapped.interceptors, *interceptors))))
 
 
-def tapping(tap: Callable[[Path, jax.Array], None]) -> Interceptor:
-    """An interceptor that calls tap(path, x) after each dense layer of the model has run as usual.
-
-    The path is that of the layer's parameters; x [..., K] is the layer's input before any cast, a tracer under jit
-    and the lifted transforms. Put it around `quantized_dense`, not inside: that one calls no interceptor below itself.
-    """
-    return _visiting(lambda module: _kernel_is_kn(module) is not None, lambda module, x: tap(module.path, x))
-
-
 def layers_of(trace: Callable[[], Any]) -> Layers:
     """The dense layers that run in `trace()`, which is traced and not computed.
 
-    A layer that is applied to its caller's parameters, such as a tied head, owns none and isn't listed. As with
-    `tapping`, layers inside a function that jit has traced before are not seen.
+    A layer that is applied to its caller's parameters, such as a tied head, owns none and isn't listed. Layers inside a
+    function that jit has traced before are not seen.
     """
     found = Layers({}, {})
 

@@ -9,6 +9,7 @@ from flax import nnx
 from any4_jax.methods.matrices import Matrix
 from any4_jax.models.hf_flax import is_hf_flax
 from any4_jax.surgery import linen_modules, nnx_modules, trees
+from any4_jax.surgery.declarations import Declared
 from any4_jax.surgery.rules import Recipe
 
 
@@ -19,7 +20,8 @@ class Container:
     Attributes:
       name: what messages call it.
       owns: model -> whether it is made of this.
-      matrices: (model, inputs) -> the float matrices of its linears; see `quantize_model` for inputs.
+      matrices: (model, inputs, declared) -> the float matrices of its linears; see `quantize_model` for inputs, and
+        `rules.declarations` for what is declared.
       operators: model -> the operators of its quantized linears.
       replace: (model, operators by path, recipe or None) -> a new model.
       tree: model -> its contents: a nested dict of arrays and operators by name, an operator at the key "kernel" of
@@ -32,7 +34,7 @@ class Container:
 
     name: str
     owns: Callable[[Any], bool]
-    matrices: Callable[[Any, Any], dict[str, Matrix]]
+    matrices: Callable[[Any, Any, Declared], dict[str, Matrix]]
     operators: Callable[[Any], dict[str, Any]]
     replace: Callable[[Any, Mapping[str, Any], Any], Any]
     tree: Callable[[Any], Any]
@@ -43,7 +45,7 @@ CONTAINERS: tuple[Container, ...] = (
     Container(
         "an NNX module",
         lambda model: isinstance(model, nnx.Module),
-        lambda model, inputs: nnx_modules.matrices(model),
+        nnx_modules.matrices,
         nnx_modules.operators,
         nnx_modules.replace,
         nnx_modules.contents,
@@ -70,7 +72,7 @@ CONTAINERS: tuple[Container, ...] = (
     Container(
         "a tree of arrays",
         lambda model: True,
-        lambda model, inputs: trees.matrices(model),
+        lambda model, inputs, declared: trees.matrices(model, declared),
         trees.operators,
         trees.replace,
         trees.contents,

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from any4_jax import product
 from any4_jax.product.explain import DENSE, check_rows, explain_on, explained_platform
 from any4_jax.surgery.containers import container_of
+from any4_jax.surgery.coverage import coverage
 
 _NUMBER = re.compile(r"\b\d+\b")
 
@@ -35,7 +36,7 @@ def explain(x: Any, w: Any = None, platform: str | None = None, *, rows: int = 1
         return product.explain(x, w, platform)
     check_rows(rows)
     container, dtype = container_of(x), _dtype(x)
-    operators, matrices = container.operators(x), container.matrices(x, None)
+    operators, matrices = container.operators(x), container.matrices(x, None, ())
     if not operators and not matrices:
         raise ValueError(
             f"got a {type(x).__name__} without dense layers, need a model that quantize_model takes; pass one, or an "
@@ -63,6 +64,8 @@ def explain(x: Any, w: Any = None, platform: str | None = None, *, rows: int = 1
     if not groups:
         raise ValueError(f"found no linear layers in a {type(x).__name__}; pass a model, or an input and a weight")
     head = f"platform {where}, inputs {jnp.dtype(dtype).name} [{rows}, K]"
+    whole = coverage(x)
+    head += f"\n{whole}" if whole.done else ""
     paragraphs = []
     for text, places in groups.items():
         lines = [f"{where}  {count} layer{'s' if count > 1 else ''}" for where, count in places.items()]

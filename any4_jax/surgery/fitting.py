@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from flax.core import meta
 
-from any4_jax.weights import is_operator
+from any4_jax.weights import Contraction, is_operator
 
 _NAMED = 3
 
@@ -65,10 +65,11 @@ def _misfit(path: str, wanted: Any, given: Any, turned: bool | None, declared: b
     """How `given` differs from what `wanted` needs; None if it fits."""
     wanted, given = meta.unbox(wanted), meta.unbox(given)
     operators = is_operator(wanted), is_operator(given)
-    need, got = tuple(np.shape(wanted)), tuple(np.shape(given))
-    if any(operators) and turned is None:
+    need, got = _shape(wanted), _shape(given)
+    kernels = isinstance(wanted, Contraction) or isinstance(given, Contraction)
+    if any(operators) and turned is None and not kernels:
         return f"{path} is quantized and is not the kernel of a dense layer"
-    if operators[0] != operators[1] and turned:
+    if operators[0] != operators[1] and turned and not kernels:
         need = (*need[:-2], *need[:-3:-1])
     if got != need:
         return f"{path} is {list(got)}, need {list(need)}"
@@ -77,6 +78,11 @@ def _misfit(path: str, wanted: Any, given: Any, turned: bool | None, declared: b
         if dtypes[0] != dtypes[1]:
             return f"{path} is {dtypes[0]}, need {dtypes[1]}"
     return None
+
+
+def _shape(leaf: Any) -> tuple[int, ...]:
+    """The shape of an array, of an operator as a matrix, or of the kernel of any rank that an operator stands for."""
+    return tuple(leaf.kernel_shape if isinstance(leaf, Contraction) else np.shape(leaf))
 
 
 def _first(items: list[str]) -> str:

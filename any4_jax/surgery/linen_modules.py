@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import flax
-import jax
 from flax import linen
 from flax.core import meta
 
@@ -17,8 +16,9 @@ from any4_jax.methods.matrices import Matrix
 from any4_jax.models import hf_flax
 from any4_jax.nn.linen import boxed
 from any4_jax.nn.swapping import Intercepted, intercepted, layers_of, quantized_dense
-from any4_jax.surgery import trees
-from any4_jax.surgery.rules import Recipe
+from any4_jax.surgery import tracing, trees
+from any4_jax.surgery.declarations import Declared, layout_of
+from any4_jax.surgery.rules import Recipe, declared_for
 from any4_jax.weights import is_operator
 
 Pair = tuple[linen.Module | Intercepted, Mapping[str, Any]]
@@ -29,31 +29,53 @@ def is_pair(model: Any) -> bool:
     return isinstance(model, tuple) and len(model) == 2 and isinstance(model[0], linen.Module | Intercepted)
 
 
-def pair_matrices(model: Pair, inputs: Any = None) -> dict[str, Matrix]:
+def pair_matrices(model: Pair, inputs: Any = None, declared: Declared = ()) -> dict[str, Matrix]:
     """The kernels of the Dense layers, by the dotted path of the layer.
 
     Args:
       model: the pair.
-      inputs: a tuple of the arguments of `apply`, or a dict of them by name; shapes are enough. With it, the layers are
-        those that run as Dense, including stacks under nn.scan. Without it, they are all that hold a two-dimensional
-        "kernel".
+      inputs: a tuple of the arguments of `apply`, or a dict of them by name ("method" among them); shapes are enough.
+        With it, the layers are those that run as Dense, including stacks under nn.scan, and all other kernels that
+        products read. Without it, they are all that hold a two-dimensional "kernel".
+      declared: regexes of paths, and what is declared of the kernels there.
     """
+    found = _declared(params_of(model[1]), declared)
+    return {path: matrix for path, matrix in _pair_matrices(model, inputs).items() if path not in found} | found
+
+
+def _pair_matrices(model: Pair, inputs: Any) -> dict[str, Matrix]:
     module, variables = model
     rewritten = _wrapped(variables)
     if inputs is None:
-        here = trees.matrices(params_of(variables)).items()
-        found = {_layer(path): _unboxed(matrix) for path, matrix in here if trees.is_kernel(path)}
+        two_axes = trees.matrices(params_of(variables)).items()
+        found = {_layer(path): _unboxed(matrix) for path, matrix in two_axes if trees.is_kernel(path)}
         return _marked(found, rewritten)
-    arguments, named = ((), dict(inputs)) if isinstance(inputs, Mapping) else (tuple(inputs), {})
+    arguments, named = tracing.call_of(inputs)
+    whole = meta.unbox(variables if "params" in variables else {"params": variables})
 
-    def run(variables, arguments, named):
-        return module.apply(variables, *arguments, **named, mutable=True)
+    def run(kernels: dict[str, Any], variables: Any, arguments: tuple, named: dict[str, Any]) -> Any:
+        params = trees.replace(_unfrozen(variables["params"]), kernels)
+        return module.apply({**variables, "params": params}, *arguments, **named, mutable=True)
 
-    whole = variables if "params" in variables else {"params": variables}
-    layers = layers_of(lambda: jax.eval_shape(run, meta.unbox(whole), arguments, named))
+    layers = layers_of(lambda: tracing.shapes(run, {}, whole, arguments, named))
     plain = {layer_path(path): turned for path, turned in layers.plain.items()}
     special = {layer_path(path): reason for path, reason in layers.special.items()}
-    return _marked(_kernels(params_of(variables), plain | dict.fromkeys(special, True)), special | rewritten)
+    known = _kernels(params_of(variables), plain | dict.fromkeys(special, True))
+    here = {path: leaf for path, leaf in trees.leaves(whole["params"]).items() if not is_operator(leaf)}
+    # A stack of Dense kernels has its layers along any axis, as nn.scan was told.
+    others = {
+        path: leaf
+        for path, leaf in here.items()
+        if getattr(leaf, "ndim", 0) > (2 if _layer(path) in known else 1) and _layer(path) not in special
+    }
+    finding = tracing.find(run, others, whole, arguments, named)
+    for path, says in tracing.layouts(finding, others).items():
+        if isinstance(says, str):
+            special[_layer(path)] = says
+            known[_layer(path)] = Matrix(others[path], transposed=False)
+        elif _layer(path) not in known or says.roles[-2:] != "KN":
+            known[_layer(path)] = Matrix(others[path], False, by_name=path in finding.tables, layout=says)
+    return _marked(known, special | rewritten)
 
 
 def pair_operators(model: Pair) -> dict[str, Any]:
@@ -64,16 +86,17 @@ def pair_operators(model: Pair) -> dict[str, Any]:
 def pair_replace(model: Pair, done: Mapping[str, Any], recipe: Recipe | None) -> Pair:
     """The wrapped module, and its variables with operators in place of kernels."""
     module, variables = model
-    params = _with_kernels(params_of(variables), done)
+    params = with_kernels(params_of(variables), done)
     swapped = intercepted(module, quantized_dense)
     swapped = dataclasses.replace(swapped, recipe=recipe or swapped.recipe)
     return swapped, {**variables, "params": params} if "params" in variables else params
 
 
-def hf_matrices(model: Any, inputs: Any = None) -> dict[str, Matrix]:
+def hf_matrices(model: Any, inputs: Any = None, declared: Declared = ()) -> dict[str, Matrix]:
     """The kernels of the Dense layers of a Hugging Face Flax model, which are found by tracing it."""
     plain, special = hf_flax.layers_by_name(model)
-    return _marked(_kernels(model.params, plain | dict.fromkeys(special, True)), special)
+    found = _marked(_kernels(model.params, plain | dict.fromkeys(special, True)), special)
+    return found | _declared(model.params, declared)
 
 
 def hf_operators(model: Any) -> dict[str, Any]:
@@ -83,7 +106,7 @@ def hf_operators(model: Any) -> dict[str, Any]:
 
 def hf_replace(model: Any, done: Mapping[str, Any], recipe: Recipe | None) -> Any:
     """A model of the same class with operators in place of kernels."""
-    new = hf_flax.with_params(model, _with_kernels(model.params, done))
+    new = hf_flax.with_params(model, with_kernels(model.params, done))
     new.recipe = recipe or getattr(model, "recipe", None)
     return new
 
@@ -150,9 +173,9 @@ def layer_path(path: tuple[str, ...]) -> str:
     return ".".join(path) or "kernel"
 
 
-def _key(layer: str) -> str:
-    """The path of a layer's kernel in the parameters."""
-    return layer if layer == "kernel" else f"{layer}.kernel"
+def _key(layer: str, here: Mapping[str, Any]) -> str:
+    """The path of a layer's kernel in the parameters, whose leaves are `here`. A kernel of another name is its own."""
+    return layer if layer in here else f"{layer}.kernel"
 
 
 def _layer(key: str) -> str:
@@ -161,8 +184,19 @@ def _layer(key: str) -> str:
 
 def _kernels(params: Mapping[str, Any], layers: Mapping[str, bool]) -> dict[str, Matrix]:
     here = trees.leaves(params)
-    found = {path: Matrix(here[_key(path)], turned) for path, turned in layers.items() if _key(path) in here}
+    keys = {path: _key(path, here) for path in layers}
+    found = {path: Matrix(here[keys[path]], turned) for path, turned in layers.items() if keys[path] in here}
     return {path: _unboxed(m) for path, m in found.items() if not is_operator(m.array)}
+
+
+def _declared(params: Mapping[str, Any], declared: Declared) -> dict[str, Matrix]:
+    """The kernels of which a caller declares what is contracted, by path without ".kernel"."""
+    if not declared:
+        return {}
+    arrays = {path: meta.unbox(leaf) for path, leaf in trees.leaves(params).items() if not is_operator(leaf)}
+    named = {_layer(path): array for path, array in arrays.items() if getattr(array, "ndim", 0) > 1}
+    told = declared_for(named, declared).items()
+    return {path: Matrix(named[path], False, layout=layout_of(path, says, named[path])) for path, says in told}
 
 
 def _marked(found: Mapping[str, Matrix], special: Mapping[str, str]) -> dict[str, Matrix]:
@@ -192,16 +226,16 @@ def _unboxed(matrix: Matrix) -> Matrix:
 
 
 def _operators(params: Mapping[str, Any]) -> dict[str, Any]:
-    found = trees.operators(params).items()
-    return {_layer(path): meta.unbox(operator) for path, operator in found}
+    return {_layer(path): meta.unbox(operator) for path, operator in trees.operators(params).items()}
 
 
-def _with_kernels(params: Mapping[str, Any], done: Mapping[str, Any]) -> dict[str, Any]:
-    """The parameters with operators in place of kernels; an operator's arrays are boxed if the kernel was."""
+def with_kernels(params: Mapping[str, Any], done: Mapping[str, Any]) -> dict[str, Any]:
+    """The parameters with arrays or operators in place of kernels; an operator's arrays are boxed if the kernel was."""
     plain = _unfrozen(params)
     here = trees.leaves(plain)
     new = {}
-    for path, operator in done.items():
-        box = trees.box_of(here[_key(path)])
-        new[_key(path)] = operator if box is None else boxed(operator, box)
+    for path, given in done.items():
+        key = _key(path, here)
+        box, kernel = trees.box_of(here[key]), trees.as_before(here[key], given)
+        new[key] = boxed(kernel, box) if box is not None and is_operator(kernel) else kernel
     return trees.replace(plain, new)

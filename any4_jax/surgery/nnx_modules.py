@@ -1,4 +1,4 @@
-"""NNX modules: any nnx.Linear can become an Any4Linear, any nnx.Embed an Any4Embed.
+"""NNX modules: any nnx.Linear can become an Any4Linear, any nnx.Embed an Any4Embed, any other kernel an Any4Kernel.
 
 The original module stays as it was; new modules share its arrays.
 """
@@ -13,10 +13,12 @@ from flax.traverse_util import unflatten_dict
 
 from any4_jax.methods.matrices import Matrix
 from any4_jax.models.fold import module_at
+from any4_jax.nn.kernel import Any4Kernel
 from any4_jax.nn.nnx import Any4Embed, Any4Linear
 from any4_jax.nn.operator_variables import Quantized
 from any4_jax.nn.plain import rewritten, why_not_plain
-from any4_jax.surgery import fitting, trees
+from any4_jax.surgery import fitting, nnx_kernels, trees
+from any4_jax.surgery.declarations import Declared
 from any4_jax.surgery.rules import Recipe
 from any4_jax.surgery.trees import dotted
 from any4_jax.weights import is_operator
@@ -30,7 +32,20 @@ def linears(model: nnx.Module) -> dict[str, nnx.Linear]:
 def holders(model: nnx.Module) -> dict[str, Any]:
     """The modules that hold a matrix which is quantized or can be, by dotted path."""
     kinds = nnx.Linear | nnx.Embed | Quantized
-    return {dotted(path): node for path, node in nnx.iter_modules(model) if isinstance(node, kinds)}
+    found = {dotted(path): node for path, node in nnx.iter_modules(model) if isinstance(node, kinds)}
+    kernels = nnx_kernels.held(model)
+    own = {dotted((*path, attribute)) for (path, attribute), _ in kernels.values()}
+    # Layers that share their matrix are one, as they are in the module's state.
+    first = {id(matrix_variable(node)): path for path, node in reversed(found.items())}
+    whole = {path: node for path, node in found.items() if path not in own and first[id(matrix_variable(node))] == path}
+    return whole | {name: kernel for name, (_, kernel) in kernels.items()}
+
+
+def matrix_variable(layer: Any) -> Any:
+    """What holds the matrix of a layer: its variable, or the variables of an operator."""
+    if isinstance(layer, Quantized):
+        return layer.arrays
+    return layer.embedding if isinstance(layer, nnx.Embed) else layer.kernel
 
 
 def matrix_of(layer: nnx.Linear | nnx.Embed) -> Matrix:
@@ -41,9 +56,19 @@ def matrix_of(layer: nnx.Linear | nnx.Embed) -> Matrix:
     return Matrix(layer.kernel.get_value(), transposed=True, special=special)
 
 
-def matrices(model: nnx.Module) -> dict[str, Matrix]:
-    """The float weights of dense layers and embeddings, by dotted path."""
-    found = {path: matrix_of(layer) for path, layer in holders(model).items() if not isinstance(layer, Quantized)}
+def matrices(model: nnx.Module, inputs: Any = None, declared: Declared = ()) -> dict[str, Matrix]:
+    """The float weights of dense layers, embeddings and einsums, by dotted path.
+
+    Args:
+      model: the module.
+      inputs: example arguments of its call, with which kernels are found that no class of layers tells of.
+      declared: regexes of paths, and what is declared of the kernels there.
+    """
+    layers = {path: layer for path, layer in holders(model).items() if not isinstance(layer, Quantized)}
+    found = {path: matrix_of(layer) for path, layer in layers.items()}
+    found |= nnx_kernels.matrices(model, inputs, declared)
+    elsewhere = nnx_kernels.shared(model, {path: matrix_variable(layer) for path, layer in layers.items()})
+    found = {path: dataclasses.replace(m, special=m.special or elsewhere.get(path)) for path, m in found.items()}
     wrapped = {dotted(path): reason for path, reason in rewritten(model).items()}
     return found | {path: dataclasses.replace(found[path], special=wrapped[path]) for path in found if path in wrapped}
 
@@ -77,11 +102,25 @@ def replace(model: nnx.Module, done: Mapping[str, Any], recipe: Recipe | None) -
     """A new module in which the layers at the paths of `done` hold its operators. A layer that the module holds in
     several places is replaced in all of them."""
 
+    layers = {path for path, layer in holders(model).items() if not isinstance(layer, Any4Kernel)}
+
+    weights: dict[int, Any] = {}
+    biases: dict[int, Any] = {}
+
     def swap(path, node):
-        operator = done.get(dotted(path))
-        return node if operator is None else around(node, operator)
+        key = id(matrix_variable(node)) if isinstance(node, nnx.Linear | nnx.Embed | Quantized) else None
+        operator = done.get(dotted(path)) if dotted(path) in layers else None
+        if isinstance(node, Any4Kernel) or key is None or (operator is None and key not in weights):
+            return node
+        layer = around(node, weights[key].weight if operator is None else operator)
+        # What layers share in the module, they share in the new one.
+        layer.arrays = weights.setdefault(key, layer).arrays
+        if getattr(node, "bias", None) is not None:
+            layer.bias = biases.setdefault(id(node.bias), layer.bias)
+        return layer
 
     new: Any = nnx.recursive_map(swap, copy_module(model))
+    nnx_kernels.put(new, {path: operator for path, operator in done.items() if path not in layers})
     if recipe is not None:
         new.recipe = recipe
     return new
@@ -89,10 +128,13 @@ def replace(model: nnx.Module, done: Mapping[str, Any], recipe: Recipe | None) -
 
 def contents(model: nnx.Module) -> dict[str, Any]:
     """The arrays and operators of a module, except the state of its random numbers (nnx.RngState)."""
-    flat: dict[tuple, Any] = {tuple(map(str, path)): v.get_value() for path, v in _variables(model)}
+    flat: dict[tuple, Any] = {tuple(map(str, path)): _value(v) for path, v in _variables(model)}
+    kernels = nnx_kernels.held(model)
     for path, layer in holders(model).items():
-        if isinstance(layer, Quantized):
+        if isinstance(layer, Quantized) and path not in kernels:
             flat[*filter(None, path.split(".")), _name(layer)] = layer.weight
+    for (owner, attribute), kernel in kernels.values():
+        flat[*map(str, owner), attribute] = kernel.contraction
     return unflatten_dict(flat)
 
 
@@ -107,15 +149,17 @@ def fill(model: nnx.Module, given: Mapping[str, Any], recipe: Recipe | None, *, 
     Raises ValueError if the contents don't fit; `fitting.check` says when, and what `declared` means.
     """
     wanted, new = trees.leaves(contents(model)), trees.leaves(given)
-    held = holders(model)
+    held = {path: layer for path, layer in holders(model).items() if not isinstance(layer, Any4Kernel)}
     layers = {f"{path}.{_name(layer)}".lstrip("."): path for path, layer in held.items()}
 
     def turned(path: str) -> bool | None:
         return _name(held[layers[path]]) == "kernel" if path in layers else None
 
     fitting.check(wanted, new, turned, declared=declared)
-    done = {layers[path]: leaf for path, leaf in new.items() if is_operator(leaf)}
-    for path, layer in layers.items():
+    kernels = {dotted(at): name for name, at in nnx_kernels.places(model).items()}
+    names = layers | kernels
+    done = {names[path]: leaf for path, leaf in new.items() if is_operator(leaf)}
+    for path, layer in names.items():
         if is_operator(wanted[path]) and layer not in done:
             raise ValueError(
                 f"{layer} is quantized in the model, and the contents have a float kernel for it; pass a float model"
@@ -126,8 +170,14 @@ def fill(model: nnx.Module, given: Mapping[str, Any], recipe: Recipe | None, *, 
     graphdef, state = nnx.split(filled)
     variables = dict(nnx.to_flat_state(state))
     for place, variable in _variables(filled):
-        variables[place] = variable.replace(_at(place, variable.get_value(), new))
+        value = _at(place, _value(variable), new)
+        variables[place] = variable.replace(value) if isinstance(variable, nnx.Variable) else value
     return nnx.merge(graphdef, nnx.from_flat_state(variables))
+
+
+def _value(variable: Any) -> Any:
+    """The value of a variable. A module may hold an array without one."""
+    return variable.get_value() if isinstance(variable, nnx.Variable) else variable
 
 
 def _at(path: tuple, value: Any, new: Mapping[str, Any]) -> Any:
@@ -137,7 +187,7 @@ def _at(path: tuple, value: Any, new: Mapping[str, Any]) -> Any:
 
 def _variables(model: nnx.Module) -> Iterator[tuple[tuple, nnx.Variable]]:
     """The variables of a module, except those of operators and of random numbers."""
-    quantized = operators(model)
+    quantized = {dotted(path) for path, node in nnx.iter_modules(model) if isinstance(node, Quantized)}
     for path, variable in nnx.to_flat_state(nnx.state(model)):
         of_operator = path[-2:-1] == ("arrays",) and dotted(path[:-2]) in quantized
         if not of_operator and not isinstance(variable, nnx.RngState):

@@ -16,7 +16,7 @@ from any4_jax.methods.matrices import Progress
 from any4_jax.models.base import Decoder
 from any4_jax.models.hf_flax import is_hf_flax
 from any4_jax.statistics import Gathered
-from any4_jax.surgery import Rules, nnx_modules, resolve
+from any4_jax.surgery import Rules, declarations, nnx_modules, pairs, resolve
 from any4_jax.surgery.linen_modules import is_pair
 from any4_jax.walk.batches import token_batches
 from any4_jax.walk.contents import is_finite, refuse_nonfinite
@@ -67,7 +67,7 @@ def calibrate(
         hold NaN or infinite values.
       TypeError: the model or the data is none of these.
     """
-    methods = [m for m in (method, *(m for _, m in rules or ())) if m is not None]
+    methods = [m for m in (method, *(m for _, m in pairs(rules))) if m is not None]
     if sequential is None:
         sequential = any(m.sequential for m in methods)
     if sequential and not methods:
@@ -107,7 +107,7 @@ def calibrate(
     batches = [data] if hasattr(data, "shape") else list(data)
     if not batches:
         raise ValueError("got no calibration batches, need at least one; pass a list of the model's inputs")
-    return _finite(run(model, batches, needs, progress))
+    return _finite(run(model, batches, needs, progress, declarations(rules)))
 
 
 def _finite(found: dict[str, Gathered]) -> dict[str, Gathered]:

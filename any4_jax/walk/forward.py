@@ -1,20 +1,20 @@
-"""Statistics of models that run as a whole: each Dense layer is tapped while the model computes as usual."""
+"""Statistics of models that run as a whole: the products read float kernels under watch."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 from flax import nnx
 
-from any4_jax import statistics
-from any4_jax.methods.matrices import Progress
+from any4_jax.methods.matrices import Matrix, Progress
 from any4_jax.models import hf_flax
-from any4_jax.nn.swapping import intercepted, quantized_dense, tapping
+from any4_jax.nn.coded_variables import watched
+from any4_jax.nn.interpret import jit_arrays
+from any4_jax.nn.swapping import intercepted, quantized_dense
+from any4_jax.nn.watching import Gathering, empty, flattened
 from any4_jax.statistics import Gathered, Statistic
-from any4_jax.surgery import linears
-from any4_jax.surgery.linen_modules import layer_path, params_of
-from any4_jax.surgery.trees import dotted
+from any4_jax.surgery import Declared, linen_modules, nnx_modules
+from any4_jax.surgery.nnx_kernels import linear_layout, watch
+from any4_jax.surgery.tracing import call_of
 
 Needs = tuple[Statistic, ...]
 Found = dict[str, Gathered]
@@ -22,103 +22,78 @@ Found = dict[str, Gathered]
 
 def run_hf(model: Any, batches: Sequence[Any], needs: Needs, progress: Progress | None) -> Found:
     """Statistics by path of a Hugging Face Flax model, over batches of keyword arguments. Tokens that "attention_mask"
-    hides are not counted.
+    hides are not counted."""
 
-    Raises:
-      ValueError: a Dense layer is inside a lifted transformation.
-    """
+    def forward(kernels: dict[str, Any], params: Any, arguments: tuple, named: dict[str, Any]) -> None:
+        hf_flax.with_params(model, linen_modules.with_kernels(params, kernels))(*arguments, **named)
 
-    def forward(params, batch, tap):
-        run = hf_flax.with_params(model, params)
-        run._module = intercepted(run._module, tapping(tap))
-        run(**batch)
-
-    return _gather(forward, model.params, batches, needs, progress)
+    return _gather(forward, model.params, linen_modules.hf_matrices(model), batches, needs, progress)
 
 
-def run_linen(model: Any, batches: Sequence[Any], needs: Needs, progress: Progress | None) -> Found:
-    """Statistics by path of a pair (Linen module, variables), over batches of arguments of `apply`.
+def run_linen(
+    model: Any, batches: Sequence[Any], needs: Needs, progress: Progress | None, declared: Declared = ()
+) -> Found:
+    """Statistics by path of a pair (Linen module, variables), over batches of arguments of `apply` ("method" too).
 
-    Raises:
-      ValueError: a Dense layer is inside a lifted transformation.
+    Kernels that are no Dense layer's are found as in `run_nnx`.
     """
     module, variables = model
+    swapped = intercepted(module, quantized_dense)
 
-    def forward(variables, batch, tap):
-        arguments, named = _arguments(batch)
-        tapped = intercepted(module, quantized_dense, tapping(tap))
-        tapped.apply(variables, *arguments, **named, mutable=True)
+    def forward(kernels: dict[str, Any], variables: Any, arguments: tuple, named: dict[str, Any]) -> None:
+        params = linen_modules.with_kernels(variables["params"], kernels)
+        swapped.apply({**variables, "params": params}, *arguments, **named, mutable=True)
 
-    whole = variables if "params" in variables else {"params": params_of(variables)}
-    return _gather(forward, whole, batches, needs, progress)
+    whole = variables if "params" in variables else {"params": linen_modules.params_of(variables)}
+    matrices = linen_modules.pair_matrices(model, batches[0], declared)
+    return _gather(forward, whole, matrices, batches, needs, progress)
 
 
 def _gather(
-    forward: Callable, variables: Any, batches: Sequence[Any], needs: Needs, progress: Progress | None
+    forward: Callable[..., Any],
+    variables: Any,
+    matrices: Mapping[str, Matrix],
+    batches: Sequence[Any],
+    needs: Needs,
+    progress: Progress | None,
 ) -> Found:
-    @jax.jit
-    def step(variables, batch, seen):
-        seen = dict(seen)
-        mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    taken = {path: matrix for path, matrix in matrices.items() if not matrix.by_name}
+    layouts = {path: matrix.layout or linear_layout(matrix.array, matrix.transposed) for path, matrix in taken.items()}
+    kernels = {path: matrix.array for path, matrix in taken.items()}
+    seen = {path: empty(layout.shape[-1], needs, layout.shape[:-2]) for path, layout in layouts.items()}
 
-        def tap(path: tuple[str, ...], x: jax.Array) -> None:
-            name = layer_path(path)
-            hidden = mask if mask is not None and mask.shape == x.shape[:-1] else None
-            before = seen.get(name, statistics.empty(x.shape[-1], needs))
-            seen[name] = statistics.update(before, x, None if hidden is None else hidden.astype(bool))
+    def step(kernels: Any, variables: Any, seen: Found, arguments: tuple, named: dict[str, Any]) -> Found:
+        reader = Gathering(seen, named.get("attention_mask"))
+        both = {path: (kernel, layouts[path]) for path, kernel in kernels.items()}
+        watched(forward, both, reader, variables, arguments, named)
+        return reader.state
 
-        forward(variables, batch, tap)
-        return seen
-
-    seen: Found = {}
+    jitted = jit_arrays(step)
     for index, batch in enumerate(batches):
-        try:
-            seen = step(variables, batch, seen)
-        except jax.errors.UnexpectedTracerError:
-            raise ValueError(
-                "got a model with Dense layers inside a lifted transformation (nn.scan, nn.remat), whose inputs can't "
-                "be tapped; calibrate an unrolled one, or quantize without statistics"
-            ) from None
+        seen = jitted(kernels, variables, seen, *call_of(batch))
         if progress is not None:
             progress(index + 1, len(batches), "batch")
-    return seen
+    return {path: flattened(gathered) for path, gathered in seen.items()}
 
 
-class _Tapped(nnx.Module):
-    """A dense layer that keeps statistics of its inputs in a variable of its own."""
+def run_nnx(
+    model: nnx.Module, batches: Sequence[Any], needs: Needs, progress: Progress | None, declared: Declared = ()
+) -> Found:
+    """Statistics by path of any NNX module, over batches of arguments of its call, or of its method "method".
 
-    def __init__(self, inner: nnx.Linear, needs: Needs) -> None:
-        self.inner = inner
-        self.seen = nnx.Intermediate(jax.tree.map(jnp.asarray, statistics.empty(inner.in_features, needs)))
+    Kernels that no class of layers tells of are found by tracing the first batch, or by what is declared of them. Each
+    matrix of a stack, an expert's or a layer's under nnx.scan and nnx.vmap, has statistics of its own.
+    """
+    tapped: Any = nnx.clone(model)
+    kernels = watch(tapped, nnx_modules.matrices(model, batches[0], declared), needs)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        self.seen.set_value(statistics.update(self.seen.get_value(), x))
-        return self.inner(x)
+    def step(module: Any, arguments: tuple, named: dict[str, Any]) -> None:
+        named = dict(named)
+        getattr(module, named.pop("method", "__call__"))(*arguments, **named)
 
-
-def run_nnx(model: nnx.Module, batches: Sequence[Any], needs: Needs, progress: Progress | None) -> Found:
-    """Statistics by path of any NNX module, over batches of arguments of its call."""
-    paths = set(linears(model))
-
-    def tap(path: tuple, node: Any) -> Any:
-        return _Tapped(node, needs) if dotted(path) in paths else node
-
-    tapped = nnx.recursive_map(tap, nnx.clone(model))
-
-    @nnx.jit
-    def step(module, batch):
-        arguments, named = _arguments(batch)
-        module(*arguments, **named)
-
+    jitted = jit_arrays(step, nnx.jit)
     for index, batch in enumerate(batches):
-        step(tapped, batch)
+        jitted(tapped, *call_of(batch))
         if progress is not None:
             progress(index + 1, len(batches), "batch")
-    found = {dotted(path): node for path, node in nnx.iter_modules(tapped) if isinstance(node, _Tapped)}
-    return {path: node.seen.get_value() for path, node in found.items()}
-
-
-def _arguments(batch: Any) -> tuple[tuple, dict[str, Any]]:
-    if isinstance(batch, Mapping):
-        return (), dict(batch)
-    return (batch if isinstance(batch, tuple) else (batch,)), {}
+    return {path: flattened(kernel.seen.get_value()) for path, kernel in kernels.items()}

@@ -1,7 +1,7 @@
 """`quantize_model`: takes any kind of model and returns a quantized one of the same kind."""
 
 import itertools
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from operator import itemgetter
 from typing import Any
 
@@ -20,6 +20,7 @@ from any4_jax.methods.matrices import (
     quantize_matrices,
 )
 from any4_jax.models.base import Decoder
+from any4_jax.models.hf_flax import is_hf_flax
 from any4_jax.statistics import Gathered
 from any4_jax.surgery import (
     DEFAULT_RULES,
@@ -28,16 +29,20 @@ from any4_jax.surgery import (
     around,
     container_of,
     copy_module,
+    declarations,
     holders,
+    pairs,
     recipe_of,
     refuse_special,
     replace_module,
     resolve,
 )
+from any4_jax.surgery.coverage import arrays_of
 from any4_jax.walk.batches import token_batches
 from any4_jax.walk.calibrate import Data, calibrate
 from any4_jax.walk.contents import few, refuse_nonfinite
 from any4_jax.walk.driver import Plan, walk
+from any4_jax.walk.left import nothing_found, tell_what_is_left
 
 
 def quantize_model(
@@ -52,6 +57,7 @@ def quantize_model(
     seqlen: int = 2048,
     progress: Progress | None = None,
     finished: Finished | None = None,
+    strict: bool = False,
 ) -> Any:
     """The model with its linears quantized. `model` itself stays as it was; the new one shares the arrays that are left
     alone.
@@ -63,19 +69,24 @@ def quantize_model(
     Args:
       model: one of
         - a decoder of any4_jax.models, or any other NNX module: every nnx.Linear becomes an Any4Linear, every nnx.Embed
-          that a rule names an Any4Embed;
+          that a rule names an Any4Embed, and every other kernel an Any4Kernel in the place of its nnx.Param;
         - a Hugging Face Flax model: its kernels become operators, and it still works, including `generate`;
         - a pair (Linen module, variables or their "params"): the new pair's module has the same `apply` and `init`;
-        - a tree of arrays (dicts and lists), where "kernel" is [K, N] and "weight" is [N, K].
+        - a tree of arrays (dicts and lists), where "kernel" is [K, N] and "weight" is [N, K]; others are declared.
       method: for the linears that no rule matches; None leaves these alone.
       data: what statistics are gathered from, as in `calibrate`; None for methods that need none, or with `stats`.
       stats: statistics of the input of each linear by path, as `calibrate` returns them, in place of `data`.
-      rules: pairs of a regex of paths and a method, see `any4_jax.surgery.resolve`.
-      inputs: for a Linen pair, example arguments of `apply` (a tuple, or a dict by name; ShapeDtypeStructs will do).
-        They serve to find its Dense layers, including stacked ones. With None, every two-dimensional "kernel" counts as
-        a Dense layer's.
+      rules: pairs of a regex of paths and a method, see `any4_jax.surgery.resolve`. A third part declares what is
+        contracted of the kernels there: any4_jax.Einsum("BTD,NDH->BTNH"), or any4_jax.Axes("NKN").
+      inputs: for an NNX module or a Linen pair, example arguments of its call or of `apply`: a tuple, or a dict by name
+        ("method" among them); ShapeDtypeStructs will do. The model is traced with them, and every kernel that products
+        contract is found, whatever its rank. None takes the first batch of `data`. Without either, an NNX module has
+        the kernels of flax's own layers and of modules with an `einsum_str`, and a pair every two-dimensional "kernel",
+        which counts as a Dense layer's.
       batch_size, seqlen: how the data is cut into batches, as in `calibrate`.
       progress: called with (done, total, path) after each linear.
+      strict: whether a matrix of 4096 entries or more that stays float, is no embedding, and is named by no rule is an
+        error. Without it, there is a warning where more than a tenth of the weights stay float so.
       finished: where results are kept as soon as they are there. They are looked up before anything is computed, so a
         run that was killed continues, with equal bytes. None keeps nothing.
 
@@ -87,13 +98,34 @@ def quantize_model(
         `stats` are both given; `stats` has a path that the model lacks, or lacks one that a method needs; a method of
         sites or blocks is used for a model without blocks; weights or other parameters are not finite.
     """
+    new = _quantized(model, method, data, stats, rules, inputs, batch_size, seqlen, progress, finished)
+    if method is not None:
+        tell_what_is_left(new, rules, strict)
+    return new
+
+
+def _quantized(
+    model: Any,
+    method: AnyMethod | None,
+    data: Data | None,
+    stats: Mapping[str, Gathered] | None,
+    rules: Rules | None,
+    inputs: Any,
+    batch_size: int,
+    seqlen: int,
+    progress: Progress | None,
+    finished: Finished | None,
+) -> Any:
     if data is not None and stats is not None:
         raise ValueError("got both data and stats, need only one source of statistics; leave one out")
+    if data is not None and inputs is None and not isinstance(model, Decoder) and not is_hf_flax(model):
+        data, inputs = _first_of(data)
     container = container_of(model)
-    matrices = container.matrices(model, inputs)
+    matrices = container.matrices(model, inputs, declarations(rules))
     by_name = {path for path, matrix in matrices.items() if matrix.by_name}
     done = container.operators(model)
-    chosen = resolve(matrices, method, rules, by_name, done)
+    others = {path: other for path, other in arrays_of(model) if path not in matrices}
+    chosen = resolve(matrices, method, rules, by_name, done, others)
     refuse_special(matrices, chosen)
     if not chosen:
         found = len(matrices) - len(by_name)
@@ -102,10 +134,10 @@ def quantize_model(
                 f"got a model of which {len(done)} layers are quantized already ({few(done)}), and the rules leave the "
                 f"other {found} alone; quantize the float model, or name one of the others by a rule"
             )
-        raise ValueError(f"found {found} linear layers and the rules leave all of them alone; name one to quantize")
+        raise ValueError(nothing_found(model, found))
     if stats is not None:
         _check(chosen, stats)
-        _check_stats(stats, {*matrices, *done}, chosen, by_name)
+        _check_stats(stats, {*matrices, *done, *others}, chosen, by_name)
     refuse_nonfinite(model, [matrices[path].array for path in chosen])
     count = _counting(len(chosen), progress)
     wider = any(scope_of(m) != "matrix" for m in chosen.values())
@@ -134,8 +166,16 @@ def quantize_model(
     _check(chosen, stats)
     results = _results({path: (matrices[path], m, stats.get(path)) for path, m in chosen.items()}, count, finished)
     notes = {path: result.notes for path, result in results.items()}
-    operators = {path: result.operator for path, result in results.items()}
+    operators = {path: matrices[path].held(result.operator) for path, result in results.items()}
     return container.replace(model, operators, _recipe(model, method, rules, chosen, notes))
+
+
+def _first_of(data: Data) -> tuple[Data, Any]:
+    """The data, and its first batch if it is batches of a model's own inputs."""
+    if isinstance(data, str | bytes) or not isinstance(data, Iterable):
+        return data, None
+    batches: Any = [data] if hasattr(data, "shape") else list(data)
+    return batches, batches[0] if batches else None
 
 
 def _walked(model: Decoder, plan: Plan) -> tuple[Decoder, dict[str, Mapping[str, Note]]]:
@@ -224,7 +264,7 @@ def _recipe(
         if path in notes
     ]
     return Recipe(
-        rules=tuple((pattern, unlifted(m)) for pattern, m in (*(rules or ()), *DEFAULT_RULES, (r".*", method))),
+        rules=tuple((pattern, unlifted(m)) for pattern, m in (*pairs(rules), *DEFAULT_RULES, (r".*", method))),
         linears=tuple(sorted((*(earlier.linears if earlier else ()), *decided), key=itemgetter(0))),
     )
 

@@ -3,6 +3,7 @@
 A new operator is one file: see `any4_jax.weights.operator`.
 """
 
+from any4_jax.weights.contraction import Contraction, Layout, contraction
 from any4_jax.weights.low_rank import LowRank
 from any4_jax.weights.operator import (
     Operator,
@@ -27,6 +28,8 @@ from any4_jax.weights.sparse import Sparse
 from any4_jax.weights.sum import Sum
 
 __all__ = [
+    "Contraction",
+    "Layout",
     "LowRank",
     "Operator",
     "PermuteInput",
@@ -38,6 +41,7 @@ __all__ = [
     "Sparse",
     "Sum",
     "Trained",
+    "contraction",
     "dense_product",
     "dequantize",
     "encode",
