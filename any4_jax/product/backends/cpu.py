@@ -33,9 +33,10 @@ def _run_together(x: jax.Array, ws: Sequence[QuantizedTensor | QuantizeInput]) -
     from cuda_ffi.byte_product import byte_products
     from cuda_ffi.lut_product import Matrix, lut_products
 
-    products = byte_products if isinstance(ws[0], QuantizeInput) else lut_products
+    rounded = isinstance(ws[0], QuantizeInput)
+    products = byte_products if rounded else lut_products
     leaves = [w.inner if isinstance(w, QuantizeInput) else w for w in ws]
-    matrices = [Matrix(*arrays_of(leaf)) for leaf in leaves]
+    matrices = [Matrix(*arrays_of(leaf, as_bytes=rounded)) for leaf in leaves]
     return products(x, matrices, bits=leaves[0].bits, group_size=leaves[0].group_size)
 
 

@@ -95,9 +95,7 @@ def _matrix(w: QuantizedTensor | Slice | QuantizeInput, as_bytes: bool) -> Any:
         # Decoding the scales of one matrix is less work than decoding those of all.
         w = w.matrix()
     leaf = w if isinstance(w, QuantizedTensor) else w.stack
-    arrays = arrays_of(leaf)
-    if as_bytes:
-        arrays = arrays._replace(lut=leaf.lut)
+    arrays = arrays_of(leaf, as_bytes)
     return Matrix(*arrays) if isinstance(w, QuantizedTensor) else StackedMatrix(*arrays, w.index)
 
 
