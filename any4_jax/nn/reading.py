@@ -70,7 +70,8 @@ def _dynamic_slice(eqn: Any, values: list[Any], reader: Reader) -> Sequence[Any]
     cut = [axis for axis, n in enumerate(kernel.shape) if sizes[axis] != n]
     if len(cut) != 1 or sizes[cut[0]] != 1:
         return None
-    new = kernel.index(cut[0], starts[cut[0]], keep=True)
+    # As jax does beyond the ends.
+    new = kernel.index(cut[0], jnp.clip(starts[cut[0]], 0, kernel.shape[cut[0]] - 1), keep=True)
     return None if new is None else [new]
 
 
@@ -79,6 +80,8 @@ def _gather(eqn: Any, values: list[Any], reader: Reader) -> Sequence[Any] | None
     if not isinstance(kernel, Stored):
         return None
     numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
+    if eqn.params["fill_value"] is not None:
+        return None  # entries beyond the kernel are the caller's, such as zeros for a token that no expert takes
     lead = indices.ndim - 1
     whole = tuple(sizes) == (1, *kernel.shape[1:]) and indices.shape[-1] == 1
     trailing = tuple(numbers.offset_dims) == tuple(range(lead, lead + len(kernel.shape) - 1))
@@ -171,7 +174,10 @@ def _ragged(eqn: Any, values: list[Any], reader: Reader) -> Sequence[Any] | None
     one = kernel.groups[0]
     if not kernel.coded:
         return [eqn.primitive.bind(x, kernel.dense(), *values[2:], **eqn.params)]
-    reads = kernel.stack == one and kernel.groups[theirs[0]] == kernel.inputs and tuple(mine) == (1,)
+    # A product of one row has its outputs in the kernel's order.
+    rest = [group for at, group in enumerate(kernel.groups) if at not in (0, *theirs)]
+    reads = kernel.stack == one and kernel.groups[theirs[0]] == kernel.inputs and rest == [kernel.outputs]
+    reads = reads and tuple(mine) == (1,)
     if not reads or x.shape[0] > sizes.shape[0]:
         return None
     dtype = eqn.outvars[0].aval.dtype

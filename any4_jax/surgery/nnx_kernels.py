@@ -30,12 +30,13 @@ def name_of(path: tuple, attribute: str) -> str:
 
 def parameters(model: nnx.Module) -> dict[str, tuple[Place, nnx.Param]]:
     """The parameters of at least two axes that are no part of an nnx.Linear or nnx.Embed, by name."""
+    # A kernel that several attributes hold has the name that it has in the module's state: the first of the alphabet.
     found: dict[str, tuple[Place, nnx.Param]] = {}
     seen: set[int] = set()
     for path, module in nnx.iter_modules(model):
         if isinstance(module, _TAKEN):
             continue
-        for attribute, value in vars(module).items():
+        for attribute, value in sorted(vars(module).items()):
             own = isinstance(value, nnx.Param) and not isinstance(value, _ADAPTER)
             if own and id(value) not in seen and getattr(value.get_value(), "ndim", 0) > 1:
                 seen.add(id(value))
@@ -150,7 +151,7 @@ def held(model: nnx.Module) -> dict[str, tuple[Place, Any]]:
     found: dict[str, tuple[Place, Any]] = {}
     seen: set[int] = set()
     for path, module in nnx.iter_modules(model):
-        for attribute, value in vars(module).items():
+        for attribute, value in sorted(vars(module).items()):
             if isinstance(value, Any4Kernel) and id(value) not in seen:
                 seen.add(id(value))
                 found[name_of(path, attribute)] = (path, attribute), value
