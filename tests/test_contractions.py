@@ -255,3 +255,15 @@ def test_an_array_of_a_layer_and_of_another_module_is_refused() -> None:
     second.w = first.kernel
     with pytest.raises(ValueError, match=r"layers\.0 \(with an array that layers\.1\.w holds too\)"):
         a4.quantize_model(nnx.Sequential(first, second), NF)
+
+
+@pytest.mark.parametrize("roles", ["KN", "NK", "KLN", "LKN", "LKNN", "NKKL"])
+def test_the_names_of_a_boxed_kernels_axes_survive_surgery(roles: str) -> None:
+    dims, names = (8,) * len(roles), tuple(f"{role}{at}" for at, role in enumerate(roles))
+    tree = {"w": linen.LogicallyPartitioned(jnp.ones(dims), names)}
+    new = a4.quantize_model((linen.Dense(1), tree), None, rules=[("w", NF, a4.Axes(roles))])
+    at = {role: names[roles.index(role)] for role in "NK"}
+    stack = [name for name in names if name.startswith("L")]
+    for each in (new, a4.add_lora(new, 2)):
+        codes = jax.tree.leaves(each[1]["w"], is_leaf=lambda node: isinstance(node, linen.Partitioned))[0]
+        assert codes.names == (*stack, at["N"], at["K"])

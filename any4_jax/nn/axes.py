@@ -41,6 +41,13 @@ def matrix_axes(names: tuple, roles: str) -> tuple:
     return (*of["L"], of["K"][0], of["N"][0])
 
 
+def own_axes(names: tuple, roles: str) -> tuple:
+    """The inverse of `matrix_axes`: the names of a kernel's axes; of those that are merged, the first has the name."""
+    *stack, k, n = names
+    rest = {"L": iter(stack), "K": iter([k]), "N": iter([n])}
+    return tuple(next(rest[role], None) for role in roles)
+
+
 def kernel_axes(operator: Any) -> tuple:
     """The inverse of `array_axes`: the names of a float kernel's axes [*L, K, N], from the boxed arrays of an operator.
 

@@ -11,7 +11,7 @@ import numpy as np
 from flax.core import meta
 
 from any4_jax.methods.matrices import Matrix
-from any4_jax.nn.axes import kernel_axes
+from any4_jax.nn.axes import kernel_axes, own_axes
 from any4_jax.nn.linen import boxed
 from any4_jax.surgery import fitting
 from any4_jax.surgery.declarations import Declared, layout_of
@@ -159,4 +159,7 @@ def box_of(kernel: Any) -> meta.AxisMetadata | None:
     boxes = jax.tree.leaves(kernel, is_leaf=lambda node: isinstance(node, meta.Partitioned))
     if not boxes or not isinstance(boxes[0], meta.Partitioned):
         return None
-    return boxes[0].replace(names=kernel_axes(kernel))
+    names = kernel_axes(kernel)
+    if isinstance(kernel, Contraction):
+        names = own_axes(names, meta.unbox(kernel).layout.roles)
+    return boxes[0].replace(names=names)

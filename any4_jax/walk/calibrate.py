@@ -48,7 +48,7 @@ def calibrate(
       data: for models of text, a text, a list of texts, token ids [B, T], or an iterable of ragged token lists or of
         [B, T] arrays. Sequences longer than `seqlen` (or the model's context) are cut into pieces; shorter ones are
         padded, and padding is not counted. For other modules, an iterable of batches: each an array, a tuple of
-        arguments, or a dict of arguments by name; Hugging Face models take such dicts too.
+        arguments, or a dict of arguments by name, "method" among them; Hugging Face models take such dicts too.
       method: how the linears will be quantized. The statistics that it needs are gathered besides
         `statistics.DEFAULT`; a sequential one quantizes a copy of the model on the way.
       rules: as in `quantize_model`.
@@ -59,12 +59,12 @@ def calibrate(
       progress: called with (done, total, what) after each block, or each batch.
 
     Returns:
-      {path: Gathered} for every linear, and for the embedding if it is also the decoder's head.
+      {path: Gathered} for every linear, and for the embedding if it is also the decoder's head. Matrices of a stack
+      (experts, layers under a scan) have statistics of their own, see `Gathered.stack`.
 
     Raises:
       ValueError: there is no text or token; the data is text and the model has no tokenizer; `sequential` is True
-        without a method, or for a model without blocks; a Dense layer is under nn.scan; the model or its activations
-        hold NaN or infinite values.
+        without a method, or for a model without blocks; the model or its activations hold NaN or infinite values.
       TypeError: the model or the data is none of these.
     """
     methods = [m for m in (method, *(m for _, m in pairs(rules))) if m is not None]
