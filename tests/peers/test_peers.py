@@ -16,7 +16,7 @@ from any4_jax.weights import Contraction, is_operator
 EXAMPLES = Path(__file__).resolve().parent.parent.parent / "examples" / "peers"
 NF = a4.methods.NF4(group_size=16)
 SIZES = {
-    "num_layers": 2, "vocab_size": 96, "embed_dim": 64, "hidden_dim": 64, "num_heads": 4, "head_dim": 16,
+    "num_layers": 2, "vocab_size": 96, "embed_dim": 64, "hidden_dim": 64, "num_heads": 4, "head_dim": 32,
     "num_kv_heads": 2, "rope_theta": 10_000, "norm_eps": 1e-5,
 }  # fmt: skip
 TOKENS = jnp.arange(6)[None] % 50
@@ -30,15 +30,58 @@ def drawn(model):
     return model
 
 
-def llama3():
-    llama = pytest.importorskip("tunix.models.llama3.model")
-    return drawn(llama.Llama3(llama.ModelConfig(**SIZES), rngs=nnx.Rngs(0)))
+def of_tunix(family: str, **more):
+    """A tiny model of Tunix: its module, its class and more of its configuration, by family."""
+    name, cls = {"llama3": ("llama3", "Llama3"), "qwen2": ("qwen2", "Qwen2")}.get(family, ("qwen3", "Qwen3"))
+    module = pytest.importorskip(f"tunix.models.{name}.model")
+    return drawn(getattr(module, cls)(module.ModelConfig(**SIZES, **more), rngs=nnx.Rngs(0)))
 
 
-def qwen3_moe():
-    qwen = pytest.importorskip("tunix.models.qwen3.model")
-    config = qwen.ModelConfig(**SIZES, num_experts=4, num_experts_per_tok=2, use_tied_embedding=True)
-    return drawn(qwen.Qwen3(config, rngs=nnx.Rngs(0)))
+def gemma3(**more):
+    module = pytest.importorskip("tunix.models.gemma3.model")
+    sizes = {name: size for name, size in SIZES.items() if name not in ("vocab_size", "rope_theta", "norm_eps")}
+    config = module.ModelConfig(
+        **sizes | more, num_embed=SIZES["vocab_size"], param_dtype=jnp.float32, sliding_window_size=4
+    )
+    return drawn(module.Gemma3(config, rngs=nnx.Rngs(0)))
+
+
+TUNIX = {
+    "llama3": lambda: of_tunix("llama3"),
+    "qwen2": lambda: of_tunix("qwen2"),
+    "qwen3": lambda: of_tunix("qwen3"),
+    "qwen3_moe": lambda: of_tunix("qwen3", num_experts=4, num_experts_per_tok=2, use_tied_embedding=True),
+    "gemma3": gemma3,
+    "gemma3_without_groups": lambda: gemma3(num_kv_heads=4),
+}
+
+
+class Numbers:
+    """A tokenizer of texts that are token ids."""
+
+    def encode(self, text: str, **_) -> list[int]:
+        return [int(word) for word in text.split()]
+
+    def decode(self, ids, **_) -> str:
+        return " ".join(str(int(token)) for token in ids)
+
+    def bos_id(self) -> int:
+        return 1
+
+    def eos_id(self) -> int:
+        return 2
+
+    def pad_id(self) -> int:
+        return 0
+
+
+def sampled(model):
+    """What Tunix's Sampler makes of two prompts: the tokens and the logarithms of their probabilities."""
+    sampler = pytest.importorskip("tunix.generate.sampler")
+    config = model.config
+    cache = sampler.CacheConfig(32, config.num_layers, config.num_kv_heads, config.head_dim)
+    made = sampler.Sampler(model, Numbers(), cache)(["5 6 7 8", "9 10"], max_generation_steps=6, return_logprobs=True)
+    return np.asarray(made.tokens), np.asarray(made.logprobs)
 
 
 def floats(model, small):
@@ -53,11 +96,11 @@ def floats(model, small):
     return container.fill(model, jax.tree.map(one, container.tree(small), is_leaf=is_operator), None)
 
 
-@pytest.mark.parametrize("make,left", [(llama3, 1), (qwen3_moe, 1)])
-def test_a_model_of_tunix(make, left: int, tmp_path) -> None:
-    model = make()
+@pytest.mark.parametrize("family", TUNIX)
+def test_a_model_of_tunix(family: str, tmp_path) -> None:
+    model = TUNIX[family]()
     small = a4.quantize_model(model, NF, inputs=CALL, rules=[(r"(?!.*router).*", NF)], strict=True)
-    assert len(coverage(small).left) <= left
+    assert not coverage(small).left
     run = nnx.jit(lambda model: model(*CALL)[0])
     expected, got = run(floats(model, small)), run(small)
     np.testing.assert_allclose(got, expected, rtol=0, atol=1e-6 * float(jnp.abs(expected).max()))
@@ -65,10 +108,22 @@ def test_a_model_of_tunix(make, left: int, tmp_path) -> None:
     np.testing.assert_array_equal(run(a4.load(tmp_path / "model", into=model)), got)
 
 
+@pytest.mark.parametrize("family", TUNIX)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_the_sampler_of_tunix_gives_the_tokens_of_the_dequantized_model(family: str) -> None:
+    model = TUNIX[family]()
+    small = a4.quantize_model(model, NF, inputs=CALL, rules=[(r"(?!.*(router|embed)).*", NF)], strict=True)
+    assert all(left.embedding for left in coverage(small).left.values())
+    (expected, before), (got, after) = sampled(floats(model, small)), sampled(small)
+    assert len(np.unique(expected)) > 1
+    np.testing.assert_array_equal(got, expected)
+    np.testing.assert_allclose(after, before, atol=1e-5)
+
+
 def test_an_adapter_of_qwix_is_refused_or_kept() -> None:
     qwix = pytest.importorskip("qwix")
     provider = qwix.LoraProvider(module_path=".*(q_proj|gate_proj)", rank=2, alpha=2.0)
-    model = qwix.apply_lora_to_model(llama3(), provider, *CALL, rngs=nnx.Rngs(1))
+    model = qwix.apply_lora_to_model(TUNIX["llama3"](), provider, *CALL, rngs=nnx.Rngs(1))
     with pytest.raises(ValueError, match=r"w_lora_a and w_lora_b beside its kernel"):
         a4.quantize_model(model, NF, inputs=CALL)
     small = a4.quantize_model(model, NF, inputs=CALL, rules=[(r".*(q_proj|gate_proj).*", None)])
