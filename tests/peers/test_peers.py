@@ -1,5 +1,6 @@
 """Models of Tunix and Gemma, in their own code: `make test-peers`. Skipped where these packages aren't installed."""
 
+import enum
 import runpy
 from pathlib import Path
 
@@ -57,7 +58,11 @@ TUNIX = {
 
 
 class Numbers:
-    """A tokenizer of texts that are token ids."""
+    """A tokenizer of texts that are token ids, with what Tunix and Gemma ask of one."""
+
+    VERSION = 0
+    FORBIDDEN_TOKENS = ()
+    special_tokens = enum.IntEnum("SpecialTokens", {"PAD": 0, "BOS": 1, "EOS": 2, "END_OF_TURN": 3})
 
     def encode(self, text: str, **_) -> list[int]:
         return [int(word) for word in text.split()]
@@ -118,6 +123,65 @@ def test_the_sampler_of_tunix_gives_the_tokens_of_the_dequantized_model(family: 
     assert len(np.unique(expected)) > 1
     np.testing.assert_array_equal(got, expected)
     np.testing.assert_allclose(after, before, atol=1e-5)
+
+
+def gemma():
+    """The package gemma.gm, whose parts are imported where they are first used."""
+    pytest.importorskip("gemma")
+    try:
+        from gemma import gm
+
+        _ = gm.nn.Transformer, gm.text.Sampler
+    except ImportError as error:
+        pytest.skip(f"gemma lacks a package here: {error}")
+    return gm
+
+
+def gemma_linen(**more):
+    """A tiny Gemma 3 of gemma, with its variables: a Linen module whose kernels are those of einsums."""
+    gm = gemma()
+    kinds = (gm.nn.config.AttentionType.LOCAL_SLIDING, gm.nn.config.AttentionType.GLOBAL)
+    sizes = {name: SIZES[name] for name in ("embed_dim", "hidden_dim", "num_heads", "head_dim", "num_kv_heads")}
+    config = gm.nn.config.TransformerConfig(
+        **sizes | more, num_embed=SIZES["vocab_size"], final_logit_softcap=None, use_post_attn_norm=True,
+        use_post_ffw_norm=True, use_qk_norm=True, attention_types=kinds, sliding_window_size=4,
+    )  # fmt: skip
+    model = gm.nn.Transformer(config=config, dtype=jnp.float32)
+    variables = jax.jit(model.init)(jax.random.key(1), TOKENS)
+    keys = iter(jax.random.split(jax.random.key(0), 1000))
+    return model, jax.tree.map(lambda a: jax.random.normal(next(keys), a.shape, a.dtype) / 8, variables)
+
+
+@pytest.mark.parametrize("heads", [2, 4])
+def test_a_gemma_in_linen(heads: int, tmp_path) -> None:
+    model = gemma_linen(num_kv_heads=heads)
+    module, small = a4.quantize_model(model, NF, inputs=TOKENS, rules=[(r"(?!.*embed).*", NF)], strict=True)
+    assert all(left.embedding for left in coverage((module, small)).left.values())
+    run = jax.jit(lambda module, variables: module.apply(variables, TOKENS).logits, static_argnums=0)
+    floating = floats(model, (module, small))[1]
+    expected, got = run(model[0], floating), run(module, small)
+    np.testing.assert_allclose(got, expected, rtol=0, atol=1e-6 * float(jnp.abs(expected).max()))
+    a4.save(tmp_path / "model", (module, small))
+    np.testing.assert_array_equal(run(*a4.load(tmp_path / "model", into=model)), got)
+
+
+def test_the_sampler_of_gemma_gives_the_tokens_of_the_dequantized_model() -> None:
+    model = gemma_linen()
+    gm = gemma()
+    module, small = a4.quantize_model(model, NF, inputs=TOKENS, rules=[(r"(?!.*embed).*", NF)])
+
+    def tokens(module, variables):
+        sampler = gm.text.Sampler(
+            model=module,
+            params=variables["params"],
+            tokenizer=Numbers(),
+            cache_length=32,
+            max_out_length=6,
+            pad_length=8,
+        )
+        return sampler.sample("5 6 7 8", max_new_tokens=6)
+
+    assert tokens(module, small) == tokens(model[0], floats(model, (module, small))[1])
 
 
 def test_an_adapter_of_qwix_is_refused_or_kept() -> None:
