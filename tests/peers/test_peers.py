@@ -1,4 +1,4 @@
-"""Models of Tunix and Gemma, in their own code: `make test-peers`. Skipped where these packages aren't installed."""
+"""Models of Tunix, Gemma and MaxText, in their own code: `make test-peers`. Skipped where a package is missing."""
 
 import enum
 import runpy
@@ -182,6 +182,38 @@ def test_the_sampler_of_gemma_gives_the_tokens_of_the_dequantized_model() -> Non
         return sampler.sample("5 6 7 8", max_new_tokens=6)
 
     assert tokens(module, small) == tokens(model[0], floats(model, (module, small))[1])
+
+
+def maxtext_llama(scanned: bool):
+    """A tiny Llama of MaxText, whose layers are one stack along axis 1 if they are scanned."""
+    models = pytest.importorskip("maxtext.models.models", exc_type=ImportError)
+    from maxtext.configs import pyconfig
+    from maxtext.utils import maxtext_utils
+
+    base = Path(pyconfig.__file__).parent / "base.yml"
+    config = pyconfig.initialize(
+        ["", str(base)], run_name="tiny", base_output_directory="", enable_checkpointing=False, model_name="default",
+        decoder_block="llama2", base_emb_dim=64, base_num_query_heads=4, base_num_kv_heads=2, base_mlp_dim=64,
+        base_num_decoder_layers=2, head_dim=32, vocab_size=96, max_target_length=6, max_prefill_predict_length=4,
+        per_device_batch_size=1.0, dtype="float32", weight_dtype="float32", scan_layers=scanned,
+        attention="dot_product", matmul_precision="highest", skip_jax_distributed_system=True, hardware="cpu",
+    )  # fmt: skip
+    mesh = jax.sharding.Mesh(maxtext_utils.create_device_mesh(config), config.mesh_axes)
+    return models.Transformer(config, mesh, None, rngs=nnx.Rngs(params=0, dropout=1))
+
+
+@pytest.mark.parametrize("scanned", [False, True])
+def test_a_llama_of_maxtext(scanned: bool, tmp_path) -> None:
+    model = maxtext_llama(scanned)
+    named = {"decoder_input_tokens": TOKENS, "decoder_positions": CALL[1], "enable_dropout": False}
+    small = a4.quantize_model(model, NF, inputs=named, rules=[(r"(?!.*embed).*", NF)], strict=True)
+    assert all(left.embedding for left in coverage(small).left.values())
+    run = nnx.jit(lambda model: model(**named))
+    expected, got = run(floats(model, small)), run(small)
+    np.testing.assert_allclose(got, expected, rtol=0, atol=1e-6 * float(jnp.abs(expected).max()))
+    np.testing.assert_array_equal(run(small), got)
+    a4.save(tmp_path / "model", small)
+    np.testing.assert_array_equal(run(a4.load(tmp_path / "model", into=model)), got)
 
 
 def test_an_adapter_of_qwix_is_refused_or_kept() -> None:
