@@ -288,3 +288,16 @@ def test_a_model_that_generates_nothing_is_saved_and_loaded(tmp_path: Path, rng:
     back = a4.load(tmp_path / "saved", into=hf)
     for ours, theirs in zip(jax.tree.leaves(back.params), jax.tree.leaves(small.params), strict=True):
         np.testing.assert_array_equal(ours, theirs)
+
+
+def test_a_declared_kernel_is_calibrated_and_quantized(rng: np.random.Generator) -> None:
+    hf = random_model("FlaxBertForMaskedLM", FAMILIES["FlaxBertForMaskedLM"][0], rng)
+    batch = {"input_ids": jnp.asarray(rng.integers(32, size=(2, 6)))}
+    path = "bert.encoder.layer.0.intermediate.dense"
+    rules = [(path, INT4, a4.Axes("KN"))]
+    declared, plain = (a4.calibrate(hf, [batch], rules=each) for each in (rules, None))
+    assert declared.keys() == plain.keys()
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), declared[path], plain[path])
+    small = a4.quantize_model(hf, None, data=[batch], rules=rules)
+    assert list(quantized_leaves(small)) == [path]
+    assert jnp.isfinite(small(**batch).logits).all()

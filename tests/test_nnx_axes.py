@@ -7,6 +7,7 @@ import pytest
 from flax import nnx
 from nnx_layers import LAYERS, NAMED, STACKED, K, N, inputs, layer_of, lora, stack_of_layers
 
+import any4_jax as a4
 from any4_jax.methods import Any4
 from any4_jax.nn.nnx import Any4Linear, Tables
 
@@ -123,3 +124,16 @@ def test_arrays_are_placed_as_nnx_places_a_kernel() -> None:
     # What is in hand stays where it is, so no mesh is needed.
     around = Any4Linear.of(layer.weight, kernel_metadata=layer.kernel_metadata)
     assert specs(around) == SPECS
+
+
+def test_the_names_of_a_kernels_axes_become_those_of_the_matrix_whatever_else_a_trainer_keeps() -> None:
+    kernel = nnx.Param(jnp.ones((16, 2, 4, 8)), out_sharding=("embed", "layers", "heads", None), eager_sharding=False)
+    told = {"sharding_names": ("embed", "layers", "heads", None), "param_scan_axis": 1, "note": "kept"}
+    kernel = kernel.replace(**told)  # which leaves both names of one thing, as trainers have it
+    assert "sharding_names" in kernel.get_metadata()
+    model = nnx.Dict(layer=nnx.Dict(w=kernel))
+    method = a4.methods.NF4(group_size=8)
+    small = a4.quantize_model(model, None, rules=[(r"layer\.w", method, a4.Axes("KLNN"))])
+    codes = small.layer.w.arrays["codes"].get_metadata()
+    assert codes["out_sharding"] == ("layers", "heads", "embed") and codes["note"] == "kept"
+    assert not {"sharding_names", "param_scan_axis"} & set(codes)

@@ -125,8 +125,12 @@ class Any4Kernel(Quantized, Kernel):
 
 
 def _of_matrix(metadata: dict[str, Any], layout: Layout) -> dict[str, Any]:
-    """A variable's metadata, with the names of the matrix's axes in place of the kernel's."""
+    """A variable's metadata, with the names of the matrix's axes in place of the kernel's.
+
+    What else numbers or names axes, such as the "param_scan_axis" of a trainer, is left out: it is of the kernel's.
+    """
     names = metadata.pop("out_sharding", None)
+    metadata = {key: value for key, value in metadata.items() if not key.endswith(("_axis", "_axes"))}
     if names and len(names) == len(layout.roles):
         metadata["out_sharding"] = matrix_axes(tuple(names), layout.roles)
     return metadata

@@ -126,6 +126,7 @@ def _padded(names: tuple, rank: int) -> tuple:
 
 
 def plain_metadata(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """Metadata to give to other arrays: without hooks, which are written for float kernels, and without NNX's own."""
-    kept = set(metadata) - nnx.Variable.required_metadata
+    """Metadata to give to other arrays: without hooks, which are written for float kernels, without NNX's own, and with
+    the names of the axes at "out_sharding" alone, which the other keys would overrule."""
+    kept = set(metadata) - nnx.Variable.required_metadata - {"sharding", "sharding_names"}
     return {key: metadata[key] for key in sorted(kept) if not key.startswith("on_")}

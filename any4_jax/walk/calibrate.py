@@ -89,10 +89,10 @@ def calibrate(
         )
     if is_hf_flax(model):
         if isinstance(data, Sequence) and data and isinstance(data[0], Mapping):
-            return _finite(run_hf(model, data, needs, progress))
+            return _finite(run_hf(model, data, needs, progress, declarations(rules)))
         pieces = token_batches(model, data, batch_size, seqlen)
         named = [{"input_ids": t, "attention_mask": mask.astype(np.int32)} for t, mask in pieces]
-        return _finite(run_hf(model, named, needs, progress))
+        return _finite(run_hf(model, named, needs, progress, declarations(rules)))
     run = run_nnx if isinstance(model, nnx.Module) else run_linen if is_pair(model) else None
     if run is None:
         raise TypeError(

@@ -20,14 +20,16 @@ Needs = tuple[Statistic, ...]
 Found = dict[str, Gathered]
 
 
-def run_hf(model: Any, batches: Sequence[Any], needs: Needs, progress: Progress | None) -> Found:
+def run_hf(
+    model: Any, batches: Sequence[Any], needs: Needs, progress: Progress | None, declared: Declared = ()
+) -> Found:
     """Statistics by path of a Hugging Face Flax model, over batches of keyword arguments. Tokens that "attention_mask"
-    hides are not counted."""
+    hides are not counted. The kernels are those of its dense layers, and those of which something is declared."""
 
     def forward(kernels: dict[str, Any], params: Any, arguments: tuple, named: dict[str, Any]) -> None:
         hf_flax.with_params(model, linen_modules.with_kernels(params, kernels))(*arguments, **named)
 
-    return _gather(forward, model.params, linen_modules.hf_matrices(model), batches, needs, progress)
+    return _gather(forward, model.params, linen_modules.hf_matrices(model, declared=declared), batches, needs, progress)
 
 
 def run_linen(
