@@ -46,7 +46,7 @@ NEWEST_IF_OTHER := if .venv/bin/python -c 'import sys; sys.exit(sys.hexversion >
 help:
 	@echo "make demo      quantize a real small model to 4 bits, compare, generate, save and load"
 	@echo "make test      format check, lint, types, all tests; the core tests again on the newest Python"
-	@echo "make test-peers  models of Tunix and Gemma in 4 bits, if google-tunix and gemma are installed in .venv"
+	@echo "make test-peers  models of Tunix, Gemma and MaxText in 4 bits, those that are installed in .venv"
 	@echo "make lint      format check, lint and types only"
 	@echo "make sanitize  the C++ kernels under sanitizers, two minutes; where there is a GPU the CUDA kernels too"
 	@echo "make fuzz      two thousand mutated inputs, each a result or one sentence, fifteen minutes; CASES, FIRST"

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import nnx
 
 from any4_jax.methods import Int
@@ -34,3 +35,22 @@ def test_kernels_are_read_as_the_code_reads_arrays() -> None:
         getattr(same, name).set_value(getattr(small, name)[...])
     assert type(small.a) is not nnx.Param
     np.testing.assert_allclose(small(x), same(x), rtol=1e-5, atol=1e-4)
+
+
+class Counter(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        self.w, self.seen, self.calls = nnx.Param(rngs.params.normal((32, 32))), nnx.Variable(jnp.zeros(())), 0
+
+    def __call__(self, x: jax.Array, count: bool = False) -> jax.Array:
+        self.seen.set_value(self.seen[...] + 1)
+        self.calls += count
+        return x @ self.w[...]
+
+
+def test_what_a_call_sets_is_kept_or_refused() -> None:
+    x = jnp.ones((2, 32))
+    counter = quantize_model(Counter(nnx.Rngs(0)), Int(4, group_size=32), inputs=(x,))
+    counter(x)
+    assert counter.seen[...] == 1
+    with pytest.raises(ValueError, match="a call of Counter that sets its calls, which is lost"):
+        counter(x, count=True)

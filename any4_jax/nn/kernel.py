@@ -219,7 +219,16 @@ def _through(module: Any, method: Callable[..., Any], args: tuple, kwargs: dict[
         object.__setattr__(twin, "__class__", module._float_class)
         for name, kernel in kernels.items():
             setattr(twin, name, nnx.Param(kernel))
+        attributes, structure = dict(vars(twin)), nnx.graphdef(twin)
         result = method(twin, *args, **kwargs)
+        if nnx.graphdef(twin) != structure:
+            ours = {name: value for name, value in vars(twin).items() if not name.startswith("_")}
+            changed = sorted(name for name, value in ours.items() if value is not attributes.get(name))
+            raise ValueError(
+                f"got a call of {type(twin).__name__} that sets its {' and '.join(changed) or 'attributes'}, which is "
+                "lost, since a module that holds coded kernels is traced; keep such state in an nnx.Variable that the "
+                "module has from the start, or leave its kernels float by a rule"
+            )
         after = dict(nnx.to_flat_state(nnx.state(twin)))
         return result, {place: after[place].get_value() for place in values if place in after}
 
