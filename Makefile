@@ -20,10 +20,8 @@ PYTEST = cache=$$(mktemp -d) && trap 'rm -rf "$$cache"' EXIT && JAX_PLATFORMS=cp
 	JAX_COMPILATION_CACHE_DIR="$$cache/xla" JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0 \
 	JAX_TRACEBACK_IN_LOCATIONS_LIMIT=0 PYTHONDONTWRITEBYTECODE= PYTHONPYCACHEPREFIX="$$cache/python" \
 	$(1) -m pytest -n auto --dist loadfile --no-loadscope-reorder
-# The tests that depend on the versions of jax and flax. Of those of the methods, the one that runs each method once,
-# and so every solver of clustering: their laws are numpy's to check, and each law takes as long again.
-CORE := $(patsubst %,tests/test_%.py,formats scaling weights matmul attention llama checkpoint_model linen swapping nnx \
-	pallas_kernel) tests/test_methods.py::test_shapes_dtypes_and_size
+# The tests that depend most on the versions of jax, flax and orbax.
+CORE := $(patsubst %,tests/test_%.py,matmul llama checkpoint_model linen nnx pallas_kernel)
 PIP := -m pip --disable-pip-version-check --quiet --quiet
 
 # Without a GPU the CUDA library is only loaded: machine code for one architecture is enough, where all take a minute more,

@@ -35,12 +35,12 @@ def test_too_few_tokens_without_damping_are_refused(method) -> None:
 
 
 def test_too_few_tokens_are_refused_inside_other_methods() -> None:
-    """A method that passes the result on tells what it is told; one that takes it apart finds no finite table."""
+    """A method that passes the result on tells what it is told; one that takes it apart finds no finite scale."""
     model, inner = random_llama(), GPTQ(Int(8, group_size=G), damping=0.0, asymmetric=0.0)
     words = r"layers\.0.*: the Hessian of 36 tokens with damping=0.0 is not positive definite, K=(48|88) "
     with pytest.raises(ValueError, match=words):
         quantize_model(model, Whole(inner), data=TOKENS)
-    with pytest.raises(ValueError, match=r"layers\.0\..*: its table would be too small"):
+    with pytest.raises(ValueError, match=r"layers\.0\..*: its scales would be too small"):
         quantize_model(model, Nested(inner), data=TOKENS)
 
 
