@@ -28,16 +28,11 @@ NEVER = 999  # no token of any of these vocabularies
 INT4 = a4.methods.Int(4, group_size=8)
 SMALL = {"vocab_size": 32, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
 LLAMA = SMALL | {"intermediate_size": 32, "num_key_value_heads": 2, "max_position_embeddings": 131072}
+MISTRAL = LLAMA | {"num_key_value_heads": 4, "max_position_embeddings": 32, "head_dim": 8}
 # Class -> config, and the name of a dense layer that it must have.
 FAMILIES = {
-    "FlaxMistralForCausalLM": (
-        SMALL | {"intermediate_size": 32, "num_key_value_heads": 4, "max_position_embeddings": 32, "head_dim": 8},
-        "model.layers.0.self_attn.o_proj",
-    ),
-    "FlaxGemmaForCausalLM": (
-        SMALL | {"intermediate_size": 32, "num_key_value_heads": 4, "max_position_embeddings": 32, "head_dim": 8},
-        "model.layers.0.mlp.down_proj",
-    ),
+    "FlaxMistralForCausalLM": (MISTRAL, "model.layers.0.self_attn.o_proj"),
+    "FlaxGemmaForCausalLM": (MISTRAL, "model.layers.0.mlp.down_proj"),
     "FlaxOPTForCausalLM": (
         SMALL | {"ffn_dim": 32, "word_embed_proj_dim": 32, "max_position_embeddings": 32},
         "model.decoder.layers.0.fc1",
@@ -292,8 +287,7 @@ def test_a_model_that_generates_nothing_is_saved_and_loaded(tmp_path: Path, rng:
 
 def test_a_declared_kernel_is_calibrated_and_quantized(rng: np.random.Generator) -> None:
     hf = random_model("FlaxBertForMaskedLM", FAMILIES["FlaxBertForMaskedLM"][0], rng)
-    batch = {"input_ids": jnp.asarray(rng.integers(32, size=(2, 6)))}
-    path = "bert.encoder.layer.0.intermediate.dense"
+    path, batch = "bert.encoder.layer.0.intermediate.dense", {"input_ids": jnp.asarray(rng.integers(32, size=(2, 6)))}
     rules = [(path, INT4, a4.Axes("KN"))]
     declared, plain = (a4.calibrate(hf, [batch], rules=each) for each in (rules, None))
     assert declared.keys() == plain.keys()
