@@ -11,8 +11,8 @@ from any4_jax.product.quantized_input import why_no_bytes
 from any4_jax.weights import QuantizedTensor, QuantizeInput, Slice, is_operator, leaf_of
 
 MOST_ROUNDED_ROWS = 16
-"""The most rows of x, rounded as the user asked, that the kernel takes. It reads the weight anew for each two; a
-product of floats decodes it once."""
+"""The most rows of x, rounded as the user asked, that the kernel takes: an estimate, not measured. It reads the weight
+anew for each two; a product of floats decodes it once."""
 
 
 def _supports(x: Any, w: Any, platform: str) -> str | None:
