@@ -14,7 +14,7 @@ import pytest
 from any4_jax import benchmarks, cli
 from any4_jax.benchmarks import gemm, quantize
 from any4_jax.data import texts
-from any4_jax.methods import GPTQ, NF4, Any4
+from any4_jax.methods import AWQ, GPTQ, NF4, Any4, Int
 from any4_jax.statistics import Drift, Hessian, Moments
 
 FOLDER = Path(__file__).resolve().parent.parent / "examples" / "benchmarks"
@@ -49,6 +49,7 @@ def test_every_case_can_run_and_is_one_of_its_kind(study: str) -> None:
         (Any4.paper(), True),
         (GPTQ(), True),
         (GPTQ(sequential=False), True),
+        (AWQ(sequential=False), True),
     ],
 )
 def test_methods_that_need_a_walk_get_one(method, walked: bool) -> None:
@@ -112,9 +113,13 @@ def test_a_file_is_continued_with_the_same_settings_alone(tmp_path: Path, monkey
 
 def test_a_method_in_a_walk_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     method = GPTQ(inner=NF4(group_size=32))
-    cases = [CASES.Case("GPTQ nf4", method, CASES.TEXT, samples=2, length=64)]
+    scaled = AWQ(inner=Int(group_size=32), ratios=4, clips=0)
+    methods = {"GPTQ nf4": method, "AWQ int4": scaled}
+    cases = [CASES.Case(name, one, CASES.TEXT, samples=2, length=64) for name, one in methods.items()]
     result = command(tmp_path, monkeypatch, {"walk": cases}, "--text", STORIES, "--calibration-text", STORIES)
-    first, row = result.rows
+    first, row, scaled_row = result.rows
+    # Its inputs are not those of the float model.
+    assert 0 < scaled_row["kl_nats"] < 0.5 and scaled_row["error_q_proj"] is None
     assert (row["calibration"], row["method"]) == ("text, 2 x 64 tokens", repr(method))
     assert result.settings["calibration_text"] == "stories.txt"
     # The codes differ from the nearest ones, and the scales have 16 bits in place of 32.

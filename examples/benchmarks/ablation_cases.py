@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from any4_jax.methods import FP4, GPTQ, NF4, Any4, Int
+from any4_jax.methods import AWQ, FP4, GPTQ, NF4, Any4, Int
 from any4_jax.methods.base import scope_of
 from any4_jax.statistics import Hessian
 
@@ -199,6 +199,38 @@ def _gptq_tokens(g: int) -> list[Case]:
     ]
 
 
+def _awq(g: int) -> list[Case]:
+    """Scales and clipping around each method, beside the method itself; then what each choice is worth, and another
+    domain."""
+    int4, nf4, any4 = Int(group_size=g), NF4(group_size=g), Any4(group_size=g)
+    clipped = dataclasses.replace(int4, clip=True)
+    choices: tuple[tuple[str, dict[str, Any]], ...] = (
+        ("scales alone", dict(clips=0)),
+        ("clipping alone", dict(ratios=1)),
+        ("a factor for each query head", dict(shared=False)),
+        ("by site", dict(order="by_site")),
+        ("inputs of the float model", dict(sequential=False)),
+    )
+    return [
+        _fixed("int4", int4),
+        _fixed("nf4", nf4),
+        _on_text("int4, clipped", clipped),
+        _on_text("any4", any4),
+        _on_text("GPTQ int4", GPTQ(inner=clipped)),
+        *(_on_text(f"AWQ {name}", AWQ(inner=one)) for name, one in (("int4", int4), ("nf4", nf4), ("any4", any4))),
+        *(_on_text(f"AWQ int4, {name}", AWQ(inner=int4, **fields)) for name, fields in choices),
+        _on_text("AWQ int4, scales and GPTQ's clipping", AWQ(inner=clipped, search=int4, clips=0)),
+        _on_text("AWQ GPTQ int4, scales alone", AWQ(inner=GPTQ(inner=clipped), search=int4, clips=0)),
+        _on_text("AWQ any4, scales alone", AWQ(inner=any4, clips=0)),
+        _on_text("AWQ any4, scales searched for int4", AWQ(inner=any4, search=int4, clips=0)),
+        Case("int4, clipped", clipped, OTHER),
+        Case("any4", any4, OTHER),
+        Case("GPTQ int4", GPTQ(inner=clipped), OTHER),
+        Case("AWQ int4", AWQ(inner=int4), OTHER),
+        Case("AWQ any4, scales alone", AWQ(inner=any4, clips=0), OTHER),
+    ]
+
+
 def _bits_kl(g: int) -> list[Case]:
     """From 2 to 5 bits per weight: all tables and group sizes, plain and with GPTQ's codes; see quality_plot.py."""
     sizes = {f"groups of {size}": size for size in (32, 64, 128)} | {"whole rows": WHOLE_ROWS}
@@ -236,6 +268,7 @@ STUDIES: Mapping[str, Callable[[int], list[Case]]] = {
     "bits": _bits,
     "gptq": _gptq,
     "gptq-tokens": _gptq_tokens,
+    "awq": _awq,
     "bits-kl": _bits_kl,
 }
 """Name of a study -> its cases, as a function of the group size."""
