@@ -8,12 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from alone import alone
 from equality import assert_same
 
 from any4_jax import scaling, statistics, weights
 from any4_jax.methods import AF4, AWQ, CATALOGUE, FP4, GPTQ, MX4, NF4, Any4, Int, Method, quantize
-from any4_jax.methods.apply import apply_site
-from any4_jax.methods.base import SiteWeights, scope_of
+from any4_jax.methods.base import scope_of
 from any4_jax.methods.spec import method_from_json, method_to_json
 
 N, K = 12, 40
@@ -67,16 +67,7 @@ dequantize = jax.jit(weights.dequantize)
 
 
 def run(w: np.ndarray, method: Method):
-    if scope_of(method) == "site":
-        return alone(w, method)
-    return quantize(jnp.asarray(w), method, stats())
-
-
-def alone(w: np.ndarray, method):
-    """The operator of a method of a site for one whose only matrix is w."""
-    made = apply_site(SiteWeights({"a": jnp.asarray(w)}), method, stats(), "a.b")
-    operator = made.results["a"].operator
-    return operator if made.input_scale is None else weights.ScaleInput(operator, made.input_scale)
+    return alone(w, method, stats())
 
 
 @contract
