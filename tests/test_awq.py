@@ -149,15 +149,15 @@ def test_a_sample_of_zeros_has_no_scale() -> None:
 def test_it_loses_less_than_the_inner_method_on_tokens_that_it_has_not_seen() -> None:
     """What enters the MLPs of a trained model, and their weights."""
     model, inner = tiny(), Int(group_size=32)
-    method = AWQ(inner)
+    method = AWQ(inner, ratios=10, clips=5, sample_tokens=128)
     with bundled("stories.txt") as file:
-        ids = np.asarray(model.tokenizer.encode(file.read_text(encoding="utf-8")), np.int32)
-    seen, held = (calibrate(model, part.reshape(2, -1), method) for part in ids[:1024].reshape(2, -1))
+        ids = np.asarray(model.tokenizer.encode(file.read_text(encoding="utf-8")[:2000]), np.int32)
+    inputs = calibrate(model, ids[None, :256], AWQ(sample_tokens=256, sequential=False))
     for index, block in enumerate(model.blocks):
         path = f"layers.{index}.mlp.gate_proj"
         kernels = {"gate": block.mlp.gate_proj.kernel[...], "up": block.mlp.up_proj.kernel[...]}
-        made = apply_site(SiteWeights({name: kernel.T for name, kernel in kernels.items()}), method, seen[path], path)
-        x, lost = np.asarray(held[path][Sample(512)].x), []
+        seen, x = np.asarray(inputs[path][Sample(256)].x).reshape(2, 128, -1)
+        made, lost = applied(method, {name: kernel.T for name, kernel in kernels.items()}, seen), []
         for found in ((1 / made.input_scale, made.results["gate"].operator), (1, quantize(kernels["gate"].T, inner))):
             gap = np.asarray(dequantize(found[1])) / found[0] - np.asarray(kernels["gate"]).T
             lost.append(np.square(x @ gap.T).sum())
@@ -167,7 +167,8 @@ def test_it_loses_less_than_the_inner_method_on_tokens_that_it_has_not_seen() ->
 def test_scales_are_folded_or_kept_and_only_the_codes_change_the_function(tmp_path) -> None:
     """Integers so wide that nothing is lost show what the scales do to the rest of the model. Two key/value heads serve
     six query heads, whose factors differ, so that o_proj keeps them."""
-    model, wide = random_llama(), Int(8, group_size=1, scale_dtype="float32", table_dtype="float32")
+    model = random_llama(dataclasses.replace(random_llama().config, num_hidden_layers=1))
+    wide = Int(8, group_size=1, scale_dtype="float32", table_dtype="float32")
     method = AWQ(wide, search=Int(3, group_size=16), ratios=5, clips=0, shared=False)
     new = quantize_model(model, method, data=TOKENS)
     wanted, got = np.asarray(model(TOKENS)), np.asarray(new(TOKENS))
