@@ -1,4 +1,4 @@
-"""SmoothQuant (arXiv 2211.10438): inputs and weights of few bits, after the inputs' outliers are moved into the weights.
+"""SmoothQuant (arXiv 2211.10438): inputs and weights of few bits, once the inputs' outliers are moved into the weights.
 
 Letters: N outputs, K inputs of a site, S tokens of a sample.
 """
