@@ -94,7 +94,7 @@ def test_channels_that_repeat_share_a_factor_where_it_is_folded() -> None:
 
 
 @pytest.mark.parametrize(
-    "method", [SmoothQuant(WHOLE, search=5), SmoothQuant(W6, search=3, input_bits=6, per="tensor")]
+    "method", [SmoothQuant(WHOLE, search=5, per="group"), SmoothQuant(W6, search=3, input_bits=6, per="tensor")]
 )
 def test_the_search_takes_the_alpha_of_the_least_error(method: SmoothQuant) -> None:
     x, found = np.asarray(inputs(), np.float64), []
