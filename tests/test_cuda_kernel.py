@@ -266,7 +266,7 @@ def test_without_the_library_products_take_xla(monkeypatch: pytest.MonkeyPatch) 
 def test_every_handler_has_its_row() -> None:
     defined = {
         line.split("(")[1].split(",")[0]
-        for path in (build.SOURCES / "cuda").glob("*.cu")
+        for path in build.source_files("cuda")
         for line in path.read_text(encoding="utf-8").splitlines()
         if line.startswith("XLA_FFI_DEFINE_HANDLER_SYMBOL(")
     }
