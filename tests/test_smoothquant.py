@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import itertools
 from pathlib import Path
 from typing import ClassVar
 
@@ -93,13 +94,23 @@ def test_channels_that_repeat_share_a_factor_where_it_is_folded() -> None:
     assert (shared == shared[:, :1]).all() and not np.isclose(own, own[:, :1]).all()
 
 
-@pytest.mark.parametrize(
-    "method", [SmoothQuant(WHOLE, search=5), SmoothQuant(W6, search=3, input_bits=6, per="tensor")]
-)
-def test_the_search_takes_the_alpha_of_the_least_error(method: SmoothQuant) -> None:
-    x, found = np.asarray(inputs(), np.float64), []
-    for alpha in np.linspace(0, 1, method.search, dtype=np.float32):
-        made = smoothed(dataclasses.replace(method, search=0, alpha=float(alpha)))
+def test_other_sizes_are_evened_out() -> None:
+    """With the root mean square and 1/2, those of a channel's inputs and of its weights are equal."""
+    made = smoothed(SmoothQuant(inner=Exact(), size="rms"))
+    scaled = np.concatenate([dequantize(result.operator) for result in made.results.values()])
+    x = np.asarray(inputs(), np.float64) * made.input_scale
+    live = x.any(axis=0)
+    sizes = (np.sqrt(np.square(each).mean(axis=0))[live] for each in (x, np.asarray(scaled, np.float64)))
+    np.testing.assert_allclose(*sizes, rtol=1e-5)
+
+
+def test_the_search_takes_what_has_the_least_error() -> None:
+    method = SmoothQuant(W6, search=3, input_bits=6, per="tensor", symmetric=True)
+    x, found = np.asarray(inputs(), np.float64), {}
+    alphas = np.linspace(0, 1, method.search, dtype=np.float32)
+    for rms, alpha in itertools.product((0, 1), alphas):
+        size = ("max", "rms")[rms]
+        made = smoothed(dataclasses.replace(method, search=0, alpha=float(alpha), size=size))
         error, energy = np.zeros(len(x)), np.zeros(len(x))
         for path, w in layer().items():
             op = made.results[path].operator
@@ -107,12 +118,12 @@ def test_the_search_takes_the_alpha_of_the_least_error(method: SmoothQuant) -> N
             y = x @ np.asarray(w, np.float64).T
             error += np.square(rounded @ np.asarray(dequantize(op), np.float64).T - y).sum(1)
             energy += np.square(y).sum(1)
-        found.append((error / energy).mean())
-    made = smoothed(method)
+        found[rms, float(alpha)] = (error / energy).mean()
+    made, best = smoothed(method), min(found, key=found.__getitem__)
     for result in made.results.values():
-        np.testing.assert_allclose(result.notes["alpha"], np.argmin(found) / (method.search - 1), rtol=1e-6)
-        np.testing.assert_allclose(result.notes["output_error"], min(found), rtol=1e-2)
-    assert 0 < np.argmin(found) < method.search - 1, "else any rule would do"
+        assert (int(result.notes["rms"]), float(result.notes["alpha"])) == best
+        np.testing.assert_allclose(result.notes["output_error"], found[best], rtol=1e-2)
+    assert 0 < best[1] < 1, "else any rule would do"
 
 
 @pytest.fixture(scope="module")
@@ -148,7 +159,7 @@ def test_outliers_cost_less_once_they_are_smoothed(model) -> None:
 
 
 def test_a_static_scale_is_the_same_for_any_batch_and_is_kept(model, tmp_path: Path) -> None:
-    new = a4.quantize_model(model, SmoothQuant(per="tensor", alpha=0.75), data=TOKENS)
+    new = a4.quantize_model(model, SmoothQuant(per="tensor", symmetric=True, alpha=0.75), data=TOKENS)
     assert all(w.scale.shape == () and w.per == "tensor" for w in quantized_leaves(new).values())
     save(tmp_path / "model", new)
     back = load(tmp_path / "model")
@@ -206,8 +217,8 @@ def test_checkpoints_without_the_scale_of_inputs_are_read() -> None:
 @pytest.mark.parametrize(
     "method, gathered, words",
     [
-        (SmoothQuant(), False, "with alpha=0.5 and per='token' needs the largest inputs of each layer; pass data"),
-        (SmoothQuant(alpha=None, per="tensor"), False, "alpha=None and per='tensor' needs the largest inputs"),
+        (SmoothQuant(), False, "with alpha=0.5 and per='token' needs the size of each layer's inputs; pass data"),
+        (SmoothQuant(alpha=None, per="tensor"), False, "alpha=None and per='tensor' needs the size of each"),
         (SmoothQuant(search=1), True, "got search=1, at least 2 values of alpha are compared"),
         (SmoothQuant(alpha=None, search=3), True, "got search=3 with alpha=None, which smooths nothing"),
         (SmoothQuant(per="tensor", symmetric=False), True, "got symmetric=False with per='tensor'"),
