@@ -91,9 +91,10 @@ class SmoothQuant(Fields):
       search: how many values of alpha to try at each site, evenly spaced from 0 to 1, each with both sizes, on the
         error of its outputs; the best takes the place of `alpha` and `size`. 0 tries none.
       input_bits: width of an input, 2 to 8.
-      per: what of the inputs shares a scale: with "token", each row of x has the scale that it needs; with "tensor",
-        all have the one that the calibration data needed, and what is larger is clipped.
-      symmetric: round inputs without a zero point; "tensor" needs that.
+      per: what of the inputs shares a scale: with "token", each row of x has the scale that it needs; with "group",
+        each 32 inputs of a row; with "tensor", all have the one that the calibration data needed, and what is larger is
+        clipped.
+      symmetric: round inputs without a zero point; "tensor" needs that, and so do the kernels for "group".
       sample_tokens: S, the tokens on which `search` measures the error.
     """
 
@@ -104,7 +105,7 @@ class SmoothQuant(Fields):
     size: Size = "max"
     search: Index = 0
     input_bits: Literal[2, 3, 4, 5, 6, 7, 8] = 8
-    per: Literal["token", "tensor"] = "token"
+    per: Literal["token", "group", "tensor"] = "token"
     symmetric: bool = False
     sample_tokens: Count = 512
 
