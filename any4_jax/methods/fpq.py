@@ -51,7 +51,7 @@ class FPQ(Fields):
       scale_dtype: stored dtype of the scales of weights.
       sequential: gather statistics from the model as quantized so far.
       given: take formats, biases and shifts from an earlier search, which are passed as statistics (see
-        `any4_jax.walk.search_results`), and search nothing.
+        `any4_jax.walk.load_search_results`), and search nothing.
     """
 
     name: ClassVar[str] = "fpq"
@@ -114,9 +114,12 @@ class FPQ(Fields):
     def _site(self, site: SiteWeights, gathered: Gathered | None) -> SiteResult:
         problem, units = self._problem(site, gathered)
         notes: dict[str, Any] = {}
+        faults: dict[str, tuple[Any, ...]] = {}
         if self.given:
             assert gathered is not None  # `check` refuses to go on without
-            coded, inputs = self._given(site, gathered, units)
+            found = gathered[Searched()]
+            coded, inputs = self._given(site, found, units)
+            faults = self._faults(found)
         else:
             first = float_search.from_extremes(problem, self._start(self.bits), self._start(self.input_bits))
             coded, inputs = self._searched(problem, *first)
@@ -125,11 +128,11 @@ class FPQ(Fields):
         for index, (path, w) in enumerate(site.weights.items()):
             rows = slice(begin, begin := begin + w.shape[0])
             leaf = self._leaf(w, units[rows], Coded(coded.index[rows], coded.scales[rows]))
-            found = {name: errors[index] for name, errors in notes.items()}
-            found["exponent_bits"] = problem.weights.exponent[coded.index[rows][0]]
+            told = {name: errors[index] for name, errors in notes.items()}
+            told["exponent_bits"] = problem.weights.exponent[coded.index[rows][0]]
             if inputs is not None:
-                found["input_exponent_bits"] = problem.inputs.exponent[inputs.index]
-            results[path] = Result(self._behind(leaf, inputs), found)
+                told["input_exponent_bits"] = problem.inputs.exponent[inputs.index]
+            results[path] = Result(self._behind(leaf, inputs), told, faults)
         if inputs is None or self.shifts == "none":
             return SiteResult(results)
         return SiteResult(results, formats.exact_power(inputs.shifts))
@@ -177,19 +180,35 @@ class FPQ(Fields):
         exponents = [exponent for exponent, _ in formats.float_formats(bits or 4)]
         return 0 if self.exponent_bits is not None else exponents.index(4 if bits == 8 else 2)
 
-    def _given(self, site: SiteWeights, gathered: Gathered, units: jax.Array) -> tuple[Coded, Inputs | None]:
+    def _given(self, site: SiteWeights, found: Any, units: jax.Array) -> tuple[Coded, Inputs | None]:
         """What an earlier search found, as this one would."""
-        found = gathered[Searched()]
+        for path, w in site.weights.items():
+            rows = found["weights"][path]["scales"].shape[0] if path in found["weights"] else "none"
+            if rows != w.shape[0]:
+                raise ValueError(
+                    f"got search results of {rows} rows for {path or 'a matrix'} of {w.shape[0]}; pass those of this "
+                    f"model, found with shifts={self.shifts!r}"
+                )
+        if self.input_bits is not None and "inputs" not in found:
+            raise ValueError(f"got search results without those of inputs for input_bits={self.input_bits}; pass None")
         exponents = float_search.floats(self.bits, self.exponent_bits).exponent
-        sizes = [(path, w.shape[0]) for path, w in site.weights.items()]
-        index = [jnp.full(n, _place(exponents, found["weights"][path]["exponent"])) for path, n in sizes]
-        scales = jnp.concatenate([found["weights"][path]["scales"] for path, _ in sizes])
-        coded = Coded(jnp.concatenate(index), scales / units[:, 0])
+        parts = [(found["weights"][path], w.shape[0]) for path, w in site.weights.items()]
+        index = jnp.concatenate([jnp.full(n, _place(exponents, part["exponent"])) for part, n in parts])
+        coded = Coded(index, jnp.concatenate([part["scales"] for part, _ in parts]) / units[:, 0])
         if self.input_bits is None:
             return coded, None
         inputs = found["inputs"]
         exponents = float_search.floats(self.input_bits, self.exponent_bits).exponent
         return coded, Inputs(_place(exponents, inputs["exponent"]), inputs["scale"], inputs["shifts"])
+
+    def _faults(self, found: Any) -> dict[str, tuple[Any, ...]]:
+        """That search results are of formats which the fields don't allow."""
+        sides = [(self.bits, one["exponent"]) for one in found["weights"].values()]
+        if self.input_bits is not None:
+            sides.append((self.input_bits, found["inputs"]["exponent"]))
+        known = [float_search.floats(bits, self.exponent_bits).exponent == exponent for bits, exponent in sides]
+        text = "got search results of formats that these fields don't allow; pass the bits and exponent_bits of the search"
+        return {text: (~jnp.stack([same.any() for same in known]).all(),)}
 
     def _leaf(self, w: jax.Array, units: jax.Array, coded: Coded) -> QuantizedTensor:
         table = float_search.tables(self.bits, self.exponent_bits)[coded.index[0]][None].astype(_TABLE)
