@@ -207,7 +207,9 @@ class FPQ(Fields):
         if self.input_bits is not None:
             sides.append((self.input_bits, found["inputs"]["exponent"]))
         known = [float_search.floats(bits, self.exponent_bits).exponent == exponent for bits, exponent in sides]
-        text = "got search results of formats that these fields don't allow; pass the bits and exponent_bits of the search"
+        text = (
+            "got search results of formats that these fields don't allow; pass the bits and exponent_bits of the search"
+        )
         return {text: (~jnp.stack([same.any() for same in known]).all(),)}
 
     def _leaf(self, w: jax.Array, units: jax.Array, coded: Coded) -> QuantizedTensor:

@@ -1,7 +1,6 @@
 """What FPQ has searched, in a file of JSON: formats, biases and shifts by layer. Quantizing from it needs neither data
 nor a search, and gives the same bytes."""
 
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -70,8 +69,8 @@ def save_search_results(model: Any, file: str | os.PathLike[str]) -> None:
 
 
 def load_search_results(file: str | os.PathLike[str]) -> dict[str, Gathered]:
-    """What `save_search_results` wrote, by path, for `quantize_model(model, FPQ(given=True, ...), stats=...)`. The other
-    fields of the method, and the rules, are those of the search.
+    """What `save_search_results` wrote, by path, for `quantize_model(model, FPQ(given=True, ...), stats=...)`. The
+    method's other fields, and the rules, are those of the search.
 
     Raises:
       ValueError: the file holds something else.
