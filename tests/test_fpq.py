@@ -11,7 +11,7 @@ import pytest
 from equality import assert_same
 
 import any4_jax as a4
-from any4_jax import formats, statistics
+from any4_jax import cli, formats, statistics
 from any4_jax.methods import FPQ, SiteWeights
 from any4_jax.methods.apply import apply_method, apply_site
 from any4_jax.models.fold import fold
@@ -284,6 +284,19 @@ def test_a_model_is_saved_and_quantized_again_from_results(tmp_path: Path) -> No
             load_search_results(tmp_path / "bad.json")
     with pytest.raises(ValueError, match="fpq has quantized no layer, need one"):
         save_search_results(model, tmp_path / "none.json")
+
+
+def test_the_command_line_keeps_results_and_takes_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--method", "fpq", "--rules", r"layers\.0\.mlp\.down_proj=fpq", "--rules", r"layers\..*=none"]
+    words += ["--rounds", "1", "--steps", "1", "--tokens", "16", "--search-results", str(tmp_path / "found.json")]
+    for out, more in (("searched", []), ("taken", ["--calibrate", "none"])):
+        assert cli.main(["quantize", "tiny", str(tmp_path / out), *words, *more]) == 0
+    searched, taken = (a4.load(tmp_path / out) for out in ("searched", "taken"))
+    assert_same(jax.tree.leaves(taken), jax.tree.leaves(searched))
+    given = [method.given for model in (searched, taken) for _, method, _ in model.recipe.linears]
+    assert given == [False, True]
+    assert cli.main(["quantize", "tiny", str(tmp_path / "other"), "--method", "int", *words[-2:]]) == 2
+    assert "only the method fpq writes and reads such a file" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

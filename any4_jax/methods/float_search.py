@@ -81,7 +81,8 @@ class Problem(NamedTuple):
 
     Attributes:
       w: float32 [N, K], each row over a power of two of its own.
-      sizes: float32 [N], these powers over the largest.
+      shares: float32 [N], what a row's squared error counts: the square of these powers over the squared outputs of its
+        matrix, so that all matrices count alike.
       matrix: int32 [N], which matrix each row is of.
       count: of matrices (static).
       x: float32 [T, K], a sample of the inputs; None weighs all inputs alike.
@@ -94,7 +95,7 @@ class Problem(NamedTuple):
     """
 
     w: jax.Array
-    sizes: jax.Array
+    shares: jax.Array
     matrix: jax.Array
     count: int
     x: jax.Array | None
@@ -117,15 +118,27 @@ class Problem(NamedTuple):
         return _shifted(self.x, inputs.scale, inputs.shifts, self.inputs.of(inputs.index))
 
     def errors(self, w: jax.Array, x: jax.Array | None) -> jax.Array:
-        """The squared errors of each row's outputs, float32 [N], for weights w and inputs x in place of the problem's:
-        of the weights themselves without inputs. They are in units of the largest row."""
+        """The squared errors of each row's outputs, as shares of the squared outputs of its matrix, float32 [N], for
+        weights w and inputs x in place of the problem's; those of the weights themselves without inputs."""
         if x is None or self.y is None:
-            return jnp.square(self.w - w).sum(axis=1) * jnp.square(self.sizes)
-        return jnp.square(self.y - outputs(x, w)).sum(axis=0) * jnp.square(self.sizes)
+            return jnp.square(self.w - w).sum(axis=1) * self.shares
+        return jnp.square(self.y - outputs(x, w)).sum(axis=0) * self.shares
 
     def of_matrices(self, errors: jax.Array) -> jax.Array:
         """Sums over each matrix's rows: [..., N] to [..., matrices]."""
-        return jnp.stack([jnp.where(self.matrix == i, errors, 0.0).sum(axis=-1) for i in range(self.count)], axis=-1)
+        return _of_matrices(errors, self.matrix, self.count)
+
+
+def shares_of(w: jax.Array, y: jax.Array | None, units: jax.Array, matrix: jax.Array, count: int) -> jax.Array:
+    """`Problem.shares` for rows over units, float32 [N, 1]."""
+    sizes = jnp.square((units / units.max())[:, 0])
+    energy = jnp.square(w).sum(axis=1) if y is None else jnp.square(y).sum(axis=0)
+    whole = _of_matrices(energy * sizes, matrix, count)
+    return sizes / _above_zero(whole)[matrix]
+
+
+def _of_matrices(values: jax.Array, matrix: jax.Array, count: int) -> jax.Array:
+    return jnp.stack([jnp.where(matrix == i, values, 0.0).sum(axis=-1) for i in range(count)], axis=-1)
 
 
 def from_extremes(problem: Problem, weights: int, inputs: int) -> tuple[Coded, Inputs | None]:

@@ -33,7 +33,8 @@ class FPQ(Fields):
 
     A round tries all candidates for weights (for each format and row, then the best format of each matrix), then all
     for inputs. What counts is the squared error of the outputs on a sample of tokens, for the other side as it is, so
-    no round makes it worse; published FPQ chooses both formats at the end of a round, and then one may. Candidates are
+    no round makes it worse; published FPQ chooses both formats at the end of a round, and then one may. Matrices that
+    share their shifts count alike: the error of each is over its own outputs. Candidates are
     multiples of the bias, as published, but of the bias modulo 1 minus 6: published multiples reach the farther the
     larger the bias, and nowhere if it is 0.
 
@@ -150,14 +151,15 @@ class FPQ(Fields):
             # What repeats of a channel share can be folded.
             runs = largest.reshape(-1, site.repeat, site.width)
             largest = jnp.broadcast_to(runs.max(axis=1, keepdims=True), runs.shape).reshape(-1)
+        y = None if x is None else float_search.outputs(x, w / units)
         grid = [self.low + i * (self.high - self.low) / self.steps for i in range(self.steps)]
         problem = Problem(
             w=w / units,
-            sizes=(units / units.max())[:, 0],
+            shares=float_search.shares_of(w / units, y, units, matrix, len(parts)),
             matrix=matrix,
             count=len(parts),
             x=x,
-            y=None if x is None else float_search.outputs(x, w / units),
+            y=y,
             largest=largest,
             weights=float_search.floats(self.bits, self.exponent_bits),
             inputs=float_search.floats(self.input_bits or 4, self.exponent_bits),
@@ -227,10 +229,8 @@ class FPQ(Fields):
         return QuantizeInput(inner, levels, self.input_bits, True, "tensor", inputs.scale)
 
     def _error(self, problem: Problem, coded: Coded, inputs: Inputs | None) -> jax.Array:
-        """The share of each matrix's outputs, squared, that is lost: float32 [matrices]."""
-        lost = problem.of_matrices(problem.errors(problem.decoded(coded), problem.rounded(inputs)))
-        whole = problem.w if problem.y is None else problem.y.T
-        return lost / jnp.maximum(problem.of_matrices(jnp.square(whole).sum(axis=1) * jnp.square(problem.sizes)), 1e-30)
+        """The share of each matrix's squared outputs that is lost, or of its squares without a sample: [matrices]."""
+        return problem.of_matrices(problem.errors(problem.decoded(coded), problem.rounded(inputs)))
 
 
 def _place(exponents: jax.Array, exponent: jax.Array) -> jax.Array:
