@@ -40,6 +40,6 @@ def results_of(args: argparse.Namespace) -> dict[str, Any] | None:
     return None
 
 
-def given(name: str, results: dict[str, Any] | None) -> dict[str, bool]:
+def given(name: str, results: dict[str, Any] | None) -> dict[str, Any]:
     """The fields of the method `name` that make it take results, if there are any."""
     return {"given": True} if results is not None and name == FPQ.name else {}

@@ -56,9 +56,9 @@ def tables(bits: int, exponent: int | None) -> jax.Array:
 
 
 class Coded(NamedTuple):
-    """How weights are rounded: a format for each row, index int32 [N], and its scale, float32 [N]; 0 for zeros."""
+    """How weights are rounded: a format for each row, its index int32 [N], and its scale, float32 [N]; 0 for zeros."""
 
-    index: jax.Array
+    format: jax.Array
     scales: jax.Array
 
 
@@ -66,12 +66,12 @@ class Inputs(NamedTuple):
     """How inputs are rounded: x_k to 2^-shift_k times a level times the scale.
 
     Attributes:
-      index: int32 [], the format.
+      format: int32 [], its index.
       scale: float32 [].
       shifts: int32 [K], each input's exponent bias beyond the least.
     """
 
-    index: jax.Array
+    format: jax.Array
     scale: jax.Array
     shifts: jax.Array
 
@@ -84,7 +84,7 @@ class Problem(NamedTuple):
       shares: float32 [N], what a row's squared error counts: the square of these powers over the squared outputs of its
         matrix, so that all matrices count alike.
       matrix: int32 [N], which matrix each row is of.
-      count: of matrices (static).
+      matrices: how many there are (static).
       x: float32 [T, K], a sample of the inputs; None weighs all inputs alike.
       y: float32 [T, N], what the float weights make of it.
       largest: float32 [K], the largest magnitude of each input over all tokens; None where inputs aren't rounded.
@@ -97,7 +97,7 @@ class Problem(NamedTuple):
     w: jax.Array
     shares: jax.Array
     matrix: jax.Array
-    count: int
+    matrices: int
     x: jax.Array | None
     y: jax.Array | None
     largest: jax.Array | None
@@ -109,13 +109,13 @@ class Problem(NamedTuple):
 
     def decoded(self, coded: Coded) -> jax.Array:
         """The weights as stored, float32 [N, K]."""
-        return _decoded(self.w, coded.scales, Floats(*(part[:, None] for part in self.weights.of(coded.index))))
+        return _decoded(self.w, coded.scales, Floats(*(part[:, None] for part in self.weights.of(coded.format))))
 
     def rounded(self, inputs: Inputs | None) -> jax.Array | None:
         """The sample of inputs as the product sees it, float32 [T, K]."""
         if self.x is None or inputs is None:
             return self.x
-        return _shifted(self.x, inputs.scale, inputs.shifts, self.inputs.of(inputs.index))
+        return _shifted(self.x, inputs.scale, inputs.shifts, self.inputs.of(inputs.format))
 
     def errors(self, w: jax.Array, x: jax.Array | None) -> jax.Array:
         """The squared errors of each row's outputs, as shares of the squared outputs of its matrix, float32 [N], for
@@ -126,7 +126,7 @@ class Problem(NamedTuple):
 
     def of_matrices(self, errors: jax.Array) -> jax.Array:
         """Sums over each matrix's rows: [..., N] to [..., matrices]."""
-        return _of_matrices(errors, self.matrix, self.count)
+        return _of_matrices(errors, self.matrix, self.matrices)
 
 
 def shares_of(w: jax.Array, y: jax.Array | None, units: jax.Array, matrix: jax.Array, count: int) -> jax.Array:

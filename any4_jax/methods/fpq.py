@@ -128,11 +128,11 @@ class FPQ(Fields):
         results, begin = {}, 0
         for index, (path, w) in enumerate(site.weights.items()):
             rows = slice(begin, begin := begin + w.shape[0])
-            leaf = self._leaf(w, units[rows], Coded(coded.index[rows], coded.scales[rows]))
+            leaf = self._leaf(w, units[rows], Coded(coded.format[rows], coded.scales[rows]))
             told = {name: errors[index] for name, errors in notes.items()}
-            told["exponent_bits"] = problem.weights.exponent[coded.index[rows][0]]
+            told["exponent_bits"] = problem.weights.exponent[coded.format[rows][0]]
             if inputs is not None:
-                told["input_exponent_bits"] = problem.inputs.exponent[inputs.index]
+                told["input_exponent_bits"] = problem.inputs.exponent[inputs.format]
             results[path] = Result(self._behind(leaf, inputs), told, faults)
         if inputs is None or self.shifts == "none":
             return SiteResult(results)
@@ -157,7 +157,7 @@ class FPQ(Fields):
             w=w / units,
             shares=float_search.shares_of(w / units, y, units, matrix, len(parts)),
             matrix=matrix,
-            count=len(parts),
+            matrices=len(parts),
             x=x,
             y=y,
             largest=largest,
@@ -215,7 +215,7 @@ class FPQ(Fields):
         return {text: (~jnp.stack([same.any() for same in known]).all(),)}
 
     def _leaf(self, w: jax.Array, units: jax.Array, coded: Coded) -> QuantizedTensor:
-        table = float_search.tables(self.bits, self.exponent_bits)[coded.index[0]][None].astype(_TABLE)
+        table = float_search.tables(self.bits, self.exponent_bits)[coded.format[0]][None].astype(_TABLE)
         scales = scaling.rounded(coded.scales[:, None], jnp.dtype(self.scale_dtype))
         leaf = weights.encode(w / units, table, scales, None, bits=self.bits, group_size=w.shape[1])
         return put_back(leaf, w, units, "absmax")
@@ -224,7 +224,7 @@ class FPQ(Fields):
         """The operator for inputs that are multiplied by 2^shift."""
         if inputs is None or self.input_bits is None:
             return leaf
-        levels = float_search.tables(self.input_bits, self.exponent_bits)[inputs.index].astype(_TABLE)
+        levels = float_search.tables(self.input_bits, self.exponent_bits)[inputs.format].astype(_TABLE)
         inner = leaf if self.shifts == "none" else ScaleInput(leaf, formats.exact_power(-inputs.shifts).astype(_TABLE))
         return QuantizeInput(inner, levels, self.input_bits, True, "tensor", inputs.scale)
 

@@ -14,6 +14,7 @@ from pydantic import Field
 from any4_jax.methods import FPQ
 from any4_jax.methods.searched import Searched
 from any4_jax.models.base import Decoder
+from any4_jax.regular_file import read_regular
 from any4_jax.schema import Count, Index, Schema, check, read_json
 from any4_jax.statistics import Gathered
 from any4_jax.surgery import quantized_leaves, recipe_of
@@ -76,7 +77,7 @@ def load_search_results(file: str | os.PathLike[str]) -> dict[str, Gathered]:
       ValueError: the file holds something else.
       OSError: it can't be read.
     """
-    content = read_json(Path(file).read_bytes(), str(file), _ADVICE)
+    content = read_json(read_regular(Path(file)), str(file), _ADVICE)
     layers = check(_File, content, str(file), _ADVICE).layers
     absent = [other for layer in layers.values() for other in layer.together.values() if other not in layers]
     if absent:
@@ -111,7 +112,7 @@ def _described(path: str, operator: Any, notes: Mapping[str, Any], together: dic
             shifts = operator.scale
         operator = operator.inner
     inputs = None
-    if rounding is not None:
+    if rounding is not None and rounding.scale is not None:
         exponent = notes["input_exponent_bits"]
         (bias,) = _biases(rounding.scale[None], exponent)
         own = () if shifts is None else tuple(int(shift) for shift in -np.log2(np.asarray(shifts, np.float64)))
