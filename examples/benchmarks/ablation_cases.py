@@ -4,85 +4,28 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from any4_jax.methods import AWQ, FP4, GPTQ, NF4, Any4, Int
-from any4_jax.methods.base import scope_of
-from any4_jax.statistics import Hessian
+from ablation_case import OTHER, PROMPT, WHOLE_ROWS, Case, fixed, on_text, paper
+from ablation_inputs import awq, fpq, smoothquant
 
-NONE, PROMPT, TEXT, OTHER = "none", "prompt", "text", "essays and stories"
-WHOLE_ROWS = 1 << 30
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """A method and its calibration data.
-
-    Attributes:
-      name: of the row; what stands before ", groups of N" or ", whole rows" names a line of quality_plot.py.
-      method: any method.
-      source: NONE, the bundled PROMPT, a calibration TEXT, or OTHER: bundled texts from another domain than the one
-        that is measured.
-      samples: pieces of the calibration TEXT, spread evenly over it.
-      length: tokens in a piece.
-    """
-
-    name: str
-    method: Any
-    source: str = PROMPT
-    samples: int = 0
-    length: int = 512
-
-    @property
-    def calibrated(self) -> bool:
-        """Whether statistics are gathered at all."""
-        return self.source != NONE
-
-    @property
-    def calibration(self) -> str:
-        """The data, as rows name it."""
-        return f"{TEXT}, {self.samples} x {self.length} tokens" if self.source == TEXT else self.source
-
-    @property
-    def walked(self) -> bool:
-        """Whether the method has to meet the data in a walk over the model: it quantizes while it calibrates, or its
-        statistics of all layers at once are too large."""
-        method = self.method
-        return self.calibrated and (method.sequential or Hessian() in method.needs or scope_of(method) != "matrix")
-
-
-def reference(g: int) -> Case:
-    """The case that "recovered" is relative to."""
-    return _fixed("nf4, float32 scales", NF4(group_size=g, scale_dtype="float32", table_dtype="float32"))
-
-
-def paper(g: int) -> Case:
-    """The case with which errors of learned tables are compared, row by row."""
-    return Case("any4, paper's recipe", Any4.paper(group_size=g))
-
-
-def _fixed(name: str, method: Any) -> Case:
-    return Case(name, method, NONE)
-
-
-def _on_text(name: str, method: Any, samples: int = 128, length: int = 512) -> Case:
-    return Case(name, method, TEXT, samples, length)
+from any4_jax.methods import FP4, GPTQ, NF4, Any4, Int, SmoothQuant
 
 
 def _headline(g: int) -> list[Case]:
     return [
         paper(g),
         Case("any4", Any4(group_size=g)),
-        _on_text("any4", Any4(group_size=g), 8),
+        on_text("any4", Any4(group_size=g), 8),
         Case("any4, exact tables alone", Any4(group_size=g, refit=False)),
-        _fixed("nf4", NF4(group_size=g)),
-        _fixed(f"nf4, groups of {g // 2}", NF4(group_size=g // 2)),
-        _fixed(f"nf4, groups of {g // 4}", NF4(group_size=g // 4)),
-        _fixed("int4", Int(group_size=g)),
-        _fixed("fp4", FP4(group_size=g)),
-        _fixed("int4, float minimum", Int(group_size=g, zero_point="float")),
-        _fixed("int3", Int(bits=3, group_size=g)),
-        _fixed("int3, float minimum", Int(bits=3, group_size=g, zero_point="float")),
+        fixed("nf4", NF4(group_size=g)),
+        fixed(f"nf4, groups of {g // 2}", NF4(group_size=g // 2)),
+        fixed(f"nf4, groups of {g // 4}", NF4(group_size=g // 4)),
+        fixed("int4", Int(group_size=g)),
+        fixed("fp4", FP4(group_size=g)),
+        fixed("int4, float minimum", Int(group_size=g, zero_point="float")),
+        fixed("int3", Int(bits=3, group_size=g)),
+        fixed("int3, float minimum", Int(bits=3, group_size=g, zero_point="float")),
         Case("any3", Any4(bits=3, group_size=g)),
-        _on_text("any3", Any4(bits=3, group_size=g), 8),
+        on_text("any3", Any4(bits=3, group_size=g), 8),
         Case("any2", Any4(bits=2, group_size=g)),
     ]
 
@@ -96,8 +39,14 @@ def _parts(g: int) -> list[Case]:
 
 
 def _tables(g: int) -> list[Case]:
-    """Learned tables of bfloat16 and of int8, refitted as they are stored and not refitted at all."""
-    return [
+    """Learned tables of bfloat16 and of int8, refitted as they are stored and not refitted at all; then those of int8
+    with inputs of 8 bits."""
+    rounded = SmoothQuant(inner=Any4(group_size=g, table_dtype="int8"), alpha=None, symmetric=True)
+    inputs = [
+        Case(f"any4, int8 tables, int8 inputs by {per}", dataclasses.replace(rounded, per=per))
+        for per in ("group", "token")
+    ]
+    return inputs + [
         Case(f"{name}, {dtype} tables", dataclasses.replace(method, table_dtype=dtype))
         for name, method in (
             ("any4", Any4(group_size=g)),
@@ -116,7 +65,7 @@ def _group_size(g: int) -> list[Case]:
 
 def _calibration(g: int) -> list[Case]:
     sizes = ((8, 512), (32, 512), (128, 512), (8, 128), (2, 2048), (32, 2048))
-    return [Case("any4", Any4(group_size=g))] + [_on_text("any4", Any4(group_size=g), s, t) for s, t in sizes]
+    return [Case("any4", Any4(group_size=g))] + [on_text("any4", Any4(group_size=g), s, t) for s, t in sizes]
 
 
 def _term(g: int) -> list[Case]:
@@ -147,13 +96,13 @@ def _gradient(g: int) -> list[Case]:
     return [
         Case("gradient, no refit", dataclasses.replace(trained, refit=False)),
         Case("gradient", trained),
-        _on_text("gradient", trained, 8),
-        _on_text("gradient, 2048 tokens", dataclasses.replace(trained, sample_tokens=2048)),
+        on_text("gradient", trained, 8),
+        on_text("gradient, 2048 tokens", dataclasses.replace(trained, sample_tokens=2048)),
     ]
 
 
 def _bits(g: int) -> list[Case]:
-    cases = [_fixed(f"int{bits}", Int(bits=bits, group_size=g)) for bits in (4, 3, 2)]
+    cases = [fixed(f"int{bits}", Int(bits=bits, group_size=g)) for bits in (4, 3, 2)]
     return cases + [Case(f"any{bits}", Any4(bits=bits, group_size=g)) for bits in (4, 3, 2)]
 
 
@@ -168,15 +117,15 @@ def _gptq(g: int) -> list[Case]:
         ("inputs of the float model", dict(sequential=False, asymmetric=0.0)),
     )
     return [
-        _on_text("any4", any4),
-        _on_text("GPTQ any4", best),
-        _on_text("GPTQ int4", GPTQ(inner=clipped)),
-        _on_text("GPTQ int4, no clip", GPTQ(inner=dataclasses.replace(clipped, clip=False))),
-        _on_text("GPTQ nf4", GPTQ(inner=NF4(group_size=g))),
-        *(_on_text(f"GPTQ any4, {name}", dataclasses.replace(best, **fields)) for name, fields in choices),
-        *(_on_text(f"GPTQ any{bits}", GPTQ(inner=Any4(bits=bits, group_size=g))) for bits in (3, 2)),
+        on_text("any4", any4),
+        on_text("GPTQ any4", best),
+        on_text("GPTQ int4", GPTQ(inner=clipped)),
+        on_text("GPTQ int4, no clip", GPTQ(inner=dataclasses.replace(clipped, clip=False))),
+        on_text("GPTQ nf4", GPTQ(inner=NF4(group_size=g))),
+        *(on_text(f"GPTQ any4, {name}", dataclasses.replace(best, **fields)) for name, fields in choices),
+        *(on_text(f"GPTQ any{bits}", GPTQ(inner=Any4(bits=bits, group_size=g))) for bits in (3, 2)),
         *(
-            _on_text(f"GPTQ any{bits}, {n} refits", GPTQ(inner=Any4(bits=bits, group_size=g), refits=n))
+            on_text(f"GPTQ any{bits}, {n} refits", GPTQ(inner=Any4(bits=bits, group_size=g), refits=n))
             for bits, n in ((3, 4), (2, 4), (4, 4))
         ),
         *(
@@ -193,41 +142,9 @@ def _gptq_tokens(g: int) -> list[Case]:
     published = dataclasses.replace(method, damping=0.01)
     return [
         Case("GPTQ any4", method),
-        *(_on_text("GPTQ any4", method, s, t) for s, t in sizes),
+        *(on_text("GPTQ any4", method, s, t) for s, t in sizes),
         Case("GPTQ any4, damping 0.01", published),
-        *(_on_text("GPTQ any4, damping 0.01", published, s) for s in (8, 32, 128)),
-    ]
-
-
-def _awq(g: int) -> list[Case]:
-    """Scales and clipping around each method, beside the method itself; then what each choice is worth, and another
-    domain."""
-    int4, nf4, any4 = Int(group_size=g), NF4(group_size=g), Any4(group_size=g)
-    clipped = dataclasses.replace(int4, clip=True)
-    choices: tuple[tuple[str, dict[str, Any]], ...] = (
-        ("scales alone", dict(clips=0)),
-        ("clipping alone", dict(ratios=1)),
-        ("a factor for each query head", dict(shared=False)),
-        ("by site", dict(order="by_site")),
-        ("inputs of the float model", dict(sequential=False)),
-    )
-    return [
-        _fixed("int4", int4),
-        _fixed("nf4", nf4),
-        _on_text("int4, clipped", clipped),
-        _on_text("any4", any4),
-        _on_text("GPTQ int4", GPTQ(inner=clipped)),
-        *(_on_text(f"AWQ {name}", AWQ(inner=one)) for name, one in (("int4", int4), ("nf4", nf4), ("any4", any4))),
-        *(_on_text(f"AWQ int4, {name}", AWQ(inner=int4, **fields)) for name, fields in choices),
-        _on_text("AWQ int4, scales and GPTQ's clipping", AWQ(inner=clipped, search=int4, clips=0)),
-        _on_text("AWQ GPTQ int4, scales alone", AWQ(inner=GPTQ(inner=clipped), search=int4, clips=0)),
-        _on_text("AWQ any4, scales alone", AWQ(inner=any4, clips=0)),
-        _on_text("AWQ any4, scales searched for int4", AWQ(inner=any4, search=int4, clips=0)),
-        Case("int4, clipped", clipped, OTHER),
-        Case("any4", any4, OTHER),
-        Case("GPTQ int4", GPTQ(inner=clipped), OTHER),
-        Case("AWQ int4", AWQ(inner=int4), OTHER),
-        Case("AWQ any4, scales alone", AWQ(inner=any4, clips=0), OTHER),
+        *(on_text("GPTQ any4, damping 0.01", published, s) for s in (8, 32, 128)),
     ]
 
 
@@ -235,12 +152,12 @@ def _bits_kl(g: int) -> list[Case]:
     """From 2 to 5 bits per weight: all tables and group sizes, plain and with GPTQ's codes; see quality_plot.py."""
     sizes = {f"groups of {size}": size for size in (32, 64, 128)} | {"whole rows": WHOLE_ROWS}
     cases = [
-        _fixed(f"{name}, {groups}", dataclasses.replace(method, group_size=size))
+        fixed(f"{name}, {groups}", dataclasses.replace(method, group_size=size))
         for name, method in (*((f"int{bits}", Int(bits=bits)) for bits in (2, 3, 4)), ("nf4", NF4()))
         for groups, size in sizes.items()
     ]
     cases += [
-        _on_text(f"any{bits}, {groups}", Any4(bits=bits, group_size=size))
+        on_text(f"any{bits}, {groups}", Any4(bits=bits, group_size=size))
         for bits in (2, 3, 4)
         for groups, size in sizes.items()
     ]
@@ -250,7 +167,7 @@ def _bits_kl(g: int) -> list[Case]:
         *((f"any{bits}", Any4(bits=bits)) for bits in (2, 3, 4)),
     )
     return cases + [
-        _on_text(f"GPTQ {name}, {groups}", GPTQ(inner=dataclasses.replace(method, group_size=size)))
+        on_text(f"GPTQ {name}, {groups}", GPTQ(inner=dataclasses.replace(method, group_size=size)))
         for name, method in inner
         for groups, size in sizes.items()
     ]
@@ -268,7 +185,9 @@ STUDIES: Mapping[str, Callable[[int], list[Case]]] = {
     "bits": _bits,
     "gptq": _gptq,
     "gptq-tokens": _gptq_tokens,
-    "awq": _awq,
+    "awq": awq,
     "bits-kl": _bits_kl,
+    "smoothquant": smoothquant,
+    "fpq": fpq,
 }
 """Name of a study -> its cases, as a function of the group size."""
