@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from any4_jax.methods import FP4, GPTQ, NF4, Any4, Int, SmoothQuant
+from any4_jax.methods import FP4, FPQ, GPTQ, NF4, Any4, Int, SmoothQuant
 from any4_jax.methods.base import scope_of
 from any4_jax.statistics import Hessian
 
@@ -23,6 +23,7 @@ class Case:
         that is measured.
       samples: pieces of the calibration TEXT, spread evenly over it.
       length: tokens in a piece.
+      rules: of linears that take other methods, see `quantize_model`.
     """
 
     name: str
@@ -30,6 +31,12 @@ class Case:
     source: str = PROMPT
     samples: int = 0
     length: int = 512
+    rules: tuple[tuple[str, Any], ...] = ()
+
+    @property
+    def described(self) -> str:
+        """The method, as rows have it, with the rules."""
+        return repr(self.method) + "".join(f", {pattern}: {method!r}" for pattern, method in self.rules)
 
     @property
     def calibrated(self) -> bool:
@@ -44,9 +51,9 @@ class Case:
     @property
     def walked(self) -> bool:
         """Whether the method has to walk over the model: it sees more than one matrix, it quantizes while it
-        calibrates, or its statistics of all layers at once are too large."""
+        calibrates, its statistics of all layers at once are too large, or its search is one for a GPU."""
         method = self.method
-        wider = scope_of(method) != "matrix"
+        wider = scope_of(method) != "matrix" or isinstance(method, FPQ)
         return wider or (self.calibrated and (method.sequential or Hessian() in method.needs))
 
 
@@ -259,6 +266,25 @@ def _smoothed(method: SmoothQuant) -> str:
     return ", ".join([*words, searched if method.search else f"alpha {method.alpha} of {method.size}"])
 
 
+def _fpq(g: int) -> list[Case]:
+    """Floats of 4 bits for weights and inputs, then what each choice is worth; groups are rows."""
+    best, plain = FPQ(), FPQ(shifts="none")
+    kept = FPQ(shifts="kept")
+    cases = (
+        ("FPQ W4A4", best),
+        ("FPQ baseline W4A4, no shifts", plain),
+        ("MinMax FP W4A4", dataclasses.replace(plain, rounds=0, exponent_bits=2)),
+        ("INT W4A4", dataclasses.replace(plain, rounds=0, exponent_bits=1)),
+        ("FPQ W4A8", dataclasses.replace(best, input_bits=8)),
+        ("FPQ W4A4, shifts kept", kept),
+        ("FPQ W4A4, sequential", dataclasses.replace(best, sequential=True)),
+        ("FPQ W4A4, 1024 tokens", dataclasses.replace(best, tokens=1024)),
+        ("FPQ W4A16", FPQ(input_bits=None)),
+    )
+    whole = Case("FPQ W4A4E4", best, TEXT, 32, 1024, ((r"(.*[.])?embed_tokens", kept),))
+    return [*(_on_text(name, method, 32, 1024) for name, method in cases), whole]
+
+
 STUDIES: Mapping[str, Callable[[int], list[Case]]] = {
     "headline": _headline,
     "parts": _parts,
@@ -273,5 +299,6 @@ STUDIES: Mapping[str, Callable[[int], list[Case]]] = {
     "gptq-tokens": _gptq_tokens,
     "bits-kl": _bits_kl,
     "smoothquant": _smoothquant,
+    "fpq": _fpq,
 }
 """Name of a study -> its cases, as a function of the group size."""
