@@ -104,8 +104,14 @@ def _parts(g: int) -> list[Case]:
 
 
 def _tables(g: int) -> list[Case]:
-    """Learned tables of bfloat16 and of int8, refitted as they are stored and not refitted at all."""
-    return [
+    """Learned tables of bfloat16 and of int8, refitted as they are stored and not refitted at all; then those of int8
+    with inputs of 8 bits."""
+    rounded = SmoothQuant(inner=Any4(group_size=g, table_dtype="int8"), alpha=None, symmetric=True)
+    inputs = [
+        Case(f"any4, int8 tables, int8 inputs by {per}", dataclasses.replace(rounded, per=per))
+        for per in ("group", "token")
+    ]
+    return inputs + [
         Case(f"{name}, {dtype} tables", dataclasses.replace(method, table_dtype=dtype))
         for name, method in (
             ("any4", Any4(group_size=g)),
@@ -235,23 +241,29 @@ def _bits_kl(g: int) -> list[Case]:
 def _smoothquant(g: int) -> list[Case]:
     """Weights and inputs of few bits, smoothed and not: rows of integers, then tables in groups."""
     w8, w6 = (SmoothQuant(inner=Int(bits=b, symmetric=True, group_size=WHOLE_ROWS), input_bits=b) for b in (8, 6))
-    w4 = SmoothQuant(inner=Any4(group_size=g))
-    cases = [_fixed(f"{name}, not smoothed", dataclasses.replace(w, alpha=None)) for name, w in _named(w8, w6, w4)]
-    cases += [
-        _on_text(f"{name}, alpha {alpha}", dataclasses.replace(w, alpha=alpha))
-        for name, w in _named(w8, w6, w4)
-        for alpha in (0.5, 0.55, 0.75)
+    w4, static = SmoothQuant(inner=Any4(group_size=g)), dataclasses.replace(w8, per="tensor", symmetric=True)
+    plain = [dataclasses.replace(w, alpha=None, symmetric=s) for w in (w8, w6) for s in (False, True)]
+    cases = [_fixed(_smoothed(w), w) for w in (*plain, dataclasses.replace(w4, alpha=None))]
+    tried: list[tuple[SmoothQuant, dict[str, Any]]] = [
+        *((w, dict(alpha=alpha)) for w in (w8, w6) for alpha in (0.5, 0.55, 0.75)),
+        *((w, dict(alpha=alpha, size="rms")) for w in (w8, w6) for alpha in (0.4, 0.5)),
+        *((w, dict(search=21)) for w in (w8, w6)),
+        *((w8, dict(symmetric=True, **more)) for more in ({}, dict(search=21))),
+        *((w4, more) for more in ({}, dict(alpha=0.4, size="rms"))),
+        *((static, more) for more in (dict(alpha=None), {}, dict(alpha=0.75), dict(search=21))),
     ]
-    cases += [_on_text(f"{name}, alpha searched", dataclasses.replace(w, search=21)) for name, w in _named(w8, w6)]
-    return cases + [
-        _on_text("W8A8, alpha 0.5, inputs with a zero point", dataclasses.replace(w8, symmetric=False)),
-        _on_text("W8A8, static, not smoothed", dataclasses.replace(w8, alpha=None, per="tensor")),
-        *(_on_text(f"W8A8, static, alpha {a}", dataclasses.replace(w8, alpha=a, per="tensor")) for a in (0.5, 0.75)),
-    ]
+    methods = [dataclasses.replace(method, **fields) for method, fields in tried]
+    return [*cases, *(_on_text(_smoothed(method), method) for method in methods)]
 
 
-def _named(*methods: SmoothQuant) -> list[tuple[str, SmoothQuant]]:
-    return [(f"W{getattr(w.inner, 'bits', 4)}A{w.input_bits}", w) for w in methods]
+def _smoothed(method: SmoothQuant) -> str:
+    """The name of a case: widths, then what differs from the defaults."""
+    words = [f"W{getattr(method.inner, 'bits', 4)}A{method.input_bits}"]
+    words += ["static"] * (method.per == "tensor") + ["symmetric"] * (method.symmetric and method.per == "token")
+    if method.alpha is None:
+        return ", ".join([*words, "not smoothed"])
+    searched = f"{method.search} alphas searched"
+    return ", ".join([*words, searched if method.search else f"alpha {method.alpha} of {method.size}"])
 
 
 def _fpq(g: int) -> list[Case]:
