@@ -35,9 +35,10 @@ CASES = load_cases()
 def test_every_case_can_run_and_is_one_of_its_kind(study: str) -> None:
     cases = CASES.STUDIES[study](64)
     assert len({(case.name, case.calibration) for case in cases}) == len(cases) >= 4
-    assert len({(case.method, case.calibration) for case in cases}) == len(cases)
+    assert len({(case.described, case.calibration) for case in cases}) == len(cases)
     for case in cases:
-        case.method.check(case.calibrated)
+        for method in (case.method, *(method for _, method in case.rules)):
+            method.check(case.calibrated)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,21 @@ import pytest
 from equality import assert_same
 
 from any4_jax import scaling, statistics, weights
-from any4_jax.methods import AF4, CATALOGUE, FP4, GPTQ, MX4, NF4, Any4, Int, Method, SiteWeights, SmoothQuant, quantize
+from any4_jax.methods import (
+    AF4,
+    CATALOGUE,
+    FP4,
+    FPQ,
+    GPTQ,
+    MX4,
+    NF4,
+    Any4,
+    Int,
+    Method,
+    SiteWeights,
+    SmoothQuant,
+    quantize,
+)
 from any4_jax.methods.apply import apply_site
 from any4_jax.methods.base import scope_of
 from any4_jax.methods.spec import method_from_json, method_to_json
@@ -47,7 +61,9 @@ COMPENSATED = [
 # A factor for each input that depends on the inputs alone scales with no power of the weights; one group a weight, so
 # that a row of equal weights is close to equal again.
 SITES = [SmoothQuant(Int(bits=8, group_size=1), alpha=1.0)]
-EVERY = FIXED + LEARNED + COMPENSATED + SITES
+# Rows are groups. The small search is of formats and biases.
+FLOATS = [FPQ(rounds=1, steps=2, low=0.9, high=1.1, tokens=16), FPQ(8, None, rounds=1, steps=1, tokens=16)]
+EVERY = FIXED + LEARNED + COMPENSATED + SITES + FLOATS
 METHODS = [pytest.param(m, id=f"{m.name}-{i}") for i, m in enumerate(EVERY)]
 contract = pytest.mark.parametrize("method", METHODS)
 
@@ -83,7 +99,7 @@ def run(w: np.ndarray, method: Any, path: str = "the weight"):
 def test_shapes_dtypes_and_size(method) -> None:
     whole = run(layer(), method)
     q, method = leaf(whole), getattr(method, "inner", method)
-    group_size = min(method.group_size, K)
+    group_size = min(getattr(method, "group_size", K), K)
     bits = getattr(method, "bits", 4)
     assert q.shape == (N, K) and q.bits == bits and q.group_size == group_size
     assert q.lut.shape == ((N if getattr(method, "per_row", True) and method in LEARNED else 1), 2**bits)
@@ -104,7 +120,7 @@ def test_two_runs_give_the_same_bits(method) -> None:
 def test_row_order_changes_no_bit(method) -> None:
     order = np.random.default_rng(1).permutation(N)
     straight, shuffled = run(layer(), method), run(layer()[order], method)
-    rows = jax.tree.map(lambda a: a[order] if a.shape[0] == N else a, straight)
+    rows = jax.tree.map(lambda a: a[order] if a.shape[:1] == (N,) else a, straight)
     assert_same(shuffled, rows)
 
 

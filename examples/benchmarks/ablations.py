@@ -171,7 +171,7 @@ def _measured(out: Path | None, settings: Mapping[str, Any]) -> list[dict[str, A
 
 def _same(row: Mapping[str, Any], case: Case, named: bool = True) -> bool:
     """Whether a row measures a case; with `named`, whether it also has its name."""
-    same = (row["method"], row["calibration"]) == (repr(case.method), case.calibration)
+    same = (row["method"], row["calibration"]) == (case.described, case.calibration)
     return same and (not named or row["case"] == case.name)
 
 
