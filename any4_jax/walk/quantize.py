@@ -100,7 +100,7 @@ def quantize_model(
     """
     new = _quantized(model, method, data, stats, rules, inputs, batch_size, seqlen, progress, finished)
     if method is not None:
-        tell_what_is_left(new, rules, strict)
+        tell_what_is_left(new, rules, strict, traced=inputs is not None or data is not None)
     return new
 
 
@@ -134,7 +134,7 @@ def _quantized(
                 f"got a model of which {len(done)} layers are quantized already ({few(done)}), and the rules leave the "
                 f"other {found} alone; quantize the float model, or name one of the others by a rule"
             )
-        raise ValueError(nothing_found(model, found))
+        raise ValueError(nothing_found(model, found, traced=inputs is not None))
     if stats is not None:
         _check(chosen, stats)
         _check_stats(stats, {*matrices, *done, *others}, chosen, by_name)
