@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from flax.core import meta
+from flax.core import DenyList, meta
 from flax.linen.dtypes import promote_dtype
 from flax.linen.module import InterceptorContext
 
@@ -47,9 +47,9 @@ def quantized_dense(next_fun: Callable[..., Any], args: Any, kwargs: Any, contex
             return _by_code(module, meta.unbox(kernel), args, kwargs)
         path = ".".join(module.path) or "kernel"  # as surgery names a layer that is the whole model
         raise TypeError(
-            f"{path}: a {type(module).__name__} holds a quantized kernel, need nn.Dense or nn.DenseGeneral (from the "
-            "last axis to one) as they are, with no dot_general of the caller's; quantize with example inputs=, which "
-            f"tell what it contracts, or leave it out with the rule ({path!r}, None)"
+            f"{path}: a {type(module).__name__} holds a quantized kernel, need nn.Dense, nn.DenseGeneral from the "
+            "last axis to one, or a module without others in it, whose code reads a kernel [K, N]; quantize with "
+            f"example inputs=, which tell what it contracts, or leave it out with the rule ({path!r}, None)"
         )
     return call_dense(module, _input(args, kwargs), meta.unbox(kernel), nn.initializers.zeros_init())
 
@@ -67,7 +67,12 @@ def _by_code(module: Any, kernel: Any, args: Any, kwargs: Any) -> Any:
     layout = Layout("KN", kernel.shape[::-1], jnp.dtype(getattr(module, "param_dtype", jnp.float32)).name)
     params = meta.unbox({**module.variables["params"], "kernel": contraction(kernel, layout)})
     alone = module.clone(parent=None, name=None)
-    return with_kernels(lambda variables: alone.apply(variables, *args, **kwargs), {"params": params})
+    own = DenyList("params")  # collections that it makes, as by `sow`
+    y, new = with_kernels(lambda floats: alone.apply(floats, *args, **kwargs, mutable=own), {"params": params})
+    for collection in filter(module.is_mutable_collection, new):
+        for name, value in new[collection].items():
+            module.put_variable(collection, name, value)
+    return y
 
 
 class Layers(NamedTuple):

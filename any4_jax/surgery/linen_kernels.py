@@ -121,7 +121,10 @@ def _modules(module: Any, variables: Mapping[str, Any]) -> dict[tuple[str, ...],
                 visit(child)
 
     try:
-        jax.eval_shape(lambda v: visit(module.bind(v, mutable=True)), jax.tree.map(_abstract, meta.unbox(variables), is_leaf=is_operator))
+        jax.eval_shape(
+            lambda v: visit(module.bind(v, mutable=True)),
+            jax.tree.map(_abstract, meta.unbox(variables), is_leaf=is_operator),
+        )
     except (errors.FlaxError, TypeError, ValueError):
         pass  # A setup that needs random numbers, or runs under a lifted transformation: what was seen so far is known.
     return found

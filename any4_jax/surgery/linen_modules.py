@@ -40,6 +40,11 @@ def pair_matrices(model: Pair, inputs: Any = None, declared: Declared = ()) -> d
         `linen_kernels` knows.
       declared: regexes of paths, and what is declared of the kernels there.
     """
+    if not isinstance(model[1], Mapping):
+        raise TypeError(
+            f"got a Linen module with a {type(model[1]).__name__}, need its variables or their 'params'; pass the pair "
+            "(module, variables)"
+        )
     found = _declared(params_of(model[1]), declared)
     return {path: matrix for path, matrix in _pair_matrices(model, inputs).items() if path not in found} | found
 
@@ -76,7 +81,9 @@ def _pair_matrices(model: Pair, inputs: Any) -> dict[str, Matrix]:
             known[_layer(path)] = Matrix(others[path], transposed=False)
         elif _layer(path) not in known or says.roles[-2:] != "KN":
             known[_layer(path)] = Matrix(others[path], False, by_name=path in finding.tables, layout=says)
-    known |= {path: Matrix(here[key], False) for path in rewritten if path not in known and (key := _key(path, here)) in here}
+    known |= {
+        path: Matrix(here[key], False) for path in rewritten if path not in known and (key := _key(path, here)) in here
+    }
     return _marked(known, special | rewritten)
 
 

@@ -111,7 +111,9 @@ def matrices(model: nnx.Module, inputs: Any, declared: Declared) -> dict[str, Ma
         mapped: dict[str, set[tuple[int, ...]]] = {}
         finding = tracing.find(_caller(model, here, mapped), kernels, *tracing.call_of(inputs))
         found_so = tracing.layouts(finding, kernels)
-        told |= {name: _under_maps(says, mapped.get(name, set())) for name, says in found_so.items() if name not in told}
+        told |= {
+            name: _under_maps(says, mapped.get(name, set())) for name, says in found_so.items() if name not in told
+        }
         tables = finding.tables
     for name, declaration in declared_for(here, declared).items():
         told[name] = layout_of(name, declaration, here[name][1].get_value())
@@ -162,11 +164,20 @@ def _caller(
         return new
 
     def run(kernels: dict[str, Any], arguments: tuple, named: dict[str, Any]) -> Any:
-        new = [(at, watched(names[at], v, kernels[names[at]]) if at in names else v.replace(v.get_value())) for at, v in flat]
+        new = [
+            (at, watched(names[at], v, kernels[names[at]]) if at in names else v.replace(v.get_value()))
+            for at, v in flat
+        ]
         twin = nnx.merge(graphdef, nnx.from_flat_state(new))
         named = dict(named)
-        method = named.pop("method", None)
-        return (getattr(twin, method) if isinstance(method, str) else twin)(*arguments, **named)
+        method = named.pop("method", "__call__")
+        call = getattr(twin, method, None) if isinstance(method, str) else None
+        if call is None:
+            raise TypeError(
+                f"got inputs for {method!r} of a {type(twin).__name__}, which has no method of this name; pass a dict "
+                "of arguments by name, with 'method' among them"
+            )
+        return call(*arguments, **named)
 
     return run
 
