@@ -17,24 +17,32 @@ class Net(nnx.Module):
         self.a = self.z
         self.merged = nnx.Param(rngs.params.normal((3, 2, 32, 4)))
         self.chosen = nnx.Param(rngs.params.normal((2, 32, 8)))
+        self.table, self.beyond = nnx.Param(rngs.params.normal((4, 32))), nnx.Variable(jnp.zeros((2, 8)))
 
     def __call__(self, x: jax.Array) -> jax.Array:
         x = x @ self.z[...] + x @ self.a[...]
         merged = self.merged[...].transpose(0, 2, 3, 1).reshape(3, 32, 8)
         y = jax.lax.ragged_dot(x, merged, jnp.array([1, 0, 1]))
         none = jnp.take(self.chosen[...], jnp.array([1, 2]), axis=0, mode="fill", fill_value=0)
-        return y + jnp.einsum("bd,bdf->bf", x, none) + x @ self.chosen[...][jnp.int32(7)]
+        usual = jnp.take(self.chosen[...], jnp.array([1, 0]), axis=0)  # NaN beyond the stack
+        y = y + jnp.einsum("bd,bdf->bf", x, none) + jnp.einsum("bd,bdf->bf", x, usual)
+        y = y + x @ self.chosen[...][jnp.int32(7)]
+        self.beyond.set_value(jnp.einsum("bd,bdf->bf", x, jnp.take(self.chosen[...], jnp.array([-5, 0]), axis=0)))
+        rows = jnp.take(self.table[...], jnp.array([2, 4]), axis=0, fill_value=3.0)  # the second is beyond
+        return y + (rows @ self.table[...].T).sum()
 
 
 def test_kernels_are_read_as_the_code_reads_arrays() -> None:
     net, x = Net(nnx.Rngs(0)), jnp.ones((2, 32)).at[0, :9].set(2.0)
-    rules = [("merged", Int(4, group_size=32), Axes("LNKN"))]
+    rules = [("merged", Int(4, group_size=32), Axes("LNKN")), ("table", Int(4, group_size=32))]
     small = quantize_model(net, Int(4, group_size=32), inputs=(x,), rules=rules)
     same = Net(nnx.Rngs(0))
-    for name in ("a", "merged", "chosen"):
+    for name in ("a", "merged", "chosen", "table"):
         getattr(same, name).set_value(getattr(small, name)[...])
     assert type(small.a) is not nnx.Param
     np.testing.assert_allclose(small(x), same(x), rtol=1e-5, atol=1e-4)
+    np.testing.assert_allclose(small.beyond[...], same.beyond[...], rtol=1e-5, atol=1e-4)
+    assert jnp.isnan(small.beyond[...]).any(-1).tolist() == [True, False]
 
 
 class Counter(nnx.Module):
@@ -105,7 +113,7 @@ def test_kernels_in_any_place_are_found_and_their_codes_are_read(recwarn) -> Non
 
 
 def test_statistics_under_a_map_over_modules_alone_are_of_each() -> None:
-    stacked = nnx.vmap(Stacked)(nnx.Rngs(0).fork(split=3))
+    stacked = nnx.split_rngs(splits=3)(nnx.vmap(Stacked))(nnx.Rngs(0))
 
     class Net(nnx.Module):
         def __init__(self) -> None:

@@ -16,7 +16,6 @@ from jax.extend.core import ClosedJaxpr, Literal
 
 from any4_jax.nn.stored import Stored
 
-
 _DECODING = ("ragged_dot_general",)
 """The products that decode a stack where they have rows for all of it."""
 

@@ -4,6 +4,7 @@ The parameters alone don't tell what a product contracts. Whatever is read here,
 kernel afterwards, so a wrong reading would cost accuracy and time, and change no function.
 """
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -120,13 +121,10 @@ def _modules(module: Any, variables: Mapping[str, Any]) -> dict[tuple[str, ...],
             if isinstance(child, linen.Module) and child.scope is not None and child.path not in found:
                 visit(child)
 
-    try:
-        jax.eval_shape(
-            lambda v: visit(module.bind(v, mutable=True)),
-            jax.tree.map(_abstract, meta.unbox(variables), is_leaf=is_operator),
-        )
-    except (errors.FlaxError, TypeError, ValueError):
-        pass  # A setup that needs random numbers, or runs under a lifted transformation: what was seen so far is known.
+    abstract = jax.tree.map(_abstract, meta.unbox(variables), is_leaf=is_operator)
+    # A setup may need random numbers, or run under a lifted transformation: then what was seen so far is known.
+    with contextlib.suppress(errors.FlaxError, TypeError, ValueError):
+        jax.eval_shape(lambda whole: visit(module.bind(whole, mutable=True)), abstract)
     return found
 
 

@@ -14,6 +14,7 @@ from any4_jax.nn.kernel import CONTAINERS, Any4Kernel, Kernel, WatchedKernel, pu
 from any4_jax.nn.plain import is_layer
 from any4_jax.surgery import tracing
 from any4_jax.surgery.declarations import Declaration, Declared, Einsum, layout_of
+from any4_jax.surgery.nnx_calls import caller, under_maps
 from any4_jax.surgery.rules import declared_for
 from any4_jax.surgery.trees import dotted
 from any4_jax.weights import Contraction, Layout
@@ -109,11 +110,10 @@ def matrices(model: nnx.Module, inputs: Any, declared: Declared) -> dict[str, Ma
     if inputs is not None:
         kernels = {name: param.get_value() for name, (_, param) in here.items()}
         mapped: dict[str, set[tuple[int, ...]]] = {}
-        finding = tracing.find(_caller(model, here, mapped), kernels, *tracing.call_of(inputs))
+        names = {(*path, attribute): name for name, ((path, attribute), _) in here.items()}
+        finding = tracing.find(caller(model, names, mapped), kernels, *tracing.call_of(inputs))
         found_so = tracing.layouts(finding, kernels)
-        told |= {
-            name: _under_maps(says, mapped.get(name, set())) for name, says in found_so.items() if name not in told
-        }
+        told |= {name: under_maps(says, mapped.get(name, set())) for name, says in found_so.items() if name not in told}
         tables = finding.tables
     for name, declaration in declared_for(here, declared).items():
         told[name] = layout_of(name, declaration, here[name][1].get_value())
@@ -124,62 +124,6 @@ def matrices(model: nnx.Module, inputs: Any, declared: Declared) -> dict[str, Ma
         layout, special = (None, known) if isinstance(known, str) else (known, beside.get(path))
         found[name] = Matrix(param.get_value(), False, by_name=name in tables, special=special, layout=layout)
     return found
-
-
-def _under_maps(says: Layout | str, seen: set[tuple[int, ...]]) -> Layout | str:
-    """A layout in which the axes are of L that nnx.vmap or nnx.scan took before the model's code read the kernel.
-
-    Args:
-      says: what tracing told. Where the other factor of a product has no such axis, it told N of it.
-      seen: the shapes in which the code read the kernel.
-    """
-    if isinstance(says, str) or not seen:
-        return says
-    least = min(map(len, seen))
-    more = len(says.dims) - least
-    if more <= 0:
-        return says
-    if any(len(shape) == least and shape != says.dims[more:] for shape in seen):
-        return f"an array {list(says.dims)} that nnx.vmap or nnx.scan maps over another axis than the first"
-    return Layout("L" * more + says.roles[more:], says.dims, says.dtype)
-
-
-def _caller(
-    model: nnx.Module, here: Mapping[str, tuple[Place, nnx.Param]], mapped: dict[str, set[tuple[int, ...]]]
-) -> Callable[..., Any]:
-    """A function of the kernels by name that calls the model, and adds to `mapped` the shapes in which they are read."""
-    graphdef, state = nnx.split(model)
-    flat = nnx.to_flat_state(state)
-    keys = {(*path, attribute): name for name, ((path, attribute), _) in here.items()}
-    names = {at: keys[own] for at, _ in flat if (own := (*at[:-1], str(at[-1]))) in keys}  # numbers in an nnx.List
-
-    def watched(name: str, variable: Any, kernel: Any) -> Any:
-        def read(variable: Any, value: Any) -> Any:
-            mapped.setdefault(name, set()).add(tuple(value.shape))
-            return value
-
-        new = variable.replace(kernel)
-        hooks = new.get_metadata().get("on_get_value", ())
-        new.set_metadata(on_get_value=(*(hooks if isinstance(hooks, tuple) else (hooks,)), read))
-        return new
-
-    def run(kernels: dict[str, Any], arguments: tuple, named: dict[str, Any]) -> Any:
-        new = [
-            (at, watched(names[at], v, kernels[names[at]]) if at in names else v.replace(v.get_value()))
-            for at, v in flat
-        ]
-        twin = nnx.merge(graphdef, nnx.from_flat_state(new))
-        named = dict(named)
-        method = named.pop("method", "__call__")
-        call = getattr(twin, method, None) if isinstance(method, str) else None
-        if call is None:
-            raise TypeError(
-                f"got inputs for {method!r} of a {type(twin).__name__}, which has no method of this name; pass a dict "
-                "of arguments by name, with 'method' among them"
-            )
-        return call(*arguments, **named)
-
-    return run
 
 
 def _adapters(model: nnx.Module) -> dict[tuple, str]:

@@ -10,8 +10,8 @@ from any4_jax.surgery.coverage import SHARE, arrays_of, coverage, few, named_by
 from any4_jax.surgery.linen_modules import is_pair
 
 _RULES = (
-    "name each by a rule that quantizes it, such as (r'.*\\.w', method, any4_jax.Einsum('BTD,DNH->BTNH')), or by one that "
-    "leaves it, (path, None)"
+    "name each by a rule that quantizes it, such as (r'.*\\.w', method, any4_jax.Einsum('BTD,DNH->BTNH')), or by one "
+    "that leaves it, (path, None)"
 )
 
 
