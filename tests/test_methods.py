@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,23 @@ import pytest
 from equality import assert_same
 
 from any4_jax import scaling, statistics, weights
-from any4_jax.methods import AF4, CATALOGUE, FP4, GPTQ, MX4, NF4, Any4, Int, Method, quantize
+from any4_jax.methods import (
+    AF4,
+    CATALOGUE,
+    FP4,
+    FPQ,
+    GPTQ,
+    MX4,
+    NF4,
+    Any4,
+    Int,
+    Method,
+    SiteWeights,
+    SmoothQuant,
+    quantize,
+)
+from any4_jax.methods.apply import apply_site
+from any4_jax.methods.base import scope_of
 from any4_jax.methods.spec import method_from_json, method_to_json
 
 N, K = 12, 40
@@ -41,7 +58,13 @@ COMPENSATED = [
     GPTQ(LEARNED[-1], static_groups=False),
     GPTQ(LEARNED[1], refits=1),
 ]
-METHODS = [pytest.param(m, id=f"{m.name}-{i}") for i, m in enumerate(FIXED + LEARNED + COMPENSATED)]
+# A factor for each input that depends on the inputs alone scales with no power of the weights; one group a weight, so
+# that a row of equal weights is close to equal again.
+SITES = [SmoothQuant(Int(bits=8, group_size=1), alpha=1.0)]
+# Rows are groups. The small search is of formats and biases.
+FLOATS = [FPQ(rounds=1, steps=2, low=0.9, high=1.1, tokens=16), FPQ(8, None, rounds=1, steps=1, tokens=16)]
+EVERY = FIXED + LEARNED + COMPENSATED + SITES + FLOATS
+METHODS = [pytest.param(m, id=f"{m.name}-{i}") for i, m in enumerate(EVERY)]
 contract = pytest.mark.parametrize("method", METHODS)
 
 
@@ -56,22 +79,27 @@ def layer(seed: int = 0) -> np.ndarray:
 def stats() -> statistics.Gathered:
     rng = np.random.default_rng(9)
     x = rng.normal(0.2, 10.0 ** rng.uniform(-1, 1, K), (64, K)).astype(np.float32)
-    needs = [s for method in FIXED + LEARNED + COMPENSATED for s in method.needs]
+    needs = [s for method in EVERY for s in method.needs]
     return statistics.from_activations(x, statistics=dict.fromkeys(needs))
 
 
 dequantize = jax.jit(weights.dequantize)
 
 
-def run(w: np.ndarray, method: Method):
-    return quantize(jnp.asarray(w), method, stats())
+def run(w: np.ndarray, method: Any, path: str = "the weight"):
+    """The operator of a matrix; for a site of this one matrix, with its factors."""
+    if scope_of(method) == "matrix":
+        return quantize(jnp.asarray(w), method, stats(), path=path)
+    made = apply_site(SiteWeights({"w": jnp.asarray(w)}), method, stats(), path)
+    operator = made.results["w"].operator
+    return operator if made.input_scale is None else weights.ScaleInput(operator, made.input_scale)
 
 
 @contract
 def test_shapes_dtypes_and_size(method) -> None:
     whole = run(layer(), method)
-    q, method = getattr(whole, "inner", whole), getattr(method, "inner", method)
-    group_size = min(method.group_size, K)
+    q, method = leaf(whole), getattr(method, "inner", method)
+    group_size = min(getattr(method, "group_size", K), K)
     bits = getattr(method, "bits", 4)
     assert q.shape == (N, K) and q.bits == bits and q.group_size == group_size
     assert q.lut.shape == ((N if getattr(method, "per_row", True) and method in LEARNED else 1), 2**bits)
@@ -92,7 +120,7 @@ def test_two_runs_give_the_same_bits(method) -> None:
 def test_row_order_changes_no_bit(method) -> None:
     order = np.random.default_rng(1).permutation(N)
     straight, shuffled = run(layer(), method), run(layer()[order], method)
-    rows = jax.tree.map(lambda a: a[order] if a.shape[0] == N else a, straight)
+    rows = jax.tree.map(lambda a: a[order] if a.shape[:1] == (N,) else a, straight)
     assert_same(shuffled, rows)
 
 
@@ -126,7 +154,7 @@ def test_powers_of_two_scale_the_matrix_exactly(method) -> None:
         factor = np.float32(2.0**power)
         if narrow and abs(power) > 9:
             with pytest.raises(ValueError, match=f"a.b: .*{UNHELD[int(np.sign(power))]}"):
-                quantize(jnp.asarray(w * factor), method, stats(), path="a.b")
+                run(w * factor, method, path="a.b")
             continue
         try:
             scaled = leaf(run(w * factor, method))
@@ -150,8 +178,8 @@ def test_powers_of_two_scale_the_matrix_exactly(method) -> None:
 
 
 def leaf(q):
-    """The coded matrix of a result whose input may be permuted."""
-    return getattr(q, "inner", q)
+    """The coded matrix of a result whose input may be permuted, scaled or rounded."""
+    return leaf(q.inner) if hasattr(q, "inner") else q
 
 
 def values_of(stored, grouped: bool):

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from any4_jax.methods import FP4, GPTQ, NF4, Any4, Int
+from any4_jax.methods import FP4, FPQ, GPTQ, NF4, Any4, Int, SmoothQuant
 from any4_jax.methods.base import scope_of
 from any4_jax.statistics import Hessian
 
@@ -23,6 +23,7 @@ class Case:
         that is measured.
       samples: pieces of the calibration TEXT, spread evenly over it.
       length: tokens in a piece.
+      rules: of linears that take other methods, see `quantize_model`.
     """
 
     name: str
@@ -30,6 +31,12 @@ class Case:
     source: str = PROMPT
     samples: int = 0
     length: int = 512
+    rules: tuple[tuple[str, Any], ...] = ()
+
+    @property
+    def described(self) -> str:
+        """The method, as rows have it, with the rules."""
+        return repr(self.method) + "".join(f", {pattern}: {method!r}" for pattern, method in self.rules)
 
     @property
     def calibrated(self) -> bool:
@@ -43,10 +50,11 @@ class Case:
 
     @property
     def walked(self) -> bool:
-        """Whether the method has to meet the data in a walk over the model: it quantizes while it calibrates, or its
-        statistics of all layers at once are too large."""
+        """Whether the method has to walk over the model: it sees more than one matrix, it quantizes while it
+        calibrates, its statistics of all layers at once are too large, or its search is one for a GPU."""
         method = self.method
-        return self.calibrated and (method.sequential or Hessian() in method.needs or scope_of(method) != "matrix")
+        wider = scope_of(method) != "matrix" or isinstance(method, FPQ)
+        return wider or (self.calibrated and (method.sequential or Hessian() in method.needs))
 
 
 def reference(g: int) -> Case:
@@ -96,8 +104,14 @@ def _parts(g: int) -> list[Case]:
 
 
 def _tables(g: int) -> list[Case]:
-    """Learned tables of bfloat16 and of int8, refitted as they are stored and not refitted at all."""
-    return [
+    """Learned tables of bfloat16 and of int8, refitted as they are stored and not refitted at all; then those of int8
+    with inputs of 8 bits."""
+    rounded = SmoothQuant(inner=Any4(group_size=g, table_dtype="int8"), alpha=None, symmetric=True)
+    inputs = [
+        Case(f"any4, int8 tables, int8 inputs by {per}", dataclasses.replace(rounded, per=per))
+        for per in ("group", "token")
+    ]
+    return inputs + [
         Case(f"{name}, {dtype} tables", dataclasses.replace(method, table_dtype=dtype))
         for name, method in (
             ("any4", Any4(group_size=g)),
@@ -224,6 +238,53 @@ def _bits_kl(g: int) -> list[Case]:
     ]
 
 
+def _smoothquant(g: int) -> list[Case]:
+    """Weights and inputs of few bits, smoothed and not: rows of integers, then tables in groups."""
+    w8, w6 = (SmoothQuant(inner=Int(bits=b, symmetric=True, group_size=WHOLE_ROWS), input_bits=b) for b in (8, 6))
+    w4, static = SmoothQuant(inner=Any4(group_size=g)), dataclasses.replace(w8, per="tensor", symmetric=True)
+    plain = [dataclasses.replace(w, alpha=None, symmetric=s) for w in (w8, w6) for s in (False, True)]
+    cases = [_fixed(_smoothed(w), w) for w in (*plain, dataclasses.replace(w4, alpha=None))]
+    tried: list[tuple[SmoothQuant, dict[str, Any]]] = [
+        *((w, dict(alpha=alpha)) for w in (w8, w6) for alpha in (0.5, 0.55, 0.75)),
+        *((w, dict(alpha=alpha, size="rms")) for w in (w8, w6) for alpha in (0.4, 0.5)),
+        *((w, dict(search=21)) for w in (w8, w6)),
+        *((w8, dict(symmetric=True, **more)) for more in ({}, dict(search=21))),
+        *((w4, more) for more in ({}, dict(alpha=0.4, size="rms"))),
+        *((static, more) for more in (dict(alpha=None), {}, dict(alpha=0.75), dict(search=21))),
+    ]
+    methods = [dataclasses.replace(method, **fields) for method, fields in tried]
+    return [*cases, *(_on_text(_smoothed(method), method) for method in methods)]
+
+
+def _smoothed(method: SmoothQuant) -> str:
+    """The name of a case: widths, then what differs from the defaults."""
+    words = [f"W{getattr(method.inner, 'bits', 4)}A{method.input_bits}"]
+    words += ["static"] * (method.per == "tensor") + ["symmetric"] * (method.symmetric and method.per == "token")
+    if method.alpha is None:
+        return ", ".join([*words, "not smoothed"])
+    searched = f"{method.search} alphas searched"
+    return ", ".join([*words, searched if method.search else f"alpha {method.alpha} of {method.size}"])
+
+
+def _fpq(g: int) -> list[Case]:
+    """Floats of 4 bits for weights and inputs, then what each choice is worth; groups are rows."""
+    best, plain = FPQ(), FPQ(shifts="none")
+    kept = FPQ(shifts="kept")
+    cases = (
+        ("FPQ W4A4", best),
+        ("FPQ baseline W4A4, no shifts", plain),
+        ("MinMax FP W4A4", dataclasses.replace(plain, rounds=0, exponent_bits=2)),
+        ("INT W4A4", dataclasses.replace(plain, rounds=0, exponent_bits=1)),
+        ("FPQ W4A8", dataclasses.replace(best, input_bits=8)),
+        ("FPQ W4A4, shifts kept", kept),
+        ("FPQ W4A4, sequential", dataclasses.replace(best, sequential=True)),
+        ("FPQ W4A4, 1024 tokens", dataclasses.replace(best, tokens=1024)),
+        ("FPQ W4A16", FPQ(input_bits=None)),
+    )
+    whole = Case("FPQ W4A4E4", best, TEXT, 32, 1024, ((r"(.*[.])?embed_tokens", kept),))
+    return [*(_on_text(name, method, 32, 1024) for name, method in cases), whole]
+
+
 STUDIES: Mapping[str, Callable[[int], list[Case]]] = {
     "headline": _headline,
     "parts": _parts,
@@ -237,5 +298,7 @@ STUDIES: Mapping[str, Callable[[int], list[Case]]] = {
     "gptq": _gptq,
     "gptq-tokens": _gptq_tokens,
     "bits-kl": _bits_kl,
+    "smoothquant": _smoothquant,
+    "fpq": _fpq,
 }
 """Name of a study -> its cases, as a function of the group size."""
