@@ -117,7 +117,7 @@ def test_a_model_is_quantized_without_inputs(recwarn) -> None:
     assert found["attention.out"].shape == (16, 16) and found["heads"].shape == (32, 16)
     expected = jax.jit(net.apply)(floats(small), x)
     np.testing.assert_allclose(jax.jit(module.apply)(small, x), expected, atol=1e-5)
-    assert not recwarn.list
+    assert not [told for told in recwarn.list if "decoded as a whole" in str(told.message)]
 
 
 def floats(tree):

@@ -44,17 +44,18 @@ def layouts(module: Any, variables: Mapping[str, Any], params: Mapping[str, Any]
         roles = _by_bias(shape, shapes.get(f"{path.removesuffix('kernel')}bias"))
         if roles is not None and len(shape) > 2:
             found.setdefault(path, roles)
-    for path, node in _modules(module, variables).items():
-        key = ".".join((*path, "kernel"))
+    for at, node in _modules(module, variables).items():
+        key = ".".join((*at, "kernel"))
         if key in kernels:
-            roles = _by_class(node, kernels[key], shapes.get(".".join((*path, "bias"))))
-            found |= {} if roles is None else {key: roles}
+            roles = _by_class(node, kernels[key], shapes.get(".".join((*at, "bias"))))
+            if roles is not None:
+                found[key] = roles
     return {path: Layout(roles, kernels[path], jnp.dtype(arrays[path].dtype).name) for path, roles in found.items()}
 
 
 def _by_names(kernels: Mapping[str, Shape]) -> dict[str, str]:
     """The axes of the kernels of attentions: layers "query", "key", "value" and "out" side by side, of equal heads."""
-    found = {}
+    found: dict[str, str] = {}
     for path in kernels:
         outer, _, last = path.rpartition("query.kernel")
         paths = {name: f"{outer}{name}.kernel" for name in _ATTENTION}

@@ -26,6 +26,26 @@ def under_maps(says: Layout | str, seen: set[tuple[int, ...]]) -> Layout | str:
     return Layout("L" * more + says.roles[more:], says.dims, says.dtype)
 
 
+class _Seen:
+    """A hook of a variable that keeps the shapes in which it is read.
+
+    All of them are equal: variables whose metadata differ could not be stacked, nor take each other's place in a jit.
+    """
+
+    def __init__(self, shapes: set[tuple[int, ...]]) -> None:
+        self.shapes = shapes
+
+    def __call__(self, variable: Any, value: Any) -> Any:
+        self.shapes.add(tuple(value.shape))
+        return value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Seen)
+
+    def __hash__(self) -> int:
+        return hash(_Seen)
+
+
 def caller(
     model: nnx.Module, kernels_at: Mapping[tuple, str], mapped: dict[str, set[tuple[int, ...]]]
 ) -> Callable[..., Any]:
@@ -42,13 +62,10 @@ def caller(
     names = {at: kernels_at[own] for at, _ in flat if (own := (*at[:-1], str(at[-1]))) in kernels_at}
 
     def watched(name: str, variable: Any, kernel: Any) -> Any:
-        def read(variable: Any, value: Any) -> Any:
-            mapped.setdefault(name, set()).add(tuple(value.shape))
-            return value
-
         new = variable.replace(kernel)
         hooks = new.get_metadata().get("on_get_value", ())
-        new.set_metadata(on_get_value=(*(hooks if isinstance(hooks, tuple) else (hooks,)), read))
+        own = hooks if isinstance(hooks, tuple) else (hooks,)
+        new.set_metadata(on_get_value=(*own, _Seen(mapped.setdefault(name, set()))))
         return new
 
     def run(kernels: dict[str, Any], arguments: tuple, named: dict[str, Any]) -> Any:

@@ -102,8 +102,10 @@ def matrices(model: nnx.Module, inputs: Any, declared: Declared) -> dict[str, Ma
             name = name_of(path, attribute)
             kernel = vars(module)[attribute].get_value()
             turned = _turned(module, kernel)
-            if turned is not None or isinstance(says, Layout):
-                told[name] = turned or says
+            if turned is not None:
+                told[name] = turned
+            elif isinstance(says, Layout):
+                told[name] = says
             elif len(says.roles) <= kernel.ndim:
                 told[name] = layout_of(name, says, kernel)
     tables: set[str] = set()
