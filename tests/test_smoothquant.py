@@ -4,7 +4,7 @@ import argparse
 import dataclasses
 import itertools
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,7 @@ from equality import assert_same
 import any4_jax as a4
 from any4_jax import statistics
 from any4_jax.checkpoint import load, save
+from any4_jax.checkpoint.laws import check_operator
 from any4_jax.checkpoint.operators import operator_from_spec, operator_spec
 from any4_jax.cli.methods import add_method, method_from
 from any4_jax.methods import Int, Result, SmoothQuant, quantize
@@ -211,6 +212,14 @@ def test_checkpoints_without_the_scale_of_inputs_are_read() -> None:
     spec = operator_spec(w, "w", arrays)
     del spec["scale"]
     assert_same(operator_from_spec(spec, arrays.__getitem__), w)
+
+
+@pytest.mark.parametrize("fields", [dict(symmetric=False), dict(per="token"), dict(scale=jnp.ones(2))])
+def test_a_scale_of_inputs_that_fits_nothing_is_refused(fields: dict[str, Any]) -> None:
+    w = QuantizeInput(quantize(layer()["q"], WHOLE), None, 8, True, "tensor", jnp.float32(2))
+    check_operator("w", w)
+    with pytest.raises(ValueError, match="w: the arrays of its QuantizeInput don't belong together: scale is"):
+        check_operator("w", dataclasses.replace(w, **fields))
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from any4_jax.methods.any4 import Any4
 from any4_jax.methods.apply import quantize
+from any4_jax.methods.awq import AWQ
 from any4_jax.methods.base import (
     AnyMethod,
     Block,
@@ -23,6 +24,7 @@ from any4_jax.methods.spec import CATALOGUE
 
 __all__ = [
     "AF4",
+    "AWQ",
     "CATALOGUE",
     "FP4",
     "FPQ",

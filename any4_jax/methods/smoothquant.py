@@ -148,18 +148,19 @@ class SmoothQuant(Fields):
             return SiteResult(self._quantized(site.weights, None, gathered, {}))
         assert gathered is not None  # `check` refuses to go on without
         matrices = list(site.weights.values())
-        sizes = jnp.stack(
-            [jnp.stack([_inputs(gathered, size), _columns(matrices, size)]) for size in self._sizes]
-        )  # [sizes, 2, K]
+        inputs = jnp.stack([_inputs(gathered, size) for size in self._sizes])
+        columns = jnp.stack([_columns(matrices, size) for size in self._sizes])
 
         def scale(size: Any, alpha: Any) -> jax.Array:
-            found = factors(*sizes[size], alpha)
+            found = factors(inputs[size], columns[size], alpha)
             return site.shared(found) if site.foldable else found
 
-        size, alpha, notes = 0, self.alpha, {}
+        size: Any = 0
+        alpha: Any = self.alpha
+        notes: dict[str, Any] = {}
         if self.search:
             alphas = jnp.linspace(0.0, 1.0, self.search, dtype=jnp.float32)
-            tried = jnp.repeat(jnp.arange(len(sizes)), len(alphas)), jnp.tile(alphas, len(sizes))
+            tried = jnp.repeat(jnp.arange(len(inputs)), len(alphas)), jnp.tile(alphas, len(inputs))
             errors = jax.lax.map(lambda each: self._error(site.weights, scale(*each), gathered), tried)
             best = jnp.argmin(errors)
             size, alpha = (each[best] for each in tried)

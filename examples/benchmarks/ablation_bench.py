@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from ablation_cases import OTHER, PROMPT, Case, paper
+from ablation_case import OTHER, PROMPT, Case, paper
 from ablation_model import Runner, inputs
 
 import any4_jax as a4

@@ -35,7 +35,8 @@ from typing import Any
 
 import jax
 from ablation_bench import Bench
-from ablation_cases import OTHER, STUDIES, TEXT, Case, reference
+from ablation_case import OTHER, TEXT, Case, reference
+from ablation_cases import STUDIES
 
 from any4_jax import benchmarks
 from any4_jax.benchmarks import machine
