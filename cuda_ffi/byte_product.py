@@ -1,18 +1,12 @@
 """Products of rounded inputs with weights of bytes on the CPU, over plain arrays in the layout of layout.py."""
 
-import functools
 from collections.abc import Sequence
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
-from cuda_ffi import registration
-from cuda_ffi.folding import fold_rows
-from cuda_ffi.lut_product import Matrix, readable
+from cuda_ffi.lut_product import Matrix, call_products
 
 TARGET = "any4_cpu_byte_product"
-OPERANDS = 4
 
 
 def byte_products(
@@ -36,30 +30,4 @@ def byte_products(
     Raises:
       RuntimeError: the library can't be used; `registration.why_not("cpu")` says why without raising.
     """
-    registration.register("cpu")
-    operands = [operand for matrix in matrices for operand in _operands(matrix, bits)]
-    call = _call(bits, min(group_size, max(x.shape[-1], 1)), isa)
-    if x.dtype == jnp.float16:
-        return tuple(y.astype(x.dtype) for y in call(x.astype(jnp.float32), *operands))
-    return call(x, *operands)
-
-
-def _operands(matrix: Matrix, bits: int) -> tuple[jax.Array, ...]:
-    """OPERANDS arrays; an array of no elements takes the place of an absent one."""
-    (codes,) = matrix.codes
-    table = bits == 4 and matrix.lut.dtype == jnp.int8
-    offsets = jnp.zeros((0, 0), jnp.float32) if matrix.offsets is None else readable(matrix.offsets)
-    return codes, matrix.lut if table else readable(matrix.lut), readable(matrix.scales), offsets
-
-
-@functools.cache
-def _call(bits: int, group_size: int, isa: str):
-    """The custom call on (x, *operands) with its rule for vmap."""
-
-    @fold_rows
-    def call(x, *operands):
-        outs = [jax.ShapeDtypeStruct((x.shape[0], codes.shape[0]), x.dtype) for codes in operands[::OPERANDS]]
-        ys = jax.ffi.ffi_call(TARGET, outs)(x, *operands, bits=np.int64(bits), group_size=np.int64(group_size), isa=isa)
-        return tuple(ys)
-
-    return call
+    return call_products(TARGET, x, matrices, bits=bits, group_size=group_size, isa=isa)

@@ -49,7 +49,7 @@ std::vector<double> Rounded(const std::vector<float>& x, int64_t m, int64_t k) {
 bool Check(const Shape& s, int bits, bool ramp, any4::Isa isa, int64_t thread_count) {
   std::mt19937 random(static_cast<unsigned>(s.k * 8 + bits));
   std::uniform_real_distribution<float> uniform(-1, 1);
-  const int64_t row_bytes = any4::CodeBytes(s.k, bits), groups = (s.k + s.group_size - 1) / s.group_size;
+  const int64_t row_bytes = any4::PlaneBytes(s.k, bits), groups = (s.k + s.group_size - 1) / s.group_size;
   const int64_t tables = s.row_tables ? s.n : 1, size = int64_t{1} << bits;
   std::vector<uint8_t> codes(s.n * s.k), packed(s.n * row_bytes);
   for (int64_t i = 0; i < s.n * s.k; ++i) {
@@ -65,7 +65,7 @@ bool Check(const Shape& s, int bits, bool ramp, any4::Isa isa, int64_t thread_co
   std::vector<float> x(s.m * s.k), y(s.m * s.n, NAN);
   for (float& v : x) v = uniform(random);
 
-  any4::ByteWeight w{};
+  any4::Weight w{};
   w.n = s.n;
   w.k = s.k;
   w.bits = bits;
@@ -73,10 +73,10 @@ bool Check(const Shape& s, int bits, bool ramp, any4::Isa isa, int64_t thread_co
   w.codes = packed.data();
   w.lut = ramp ? static_cast<const void*>(steps.data()) : lut.data();
   w.lut_rows = tables;
-  w.ramp = ramp;
+  w.integers = !ramp;
   w.scales = scales.data();
   w.offsets = s.offsets ? offsets.data() : nullptr;
-  const any4::ByteProduct product{w, y.data()};
+  const any4::Product product{w, y.data()};
   {
     Pool pool;
     any4::ByteProducts(&product, 1, x.data(), s.m, any4::Type::kFloat32, isa, pool.executor(thread_count));

@@ -12,8 +12,6 @@
 
 namespace any4 {
 
-inline int64_t CodeBytes(int64_t k, int bits) { return (k * bits + 7) / 8; }
-
 // Rounded x in the order above, padded with zeros to whole steps, and all else that the weight's rows have in common.
 struct ByteInput {
   int64_t rows;
@@ -43,10 +41,10 @@ struct ByteKernel {
   // Rounds row `row` of x, which is at `x`, into the input's arrays.
   void (*round)(const void* x, Type type, int bits, const ByteInput& in, int64_t row);
   // Multiplies rows [begin, end) of the weight with all rows of the input; `scratch` has ByteScratchFloats.
-  void (*multiply)(const ByteWeight&, const ByteInput&, int64_t begin, int64_t end, const Output&, float* scratch);
+  void (*multiply)(const Weight&, const ByteInput&, int64_t begin, int64_t end, const Output&, float* scratch);
 };
 
-inline int64_t ByteScratchFloats(const ByteWeight& weight) { return 2 * (kByteRows * weight.groups() + kBytePadding); }
+inline int64_t ByteScratchFloats(const Weight& weight) { return 2 * (kByteRows * weight.groups() + kBytePadding); }
 
 // Null if the library was built without that instruction set.
 const ByteKernel* PortableByteKernel();

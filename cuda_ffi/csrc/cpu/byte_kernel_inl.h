@@ -14,9 +14,9 @@
 #include "byte_round_inl.h"
 
 // The bytes of row n's table, -8 to 7 for a ramp.
-inline const int8_t* TableOf(const ByteWeight& w, int64_t n) {
+inline const int8_t* TableOf(const Weight& w, int64_t n) {
   static constexpr int8_t kRamp[16] = {-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7};
-  return w.ramp ? kRamp : static_cast<const int8_t*>(w.lut) + (w.lut_rows == 1 ? 0 : n * 16);
+  return !w.integers ? kRamp : static_cast<const int8_t*>(w.lut) + (w.lut_rows == 1 ? 0 : n * 16);
 }
 
 // The scales and offsets of a few rows of the weight, as floats; a ramp's step and middle are part of them.
@@ -25,15 +25,15 @@ struct ByteRows {
   float* offsets;
   bool any_offsets;
 
-  ByteRows(const ByteWeight& w, float* scratch)
+  ByteRows(const Weight& w, float* scratch)
       : scales(scratch), offsets(scratch + kByteRows * w.groups() + kBytePadding), any_offsets(w.offsets != nullptr) {}
 
-  void Load(const ByteWeight& w, int64_t first, int64_t count) {
+  void Load(const Weight& w, int64_t first, int64_t count) {
     const int64_t groups = w.groups();
     Widen(w.scales, w.scales_type, first * groups, count * groups, scales);
     any_offsets = w.offsets != nullptr;
     if (any_offsets) Widen(w.offsets, w.offsets_type, first * groups, count * groups, offsets);
-    if (!w.ramp) return;
+    if (w.integers) return;
     for (int64_t row = 0; row < count; ++row) {
       const int64_t size = int64_t{1} << w.bits, table = (w.lut_rows == 1 ? 0 : first + row) * size;
       float start[2], middle;
@@ -94,7 +94,7 @@ struct ByteMultiply {
   }
 
   template <int kRows, int kInputs>
-  static void Tile(const ByteWeight& w, const ByteInput& in, const ByteRows& rows, int64_t n, int64_t within,
+  static void Tile(const Weight& w, const ByteInput& in, const ByteRows& rows, int64_t n, int64_t within,
                    int64_t input, const Output& out) {
     typename V::Table tables[kRows];
     const float* scales[kRows];
@@ -105,7 +105,7 @@ struct ByteMultiply {
       for (Floats& sum : sums[r]) sum = V::ZeroFloats();
     }
     const uint8_t* codes[kRows];
-    const int64_t stride = CodeBytes(w.k, kBits), last_step = in.steps - 1;
+    const int64_t stride = PlaneBytes(w.k, kBits), last_step = in.steps - 1;
     for (int r = 0; r < kRows; ++r) codes[r] = w.codes + (n + r) * stride;
     for (int64_t step = 0; step < last_step; ++step) {
       if (kInputs == 1) {
@@ -143,7 +143,7 @@ struct ByteMultiply {
 
   // Rows [first, first + count) of the weight by kInputs rows of x, as many of the weight at a time as registers allow.
   template <int kRows, int kInputs>
-  static void Tiles(const ByteWeight& w, const ByteInput& in, const ByteRows& rows, int64_t first, int64_t count,
+  static void Tiles(const Weight& w, const ByteInput& in, const ByteRows& rows, int64_t first, int64_t count,
                     int64_t input, const Output& out) {
     int64_t r = 0;
     for (; r + kRows <= count; r += kRows) Tile<kRows, kInputs>(w, in, rows, first + r, r, input, out);
@@ -152,7 +152,7 @@ struct ByteMultiply {
 
   // All rows of x from `input` on, kInputs at a time, then fewer.
   template <int kInputs>
-  static void Inputs(const ByteWeight& w, const ByteInput& in, const ByteRows& rows, int64_t first, int64_t count,
+  static void Inputs(const Weight& w, const ByteInput& in, const ByteRows& rows, int64_t first, int64_t count,
                      int64_t input, const Output& out) {
     constexpr int kRows = kInputs == 1 ? V::kRowsOfOne : V::kRows;
     for (; input + kInputs <= in.rows; input += kInputs) Tiles<kRows, kInputs>(w, in, rows, first, count, input, out);
@@ -161,7 +161,7 @@ struct ByteMultiply {
     }
   }
 
-  static void Range(const ByteWeight& w, const ByteInput& in, int64_t begin, int64_t end, const Output& out,
+  static void Range(const Weight& w, const ByteInput& in, int64_t begin, int64_t end, const Output& out,
                     float* scratch) {
     ByteRows rows(w, scratch);
     for (int64_t first = begin; first < end; first += kByteRows) {
@@ -178,7 +178,7 @@ struct ByteKernelOf {
     (bits == 4 ? RoundRow<V, 4> : RoundRow<V, 8>)(x, type, in, row);
   }
 
-  static void Multiply(const ByteWeight& w, const ByteInput& in, int64_t begin, int64_t end, const Output& out,
+  static void Multiply(const Weight& w, const ByteInput& in, int64_t begin, int64_t end, const Output& out,
                        float* scratch) {
     const auto range = w.bits == 4 ? (in.whole_steps ? ByteMultiply<V, 4, true>::Range : ByteMultiply<V, 4, false>::Range)
                                    : (in.whole_steps ? ByteMultiply<V, 8, true>::Range : ByteMultiply<V, 8, false>::Range);

@@ -5,7 +5,7 @@
 #include <vector>
 
 #include "byte_kernel.h"
-#include "rows.h"
+#include "products.h"
 
 namespace any4 {
 namespace {
@@ -25,19 +25,16 @@ const ByteKernel& ByteKernelFor(Isa isa) {
 
 }  // namespace
 
-void ByteProducts(const ByteProduct* products, int64_t count, const void* x, int64_t m, Type type, Isa isa,
+void ByteProducts(const Product* products, int64_t count, const void* x, int64_t m, Type type, Isa isa,
                   const Executor& executor) {
-  const int64_t item = type == Type::kFloat32 ? 4 : 2;
-  int64_t n = 0;
-  for (const ByteProduct* product = products; product < products + count; ++product) n += product->weight.n;
-  if (m == 0 || n == 0) return;
+  if (m == 0 || RowsOf(products, count) == 0) return;
   if (products[0].weight.k == 0) {
-    for (const ByteProduct* product = products; product < products + count; ++product) {
-      std::memset(product->y, 0, m * product->weight.n * item);
+    for (const Product* product = products; product < products + count; ++product) {
+      std::memset(product->y, 0, m * product->weight.n * ItemBytes(type));
     }
     return;
   }
-  const ByteWeight& shape = products[0].weight;
+  const Weight& shape = products[0].weight;
   const ByteKernel& kernel = ByteKernelFor(isa);
   const int64_t lanes = kernel.lanes, step = 8 * lanes, groups = shape.groups();
 
@@ -66,37 +63,18 @@ void ByteProducts(const ByteProduct* products, int64_t count, const void* x, int
   input.scales = scales.get();
   input.sums = sums.get();
 
-  // Several tasks a thread, so that others take over from a thread that is held up.
-  const int64_t share = n / (executor.threads * 4) / kByteRows * kByteRows;
-  const int64_t task_rows = std::clamp(share, kByteRows, kByteTaskRows);
-  struct Task {
-    const ByteProduct* product;
-    int64_t begin;
+  const auto round = [&](int64_t first, int64_t row) {
+    kernel.round(static_cast<const char*>(x) + first * shape.k * ItemBytes(type), type, shape.bits, input, row);
   };
-  std::vector<Task> tasks;
-  for (const ByteProduct* product = products; product < products + count; ++product) {
-    for (int64_t begin = 0; begin < product->weight.n; begin += task_rows) tasks.push_back({product, begin});
-  }
-
+  const auto multiply = [&](const Weight& weight, int64_t begin, int64_t end, int64_t rows, const Output& output,
+                            char* scratch) {
+    ByteInput of_pass = input;
+    of_pass.rows = rows;
+    kernel.multiply(weight, of_pass, begin, end, output, reinterpret_cast<float*>(scratch));
+  };
   const int64_t scratch_bytes = ByteScratchFloats(shape) * static_cast<int64_t>(sizeof(float));
-  for (int64_t first = 0; first < m; first += pass_rows) {
-    input.rows = std::min(pass_rows, m - first);
-    const void* const from = static_cast<const char*>(x) + first * shape.k * item;
-    const auto round = [&](int64_t row) { kernel.round(from, type, shape.bits, input, row); };
-    // A row takes about a microsecond, so calling other threads pays only for many rows.
-    if (input.rows >= 32) {
-      ParallelFor(executor, input.rows, round);
-    } else {
-      for (int64_t row = 0; row < input.rows; ++row) round(row);
-    }
-    ForTasks(executor, static_cast<int64_t>(tasks.size()), scratch_bytes, [&](int64_t index, char* scratch) {
-      const auto [product, begin] = tasks[index];
-      const ByteWeight& weight = product->weight;
-      const Output output{static_cast<char*>(product->y) + first * weight.n * item, weight.n, type};
-      const int64_t end = std::min(begin + task_rows, weight.n);
-      kernel.multiply(weight, input, begin, end, output, reinterpret_cast<float*>(scratch));
-    });
-  }
+  ForProducts(products, count, m, type, {kByteInputRows, kByteRows, kByteTaskRows, scratch_bytes}, executor, round,
+              multiply);
 }
 
 }  // namespace any4
