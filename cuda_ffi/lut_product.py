@@ -55,13 +55,16 @@ def lut_products(
     return call_products(TARGET, x, matrices, bits=bits, group_size=group_size, isa=isa)
 
 
-def call_products(target: str, x: jax.Array, matrices: Sequence[Matrix], **attributes: Any) -> tuple[jax.Array, ...]:
+def call_products(
+    target: str, x: jax.Array, matrices: Sequence[Matrix], *others: jax.Array, **attributes: Any
+) -> tuple[jax.Array, ...]:
     """y [M, N] of each matrix in x's dtype, from one of the handlers that read x and these matrices.
 
     Args:
       target: the handler's name.
       x: [M, K], float32, bfloat16 or float16.
       matrices: at least one; tables of int8 stay as they are.
+      others: what the handler reads between x and the matrices.
       attributes: of the handler; group_size is cut to K.
 
     Raises:
@@ -69,8 +72,8 @@ def call_products(target: str, x: jax.Array, matrices: Sequence[Matrix], **attri
     """
     registration.register("cpu")
     attributes["group_size"] = min(attributes["group_size"], max(x.shape[-1], 1))
-    call = _call(target, tuple(attributes.items()))
-    operands = [operand for matrix in matrices for operand in _operands(matrix)]
+    call = _call(target, len(others), tuple(attributes.items()))
+    operands = *others, *(operand for matrix in matrices for operand in _operands(matrix))
     if x.dtype == jnp.float16:
         return tuple(y.astype(x.dtype) for y in call(x.astype(jnp.float32), *operands))
     return call(x, *operands)
@@ -90,13 +93,13 @@ def _readable(stored: jax.Array) -> jax.Array:
 
 
 @functools.cache
-def _call(target: str, attributes: tuple[tuple[str, Any], ...]) -> Callable[..., tuple[jax.Array, ...]]:
-    """The custom call on (x, *operands) with its rule for vmap."""
+def _call(target: str, others: int, attributes: tuple[tuple[str, Any], ...]) -> Callable[..., tuple[jax.Array, ...]]:
+    """The custom call on (x, *others, *operands) with its rule for vmap."""
     passed = {name: np.int64(value) if type(value) is int else value for name, value in attributes}
 
     @fold_rows
     def call(x, *operands):
-        outs = [jax.ShapeDtypeStruct((x.shape[0], codes.shape[0]), x.dtype) for codes in operands[::_OPERANDS]]
+        outs = [jax.ShapeDtypeStruct((x.shape[0], codes.shape[0]), x.dtype) for codes in operands[others::_OPERANDS]]
         return tuple(jax.ffi.ffi_call(target, outs)(x, *operands, **passed))
 
     return call

@@ -8,9 +8,7 @@
 #include "products.h"
 
 namespace any4 {
-namespace {
 
-// The best kernel within an instruction set that the library was built with.
 const ByteKernel& ByteKernelFor(Isa isa) {
   const ByteKernel* const vbmi = isa >= Isa::kAvx512Vbmi ? Avx512VbmiByteKernel() : nullptr;
   const ByteKernel* const vnni = isa >= Isa::kAvx512Vnni ? Avx512VnniByteKernel() : nullptr;
@@ -23,17 +21,10 @@ const ByteKernel& ByteKernelFor(Isa isa) {
   return *PortableByteKernel();
 }
 
-}  // namespace
+namespace {
 
-void ByteProducts(const Product* products, int64_t count, const void* x, int64_t m, Type type, Isa isa,
+void GroupProducts(const Product* products, int64_t count, const void* x, int64_t m, Type type, Isa isa,
                   const Executor& executor) {
-  if (m == 0 || RowsOf(products, count) == 0) return;
-  if (products[0].weight.k == 0) {
-    for (const Product* product = products; product < products + count; ++product) {
-      std::memset(product->y, 0, m * product->weight.n * ItemBytes(type));
-    }
-    return;
-  }
   const Weight& shape = products[0].weight;
   const ByteKernel& kernel = ByteKernelFor(isa);
   const int64_t lanes = kernel.lanes, step = 8 * lanes, groups = shape.groups();
@@ -70,11 +61,68 @@ void ByteProducts(const Product* products, int64_t count, const void* x, int64_t
                             char* scratch) {
     ByteInput of_pass = input;
     of_pass.rows = rows;
-    kernel.multiply(weight, of_pass, begin, end, output, reinterpret_cast<float*>(scratch));
+    kernel.multiply(weight, of_pass, begin, end, output, scratch);
   };
-  const int64_t scratch_bytes = ByteScratchFloats(shape) * static_cast<int64_t>(sizeof(float));
+  const int64_t unpacked = ByteWidth(shape.bits) == shape.bits ? 0 : kByteRows * input.steps * lanes * ByteWidth(shape.bits);
+  const int64_t scratch_bytes = unpacked + ByteRowsScratch(shape);
   ForProducts(products, count, m, type, {kByteInputRows, kByteRows, kByteTaskRows, scratch_bytes}, executor, round,
               multiply);
+}
+
+void TokenProducts(const Product* products, int64_t count, const void* x, int64_t m, Type type, const Rounding& rounding,
+                   Isa isa, const Executor& executor) {
+  const Weight& shape = products[0].weight;
+  const ByteKernel& kernel = ByteKernelFor(isa);
+  const int64_t step = 4 * kernel.lanes / kernel.token_bytes, line = 64 / kernel.token_bytes;
+  const int64_t pass_rows = std::min(m, kByteInputRows), places = pass_rows + 1;
+
+  TokenInput input{};
+  input.k = shape.k;
+  input.group_size = std::min(shape.group_size, shape.k);
+  input.groups = shape.groups();
+  input.group_steps = (input.group_size + step - 1) / step;
+  input.last_steps = (shape.k - (input.groups - 1) * input.group_size + step - 1) / step;
+  const int64_t integers = ((input.groups - 1) * input.group_steps + input.last_steps) * step;
+  input.stride = (integers + line - 1) / line * line + line;
+  input.ones = rounding.symmetric ? -1 : pass_rows;
+  const auto values = Allocate<char>(places * input.stride * kernel.token_bytes);
+  const auto starts = Allocate<int32_t>(places * input.groups * kernel.lanes);
+  const auto floats = Allocate<float>(places * (input.groups + 2));
+  input.values = values.get();
+  input.starts = starts.get();
+  input.sums = floats.get();
+  input.scales = input.sums + places * input.groups;
+  input.zeros = input.scales + places;
+  if (input.ones >= 0) kernel.round_token(x, type, rounding, input, 0, input.ones);
+
+  const auto round = [&](int64_t first, int64_t row) { kernel.round_token(x, type, rounding, input, first, row); };
+  const auto multiply = [&](const Weight& weight, int64_t begin, int64_t end, int64_t rows, const Output& output,
+                            char* scratch) {
+    TokenInput of_pass = input;
+    of_pass.rows = rows;
+    kernel.multiply_token(weight, of_pass, begin, end, output, scratch);
+  };
+  const int64_t scratch_bytes = kTokenRows * input.stride * kernel.token_bytes + ByteRowsScratch(shape);
+  ForProducts(products, count, m, type, {pass_rows, kTokenRows, kByteTaskRows, scratch_bytes}, executor, round,
+              multiply);
+}
+
+}  // namespace
+
+void ByteProducts(const Product* products, int64_t count, const void* x, int64_t m, Type type, const Rounding& rounding,
+                  Isa isa, const Executor& executor) {
+  if (m == 0 || RowsOf(products, count) == 0) return;
+  if (products[0].weight.k == 0) {
+    for (const Product* product = products; product < products + count; ++product) {
+      std::memset(product->y, 0, m * product->weight.n * ItemBytes(type));
+    }
+    return;
+  }
+  if (rounding.by_row) {
+    TokenProducts(products, count, x, m, type, rounding, isa, executor);
+  } else {
+    GroupProducts(products, count, x, m, type, isa, executor);
+  }
 }
 
 }  // namespace any4
