@@ -14,7 +14,7 @@ import pytest
 from any4_jax import benchmarks, cli
 from any4_jax.benchmarks import gemm, quantize
 from any4_jax.data import texts
-from any4_jax.methods import GPTQ, NF4, Any4
+from any4_jax.methods import GPTQ, NF4, Any4, SmoothQuant
 from any4_jax.statistics import Drift, Hessian, Moments
 
 FOLDER = Path(__file__).resolve().parent.parent / "examples" / "benchmarks"
@@ -49,11 +49,12 @@ def test_every_case_can_run_and_is_one_of_its_kind(study: str) -> None:
         (Any4.paper(), True),
         (GPTQ(), True),
         (GPTQ(sequential=False), True),
+        (SmoothQuant(), True),
     ],
 )
 def test_methods_that_need_a_walk_get_one(method, walked: bool) -> None:
     assert CASES.Case("", method).walked == walked
-    assert not CASES.Case("", method, CASES.NONE).walked
+    assert CASES.Case("", method, CASES.NONE).walked == isinstance(method, SmoothQuant)
 
 
 def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cases: dict[str, list], *flags: str):
@@ -112,9 +113,14 @@ def test_a_file_is_continued_with_the_same_settings_alone(tmp_path: Path, monkey
 
 def test_a_method_in_a_walk_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     method = GPTQ(inner=NF4(group_size=32))
-    cases = [CASES.Case("GPTQ nf4", method, CASES.TEXT, samples=2, length=64)]
+    cases = [
+        CASES.Case("GPTQ nf4", method, CASES.TEXT, samples=2, length=64),
+        *(CASES.Case(f"{b} bits", SmoothQuant(alpha=None, input_bits=b), CASES.NONE) for b in (8, 3)),
+    ]
     result = command(tmp_path, monkeypatch, {"walk": cases}, "--text", STORIES, "--calibration-text", STORIES)
-    first, row = result.rows
+    first, row, bytes_, few = result.rows
+    assert bytes_["kl_nats"] < 0.1 * first["kl_nats"] < 0.1 * few["kl_nats"], "inputs are rounded where it is measured"
+    assert few["error_q_proj"] is None
     assert (row["calibration"], row["method"]) == ("text, 2 x 64 tokens", repr(method))
     assert result.settings["calibration_text"] == "stories.txt"
     # The codes differ from the nearest ones, and the scales have 16 bits in place of 32.

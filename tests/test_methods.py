@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,9 @@ import pytest
 from equality import assert_same
 
 from any4_jax import scaling, statistics, weights
-from any4_jax.methods import AF4, CATALOGUE, FP4, GPTQ, MX4, NF4, Any4, Int, Method, quantize
+from any4_jax.methods import AF4, CATALOGUE, FP4, GPTQ, MX4, NF4, Any4, Int, Method, SiteWeights, SmoothQuant, quantize
+from any4_jax.methods.apply import apply_site
+from any4_jax.methods.base import scope_of
 from any4_jax.methods.spec import method_from_json, method_to_json
 
 N, K = 12, 40
@@ -41,7 +44,11 @@ COMPENSATED = [
     GPTQ(LEARNED[-1], static_groups=False),
     GPTQ(LEARNED[1], refits=1),
 ]
-METHODS = [pytest.param(m, id=f"{m.name}-{i}") for i, m in enumerate(FIXED + LEARNED + COMPENSATED)]
+# A factor for each input that depends on the inputs alone scales with no power of the weights; one group a weight, so
+# that a row of equal weights is close to equal again.
+SITES = [SmoothQuant(Int(bits=8, group_size=1), alpha=1.0)]
+EVERY = FIXED + LEARNED + COMPENSATED + SITES
+METHODS = [pytest.param(m, id=f"{m.name}-{i}") for i, m in enumerate(EVERY)]
 contract = pytest.mark.parametrize("method", METHODS)
 
 
@@ -56,21 +63,26 @@ def layer(seed: int = 0) -> np.ndarray:
 def stats() -> statistics.Gathered:
     rng = np.random.default_rng(9)
     x = rng.normal(0.2, 10.0 ** rng.uniform(-1, 1, K), (64, K)).astype(np.float32)
-    needs = [s for method in FIXED + LEARNED + COMPENSATED for s in method.needs]
+    needs = [s for method in EVERY for s in method.needs]
     return statistics.from_activations(x, statistics=dict.fromkeys(needs))
 
 
 dequantize = jax.jit(weights.dequantize)
 
 
-def run(w: np.ndarray, method: Method):
-    return quantize(jnp.asarray(w), method, stats())
+def run(w: np.ndarray, method: Any, path: str = "the weight"):
+    """The operator of a matrix; for a site of this one matrix, with its factors."""
+    if scope_of(method) == "matrix":
+        return quantize(jnp.asarray(w), method, stats(), path=path)
+    made = apply_site(SiteWeights({"w": jnp.asarray(w)}), method, stats(), path)
+    operator = made.results["w"].operator
+    return operator if made.input_scale is None else weights.ScaleInput(operator, made.input_scale)
 
 
 @contract
 def test_shapes_dtypes_and_size(method) -> None:
     whole = run(layer(), method)
-    q, method = getattr(whole, "inner", whole), getattr(method, "inner", method)
+    q, method = leaf(whole), getattr(method, "inner", method)
     group_size = min(method.group_size, K)
     bits = getattr(method, "bits", 4)
     assert q.shape == (N, K) and q.bits == bits and q.group_size == group_size
@@ -126,7 +138,7 @@ def test_powers_of_two_scale_the_matrix_exactly(method) -> None:
         factor = np.float32(2.0**power)
         if narrow and abs(power) > 9:
             with pytest.raises(ValueError, match=f"a.b: .*{UNHELD[int(np.sign(power))]}"):
-                quantize(jnp.asarray(w * factor), method, stats(), path="a.b")
+                run(w * factor, method, path="a.b")
             continue
         try:
             scaled = leaf(run(w * factor, method))
@@ -150,8 +162,8 @@ def test_powers_of_two_scale_the_matrix_exactly(method) -> None:
 
 
 def leaf(q):
-    """The coded matrix of a result whose input may be permuted."""
-    return getattr(q, "inner", q)
+    """The coded matrix of a result whose input may be permuted, scaled or rounded."""
+    return leaf(q.inner) if hasattr(q, "inner") else q
 
 
 def values_of(stored, grouped: bool):

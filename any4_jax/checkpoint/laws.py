@@ -96,6 +96,8 @@ def _(w: QuantizeInput) -> str | None:
     levels = (*w.shape[:-2], 2**w.bits)
     if w.levels is not None and not (_is_floating(w.levels) and w.levels.shape == levels):
         return f"levels are {_described(w.levels)}, and floats {list(levels)} are needed"
+    if w.scale is not None and not (w.symmetric and w.per == "tensor"):
+        return f"scale is that of a whole input without a zero point, and symmetric={w.symmetric}, per={w.per!r}"
     return None
 
 

@@ -3,6 +3,7 @@
 from any4_jax.kv_cache.attention import ReadBlock, attention, attention_by_blocks
 from any4_jax.kv_cache.base import Cache, CacheFactory, PairRope, Rope, append_attend, rotate_pairs, rotated, traceable
 from any4_jax.kv_cache.dense import DenseCache
+from any4_jax.kv_cache.rounded import RoundedAttention
 from any4_jax.kv_cache.settings import PLAIN, AttentionSettings
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "PairRope",
     "ReadBlock",
     "Rope",
+    "RoundedAttention",
     "append_attend",
     "attention",
     "attention_by_blocks",

@@ -7,7 +7,7 @@ Letters: B rows of the batch, T queries, S slots, H query heads, Hkv key/value h
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -38,6 +38,8 @@ def attention(
     positions: jax.Array,
     start: jax.Array,
     settings: AttentionSettings = PLAIN,
+    *,
+    weight_bits: int | None = None,
 ) -> jax.Array:
     """Causal attention over arrays of keys and values; it goes block by block if there are more than MAX_SCORES scores.
 
@@ -48,6 +50,7 @@ def attention(
         positions: int32 [B, T], of the queries.
         start: int32 [B], the first slot of each row that holds no padding.
         settings: scale, softcap and window.
+        weight_bits: rounds the weights of each query to this many bits, from 0 to its largest; None leaves them.
 
     Returns:
         [B, T, H, D] in the queries' dtype; the softmax is computed in float32. Rows of padding are finite but
@@ -56,10 +59,13 @@ def attention(
     batch, tokens, heads, _ = queries.shape
     slots = keys.shape[-1]
     if not fits(batch, tokens, heads, slots):
-        return attention_by_blocks(queries, slices(keys, values, BLOCK_SLOTS), slots, positions, start, settings)
+        read = slices(keys, values, BLOCK_SLOTS)
+        return attention_by_blocks(queries, read, slots, positions, start, settings, weight_bits=weight_bits)
     rows = _rows(queries, keys.shape[0] // batch)
     scores = _scores(rows, keys, _seen(jnp.arange(slots, dtype=jnp.int32), positions, start, settings), settings)
-    mixing = jax.nn.softmax(scores).astype(queries.dtype).reshape(*rows.shape[:2], slots)
+    mixing = jax.nn.softmax(scores)
+    mixing = _rounded(mixing, mixing.max(axis=-1, keepdims=True), weight_bits)
+    mixing = mixing.astype(queries.dtype).reshape(*rows.shape[:2], slots)
     mixed = jnp.einsum("brs,bsd->brd", mixing, values.astype(queries.dtype))
     return _heads(mixed, queries.shape)
 
@@ -79,15 +85,17 @@ def attention_by_blocks(
     settings: AttentionSettings = PLAIN,
     *,
     block_queries: int = BLOCK_QUERIES,
+    weight_bits: int | None = None,
 ) -> jax.Array:
     """`attention` over blocks of slots, equal to it within float32 rounding.
 
     Only one block of scores, keys and values exists at a time (arXiv:2112.05682, with the running softmax of
     arXiv:2205.14135, algorithm 1), so a quantized cache can decode its slots block by block. Blocks that no query sees
-    are not read. The gradient recomputes the scores.
+    are not read. The gradient recomputes the scores. To round the weights takes the scores twice: what the largest
+    weight of a query is, is known at the end.
 
     Args:
-        queries, positions, start, settings: as for `attention`.
+        queries, positions, start, settings, weight_bits: as for `attention`.
         read: reads one block. `first` is a multiple of the block's size; but if `slots` is not, the last block starts
             earlier, so that it ends with the last slot.
         slots: S.
@@ -106,7 +114,7 @@ def attention_by_blocks(
 
     @jax.checkpoint
     def attend(part: tuple[jax.Array, jax.Array]) -> jax.Array:
-        return _running_softmax(*part, read, pairs // batch, block, slots, start, settings)
+        return _running_softmax(*part, read, pairs // batch, block, slots, start, settings, weight_bits)
 
     if tokens <= block_queries:
         return attend((queries, positions))
@@ -158,6 +166,7 @@ def _running_softmax(
     slots: int,
     start: jax.Array,
     settings: AttentionSettings,
+    weight_bits: int | None,
 ) -> jax.Array:
     """Attention for one block of queries, as a scan over blocks of `block` slots; `groups` is Hkv."""
     rows = _rows(queries, groups)
@@ -165,35 +174,54 @@ def _running_softmax(
     newest = own.max()
     oldest = jnp.int32(0) if settings.window is None else own.min() - settings.window + 1
 
-    def add(running: _Running, index: jax.Array) -> _Running:
+    def scored(index: jax.Array) -> tuple[jax.Array, jax.Array]:
         first = jnp.minimum(index * block, slots - block)
         keys, values = read(first)
         here = first + jnp.arange(block, dtype=jnp.int32)
         # The last block may overlap the one before it.
         seen = _seen(here, positions, start, settings) & (here >= index * block)[None, None]
-        scores = _scores(rows, keys, seen, settings).reshape(*rows.shape[:2], block)
+        return _scores(rows, keys, seen, settings).reshape(*rows.shape[:2], block), values
+
+    def highest(so_far: jax.Array, index: jax.Array) -> jax.Array:
+        return jnp.maximum(so_far, scored(index)[0].max(axis=-1))
+
+    def add(running: _Running, index: jax.Array) -> _Running:
+        scores, values = scored(index)
         highest = jnp.maximum(running.highest, scores.max(axis=-1))
         weights, fade = jnp.exp(scores - highest[..., None]), jnp.exp(running.highest - highest)
         new = jnp.einsum(
             "brs,bsd->brd",
-            weights.astype(rows.dtype),
+            _rounded(weights, 1.0, weight_bits).astype(rows.dtype),
             values.astype(rows.dtype),
             preferred_element_type=jnp.float32,
         )
         total = running.total * fade + weights.sum(axis=-1)
         return _Running(highest, total, running.mixed * fade[..., None] + new)
 
-    # A scan with a conditional in each step, because a loop over the needed blocks alone has no reverse-mode gradient.
-    @jax.checkpoint
-    def step(running: _Running, index: jax.Array) -> tuple[_Running, None]:
-        needed = (index * block <= newest) & ((index + 1) * block > oldest)
-        return jax.lax.cond(needed, add, lambda running, _: running, running, index), None
+    def over_blocks(body: Callable[[Any, jax.Array], Any], carry: Any) -> Any:
+        # A scan with a conditional in each step: a loop over the needed blocks alone has no reverse-mode gradient.
+        @jax.checkpoint
+        def step(carry: Any, index: jax.Array) -> tuple[Any, None]:
+            needed = (index * block <= newest) & ((index + 1) * block > oldest)
+            return jax.lax.cond(needed, body, lambda carry, _: carry, carry, index), None
+
+        return jax.lax.scan(step, carry, jnp.arange(-(-slots // block), dtype=jnp.int32))[0]
 
     nothing = jnp.zeros(rows.shape[:2], jnp.float32)
-    running = _Running(nothing + MASKED, nothing, jnp.zeros(rows.shape, jnp.float32))
-    running, _ = jax.lax.scan(step, running, jnp.arange(-(-slots // block), dtype=jnp.int32))
+    lowest = nothing + MASKED
+    # Where it starts from the highest score of all, the largest weight is 1 throughout.
+    start_from = lowest if weight_bits is None else over_blocks(highest, lowest)
+    running = over_blocks(add, _Running(start_from, nothing, jnp.zeros(rows.shape, jnp.float32)))
     # No total is 0: the newest query's own block is always read, and the highest score has weight 1.
     return _heads((running.mixed / running.total[..., None]).astype(queries.dtype), queries.shape)
+
+
+def _rounded(weights: jax.Array, largest: jax.Array | float, bits: int | None) -> jax.Array:
+    """Weights rounded to multiples of largest / (2^bits - 1); as they are if `bits` is None."""
+    if bits is None:
+        return weights
+    steps = 2**bits - 1
+    return jnp.round(weights * (steps / largest)) * (largest / steps)
 
 
 def _rows(queries: jax.Array, groups: int) -> jax.Array:

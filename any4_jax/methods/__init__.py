@@ -17,6 +17,7 @@ from any4_jax.methods.fields import Fields
 from any4_jax.methods.gptq import GPTQ
 from any4_jax.methods.lifts import on_block, on_site
 from any4_jax.methods.rtn import AF4, FP4, MX4, NF4, Int
+from any4_jax.methods.smoothquant import SmoothQuant
 from any4_jax.methods.spec import CATALOGUE
 
 __all__ = [
@@ -38,6 +39,7 @@ __all__ = [
     "SiteMethod",
     "SiteResult",
     "SiteWeights",
+    "SmoothQuant",
     "on_block",
     "on_site",
     "quantize",

@@ -15,11 +15,11 @@ GROUP = 32
 
 def is_integer_product(w: QuantizeInput) -> bool:
     """Whether XLA can multiply x and the weight's codes as int8: x is rounded to integers with one scale for a whole
-    row, the codes are 8 bits wide and index a ramp, and scales and offsets are plain arrays."""
+    row or for all of x, the codes index a ramp, and scales and offsets are plain arrays."""
     leaf = leaf_of(w.inner)
     if leaf is None or w.levels is not None or w.per == "group":
         return False
-    return leaf.bits == 8 and leaf.uniform and not is_operator(leaf.scales) and not is_operator(leaf.offsets)
+    return leaf.uniform and not is_operator(leaf.scales) and not is_operator(leaf.offsets)
 
 
 def why_no_bytes(w: QuantizeInput) -> str | None:
@@ -45,7 +45,7 @@ def quantize_input(x: jax.Array, w: QuantizeInput) -> jax.Array:
     """x [M, K] rounded onto the grid of `w`, in x's dtype."""
     grouped = _grouped(x.astype(jnp.float32), w.per)
     if w.levels is not None:
-        scale = _absmax(grouped, w.per)
+        scale = _largest(grouped, w)
         levels = w.levels.astype(jnp.float32)
         rounded = levels[formats.nearest(_rows(grouped / scale), levels[None])].reshape(grouped.shape) * scale
     else:
@@ -73,9 +73,13 @@ def _grouped(x: jax.Array, per: str) -> jax.Array:
     return jnp.pad(x, ((0, 0), (0, -k % GROUP))).reshape(m, -(-k // GROUP), GROUP)
 
 
-def _absmax(x: jax.Array, per: str) -> jax.Array:
-    axis = None if per == "tensor" else -1
-    largest = jnp.abs(x).max(axis=axis, keepdims=True, initial=0.0)
+def _largest(x: jax.Array, w: QuantizeInput) -> jax.Array:
+    """The |x| at which the grid ends: the largest of each row, group or of all of x, or `w.scale`; float32."""
+    if w.scale is None:
+        axis = None if w.per == "tensor" else -1
+        largest = jnp.abs(x).max(axis=axis, keepdims=True, initial=0.0)
+    else:
+        largest = w.scale.astype(jnp.float32).reshape((1,) * x.ndim)
     # The inverse of anything smaller could overflow. Inputs that small are zeros.
     return jnp.where(largest < _SMALLEST, 1.0, largest)
 
@@ -90,7 +94,7 @@ def _integer_input(x: jax.Array, w: QuantizeInput) -> tuple[jax.Array, jax.Array
     """
     half = 2 ** (w.bits - 1)
     if w.symmetric:
-        largest = _absmax(x, w.per)
+        largest = _largest(x, w)
         # Products with constants and inverses, since XLA makes quotients into such where it can, and kernels have to
         # find the same integers.
         scale = largest * np.float32(1 / (half - 1))
@@ -115,14 +119,15 @@ def integer_product(x: jax.Array, w: QuantizeInput) -> jax.Array:
     k, group = leaf.shape[-1], min(leaf.group_size, leaf.shape[-1])
     short = -k % group
     q8 = jnp.pad(q.astype(jnp.int8), ((0, 0), (0, short))).reshape(q.shape[0], (k + short) // group, group)
-    c8 = jax.lax.bitcast_convert_type(leaf.unpacked_codes() ^ jnp.uint8(128), jnp.int8)
+    half = 2 ** (leaf.bits - 1)
+    c8 = jax.lax.bitcast_convert_type(leaf.unpacked_codes() - jnp.uint8(half), jnp.int8)
     c8 = jnp.pad(c8, ((0, 0), (0, short))).reshape(c8.shape[0], (k + short) // group, group)
     qc = jax.lax.dot_general(q8, c8, (((2,), (2,)), ((1,), (1,))), preferred_element_type=jnp.int32)  # [groups, M, N]
     sum_q = q8.sum(axis=2, dtype=jnp.int32).T[:, :, None]
     sum_c = c8.sum(axis=2, dtype=jnp.int32).T[:, None, :]
     sizes = jnp.asarray(np.minimum(group, k - group * np.arange(q8.shape[1])), jnp.float32)[:, None, None]
     table = leaf.lut.astype(jnp.float32)
-    middle, step = table[None, None, :, 128], (table[:, 1] - table[:, 0])[None, None]
+    middle, step = table[None, None, :, half], (table[:, 1] - table[:, 0])[None, None]
     s = scaling.scale_values(leaf.scales).T[:, None, :]
     shift = s * middle + (0.0 if leaf.offsets is None else leaf.offsets.astype(jnp.float32).T[:, None, :])
     z = z[None]

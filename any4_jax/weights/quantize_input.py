@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from any4_jax.weights.operator import Operator, dequantize, operator, take_rows
 
 
-@operator(static=("bits", "symmetric", "per"), axes={"levels": "."})
+@operator(static=("bits", "symmetric", "per"), axes={"levels": ".", "scale": ""})
 class QuantizeInput(Operator):
     """The input is quantized on the fly to `bits` before the inner product; the weight is that of `inner`.
 
@@ -21,6 +21,8 @@ class QuantizeInput(Operator):
       per: what has a scale of its own (static): "token" for each row of x, "tensor" for all of x, "group" for each 32
         inputs of a row, whatever the weight's group size. With "group" the product is computed in float32 and rounded
         once to x's dtype; a kernel may multiply the integers, which gives the same but for the order of float32 sums.
+      scale: None for scales that are found in x; else floating [*L], the |x| at which the grid of all inputs ends, and
+        larger ones are clipped. It needs `symmetric`, and "tensor" for `per`.
     """
 
     inner: Any
@@ -28,6 +30,7 @@ class QuantizeInput(Operator):
     bits: int
     symmetric: bool
     per: Literal["token", "tensor", "group"]
+    scale: jax.Array | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:

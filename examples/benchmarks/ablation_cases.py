@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from any4_jax.methods import FP4, GPTQ, NF4, Any4, Int
+from any4_jax.methods import FP4, GPTQ, NF4, Any4, Int, SmoothQuant
 from any4_jax.methods.base import scope_of
 from any4_jax.statistics import Hessian
 
@@ -43,10 +43,11 @@ class Case:
 
     @property
     def walked(self) -> bool:
-        """Whether the method has to meet the data in a walk over the model: it quantizes while it calibrates, or its
-        statistics of all layers at once are too large."""
+        """Whether the method has to walk over the model: it sees more than one matrix, it quantizes while it
+        calibrates, or its statistics of all layers at once are too large."""
         method = self.method
-        return self.calibrated and (method.sequential or Hessian() in method.needs or scope_of(method) != "matrix")
+        wider = scope_of(method) != "matrix"
+        return wider or (self.calibrated and (method.sequential or Hessian() in method.needs))
 
 
 def reference(g: int) -> Case:
@@ -224,6 +225,28 @@ def _bits_kl(g: int) -> list[Case]:
     ]
 
 
+def _smoothquant(g: int) -> list[Case]:
+    """Weights and inputs of few bits, smoothed and not: rows of integers, then tables in groups."""
+    w8, w6 = (SmoothQuant(inner=Int(bits=b, symmetric=True, group_size=WHOLE_ROWS), input_bits=b) for b in (8, 6))
+    w4 = SmoothQuant(inner=Any4(group_size=g))
+    cases = [_fixed(f"{name}, not smoothed", dataclasses.replace(w, alpha=None)) for name, w in _named(w8, w6, w4)]
+    cases += [
+        _on_text(f"{name}, alpha {alpha}", dataclasses.replace(w, alpha=alpha))
+        for name, w in _named(w8, w6, w4)
+        for alpha in (0.5, 0.55, 0.75)
+    ]
+    cases += [_on_text(f"{name}, alpha searched", dataclasses.replace(w, search=21)) for name, w in _named(w8, w6)]
+    return cases + [
+        _on_text("W8A8, alpha 0.5, inputs with a zero point", dataclasses.replace(w8, symmetric=False)),
+        _on_text("W8A8, static, not smoothed", dataclasses.replace(w8, alpha=None, per="tensor")),
+        *(_on_text(f"W8A8, static, alpha {a}", dataclasses.replace(w8, alpha=a, per="tensor")) for a in (0.5, 0.75)),
+    ]
+
+
+def _named(*methods: SmoothQuant) -> list[tuple[str, SmoothQuant]]:
+    return [(f"W{getattr(w.inner, 'bits', 4)}A{w.input_bits}", w) for w in methods]
+
+
 STUDIES: Mapping[str, Callable[[int], list[Case]]] = {
     "headline": _headline,
     "parts": _parts,
@@ -237,5 +260,6 @@ STUDIES: Mapping[str, Callable[[int], list[Case]]] = {
     "gptq": _gptq,
     "gptq-tokens": _gptq_tokens,
     "bits-kl": _bits_kl,
+    "smoothquant": _smoothquant,
 }
 """Name of a study -> its cases, as a function of the group size."""

@@ -5,8 +5,8 @@
 
 The model is SmolLM2-135M (fetched once), moved off the 4-bit grid on which it is stored. Without --text the loss is
 measured on the bundled essays; published figures use windows of 2048 tokens of WikiText-2. Every case is measured with
-weights that are dequantized to float32, so that one program serves all; --windows N takes N windows, spread evenly over
-the text.
+weights that are dequantized to float32, so that one program serves all, and with its inputs rounded where the method
+rounds them; --windows N takes N windows, spread evenly over the text.
 
 Tables are learned on the CPU, by the C++ solver if it is built. Methods that need a walk over the model (sequential
 ones, those with a Hessian, and those of sites or blocks) run where the model does, on jax's default device, and so does

@@ -1,0 +1,158 @@
+"""SmoothQuant (arXiv 2211.10438): inputs and weights of few bits, once the inputs' outliers are moved into the weights.
+
+Letters: N outputs, K inputs of a site, S tokens of a sample.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
+
+import jax
+import jax.numpy as jnp
+from pydantic import Field
+
+from any4_jax import weights
+from any4_jax.methods.base import Method, SiteResult, SiteWeights
+from any4_jax.methods.fields import Fields
+from any4_jax.methods.rtn import Int
+from any4_jax.product.quantized_input import quantize_input
+from any4_jax.schema import Count, Finite, Index
+from any4_jax.statistics import AbsMax, Gathered, Sample, Statistic
+from any4_jax.weights import QuantizeInput, dense_product
+
+Share = Annotated[Finite, Field(ge=0, le=1)]
+
+WHOLE_ROW = 2**30
+"""A group size above every K: one scale for a row of weights."""
+
+_FLOOR = 1e-5
+"""The share of the largest channel that a smaller one counts as, so that no factor is zero or infinite."""
+
+
+def factors(inputs: jax.Array, columns: jax.Array, alpha: Any) -> jax.Array:
+    """The published factor of each channel, s = max|x|^alpha / max|w|^(1 - alpha) (eq. 4): float32 [K].
+
+    The input is divided by s, and the weights are multiplied by it. Channels are floored at 1e-5 of the largest one;
+    published code floors them at 1e-5.
+
+    Args:
+      inputs: max|x| of each channel over the tokens, float32 [K].
+      columns: max|w| of each channel over all rows of all matrices that read the input, float32 [K].
+      alpha: from 0 to 1, may be traced: how much of the inputs' range is moved into the weights.
+    """
+    inputs, columns = (_floored(largest) for largest in (inputs, columns))
+    return inputs**alpha / columns ** (1 - alpha)
+
+
+def _floored(largest: jax.Array) -> jax.Array:
+    top = largest.max()
+    return jnp.where(top > 0, jnp.maximum(largest, _FLOOR * top), 1.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class SmoothQuant(Fields):
+    """Weights by another method and inputs as integers, after a factor for each input channel evens out both.
+
+    The factor moves into the norm or linear before a site, where it costs nothing, or stays a `ScaleInput`. Published
+    code smooths what follows a norm (q, k, v; gate, up) and leaves o_proj and down_proj; here all sites are smoothed.
+    A rule gives the published choice: rules=[("(o|down)_proj", SmoothQuant(alpha=None))].
+
+    Attributes:
+      inner: what quantizes the smoothed weights: any method of one matrix. With integers (`Int`) the products are
+        those of integers; with other tables the rounded inputs are multiplied as floats.
+      alpha: how much of the inputs' range is moved into the weights, from 0 to 1; None moves nothing, and only rounds
+        the inputs.
+      search: how many values of alpha to try at each site, evenly spaced from 0 to 1, on the error of its outputs; the
+        best one takes the place of `alpha`. 0 tries none.
+      input_bits: width of an input, 2 to 8.
+      per: what of the inputs shares a scale: with "token", each row of x has the scale that it needs; with "tensor",
+        all have the one that the calibration data needed, and what is larger is clipped.
+      symmetric: round inputs without a zero point; "tensor" needs that.
+      sample_tokens: S, the tokens on which `search` measures the error.
+    """
+
+    name: ClassVar[str] = "smoothquant"
+    scope: ClassVar[Literal["site"]] = "site"
+    inner: Method = Int(bits=8, symmetric=True, group_size=WHOLE_ROW)
+    alpha: Share | None = 0.5
+    search: Index = 0
+    input_bits: Literal[2, 3, 4, 5, 6, 7, 8] = 8
+    per: Literal["token", "tensor"] = "token"
+    symmetric: bool = True
+    sample_tokens: Count = 512
+
+    @property
+    def sequential(self) -> bool:
+        return self.inner.sequential
+
+    @property
+    def needs(self) -> tuple[Statistic, ...]:
+        largest = (AbsMax(),) if self._calibrated else ()
+        return (*largest, *((Sample(self.sample_tokens),) if self.search else ()), *self.inner.needs)
+
+    @property
+    def _calibrated(self) -> bool:
+        return self.alpha is not None or self.per == "tensor"
+
+    def check(self, gathered: bool) -> None:
+        if self._calibrated and not gathered:
+            raise ValueError(
+                f"got no statistics, smoothquant with alpha={self.alpha} and per={self.per!r} needs the largest inputs "
+                "of each layer; pass data, or alpha=None with per='token'"
+            )
+        if self.search and self.alpha is None:
+            raise ValueError(
+                f"got search={self.search} with alpha=None, which smooths nothing; pass search=0, or any alpha"
+            )
+        if self.per == "tensor" and not self.symmetric:
+            raise ValueError(
+                "got symmetric=False with per='tensor', whose scale is that of the largest |x|; pass symmetric=True or "
+                "per='token'"
+            )
+        self.inner.check(gathered)
+
+    def apply(self, site: SiteWeights, gathered: Gathered | None) -> SiteResult:
+        if self.alpha is None:
+            return SiteResult(self._quantized(site.weights, None, gathered, {}))
+        assert gathered is not None  # `check` refuses to go on without
+        columns = jnp.stack([jnp.abs(w).max(axis=0) for w in site.weights.values()]).max(axis=0)
+
+        def scale(alpha: Any) -> jax.Array:
+            found = factors(gathered[AbsMax()], columns, alpha)
+            return site.shared(found) if site.foldable else found
+
+        if not self.search:
+            s = scale(self.alpha)
+            return SiteResult(self._quantized(site.weights, s, gathered, {}), 1 / s)
+        alphas = jnp.linspace(0.0, 1.0, self.search, dtype=jnp.float32)
+        errors = jax.lax.map(lambda alpha: self._error(site.weights, scale(alpha), gathered), alphas)
+        best = jnp.argmin(errors)
+        notes = {"alpha": alphas[best], "output_error": errors[best]}
+        s = scale(alphas[best])
+        return SiteResult(self._quantized(site.weights, s, gathered, notes), 1 / s)
+
+    def _quantized(
+        self, matrices: Mapping[str, jax.Array], s: jax.Array | None, gathered: Gathered | None, notes: dict[str, Any]
+    ) -> dict[str, Any]:
+        """The results for matrices times s [K], or as they are, behind rounded inputs."""
+        if s is not None and gathered is not None:
+            gathered = gathered.scaled(1 / s)
+        largest = gathered[AbsMax()].max() if self.per == "tensor" and gathered is not None else None
+        made = {}
+        for path, w in matrices.items():
+            result = self.inner.apply(w if s is None else w * s, gathered)
+            rounding = QuantizeInput(result.operator, None, self.input_bits, self.symmetric, self.per, largest)
+            made[path] = dataclasses.replace(result, operator=rounding, notes={**result.notes, **notes})
+        return made
+
+    def _error(self, matrices: Mapping[str, jax.Array], s: jax.Array, gathered: Gathered) -> jax.Array:
+        """The error of the site's outputs on the sample with the factors s, relative to their energy: float32 []."""
+        x = gathered[Sample(self.sample_tokens)].x
+        made = self._quantized(matrices, s, gathered, {})
+        rounded = quantize_input(x / s, next(iter(made.values())).operator)
+        error, energy = jnp.float32(0), jnp.float32(0)
+        for path, w in matrices.items():
+            y = dense_product(x, w)
+            error += jnp.square(dense_product(rounded, weights.dequantize(made[path].operator)) - y).sum()
+            energy += jnp.square(y).sum()
+        return error / jnp.where(energy > 0, energy, 1.0)
