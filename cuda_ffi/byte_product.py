@@ -9,8 +9,6 @@ import jax.numpy as jnp
 from cuda_ffi.lut_product import Matrix, call_products
 
 TARGET = "any4_cpu_byte_product"
-LONGEST_GROUP = 2**18
-"""The most weights of a group that a row of x with one scale multiplies, since sums of integers have 32 bits."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +32,7 @@ def byte_products(
     *,
     bits: int,
     group_size: int,
-    rounding: Rounding = Rounding(),  # noqa: B008
+    rounding: Rounding = Rounding(),
     grid: jax.Array | None = None,
     isa: str = "auto",
 ) -> tuple[jax.Array, ...]:
@@ -45,15 +43,15 @@ def byte_products(
 
     Args:
       x: [M, K], float32, bfloat16 or float16.
-      matrices: at least one, each [N, K] with an N of its own. The lut is int8, for at most 4 bits; or floating, of which
-        the first two and the middle one are read: it must be a ramp.
+      matrices: at least one, each [N, K] with an N of its own. The lut is int8 for codes of at most 4 bits; or it is a
+        ramp, of which the first two and the middle entry are read.
       bits: of the codes of all matrices, 1 to 6, or 8.
       group_size: G of all matrices, at least K, or a multiple of 32; of 8 where a row has one scale.
       rounding: how x is rounded.
       grid: float32 [1 or M, 3], for rows with one scale: 1 / scale, scale and zero, of all rows or of each. None to find
         them from the row.
-      isa: the instruction set: "avx512vbmi", "avx512vnni", "avx512", "avxvnni", "avx2", "dotprod" (ARM), "portable", or
-        "auto" for the best that this processor has. AVX-512 without VNNI has AVX2's kernel.
+      isa: the instruction set: "avx512vbmi", "avx512vnni", "avx512", "avxvnni", "avx2", "dotprod" (ARM),
+        "portable", or "auto" for the best that this processor has. AVX-512 without VNNI has AVX2's kernel.
 
     Raises:
       RuntimeError: the library can't be used; `registration.why_not("cpu")` says why without raising.
@@ -61,7 +59,7 @@ def byte_products(
     return call_products(
         TARGET,
         x,
-        matrices,
+        [_readable(matrix, bits) for matrix in matrices],
         jnp.zeros((0, 3), jnp.float32) if grid is None else grid,
         bits=bits,
         group_size=group_size,
@@ -70,3 +68,8 @@ def byte_products(
         symmetric=rounding.symmetric,
         isa=isa,
     )
+
+
+def _readable(matrix: Matrix, bits: int) -> Matrix:
+    """The handler looks up tables of at most 16 bytes; longer ones are ramps, which it reads as floats."""
+    return matrix if bits <= 4 else dataclasses.replace(matrix, lut=matrix.lut.astype(jnp.float32))

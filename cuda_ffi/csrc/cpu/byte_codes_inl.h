@@ -61,7 +61,7 @@ inline void SpreadCodes(const uint8_t* low, const uint8_t* high, int64_t count, 
 
 // `count` codes from the first of a byte of each plane on, as ceil(count * kField / 8) bytes.
 template <int kField>
-void UnpackCodes(int bits, const uint8_t* low, const uint8_t* high, int64_t count, uint8_t* to) {
+__attribute__((noinline)) void UnpackCodes(int bits, const uint8_t* low, const uint8_t* high, int64_t count, uint8_t* to) {
   switch (bits) {
     case 1: return SpreadCodes<kField, 1, 0>(low, high, count, to);
     case 2: return SpreadCodes<kField, 2, 0>(low, high, count, to);

@@ -1,7 +1,7 @@
 // x rounded to bytes in the order of byte_kernel.h, over a vector type V; see byte_kernel_inl.h.
 
 // kGroup numbers of x from `first` on as floats, or the `left` that there are and zeros; those of a float32 in place.
-inline const float* GroupOf(const void* x, Type type, int64_t first, int64_t left, float* buffer) {
+__attribute__((noinline)) static const float* GroupOf(const void* x, Type type, int64_t first, int64_t left, float* buffer) {
   if (left >= kGroup && type == Type::kFloat32) return static_cast<const float*>(x) + first;
   for (int64_t i = 0; i < kGroup; ++i) buffer[i] = 0;
   if (left > 0) Widen(x, type, first, left < kGroup ? left : kGroup, buffer);

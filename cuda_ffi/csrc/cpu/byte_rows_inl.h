@@ -2,7 +2,7 @@
 
 // The tables, and the scales and offsets as floats; a ramp's step and middle are part of these.
 struct ByteRows {
-  int8_t tables[kByteRows][16];  // of codes of at most 4 bits; a ramp's counts from minus half its size
+  int8_t tables[kByteRows][16] = {};  // of codes of at most 4 bits; a ramp's counts from minus half its size
   float* scales;
   float* offsets;
   bool any_offsets;
@@ -10,7 +10,7 @@ struct ByteRows {
   ByteRows(const Weight& w, float* scratch)
       : scales(scratch), offsets(scratch + kByteRows * w.groups() + kBytePadding), any_offsets(w.offsets != nullptr) {}
 
-  void Load(const Weight& w, int64_t first, int64_t count) {
+  __attribute__((noinline)) void Load(const Weight& w, int64_t first, int64_t count) {
     const int64_t groups = w.groups(), size = int64_t{1} << w.bits;
     Widen(w.scales, w.scales_type, first * groups, count * groups, scales);
     any_offsets = w.offsets != nullptr;

@@ -16,7 +16,7 @@ struct TokenMultiply {
   static constexpr int64_t kCodes = 256;
 
   // `count` codes of one group, from the first of a byte on: value, or value + 128 where the set has no signs.
-  static void Decode(const Weight& w, const uint8_t* low, const uint8_t* high, const typename V::Table& table,
+  __attribute__((noinline)) static void Decode(const Weight& w, const uint8_t* low, const uint8_t* high, const typename V::Table& table,
                      int64_t count, Item* to) {
     const int bias = V::kUnsigned ? 128 - (1 << (w.bits - 1)) : -(1 << (w.bits - 1));
     uint8_t unpacked[kCodes] = {};
@@ -43,7 +43,7 @@ struct TokenMultiply {
   static void DecodeRow(const Weight& w, const TokenInput& in, const int8_t* values, int64_t n, Item* to) {
     const int64_t low_stride = PlaneBytes(w.k, LowBits(w.bits)), high_stride = PlaneBytes(w.k, HighBits(w.bits));
     typename V::Table table;
-    if (w.integers) table.Set(values);
+    table.Set(values);
     for (int64_t g = 0; g < in.groups; ++g) {
       const int64_t first = g * w.group_size, left = w.k - first, count = left < w.group_size ? left : w.group_size;
       Item* const group = to + g * in.group_steps * kItems;
@@ -53,57 +53,50 @@ struct TokenMultiply {
     }
   }
 
-  // Rows `within` and on of the tile by kInputs rows of x: sums over K, of which x's scale is no part.
-  template <int kRows, int kInputs>
+  // The rows of the tile by kInputs rows of x: sums over K, of which x's scale is no part. A tile with fewer rows than
+  // kTokenRows has its last one several times.
+  template <int kInputs>
   static inline __attribute__((always_inline)) void Sums(const TokenInput& in, const ByteRows& rows, const Item* tile,
-                                                         int64_t within, int64_t input, float (&totals)[kRows][kInputs]) {
+                                                         int64_t count, int64_t input,
+                                                         float (&totals)[kTokenRows][kInputs]) {
+    constexpr int kRows = kTokenRows;
     const auto* const values = static_cast<const typename V::TokenQ*>(in.values) + input * in.stride;
+    const Item* of_row[kRows];
+    const float* scales[kRows];
     Floats sums[kRows][kInputs];
     for (int r = 0; r < kRows; ++r) {
+      const int64_t row = r < count ? r : count - 1;
+      of_row[r] = tile + row * in.stride;
+      scales[r] = rows.scales + row * in.groups;
       for (Floats& sum : sums[r]) sum = V::ZeroFloats();
     }
     for (int64_t g = 0; g < in.groups; ++g) {
       typename V::Ints dots[kRows][kInputs];
       for (int i = 0; i < kInputs; ++i) {
-        const auto start =
-            V::kUnsigned ? V::LoadInts(in.starts + ((input + i) * in.groups + g) * kLanes) : V::Zero();
+        const auto start = V::kUnsigned ? V::LoadInts(in.starts + ((input + i) * in.groups + g) * kLanes) : V::Zero();
         for (int r = 0; r < kRows; ++r) dots[r][i] = start;
       }
       const int64_t begin = g * in.group_steps * kItems, end = begin + in.Steps(g) * kItems;
       for (int64_t at = begin; at < end; at += kItems) {
         Bytes weights[kRows];
-        for (int r = 0; r < kRows; ++r) weights[r] = V::Load(tile + (within + r) * in.stride + at);
+        for (int r = 0; r < kRows; ++r) weights[r] = V::Load(of_row[r] + at);
         for (int i = 0; i < kInputs; ++i) {
           const Bytes q = V::Load(values + i * in.stride + at);
           for (int r = 0; r < kRows; ++r) dots[r][i] = V::TokenDot(dots[r][i], weights[r], q);
         }
       }
       for (int r = 0; r < kRows; ++r) {
-        const Floats scale = V::Broadcast(rows.scales[(within + r) * in.groups + g]);
+        const Floats scale = V::Broadcast(scales[r][g]);
         for (int i = 0; i < kInputs; ++i) sums[r][i] = V::Fma(V::ToFloats(dots[r][i]), scale, sums[r][i]);
       }
     }
-    for (int r = 0; r < kRows; ++r) {
+    for (int r = 0; r < count; ++r) {
       for (int i = 0; i < kInputs; ++i) {
         Floats sum = sums[r][i];
         if (rows.any_offsets) {
-          sum = AddOffsets<V>(sum, rows.offsets + (within + r) * in.groups, in.sums + (input + i) * in.groups, in.groups);
+          sum = AddOffsets<V>(sum, rows.offsets + r * in.groups, in.sums + (input + i) * in.groups, in.groups);
         }
         totals[r][i] = V::Sum(sum);
-      }
-    }
-  }
-
-  template <int kRows, int kInputs>
-  static void Tile(const TokenInput& in, const ByteRows& rows, const Item* tile, const float* of_ones, int64_t n,
-                   int64_t within, int64_t input, const Output& out) {
-    float totals[kRows][kInputs];
-    Sums<kRows, kInputs>(in, rows, tile, within, input, totals);
-    for (int r = 0; r < kRows; ++r) {
-      for (int i = 0; i < kInputs; ++i) {
-        // With q - z in place of q.
-        const float total = in.ones < 0 ? totals[r][i] : totals[r][i] - in.zeros[input + i] * of_ones[within + r];
-        Store(out, input + i, n + r, in.scales[input + i] * total);
       }
     }
   }
@@ -112,11 +105,15 @@ struct TokenMultiply {
   template <int kInputs>
   static void Inputs(const TokenInput& in, const ByteRows& rows, const Item* tile, const float* of_ones, int64_t n,
                      int64_t count, int64_t input, const Output& out) {
+    float totals[kTokenRows][kInputs];
     for (; input + kInputs <= in.rows; input += kInputs) {
-      if (count == kTokenRows) {
-        Tile<kTokenRows, kInputs>(in, rows, tile, of_ones, n, 0, input, out);
-      } else {
-        for (int64_t r = 0; r < count; ++r) Tile<1, kInputs>(in, rows, tile, of_ones, n + r, r, input, out);
+      Sums<kInputs>(in, rows, tile, count, input, totals);
+      for (int64_t r = 0; r < count; ++r) {
+        for (int i = 0; i < kInputs; ++i) {
+          // With q - z in place of q.
+          const float total = totals[r][i] - (in.ones < 0 ? 0 : in.zeros[input + i] * of_ones[r]);
+          Store(out, input + i, n + r, in.scales[input + i] * total);
+        }
       }
     }
     if constexpr (kInputs > 1) {
@@ -133,10 +130,10 @@ struct TokenMultiply {
       rows.Load(w, first, count);
       for (int64_t r = 0; r < count; ++r) DecodeRow(w, in, rows.tables[r], first + r, tile + r * in.stride);
       float of_ones[kTokenRows] = {};
-      for (int64_t r = 0; in.ones >= 0 && r < count; ++r) {
-        float total[1][1];
-        Sums<1, 1>(in, rows, tile, r, in.ones, total);
-        of_ones[r] = total[0][0];
+      if (in.ones >= 0) {
+        float totals[kTokenRows][1];
+        Sums<1>(in, rows, tile, count, in.ones, totals);
+        for (int64_t r = 0; r < count; ++r) of_ones[r] = totals[r][0];
       }
       Inputs<V::kTokenInputs>(in, rows, tile, of_ones, first, count, 0, out);
     }

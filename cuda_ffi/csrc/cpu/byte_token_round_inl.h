@@ -6,7 +6,7 @@ struct Grid {
 };
 
 // As quantized_input.py finds it. Where a value is not finite, the scale, and so all that it multiplies, is NaN.
-inline Grid FindGrid(const void* x, Type type, const Rounding& rounding, int64_t begin, int64_t k) {
+__attribute__((noinline)) static Grid FindGrid(const void* x, Type type, const Rounding& rounding, int64_t begin, int64_t k) {
   float low[kGroup] = {}, high[kGroup] = {}, buffer[kGroup];
   bool finite[kGroup];
   for (bool& of_lane : finite) of_lane = true;
