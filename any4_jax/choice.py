@@ -10,6 +10,8 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import jax
 
+from any4_jax.late import late
+
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 """The platforms that a program may be lowered for, as `jax.lax.platform_dependent` names them."""
 
@@ -54,9 +56,12 @@ class Choice(Generic[O]):
 
     Attributes:
       options: in the order in which they are tried; the last one supports every problem on every platform.
+      late: where platforms differ, the last option is traced only when a program is lowered for one that runs it. For
+        problems without derivatives, whose last option takes long to trace.
     """
 
     options: tuple[O, ...]
+    late: bool = False
 
     def named(self, name: str) -> O:
         """The option of that name.
@@ -130,22 +135,27 @@ class Choice(Generic[O]):
         """
         if name is not None:
             return call(self.named(name))
-        return lowered_by_platform(lambda platform: self.first(*problem, platform=platform), self.options[-1], call)
+        return lowered_by_platform(
+            lambda platform: self.first(*problem, platform=platform), self.options[-1], call, is_late=self.late
+        )
 
 
 def lowered_by_platform(
-    pick: Callable[[str], T], default: T, call: Callable[[T], Callable[..., Any]]
+    pick: Callable[[str], T], default: T, call: Callable[[T], Callable[..., Any]], *, is_late: bool = False
 ) -> Callable[..., Any]:
     """A function that runs `call(pick(platform))` on each platform it is lowered for, and `call(default)` on platforms
     outside PLATFORMS.
 
-    Where `default` is picked on all platforms, nothing else is traced.
+    Where `default` is picked on all platforms, nothing else is traced. Where another is picked on some, an `is_late`
+    default is traced only when the function is lowered for one of the rest (late.py).
     """
     picked = {platform: pick(platform) for platform in PLATFORMS}
     special = {platform: call(choice) for platform, choice in picked.items() if choice != default}
     run = call(default)
     if not special:
         return run
+    if is_late:
+        run = late(run, next(iter(special.values())))
     return lambda *operands: jax.lax.platform_dependent(*operands, default=run, **special)
 
 

@@ -22,7 +22,8 @@ from pathlib import Path
 
 KINDS = ("cpu", "cuda")
 SOURCES = Path(__file__).resolve().parent / "csrc"
-SUFFIX = {"cpu": ".cc", "cuda": ".cu"}
+# What holds no code for a GPU is C++ for the CUDA library too: nvcc hands it to the host's compiler as it is.
+SUFFIXES = {"cpu": (".cc",), "cuda": (".cu", ".cc")}
 
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-pthread", "-Wall", "-Wextra")
 # By the end of a file's name; the first for x86-64. Other machines compile these files without the flags, to nothing.
@@ -135,7 +136,7 @@ def build(kind: str, folder: Path | None = None) -> Path:
     Raises:
       RuntimeError: there are no sources or no compiler, or the compiler failed; the sentence quotes it.
     """
-    sources = [f for f in source_files(kind) if f.suffix == SUFFIX[kind]]
+    sources = [f for f in source_files(kind) if f.suffix in SUFFIXES[kind]]
     if not sources:
         raise RuntimeError(f"got kind {kind!r}, for which this version has no sources; build another kind")
     folder = cache_folder() if folder is None else folder

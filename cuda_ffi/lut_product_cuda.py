@@ -62,7 +62,8 @@ def why_not(x_dtype, bits: int, group_size: int, k: int, lut_dtype, scale_dtype,
         return f"x is {x_dtype}, its tensor cores take bfloat16 and float16"
     if bits not in (2, 3, 4, 8):
         return f"codes have {bits} bits, it takes 2, 3, 4 and 8"
-    if lut_dtype not in (jnp.bfloat16, jnp.float16) or (lut_dtype == jnp.float16 and x_dtype == jnp.bfloat16):
+    held = (x_dtype, jnp.int8) if x_dtype == jnp.bfloat16 else (jnp.bfloat16, jnp.float16, jnp.int8)
+    if lut_dtype not in held:
         return f"the table is {lut_dtype}, it needs one that {x_dtype} holds"
     if group_size < k and (group_size < 16 or group_size & (group_size - 1)):
         return f"groups have {group_size} inputs, it takes powers of two from 16 on, or the whole row"
@@ -121,8 +122,8 @@ def lut_products(x: jax.Array, matrices: Sequence[Matrix], *, bits: int, group_s
 
     Args:
       x: [M, K], bfloat16 or float16.
-      matrices: at least one Matrix or StackedMatrix, each [N, K] with its own N. Tables have x's dtype, or are bfloat16
-        while x is float16, to which they are then rounded; 8-bit ones are arithmetic ramps.
+      matrices: at least one Matrix or StackedMatrix, each [N, K] with its own N. Tables have x's dtype, or are int8, or
+        bfloat16 while x is float16, to which they are then rounded; 8-bit ones are arithmetic ramps.
       bits: of the codes of all matrices: 2, 3, 4 or 8.
       group_size: of all matrices: a power of two that is at least 16, or any number from K on.
 

@@ -1,10 +1,11 @@
 """Finds the native libraries, checks them, and registers their handlers with XLA when the first is needed.
 
 To add a handler:
-- Put its source into csrc/cpu/*.cc (csrc/cuda/*.cu); all such files make up the one library of their kind. A file whose
-  name ends like one of build.py's ISA_FLAGS, such as *_avx2.cc, is compiled with that instruction set's flags
-  (build.py, CMakeLists.txt), so it must hold nothing that runs on other processors; csrc/cpu/isa.h chooses at run
-  time. A file named *_sm90a.cu is compiled for Hopper alone, so its kernels must be launched nowhere else.
+- Put its source into csrc/cpu/*.cc (csrc/cuda/*.cu, or *.cc without code for a GPU); all such files make up the one
+  library of their kind. A file whose name ends like one of build.py's ISA_FLAGS, such as *_avx2.cc, is compiled with
+  that instruction set's flags (build.py, CMakeLists.txt), so it must hold nothing that runs on other processors;
+  csrc/cpu/isa.h chooses at run time. A file named *_sm90a.cu is compiled for Hopper alone, so its kernels must be
+  launched nowhere else.
 - Define it by XLA_FFI_DEFINE_HANDLER_SYMBOL, and give it a row in `TARGETS`: symbol -> target name.
 - Let its Python wrapper call `register(kind)` before `jax.ffi.ffi_call(target, ...)`; whoever may fall back asks
   `why_not(kind, platform)` first. Both are cheap after their first call.

@@ -71,7 +71,7 @@ def steps(*names: str, count: int = 2, each: float = 1e6, every: float = 2e6) ->
             [Kernel("MemcpyD2D", 0, 1e6), *steps("LutTurns", "wrapped_slice", "LutTurns", "nvjet", count=3)],
             dict(products_launches=2, head_launches=1, head_ms=1, rest_launches=4 / 3, launches_per_token=13 / 3),
         ),
-        (steps("LutTurns", "loop_add_fusion_3"), dict(head_ms=None, head_launches=None, products_ms=1)),
+        (steps("ByteTurns", "loop_add_fusion_3"), dict(head_ms=None, head_launches=None, products_ms=1)),
         # What overlaps counts once, for what began first.
         (
             steps("LutTurns", "gemm_fusion_dot_11", each=3e6),
@@ -102,16 +102,23 @@ def test_instructions_are_those_of_the_program_that_ran() -> None:
         for scope, number in (("head", 1), ("attention", 2))
     )
     found = [Kernel("loop_add_fusion_3", 0, 1), Kernel("dot_2", 1, 1)]
-    assert profile.scopes(found, [other, own]) == {
+    assert profile.scopes(found, [other, own], 1) == {
         "loop_add_fusion_3": "jit(f)/attention/add",
         "dot_2": "jit(f)/attention/dot_general",
     }
-    assert profile.scopes(found, []) == {}
+    assert profile.scopes(found, [], 1) == {}
     # Another model's loop may have instructions of all these names, and more that didn't run.
     longer = own.replace("attention", "head") + own.replace("dot.2", "gemm_fusion.7").replace(
         "add_fusion.3", "fusion.9"
     )
-    assert profile.scopes(found, [longer, own]) == profile.scopes(found, [own])
+    assert profile.scopes(found, [longer, own], 1) == profile.scopes(found, [own], 1)
+    # Of equal fusions only one has a kernel, which runs for all of them.
+    fusions = "".join(
+        f"""  %add_fusion.{i} = f32[8]{{0}} fusion(%x), metadata={{op_name="jit(f)/rest/add"}}\n""" for i in range(8)
+    )
+    often = [*found, *[Kernel("add_fusion_0", 2, 1)] * 8]
+    shorter = other.replace("dot.1", "add_fusion.0")
+    assert profile.scopes(often, [shorter, own + fusions], 1) == profile.scopes(often, [own + fusions], 1)
 
 
 def test_named_scopes_are_in_compiled_programs() -> None:
@@ -123,7 +130,7 @@ def test_named_scopes_are_in_compiled_programs() -> None:
 
     scoped_program(jnp.ones((8, 8)))
     (text,) = profile._programs("jit_scoped_program")
-    paths = profile.scopes([], [text]).values()
+    paths = profile.scopes([], [text], 1).values()
     assert any("attention" in path.split("/") and path.endswith("dot_general") for path in paths)
     assert any(path.endswith("cos") and "attention" not in path for path in paths)
 

@@ -116,6 +116,42 @@ def test_where_the_last_option_is_everyones_no_other_is_traced() -> None:
     assert asked == ["plain", "fast"]
 
 
+def counted() -> tuple[Choice, list[str]]:
+    """A late Choice, and the names of its options as they are traced."""
+    traced: list[str] = []
+
+    def named(option: Backend) -> Backend:
+        def run(x):
+            traced.append(option.name)
+            return {"sum": option.run(x)}
+
+        return Backend(option.name, option.supports, run)
+
+    return Choice(tuple(map(named, CHOICE.options)), late=True), traced
+
+
+@pytest.mark.parametrize(("platform", "added"), [("cpu", "2"), ("cuda", "1"), ("rocm", "3"), ("tpu", "3")])
+def test_a_late_last_option_is_traced_where_it_is_lowered(platform: str, added: str) -> None:
+    late, names = counted()
+    traced = jax.jit(late.lowered(lambda option: option.run, 8)).trace(jnp.float32(0))
+    assert set(names) == {"fast", "native"}
+    assert f"dense<{added}.0" in traced.lower(lowering_platforms=(platform,)).as_text()
+    assert ("plain" in names) == (added == "3")
+
+
+def test_a_late_option_computes_in_a_program_alone_under_vmap_and_without_jit() -> None:
+    late, _ = counted()
+    # On this platform the last option is everyone's but the GPU's.
+    run = Choice((late.options[0], late.options[2]), late=True).lowered(lambda option: option.run, 8)
+    x = jnp.arange(4.0)
+    for call in (run, jax.jit(run), jax.vmap(run), jax.jit(jax.vmap(run)), jax.vmap(jax.jit(run))):
+        np.testing.assert_array_equal(call(x)["sum"], x + PLAIN.run(0.0))
+    with jax.disable_jit():
+        np.testing.assert_array_equal(run(x)["sum"], x + PLAIN.run(0.0))
+    text = jax.jit(run).trace(x).lower(lowering_platforms=("cpu", "cuda")).as_text()
+    assert "dense<1.0" in text and "dense<3.0" in text
+
+
 def device(platform: str, version: str = "") -> SimpleNamespace:
     return SimpleNamespace(platform=platform, client=SimpleNamespace(platform_version=version))
 

@@ -107,6 +107,7 @@ def test_few_rows_take_bytes() -> None:
         text = lowered(matmul, rows(m, 256), asked if rounds else table)
         found = {name for name in (TARGET, PRODUCT) if text.count(f"@{name}(") == 1}
         assert found == {call}, (m, rounds)
+        assert "stablehlo.convert" not in text, "tables are read as they are stored"
     taken = "cuda: taken (x is rounded to {}, which multiplies the table's bytes)"
     assert taken.format("int16") in explain(rows(2, 256), table, "cuda").splitlines()
     assert taken.format("int8") in explain(rows(2, 256), asked, "cuda").splitlines()

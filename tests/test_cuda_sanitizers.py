@@ -36,7 +36,11 @@ def kernels(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     # Not asked of jax, which may be installed without CUDA: the drivers do without it.
     if shutil.which("nvidia-smi") is None or subprocess.run(["nvidia-smi", "-L"], check=False).returncode != 0:
         pytest.skip("needs an NVIDIA GPU")
-    sources = [file for file in build.source_files("cuda") if file.suffix == ".cu" and "handler" not in file.name]
+    sources = [
+        file
+        for file in build.source_files("cuda")
+        if file.suffix in build.SUFFIXES["cuda"] and "handler" not in file.name
+    ]
     return objects_of(sources, tmp_path_factory.mktemp("kernels"))
 
 

@@ -161,7 +161,7 @@ def test_the_compiler_knows_the_steps_of_a_fixed_chunk(llama: Llama, trips: int 
     sampler, ends = Sampler.of(128), np.full(8, -1, np.int32)
     request = loop.Request(np.zeros(1, np.int32), *sizes, sampler, ends)
     tokens = np.zeros((1, 32), np.int32)
-    state, *_ = jax.eval_shape(lambda: loop._prefill(program, 128, traceable(DenseCache), leaves, tokens, request))
+    state, *_ = loop._prefill.eval_shape(program, 128, traceable(DenseCache), leaves, tokens, request)
     text = loop._decode.lower(program, trips, leaves, state).compile().as_text()
     assert text.count(" while(") == 1
     assert text.count('"known_trip_count":{"n":"16"}') == (0 if trips is None else 1)

@@ -16,7 +16,7 @@ PACKAGES = ("any4_jax", "pallas_kernels", "cuda_ffi")
 
 # From the bottom up. A module imports modules of lower rows, and of its own package; never its own row.
 LAYERS = (
-    ("one_line",),
+    ("one_line", "late"),
     ("formats", "choice", "schema", "regular_file"),
     ("scaling", "packing", "partition"),
     ("weights",),

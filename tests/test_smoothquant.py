@@ -94,20 +94,20 @@ def test_channels_that_repeat_share_a_factor_where_it_is_folded() -> None:
 
 
 @pytest.mark.parametrize(
-    "method", [SmoothQuant(WHOLE, search=5), SmoothQuant(W6, search=3, input_bits=6, per="tensor")]
+    "method", [SmoothQuant(WHOLE, search=5, per="group"), SmoothQuant(W6, search=3, input_bits=6, per="tensor")]
 )
 def test_the_search_takes_the_alpha_of_the_least_error(method: SmoothQuant) -> None:
     x, found = np.asarray(inputs(), np.float64), []
     for alpha in np.linspace(0, 1, method.search, dtype=np.float32):
         made = smoothed(dataclasses.replace(method, search=0, alpha=float(alpha)))
-        error = energy = 0.0
+        error, energy = np.zeros(len(x)), np.zeros(len(x))
         for path, w in layer().items():
             op = made.results[path].operator
             rounded = np.asarray(quantize_input(inputs() * made.input_scale, op), np.float64)
             y = x @ np.asarray(w, np.float64).T
-            error += np.square(rounded @ np.asarray(dequantize(op), np.float64).T - y).sum()
-            energy += np.square(y).sum()
-        found.append(error / energy)
+            error += np.square(rounded @ np.asarray(dequantize(op), np.float64).T - y).sum(1)
+            energy += np.square(y).sum(1)
+        found.append((error / energy).mean())
     made = smoothed(method)
     for result in made.results.values():
         np.testing.assert_allclose(result.notes["alpha"], np.argmin(found) / (method.search - 1), rtol=1e-6)
@@ -208,6 +208,7 @@ def test_checkpoints_without_the_scale_of_inputs_are_read() -> None:
     [
         (SmoothQuant(), False, "with alpha=0.5 and per='token' needs the largest inputs of each layer; pass data"),
         (SmoothQuant(alpha=None, per="tensor"), False, "alpha=None and per='tensor' needs the largest inputs"),
+        (SmoothQuant(search=1), True, "got search=1, at least 2 values of alpha are compared"),
         (SmoothQuant(alpha=None, search=3), True, "got search=3 with alpha=None, which smooths nothing"),
         (SmoothQuant(per="tensor", symmetric=False), True, "got symmetric=False with per='tensor'"),
     ],

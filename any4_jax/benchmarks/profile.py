@@ -27,7 +27,7 @@ CLASSES = ("products", "head", "attention", "rest")
 # Names of libraries' kernels, by class.
 _LIBRARY = {
     "attention": re.compile(r"attend|attention|fmha|flash", re.I),
-    "products": re.compile(r"Lut(Turns|Wide|General)|nvjet|cublas|cutlass|gemv|gemm|splitK", re.I),
+    "products": re.compile(r"(Lut|Byte)(Turns|Wide|General)|nvjet|cublas|cutlass|gemv|gemm|splitK", re.I),
 }
 _INSTRUCTION = re.compile(r'^\s*(?:ROOT )?%?([\w.-]+) = .*metadata=\{[^}]*op_name="([^"]*)"', re.M)
 
@@ -68,7 +68,7 @@ def decoding(chunks: Iterator[Any], tokens: int, wall_ms: float) -> dict[str, fl
         found = kernels(folder)
     module = Counter(kernel.module for kernel in found).most_common(1)[0][0]
     found = [kernel for kernel in found if kernel.module == module]
-    return columns(found, scopes(found, _programs(module)), tokens, wall_ms)
+    return columns(found, scopes(found, _programs(module), _steps(found, tokens)), tokens, wall_ms)
 
 
 def kernels(folder: str) -> list[Kernel]:
@@ -97,23 +97,24 @@ def _kernel(event: Any) -> Kernel:
     return Kernel(event.name, event.start_ns, event.duration_ns, *told)
 
 
-def scopes(found: Sequence[Kernel], texts: Iterable[str]) -> dict[str, str]:
+def scopes(found: Sequence[Kernel], texts: Iterable[str], steps: int) -> dict[str, str]:
     """The path of scopes of each HLO instruction, by its name as a kernel's, in the program that ran the kernels.
 
     Several programs may have one name, and hold instructions of one name: so do the loops of two models. So the program
-    is the one whose fusions and the kernels' names differ least, as a share of both together; a longer one with all of
-    the kernels' names would have fusions that never ran.
+    is the one that has most of the kernels' names, and of those the one with as many fusions as were launched in a
+    step. Equal fusions share one kernel and its name, so that most fusions of a program have no kernel of theirs.
 
     Args:
       found: the kernels.
       texts: the HLO of programs that may have run them.
+      steps: how often the program's loop ran.
     """
     names = {_plain(kernel.name) for kernel in found} | {_plain(kernel.instruction) for kernel in found}
+    launched = sum("fusion" in kernel.name for kernel in found) / steps
     programs = [{_plain(name): path for name, path in _INSTRUCTION.findall(text)} for text in texts]
 
-    def alike(program: Mapping[str, str]) -> float:
-        fusions = {name for name in program if "fusion" in name}
-        return len(names & program.keys()) / max(len(names | fusions), 1)
+    def alike(program: Mapping[str, str]) -> tuple[int, float]:
+        return len(names & program.keys()), -abs(launched - sum("fusion" in name for name in program))
 
     return max(programs, key=alike, default={})
 

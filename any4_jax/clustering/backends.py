@@ -59,7 +59,8 @@ BACKENDS = Choice(
         Backend("cuda", _cuda_supports, _cuda_run),
         Backend("cpu", _cpu_supports, _cpu_run),
         Backend("xla", lambda solver, platform: None, xla.solve),
-    )
+    ),
+    late=True,
 )
 
 

@@ -28,7 +28,7 @@ def _native(kind: str) -> Backend:
 
 
 # The problem that they support or not is the platform alone; each runs with the arguments of `xla.solve`.
-BACKENDS = Choice((_native("cuda"), _native("cpu"), Backend("xla", lambda platform: None, xla.solve)))
+BACKENDS = Choice((_native("cuda"), _native("cpu"), Backend("xla", lambda platform: None, xla.solve)), late=True)
 
 
 def choose(

@@ -97,8 +97,14 @@ def _parts(g: int) -> list[Case]:
 
 
 def _tables(g: int) -> list[Case]:
-    """Learned tables of bfloat16 and of int8, refitted as they are stored and not refitted at all."""
-    return [
+    """Learned tables of bfloat16 and of int8, refitted as they are stored and not refitted at all; then those of int8
+    with inputs of 8 bits."""
+    rounded = SmoothQuant(inner=Any4(group_size=g, table_dtype="int8"), alpha=None)
+    inputs = [
+        Case(f"any4, int8 tables, int8 inputs by {per}", dataclasses.replace(rounded, per=per))
+        for per in ("group", "token")
+    ]
+    return inputs + [
         Case(f"{name}, {dtype} tables", dataclasses.replace(method, table_dtype=dtype))
         for name, method in (
             ("any4", Any4(group_size=g)),

@@ -77,7 +77,7 @@ def _run_together(x: jax.Array, ws: Sequence[QuantizedTensor | Slice | QuantizeI
     ys: dict[int, jax.Array] = {}
     for rounding in dict.fromkeys(roundings):
         places = [i for i, of_weight in enumerate(roundings) if of_weight == rounding]
-        matrices = [_matrix(ws[i], as_bytes=rounding is not None) for i in places]
+        matrices = [_matrix(ws[i]) for i in places]
         if rounding is None:
             products = lut_products(x, matrices, bits=first.bits, group_size=first.group_size)
         else:
@@ -86,17 +86,17 @@ def _run_together(x: jax.Array, ws: Sequence[QuantizedTensor | Slice | QuantizeI
     return tuple(ys[i] for i in range(len(ws)))
 
 
-def _matrix(w: QuantizedTensor | Slice | QuantizeInput, as_bytes: bool) -> Any:
+def _matrix(w: QuantizedTensor | Slice | QuantizeInput) -> Any:
     from cuda_ffi.lut_product import Matrix
     from cuda_ffi.lut_product_cuda import StackedMatrix
 
     if isinstance(w, QuantizeInput):
-        return _matrix(w.inner, as_bytes)
+        return _matrix(w.inner)
     if isinstance(w, Slice) and (is_operator(w.stack.scales) or is_operator(w.stack.offsets)):
         # Decoding the scales of one matrix is less work than decoding those of all.
         w = w.matrix()
     leaf = w if isinstance(w, QuantizedTensor) else w.stack
-    arrays = arrays_of(leaf, as_bytes)
+    arrays = arrays_of(leaf, as_bytes=True)
     return Matrix(*arrays) if isinstance(w, QuantizedTensor) else StackedMatrix(*arrays, w.index)
 
 

@@ -30,6 +30,29 @@ __device__ __forceinline__ uint32_t UpperHalf(uint32_t word) {
   return out;
 }
 
+// Converts bytes 2 * half and 2 * half + 1 of a word to T, exactly: a table of int8 is that of its integers.
+template <typename T>
+__device__ __forceinline__ uint32_t FromBytes(uint32_t word, int half) {
+  const float first = static_cast<int8_t>(word >> (16 * half)), second = static_cast<int8_t>(word >> (16 * half + 8));
+  if constexpr (std::is_same_v<T, __half>) {
+    const __half2 pair = __floats2half2_rn(first, second);
+    return reinterpret_cast<const uint32_t&>(pair);
+  } else {
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(first, second);
+    return reinterpret_cast<const uint32_t&>(pair);
+  }
+}
+
+// The entries 2 i and 2 i + 1 of a row's table, as T.
+template <typename T>
+__device__ __forceinline__ uint32_t TablePair(const LutWeight& w, int64_t row, int i) {
+  if (w.lut_type == Type::kInt8) {
+    return FromBytes<T>(__ldg(static_cast<const uint32_t*>(w.lut) + row * w.lut_stride / 4 + i / 2), i % 2);
+  }
+  const uint32_t pair = __ldg(static_cast<const uint32_t*>(w.lut) + row * w.lut_stride / 2 + i);
+  return std::is_same_v<T, __half> && w.lut_type == Type::kBfloat16 ? ToHalves(pair) : pair;
+}
+
 // A table of up to 16 entries in registers, split into a plane of low bytes and a plane of high bytes: one PRMT looks
 // up the bytes of four codes in a plane.
 template <typename T, int kBits>
@@ -38,15 +61,9 @@ struct Decoder {
   uint32_t low[kWords], high[kWords];
 
   __device__ __forceinline__ void Load(const LutWeight& w, int64_t row) {
-    const auto* table = static_cast<const uint32_t*>(w.lut) + row * w.lut_stride / 2;
-    const bool convert = std::is_same_v<T, __half> && w.lut_type == Type::kBfloat16;
 #pragma unroll
     for (int i = 0; i < kWords; ++i) {
-      uint32_t a = __ldg(table + 2 * i), b = __ldg(table + 2 * i + 1);
-      if (convert) {
-        a = ToHalves(a);
-        b = ToHalves(b);
-      }
+      const uint32_t a = TablePair<T>(w, row, 2 * i), b = TablePair<T>(w, row, 2 * i + 1);
       low[i] = Permute(a, b, 0x6420);
       high[i] = Permute(a, b, 0x7531);
     }
@@ -105,9 +122,10 @@ struct Decoder<T, 8> {
   float step, middle;
 
   __device__ __forceinline__ void Load(const LutWeight& w, int64_t row) {
-    const uint32_t pair = __ldg(static_cast<const uint32_t*>(w.lut) + row * w.lut_stride / 2);
+    const bool halves = w.lut_type == Type::kFloat16;
+    const uint32_t pair = halves ? TablePair<__half>(w, row, 0) : TablePair<__nv_bfloat16>(w, row, 0);
     float first = __uint_as_float(pair << 16), second = __uint_as_float(pair & 0xFFFF0000u);
-    if (w.lut_type == Type::kFloat16) {
+    if (halves) {
       const float2 both = __half22float2(reinterpret_cast<const __half2&>(pair));
       first = both.x;
       second = both.y;
@@ -153,11 +171,9 @@ constexpr int kPairTableBytes = 256 * 32 * 4;
 template <typename T>
 __device__ __forceinline__ void FillPairTable(const LutWeight& w, int64_t first_row, unsigned char* table) {
   const int row = threadIdx.x % 8, part = threadIdx.x / 8;
-  const bool convert = std::is_same_v<T, __half> && w.lut_type == Type::kBfloat16;
-  const auto* entries = static_cast<const uint16_t*>(w.lut) + (first_row + row) * w.lut_stride;
   const auto entry = [&](int code) {
-    const uint32_t bits = __ldg(entries + code);
-    return convert ? ToHalves(bits) & 0xFFFFu : bits;
+    const uint32_t pair = TablePair<T>(w, first_row + row, code / 2);
+    return code % 2 ? pair >> 16 : pair & 0xFFFFu;
   };
   uint32_t low[4];
 #pragma unroll

@@ -1,5 +1,5 @@
 // What the choice of a product's kernel depends on, apart from the device, the addresses and the rows of x. LutProducts
-// asks when it launches, and Python asks through library.cu when it traces.
+// asks when it launches, and Python asks through library.cc when it traces.
 #pragma once
 
 #include <cstdint>

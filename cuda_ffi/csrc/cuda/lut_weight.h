@@ -12,7 +12,7 @@ enum class Type : int { kBfloat16, kFloat16, kFloat32, kE8m0, kInt8 };
 struct LutWeight {
   const uint8_t* codes;  // first plane, [n, k * its width / 8]
   const uint8_t* high;   // second plane of 3-bit codes, [n, k / 8]
-  const void* lut;       // [n or 1, 2^bits], kBfloat16 or kFloat16; for ByteProducts kInt8
+  const void* lut;       // [n or 1, 2^bits], kBfloat16, kFloat16 or kInt8; for ByteProducts kInt8 alone
   const void* scales;    // [n, groups]
   const void* offsets;   // [n, groups], or nullptr
   const int32_t* index;  // number of the matrix in the stack, on the device; nullptr for the first

@@ -76,10 +76,11 @@ ffi::ErrorOr<any4::LutWeight> WeightOf(const ffi::RemainingArgs& operands, size_
       index.element_type() != ffi::S32) {
     return invalid("need codes uint8, index int32, scales and offsets bfloat16, float16, float32 or e8m0");
   }
+  const bool integers = lut_type == any4::Type::kInt8;
+  const bool held = integers || lut_type == type || (IsHalf(lut_type) && type == any4::Type::kFloat16);
   // ByteProducts asks for a table of int8 itself.
-  const bool fits = bytes ? bits == 4 : IsHalf(lut_type) && (lut_type == type || type == any4::Type::kFloat16);
-  if (!IsHalf(type) || !fits) {
-    return invalid("need x and y of one type, bfloat16 with a table of it, or float16 with one of either");
+  if (!IsHalf(type) || !(bytes ? bits == 4 : held)) {
+    return invalid("need x and y of one type, bfloat16 with a table of it, float16 with one of either, or one of int8");
   }
   w.codes = static_cast<const uint8_t*>(codes.untyped_data());
   w.high = with_high ? static_cast<const uint8_t*>(high.untyped_data()) : nullptr;
