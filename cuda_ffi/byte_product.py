@@ -51,7 +51,7 @@ def byte_products(
       grid: float32 [1 or M, 3], for rows with one scale: 1 / scale, scale and zero, of all rows or of each. None to find
         them from the row.
       isa: the instruction set: "avx512vbmi", "avx512vnni", "avx512", "avxvnni", "avx2", "dotprod" (ARM),
-        "portable", or "auto" for the best that this processor has. AVX-512 without VNNI has AVX2's kernel.
+        "portable", or "auto" for the best of this processor. AVX-512 without VNNI has AVX2's kernel.
 
     Raises:
       RuntimeError: the library can't be used; `registration.why_not("cpu")` says why without raising.

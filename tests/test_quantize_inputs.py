@@ -90,7 +90,10 @@ def test_layers_that_a_kernel_multiplies_round_their_inputs() -> None:
     "weight, reason",
     [
         (None, "got a model without quantized layers"),
-        (leaf(table=jnp.bfloat16), "by inputs of 8 bits: the table is bfloat16 of 16 entries, it takes at most 16 of int8"),
+        (
+            leaf(table=jnp.bfloat16),
+            "by inputs of 8 bits: the table is bfloat16 of 16 entries, it takes at most 16 of int8",
+        ),
         (QuantizeInput(leaf(), None, 8, True, "group"), "by inputs of 8 bits: none holds codes"),
     ],
 )

@@ -8,12 +8,14 @@ constexpr uint64_t LowOfLanes(int ones, int lane) {
   return mask;
 }
 
-// 64 / kField codes of kWidth bits, which are the lowest bits of `word`, in fields of kField bits.
-template <int kField, int kWidth>
+// 64 / kField codes of kWidth bits, which are the lowest bits of `word`, in fields of kField bits: within each lane, which
+// halve until they are fields, the upper half of the codes moves to the upper half of the bits.
+template <int kField, int kWidth, int kLane = 32>
 inline uint64_t Spread(uint64_t word) {
-  for (int lane = 32; kWidth < kField && lane >= kField; lane /= 2) {
-    const int bits = lane / kField * kWidth;
-    word = (word | word << (lane - bits)) & LowOfLanes(bits, lane);
+  if constexpr (kWidth < kField && kLane >= kField) {
+    constexpr int kBits = kLane / kField * kWidth;
+    constexpr uint64_t kMask = LowOfLanes(kBits, kLane);
+    return Spread<kField, kWidth, kLane / 2>((word | word << (kLane - kBits)) & kMask);
   }
   return word;
 }

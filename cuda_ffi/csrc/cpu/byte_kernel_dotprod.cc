@@ -23,6 +23,10 @@ struct Vector {
 
   static Bytes Load(const void* from) { return vld1q_s8(static_cast<const int8_t*>(from)); }
   static void StoreBytes(void* to, Bytes value) { vst1q_s8(static_cast<int8_t*>(to), value); }
+  template <class Lanes>
+  static Lanes Hold(Lanes value) {
+    return value;
+  }
   static Bytes Ones() { return vdupq_n_s8(1); }
   static Bytes Low(Bytes codes) { return vandq_s8(codes, vdupq_n_s8(15)); }
   static Bytes High(Bytes codes) { return vreinterpretq_s8_u8(vshrq_n_u8(vreinterpretq_u8_s8(codes), 4)); }

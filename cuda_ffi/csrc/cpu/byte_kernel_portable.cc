@@ -42,6 +42,10 @@ struct Vector {
     return result;
   }
   static void StoreBytes(void* to, const Bytes& value) { __builtin_memcpy(to, value.byte, sizeof value.byte); }
+  template <class Lanes>
+  static const Lanes& Hold(const Lanes& value) {
+    return value;
+  }
   static Bytes Ones() {
     return EachByte([](int) { return 1; });
   }

@@ -5,6 +5,7 @@
 //   TokenWeight, TokenQ    the integers of the weight and of x, as many as fit into Bytes, which is a step
 //   TokenDot(sum, weights, q)  adds to each lane the products of its integers
 //   kTokenInputs               rows of x at a time
+//   Hold(vector)               the same, in a register: compilers else load from memory what is multiplied twice
 
 template <class V>
 struct TokenMultiply {
@@ -44,6 +45,13 @@ struct TokenMultiply {
     const int64_t low_stride = PlaneBytes(w.k, LowBits(w.bits)), high_stride = PlaneBytes(w.k, HighBits(w.bits));
     typename V::Table table;
     table.Set(values);
+    // Groups that are whole steps lie one after another in the tile as they do in the row.
+    if (in.groups == 1 || w.group_size == in.group_steps * kItems) {
+      Decode(w, w.codes + n * low_stride, w.high + n * high_stride, table, w.k, to);
+      const int64_t end = ((in.groups - 1) * in.group_steps + in.last_steps) * kItems;
+      for (int64_t i = w.k; i < end; ++i) to[i] = 0;
+      return;
+    }
     for (int64_t g = 0; g < in.groups; ++g) {
       const int64_t first = g * w.group_size, left = w.k - first, count = left < w.group_size ? left : w.group_size;
       Item* const group = to + g * in.group_steps * kItems;
@@ -79,9 +87,9 @@ struct TokenMultiply {
       const int64_t begin = g * in.group_steps * kItems, end = begin + in.Steps(g) * kItems;
       for (int64_t at = begin; at < end; at += kItems) {
         Bytes weights[kRows];
-        for (int r = 0; r < kRows; ++r) weights[r] = V::Load(of_row[r] + at);
+        for (int r = 0; r < kRows; ++r) weights[r] = V::Hold(V::Load(of_row[r] + at));
         for (int i = 0; i < kInputs; ++i) {
-          const Bytes q = V::Load(values + i * in.stride + at);
+          const Bytes q = V::Hold(V::Load(values + i * in.stride + at));
           for (int r = 0; r < kRows; ++r) dots[r][i] = V::TokenDot(dots[r][i], weights[r], q);
         }
       }

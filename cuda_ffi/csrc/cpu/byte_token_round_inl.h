@@ -8,22 +8,22 @@ struct Grid {
 // As quantized_input.py finds it. Where a value is not finite, the scale, and so all that it multiplies, is NaN.
 __attribute__((noinline)) static Grid FindGrid(const void* x, Type type, const Rounding& rounding, int64_t begin, int64_t k) {
   float low[kGroup] = {}, high[kGroup] = {}, buffer[kGroup];
-  bool finite[kGroup];
-  for (bool& of_lane : finite) of_lane = true;
+  // Not of type bool, of which the compiler makes no vectors.
+  int32_t infinite[kGroup] = {};
   for (int64_t first = 0; first < k; first += kGroup) {
     const float* const from = GroupOf(x, type, begin + first, k - first, buffer);
     for (int64_t i = 0; i < kGroup; ++i) {
       low[i] = from[i] < low[i] ? from[i] : low[i];
       high[i] = from[i] > high[i] ? from[i] : high[i];
-      finite[i] = finite[i] & (__builtin_fabsf(from[i]) < __builtin_inff());
+      infinite[i] |= __builtin_fabsf(from[i]) < __builtin_inff() ? 0 : 1;
     }
   }
   for (int64_t i = 1; i < kGroup; ++i) {
     low[0] = low[i] < low[0] ? low[i] : low[0];
     high[0] = high[i] > high[0] ? high[i] : high[0];
-    finite[0] = finite[0] & finite[i];
+    infinite[0] |= infinite[i];
   }
-  if (!finite[0] && rounding.given == nullptr) return {0, ToFloat(uint32_t{0x7fc00000}), 0};
+  if (infinite[0] != 0) return {0, ToFloat(uint32_t{0x7fc00000}), 0};
   const float half = static_cast<float>(1 << (rounding.bits - 1));
   // What is smaller than 2^-100 counts as zero, since its inverse may overflow.
   if (rounding.symmetric) {
@@ -50,7 +50,9 @@ void RoundToken(const void* x, Type type, const Rounding& rounding, const TokenI
   }
   const float half = static_cast<float>(1 << (rounding.bits - 1));
   const float least = -half - grid.zero, most = half - 1 - grid.zero;
-  bool known = true;
+  // Added to a number of less than 2^22, it leaves no bits for fractions: the compiler makes vectors of that.
+  constexpr float kRounder = 0x1.8p23f;
+  int32_t unknown = 0;
   for (int64_t g = 0; g < in.groups; ++g) {
     const int64_t first = g * in.group_size, left = in.k - first, count = left < in.group_size ? left : in.group_size;
     Item* const to = values + g * in.group_steps * kItems;
@@ -64,12 +66,12 @@ void RoundToken(const void* x, Type type, const Rounding& rounding, const TokenI
       } else {
         const float* const from = GroupOf(x, type, (begin + row) * in.k + first + at, n, buffer);
         for (int64_t i = 0; i < kGroup; ++i) {
-          known = known & (from[i] == from[i]);
+          unknown |= from[i] == from[i] ? 0 : 1;
           // A NaN, which fails comparisons, becomes the least.
           float value = from[i] * grid.inverse;
           value = value >= least ? value : least;
           value = value <= most ? value : most;
-          q[i] = static_cast<int32_t>(__builtin_rintf(value) + grid.zero);
+          q[i] = static_cast<int32_t>(((value + kRounder) - kRounder) + grid.zero);
         }
       }
       for (int64_t i = 0; i < n; ++i) sum += q[i];
@@ -87,6 +89,6 @@ void RoundToken(const void* x, Type type, const Rounding& rounding, const TokenI
       for (int lane = 0; lane < V::kLanes; ++lane) starts[lane] *= -128;
     }
   }
-  in.scales[row] = known ? grid.scale : ToFloat(uint32_t{0x7fc00000});
+  in.scales[row] = unknown == 0 ? grid.scale : ToFloat(uint32_t{0x7fc00000});
   in.zeros[row] = grid.zero;
 }

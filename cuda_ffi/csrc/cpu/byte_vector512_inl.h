@@ -14,6 +14,10 @@ struct Vector512 {
 
   static Bytes Load(const void* from) { return _mm512_loadu_si512(from); }
   static void StoreBytes(void* to, Bytes value) { _mm512_storeu_si512(to, value); }
+  static Bytes Hold(Bytes value) {
+    asm("" : "+v"(value));
+    return value;
+  }
   static Bytes Ones() { return _mm512_set1_epi8(1); }
   static void Whole(const uint8_t* codes, Bytes* low, Bytes* high) {
     const Bytes first = Load(codes), second = Load(codes + 64);
