@@ -24,10 +24,15 @@ PYTEST = cache=$$(mktemp -d) && trap 'rm -rf "$$cache"' EXIT && JAX_PLATFORMS=cp
 CORE := $(patsubst %,tests/test_%.py,matmul llama checkpoint_model linen nnx pallas_kernel)
 PIP := -m pip --disable-pip-version-check --quiet --quiet
 
-# Without a GPU the CUDA library is only loaded: machine code for one architecture is enough, where all take a minute more,
-# and so is code that is hardly optimised, which takes a third off the rest.
+# Without a GPU the CUDA library is only loaded: machine code for one architecture is enough, where all take a minute
+# more, and so is code that is hardly optimised, which takes a third off the rest. As little is made of XLA's entry
+# points, which run once a product, and of code for vectors that this processor hasn't.
+LIGHT := _handler _handlers $(if $(shell test -r /proc/cpuinfo && ! grep -q -w avx512bw /proc/cpuinfo && echo none), \
+	_avx512 _avx512vnni _avx512vbmi)
+space := $(subst ,, )
 ONE_GPU := $(if $(shell nvidia-smi -L 2>/dev/null),,-C cmake.define.CMAKE_CUDA_ARCHITECTURES=90 \
-	-C "cmake.define.CMAKE_CUDA_FLAGS=-Xcicc=-O1 -Xptxas=-O1")
+	-C "cmake.define.CMAKE_CUDA_FLAGS=-Xcicc=-O1 -Xptxas=-O1" \
+	-C "cmake.define.ANY4_LIGHT=$(subst $(space),;,$(strip $(LIGHT)))")
 
 # $(call find_python,NAMES,LEAST): prints the first interpreter of at least that sys.hexversion, from PATH, then
 # from pyenv. Each is run, because pyenv has shims for versions that it then refuses to start.

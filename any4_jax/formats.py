@@ -128,6 +128,44 @@ def _block_scaled_normal_cdf(block_size: int) -> tuple[np.ndarray, np.ndarray]:
     return x, cdf
 
 
+@functools.lru_cache
+def float_levels(exponent: int, mantissa: int) -> tuple[float, ...]:
+    """The table of sign, `exponent` and `mantissa` bits without infinities and NaN (LLM-FP4, arXiv 2310.16836, eq. 1).
+
+    For the exponent field p and the mantissa m in units of the last place, at bias 0:
+
+        m 2^(1 - M) for p = 0, else (2^M + m) 2^(p - M)
+
+    A bias b divides all by 2^b. With one exponent bit the levels are a ramp that has its zero twice: E1M2 is that of
+    symmetric integers of 4 bits, in steps of one half.
+    """
+    fields = ((p, m) for p in range(2**exponent) for m in range(2**mantissa))
+    return _mirrored(tuple(((p > 0) * 2**mantissa + m) * 2.0 ** (max(p, 1) - mantissa) for p, m in fields))
+
+
+def float_formats(bits: int) -> tuple[tuple[int, int], ...]:
+    """The exponent and mantissa bits of the formats of `float_levels` that have `bits` bits: five at most, since more
+    than 5 exponent bits have no use. For 4 bits E1M2, E2M1, E3M0; for 8 bits E1M6 to E5M2."""
+    return tuple((exponent, bits - 1 - exponent) for exponent in range(1, min(bits - 1, 5) + 1))
+
+
+def round_to_float(values: jax.Array, exponent: jax.Array | int, mantissa: jax.Array | int) -> jax.Array:
+    """float32 values at the nearest of `float_levels`, by arithmetic; halfway ones take the even multiple of the step.
+
+    `exponent` and `mantissa` are int32 and may be traced; they broadcast with the values.
+    """
+    exponent, mantissa = jnp.asarray(exponent, jnp.int32), jnp.asarray(mantissa, jnp.int32)
+    largest = (2.0 - exact_power(-mantissa)) * exact_power((1 << exponent) - 1)
+    values = jnp.clip(values.astype(jnp.float32), -largest, largest)
+    field = jnp.maximum((jax.lax.bitcast_convert_type(jnp.abs(values), jnp.int32) >> 23) - 127, 1)
+    return jnp.round(values * exact_power(mantissa - field)) * exact_power(field - mantissa)
+
+
+def exact_power(exponent: jax.Array | int) -> jax.Array:
+    """2^exponent for int32 exponents from -126 to 127, exactly."""
+    return jax.lax.bitcast_convert_type((jnp.asarray(exponent, jnp.int32) + 127) << 23, jnp.float32)
+
+
 def integer(bits: int, *, rule: ScaleRule = "asymmetric") -> Format:
     """Signed integers of 2, 3, 4, 5, 6 or 8 bits, scaled by `rule`."""
     return Format(bits=bits, levels=ramp(bits), rule=rule)

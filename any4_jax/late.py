@@ -31,10 +31,10 @@ def late(function: Callable[..., Any], like: Callable[..., Any]) -> Callable[...
         results, made = jax.tree.flatten(jax.eval_shape(like, *operands))
 
         def flat(*arrays: jax.Array) -> list[jax.Array]:
-            return jax.tree.leaves(function(*given.unflatten(arrays)))
+            return jax.tree.leaves(function(*jax.tree.unflatten(given, arrays)))
 
         shapes = tuple((result.shape, result.dtype) for result in results)
-        return made.unflatten(_CALL.bind(*leaves, function=flat, shapes=shapes))
+        return jax.tree.unflatten(made, _CALL.bind(*leaves, function=flat, shapes=shapes))
 
     return call
 

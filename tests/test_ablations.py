@@ -1,11 +1,9 @@
 """The ablation command and `any4 bench quantize`: what they would run is valid, and a small run writes its figures."""
 
 import importlib
-import importlib.util
 import runpy
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import jax
 import numpy as np
@@ -14,30 +12,26 @@ import pytest
 from any4_jax import benchmarks, cli
 from any4_jax.benchmarks import gemm, quantize
 from any4_jax.data import texts
-from any4_jax.methods import GPTQ, NF4, Any4, SmoothQuant
+from any4_jax.methods import AWQ, GPTQ, NF4, Any4, SmoothQuant
+from any4_jax.methods.base import scope_of
 from any4_jax.statistics import Drift, Hessian, Moments
 
 FOLDER = Path(__file__).resolve().parent.parent / "examples" / "benchmarks"
 
 
-def load_cases() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("ablation_cases", FOLDER / "ablation_cases.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-CASES = load_cases()
+with pytest.MonkeyPatch.context() as patch:
+    patch.syspath_prepend(FOLDER)
+    CASE, CASES = map(importlib.import_module, ("ablation_case", "ablation_cases"))
 
 
 @pytest.mark.parametrize("study", CASES.STUDIES)
 def test_every_case_can_run_and_is_one_of_its_kind(study: str) -> None:
     cases = CASES.STUDIES[study](64)
     assert len({(case.name, case.calibration) for case in cases}) == len(cases) >= 4
-    assert len({(case.method, case.calibration) for case in cases}) == len(cases)
+    assert len({(case.described, case.calibration) for case in cases}) == len(cases)
     for case in cases:
-        case.method.check(case.calibrated)
+        for method in (case.method, *(method for _, method in case.rules)):
+            method.check(case.calibrated)
 
 
 @pytest.mark.parametrize(
@@ -49,17 +43,17 @@ def test_every_case_can_run_and_is_one_of_its_kind(study: str) -> None:
         (Any4.paper(), True),
         (GPTQ(), True),
         (GPTQ(sequential=False), True),
+        (AWQ(sequential=False), True),
         (SmoothQuant(), True),
     ],
 )
 def test_methods_that_need_a_walk_get_one(method, walked: bool) -> None:
-    assert CASES.Case("", method).walked == walked
-    assert CASES.Case("", method, CASES.NONE).walked == isinstance(method, SmoothQuant)
+    assert CASE.Case("", method).walked == walked
+    assert CASE.Case("", method, CASE.NONE).walked == (scope_of(method) == "site")
 
 
 def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cases: dict[str, list], *flags: str):
     """Runs the command on the tiny model, with studies of these cases, and reads what it wrote."""
-    monkeypatch.setitem(sys.modules, "ablation_cases", CASES)
     monkeypatch.syspath_prepend(FOLDER)
     monkeypatch.setattr(CASES, "STUDIES", {name: lambda g, found=found: found for name, found in cases.items()})
     monkeypatch.chdir(tmp_path)
@@ -74,8 +68,8 @@ STORIES = str(FOLDER.parent.parent / "any4_jax" / "data" / "stories.txt")
 
 def test_the_command_measures_and_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     """nf4 in smaller groups loses less; the case that needs a text is skipped with a note."""
-    fixed = CASES.Case("nf4, small groups", NF4(group_size=8), CASES.NONE)
-    cases = [fixed, CASES.Case("nf4 of a text", NF4(), CASES.TEXT, samples=2, length=16)]
+    fixed = CASE.Case("nf4, small groups", NF4(group_size=8), CASE.NONE)
+    cases = [fixed, CASE.Case("nf4 of a text", NF4(), CASE.TEXT, samples=2, length=16)]
     result = command(tmp_path, monkeypatch, {"small": cases}, "--text", STORIES)
     first, second = result.rows
     assert (first["study"], second["case"], second["calibration"]) == ("reference", "nf4, small groups", "none")
@@ -92,14 +86,14 @@ def test_the_command_measures_and_writes(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_a_file_is_continued_with_the_same_settings_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A case is measured once, whatever study names it, and a rerun measures what is missing."""
-    one, two = (CASES.Case(f"nf4, groups of {g}", NF4(group_size=g), CASES.NONE) for g in (8, 16))
+    one, two = (CASE.Case(f"nf4, groups of {g}", NF4(group_size=g), CASE.NONE) for g in (8, 16))
     # Of the text that is measured itself, it is skipped.
-    other = CASES.Case("any4", Any4(), CASES.OTHER)
+    other = CASE.Case("any4", Any4(), CASE.OTHER)
     first = command(tmp_path, monkeypatch, {"a": [one, other]})
     assert [row["case"] for row in first.rows] == ["nf4, float32 scales", one.name] and "bundled essays" in first.notes[
         0
     ]
-    both = {"a": [one, two], "b": [CASES.Case("again", one.method, CASES.NONE)]}
+    both = {"a": [one, two], "b": [CASE.Case("again", one.method, CASE.NONE)]}
     second = command(tmp_path, monkeypatch, both)
     assert second.rows[:2] == first.rows
     assert [(row["study"], row["case"]) for row in second.rows[2:]] == [("a", two.name), ("b", "again")]
@@ -114,8 +108,8 @@ def test_a_file_is_continued_with_the_same_settings_alone(tmp_path: Path, monkey
 def test_a_method_in_a_walk_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     method = GPTQ(inner=NF4(group_size=32))
     cases = [
-        CASES.Case("GPTQ nf4", method, CASES.TEXT, samples=2, length=64),
-        *(CASES.Case(f"{b} bits", SmoothQuant(alpha=None, input_bits=b), CASES.NONE) for b in (8, 3)),
+        CASE.Case("GPTQ nf4", method, CASE.TEXT, samples=2, length=64),
+        *(CASE.Case(f"{b} bits", SmoothQuant(alpha=None, input_bits=b), CASE.NONE) for b in (8, 3)),
     ]
     result = command(tmp_path, monkeypatch, {"walk": cases}, "--text", STORIES, "--calibration-text", STORIES)
     first, row, bytes_, few = result.rows
@@ -129,14 +123,13 @@ def test_a_method_in_a_walk_is_measured(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_the_data_of_each_source(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "ablation_cases", CASES)
     monkeypatch.syspath_prepend(FOLDER)
     data = importlib.import_module("ablation_bench").data
     text = np.arange(1000)
-    assert data(CASES.Case("", NF4()), str.encode, None) == texts.prompt()
-    pieces = data(CASES.Case("", NF4(), CASES.TEXT, samples=3, length=10), str.encode, text)
+    assert data(CASE.Case("", NF4()), str.encode, None) == texts.prompt()
+    pieces = data(CASE.Case("", NF4(), CASE.TEXT, samples=3, length=10), str.encode, text)
     assert pieces.tolist() == [list(range(at, at + 10)) for at in (0, 495, 990)]
-    other = data(CASES.Case("", NF4(), CASES.OTHER), lambda words: list(words.encode()), None)
+    other = data(CASE.Case("", NF4(), CASE.OTHER), lambda words: list(words.encode()), None)
     assert other.shape[1] == 512 and bytes(other.ravel().tolist()) in (texts.essays() + texts.stories()).encode()
     assert other.size > len(texts.essays())
 

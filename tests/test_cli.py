@@ -5,6 +5,7 @@ import re
 import shutil
 
 import pytest
+from short_models import shorten
 
 import any4_jax as a4
 from any4_jax.cli import main
@@ -231,6 +232,7 @@ def test_demo_offline(tmp_path, capsys, monkeypatch):
     def unavailable():
         raise assets.AssetUnavailable("there is no network here")
 
+    shorten(monkeypatch, tmp_path / "short", blocks=2)
     monkeypatch.setattr(assets, "fetch_smollm2", unavailable)
     out = tmp_path / "demo"
     assert main(["demo", "--out", str(out), "--windows", "4", "--group-size", "32"]) == 0

@@ -104,8 +104,8 @@ def test_a_stack_under_scan_is_quantized_layer_by_layer() -> None:
         np.testing.assert_array_equal(weight.codes[i], quantize(kernel[i].T, NF).codes)
     dense = {"layer": {"kernel": jnp.swapaxes(dense_like(weight), 1, 2), "bias": params["layer"]["bias"]}}
     np.testing.assert_allclose(module.apply({"params": small}, X), net.apply({"params": dense}, X), atol=1e-5)
-    with pytest.raises(ValueError, match="found 0 linear layers"):
-        a4.quantize_model((net, params), NF)
+    alone = a4.quantize_model((net, params), NF)  # the bias tells which axis is the stack's
+    np.testing.assert_allclose(alone[0].apply({"params": alone[1]}, X), module.apply({"params": small}, X), atol=1e-5)
 
 
 def test_a_shared_nnx_layer_stays_shared() -> None:
@@ -185,6 +185,13 @@ def test_what_cannot_be_calibrated_says_so() -> None:
     by_rule = [(r".*", a4.methods.Any4.paper(group_size=16))]
     with pytest.raises(ValueError, match="sequential calibration of a NNXNet"):
         a4.quantize_model(NNXNet(nnx.Rngs(0)), NF, data=[X], rules=by_rule)
+    with pytest.raises(ValueError, match="got example inputs or data for a tree of arrays"):
+        a4.quantize_model({"kernel": X}, NF, inputs=(X,))
+    for model in (linen.Dense(2), (linen.Dense(2), None)):
+        with pytest.raises(TypeError, match=r"got .*Linen module .*; pass the pair \(module, variables\)"):
+            a4.quantize_model(model, NF)
+    with pytest.raises(TypeError, match="got inputs for 'encode' of a NNXNet, which has no method of this name"):
+        a4.quantize_model(NNXNet(nnx.Rngs(0)), NF, inputs={"x": X, "method": "encode"})
     with pytest.raises(ValueError, match="no calibration batches"):
         a4.calibrate(NNXNet(nnx.Rngs(0)), [])
 

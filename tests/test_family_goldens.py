@@ -12,11 +12,12 @@ from family_goldens import FAMILIES, GGUFS, GOLDEN, VARIANTS, error, golden
 from flax import nnx
 
 import any4_jax as a4
-from any4_jax.models import read_config
+from any4_jax.models import families, read_config
 from any4_jax.models.families import by_gguf
 from any4_jax.models.fold import fold, inputs_of, is_foldable
 from any4_jax.models.gguf_file import GGUFFile
 from any4_jax.models.gguf_metadata import Metadata
+from any4_jax.models.tiny import random_llama
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -100,8 +101,10 @@ def test_a_row_within_the_original_context_is_not_rotated_for_a_longer_row(varia
 
 @pytest.mark.parametrize("variant", FAMILIES)
 def test_sites_hold_every_linear_once_and_factors_fold_into_what_is_before_them(variant: str) -> None:
+    """The float model stays the same within 1e-5 of its logits' scale."""
     wanted = golden(variant)
     model, rng = wanted.model(), np.random.default_rng(0)
+    plain = np.asarray(model(wanted.tokens))
     for index, block in enumerate(model.layers):
         linears = {".".join(map(str, path)) for path, node in nnx.iter_modules(block) if isinstance(node, nnx.Linear)}
         named = [path for site in model.sites(index) for path in site.linears]
@@ -113,7 +116,14 @@ def test_sites_hold_every_linear_once_and_factors_fold_into_what_is_before_them(
                 block, leftover = fold(block, site, factor)
                 assert leftover is None
         model.layers[index] = block
-    assert error(model(wanted.tokens), wanted.logits) < 1e-4
+    assert error(model(wanted.tokens), plain) < 1e-5
+
+
+def test_every_family_has_a_golden_or_is_llama() -> None:
+    configs = [read_config(golden(variant).configs[0]) for variant in FAMILIES]
+    covered = {families.family_of_config(config).name for config in (*configs, random_llama().config)}
+    ours = {name for name, family in families.FAMILIES.items() if family.module.__module__.startswith("any4_jax.")}
+    assert ours <= covered
 
 
 @pytest.mark.parametrize("variant", FAMILIES)

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -113,3 +114,61 @@ def test_a_wrong_table_is_refused(levels, message: str) -> None:
 def test_af4_of_one_weight_is_refused() -> None:
     with pytest.raises(ValueError, match="got block_size=1.*larger group_size"):
         formats.af4_levels(1)
+
+
+# Positive levels at bias 0 (LLM-FP4, arXiv 2310.16836, eq. 1).
+FLOATS = {
+    (3, 0): (0, 2, 4, 8, 16, 32, 64, 128),
+    (2, 1): (0, 1, 2, 3, 4, 6, 8, 12),
+    (1, 2): (0, 0.5, 1, 1.5, 2, 2.5, 3, 3.5),
+}
+
+
+def test_floats_of_4_bits_are_the_published_grids() -> None:
+    assert formats.float_formats(4) == ((1, 2), (2, 1), (3, 0))
+    for bits, positive in FLOATS.items():
+        levels = formats.float_levels(*bits)
+        assert levels[8:] == positive and [-v for v in levels[7::-1]] == list(positive)
+        assert len(set(levels)) == 15
+        assert formats.Format(bits=4, levels=levels, rule="absmax").uniform is False
+    assert tuple(level / 2 for level in formats.float_levels(2, 1)) == formats.E2M1_LEVELS
+
+
+@pytest.mark.parametrize(
+    "bits,dtype,bias",
+    [((5, 2), ml_dtypes.float8_e5m2, 15), ((4, 3), ml_dtypes.float8_e4m3fn, 7), ((3, 4), ml_dtypes.float8_e3m4, 3)],
+)
+def test_floats_of_8_bits_are_those_of_hardware_but_for_infinities(bits, dtype, bias: int) -> None:
+    """Where hardware has NaN or infinity, there are the next numbers of the same pattern."""
+    assert bits in formats.float_formats(8) and len(formats.float_formats(8)) == 5
+    theirs = np.arange(128, dtype=np.uint8).view(dtype).astype(np.float64) * 2.0**bias
+    ours, finite = np.array(formats.float_levels(*bits)[128:]), np.isfinite(theirs)
+    np.testing.assert_array_equal(ours[finite], theirs[finite])
+    assert finite.sum() > 110 and (np.diff(ours) > 0).all()
+
+
+ALL_FLOATS = formats.float_formats(4) + formats.float_formats(8)
+_pairs = jnp.asarray(ALL_FLOATS, jnp.int32)
+round_all = jax.jit(jax.vmap(formats.round_to_float, in_axes=(0, 0, 0)))
+
+
+def by_arithmetic(values: np.ndarray) -> np.ndarray:
+    """Values [formats, n] at their nearest levels."""
+    return np.asarray(round_all(jnp.asarray(values, jnp.float32), _pairs[:, :1], _pairs[:, 1:]))
+
+
+def test_rounding_by_arithmetic_finds_the_nearest_level(rng: np.random.Generator) -> None:
+    levels = [np.array(formats.float_levels(*bits)) for bits in ALL_FLOATS]
+    top = np.array([each[-1] for each in levels])[:, None]
+    values = np.float32(top * 2.0 ** rng.uniform(-9, 0.3, (len(levels), 256)) * rng.choice([-1, 1], 256))
+    values[:, 0], values[:, 1] = 0, top[:, 0]
+    rounded = by_arithmetic(values)
+    for grid, ours, x in zip(levels, rounded, values.astype(np.float64), strict=True):
+        assert np.isin(ours, grid).all()
+        np.testing.assert_array_equal(np.abs(ours - x), np.abs(grid - x[:, None]).min(axis=1))
+    np.testing.assert_array_equal(by_arithmetic(rounded), rounded)
+    np.testing.assert_array_equal(by_arithmetic(-values), -rounded)
+    # One exponent bit is a ramp of 2^M steps below 1 + 1; halfway values take the even multiple.
+    halves = np.resize(np.arange(-15, 16) / 4, (len(levels), 31))
+    np.testing.assert_array_equal(by_arithmetic(halves)[0], np.clip(np.round(halves[0] * 2), -7, 7) / 2)
+    assert by_arithmetic(np.full((len(levels), 1), 2.5))[1, 0] == 2.0

@@ -114,9 +114,16 @@ def test_empty_batch_and_single_row(shape: tuple[int, ...]) -> None:
     assert matmul(x, INTEGERS).shape == (*shape, N)
 
 
-@pytest.mark.parametrize("per", ["token", "tensor"])
-@pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize("bits,offsets", [(8, True), (4, False)])
+@pytest.mark.parametrize(
+    ("per", "symmetric", "bits", "offsets"),
+    # Each two of the choices meet.
+    [
+        ("token", True, 8, True),
+        ("token", False, 4, False),
+        ("tensor", True, 4, False),
+        ("tensor", False, 8, True),
+    ],
+)
 def test_integer_products_equal_those_of_the_rounded_input(per, symmetric: bool, bits: int, offsets: bool) -> None:
     inner = leaf(8, offsets=offsets, ramp=True)
     w = QuantizeInput(inner, None, bits, symmetric, per)

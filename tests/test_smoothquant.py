@@ -2,8 +2,9 @@
 
 import argparse
 import dataclasses
+import itertools
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -14,11 +15,13 @@ from equality import assert_same
 import any4_jax as a4
 from any4_jax import statistics
 from any4_jax.checkpoint import load, save
+from any4_jax.checkpoint.laws import check_operator
 from any4_jax.checkpoint.operators import operator_from_spec, operator_spec
 from any4_jax.cli.methods import add_method, method_from
 from any4_jax.methods import Int, Result, SmoothQuant, quantize
 from any4_jax.methods.apply import apply_site
 from any4_jax.methods.base import SiteWeights
+from any4_jax.methods.smoothquant import factors
 from any4_jax.models.fold import fold
 from any4_jax.models.tiny import random_llama
 from any4_jax.product.quantized_input import quantize_input
@@ -61,8 +64,8 @@ def inputs(tokens: int = 64) -> jax.Array:
     return jnp.asarray(x, jnp.float32)
 
 
-def smoothed(method: SmoothQuant, **site):
-    gathered = statistics.from_activations(inputs(), statistics=method.needs)
+def smoothed(method: SmoothQuant, x: jax.Array | None = None, **site):
+    gathered = statistics.from_activations(inputs() if x is None else x, statistics=method.needs)
     return apply_site(SiteWeights(layer(), **site), method, gathered, "site")
 
 
@@ -93,26 +96,34 @@ def test_channels_that_repeat_share_a_factor_where_it_is_folded() -> None:
     assert (shared == shared[:, :1]).all() and not np.isclose(own, own[:, :1]).all()
 
 
-@pytest.mark.parametrize(
-    "method", [SmoothQuant(WHOLE, search=5, per="group"), SmoothQuant(W6, search=3, input_bits=6, per="tensor")]
-)
-def test_the_search_takes_the_alpha_of_the_least_error(method: SmoothQuant) -> None:
-    x, found = np.asarray(inputs(), np.float64), []
-    for alpha in np.linspace(0, 1, method.search, dtype=np.float32):
-        made = smoothed(dataclasses.replace(method, search=0, alpha=float(alpha)))
-        error, energy = np.zeros(len(x)), np.zeros(len(x))
-        for path, w in layer().items():
-            op = made.results[path].operator
-            rounded = np.asarray(quantize_input(inputs() * made.input_scale, op), np.float64)
-            y = x @ np.asarray(w, np.float64).T
-            error += np.square(rounded @ np.asarray(dequantize(op), np.float64).T - y).sum(1)
-            energy += np.square(y).sum(1)
-        found.append((error / energy).mean())
-    made = smoothed(method)
+def test_other_sizes_are_evened_out() -> None:
+    """With the root mean square and 1/2, those of a channel's inputs and of its weights are equal."""
+    made = smoothed(SmoothQuant(inner=Exact(), size="rms"))
+    scaled = np.concatenate([dequantize(result.operator) for result in made.results.values()])
+    x = np.asarray(inputs(), np.float64) * made.input_scale
+    live = x.any(axis=0)
+    sizes = (np.sqrt(np.square(each).mean(axis=0))[live] for each in (x, np.asarray(scaled, np.float64)))
+    np.testing.assert_allclose(*sizes, rtol=1e-5)
+
+
+def test_the_search_takes_what_has_the_least_error() -> None:
+    """Here the channels' root mean squares even out more than their outliers in single tokens do."""
+    method, x = SmoothQuant(W6, search=5, input_bits=6), inputs().at[jnp.arange(5), jnp.arange(5)].multiply(40)
+    w, found = jnp.concatenate(list(layer().values())), {}
+    y = np.asarray(x, np.float64) @ np.asarray(w, np.float64).T
+    largest = [jnp.abs(each).max(axis=0) for each in (x, w)]
+    rms = [jnp.sqrt(jnp.square(each).mean(axis=0)) for each in (x, w)]
+    for size, alpha in itertools.product((0, 1), np.linspace(0, 1, method.search, dtype=np.float32)):
+        s = factors(*(largest, rms)[size], alpha)
+        smooth = QuantizeInput(quantize(w * s, W6), None, 6, False, "token")
+        rounded = np.asarray(quantize_input(x / s, smooth), np.float64)
+        error = np.square(rounded @ np.asarray(dequantize(smooth), np.float64).T - y).sum(axis=1)
+        found[size, float(alpha)] = (error / np.square(y).sum(axis=1)).mean()
+    made, best = smoothed(method, x), min(found, key=found.__getitem__)
     for result in made.results.values():
-        np.testing.assert_allclose(result.notes["alpha"], np.argmin(found) / (method.search - 1), rtol=1e-6)
-        np.testing.assert_allclose(result.notes["output_error"], min(found), rtol=1e-2)
-    assert 0 < np.argmin(found) < method.search - 1, "else any rule would do"
+        assert (int(result.notes["rms"]), float(result.notes["alpha"])) == best
+        np.testing.assert_allclose(result.notes["output_error"], found[best], rtol=1e-2)
+    assert best[0] == 1 and 0 < best[1] < 1, "else any rule would do"
 
 
 @pytest.fixture(scope="module")
@@ -148,7 +159,7 @@ def test_outliers_cost_less_once_they_are_smoothed(model) -> None:
 
 
 def test_a_static_scale_is_the_same_for_any_batch_and_is_kept(model, tmp_path: Path) -> None:
-    new = a4.quantize_model(model, SmoothQuant(per="tensor", alpha=0.75), data=TOKENS)
+    new = a4.quantize_model(model, SmoothQuant(per="tensor", symmetric=True, alpha=0.75), data=TOKENS)
     assert all(w.scale.shape == () and w.per == "tensor" for w in quantized_leaves(new).values())
     save(tmp_path / "model", new)
     back = load(tmp_path / "model")
@@ -203,11 +214,19 @@ def test_checkpoints_without_the_scale_of_inputs_are_read() -> None:
     assert_same(operator_from_spec(spec, arrays.__getitem__), w)
 
 
+@pytest.mark.parametrize("fields", [dict(symmetric=False), dict(per="token"), dict(scale=jnp.ones(2))])
+def test_a_scale_of_inputs_that_fits_nothing_is_refused(fields: dict[str, Any]) -> None:
+    w = QuantizeInput(quantize(layer()["q"], WHOLE), None, 8, True, "tensor", jnp.float32(2))
+    check_operator("w", w)
+    with pytest.raises(ValueError, match="w: the arrays of its QuantizeInput don't belong together: scale is"):
+        check_operator("w", dataclasses.replace(w, **fields))
+
+
 @pytest.mark.parametrize(
     "method, gathered, words",
     [
-        (SmoothQuant(), False, "with alpha=0.5 and per='token' needs the largest inputs of each layer; pass data"),
-        (SmoothQuant(alpha=None, per="tensor"), False, "alpha=None and per='tensor' needs the largest inputs"),
+        (SmoothQuant(), False, "with alpha=0.5 and per='token' needs the size of each layer's inputs; pass data"),
+        (SmoothQuant(alpha=None, per="tensor"), False, "alpha=None and per='tensor' needs the size of each"),
         (SmoothQuant(search=1), True, "got search=1, at least 2 values of alpha are compared"),
         (SmoothQuant(alpha=None, search=3), True, "got search=3 with alpha=None, which smooths nothing"),
         (SmoothQuant(per="tensor", symmetric=False), True, "got symmetric=False with per='tensor'"),

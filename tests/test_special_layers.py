@@ -53,7 +53,6 @@ def scaled(layer):
 
 
 SPECIAL = {
-    "a LoRALinear, a subclass of nnx.Linear": lambda: linear(nnx.LoRALinear, lora_rank=2),
     "a Same, a subclass of nnx.Linear": lambda: linear(Same),
     "an nnx.Linear with its own promote_dtype": lambda: linear(promote_dtype=as_they_are),
     "an nnx.Linear with its own dot_general": lambda: linear(dot_general=dot),

@@ -237,8 +237,10 @@ def test_what_is_left_is_said(recwarn) -> None:
     assert not recwarn.list and set(quantized_leaves(whole_net)) == {"first", "heads"}
     with pytest.raises(ValueError, match=rf"'he.*' matches {left}, of which nothing tells what is contracted; pass"):
         quantize_model(net, NF, rules=[("he.*", NF)])
-    with pytest.raises(ValueError, match=r"found 0 linear layers .*; it has w \(array \[4, 8\]\): pass example inputs"):
-        quantize_model({"w": jnp.ones((4, 8))}, NF)
+    with pytest.raises(ValueError, match=r"found 0 linear layers .*; it has w \(array \[4, 8\]\): name each by a"):
+        quantize_model({"w": jnp.ones((4, 8)), "scale": 1.0}, NF)
+    with pytest.raises(ValueError, match=rf"{left}; no product reads it in a call with the given inputs; name each"):
+        quantize_model(net, NF, inputs={"inputs": x, "method": "first"}, strict=True)
 
 
 @pytest.mark.parametrize("name,shape,read,meant", [("weight", (8, 4), "N, K", "KN"), ("kernel", (4, 8), "K, N", "NK")])

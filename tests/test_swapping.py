@@ -93,6 +93,20 @@ class Doubling(nn.Dense):
         return 2 * super().__call__(inputs)
 
 
+class Sowing(nn.Dense):
+    @nn.compact
+    def __call__(self, inputs):
+        y = super().__call__(inputs)
+        self.sow("intermediates", "y", y)
+        return y
+
+
+class Turned(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return x @ self.param("kernel", nn.initializers.lecun_normal(), (8, 32)).T
+
+
 class Scaled(nn.Module):
     @nn.compact
     def __call__(self, x):
@@ -117,13 +131,38 @@ def test_layers_that_take_an_operator(layer):
     np.testing.assert_allclose(y, layer.apply({"params": floats(params)}, x), rtol=1e-5, atol=1e-5)
 
 
+BY_CODE = {
+    "subclass": Doubling(8),
+    "own kernel": Scaled(),
+    "einsum": nn.Einsum((32, 8), "mk,kn->mn"),
+    "dot_general": nn.Dense(8, dot_general=jax.lax.dot_general),
+    "sowing": Sowing(8),
+    "other axis": Turned(),
+}
+
+
+@pytest.mark.parametrize("layer", BY_CODE.values(), ids=BY_CODE)
+def test_the_code_of_other_modules_reads_an_operator(layer, recwarn):
+    class Owner(nn.Module):
+        def setup(self):
+            self.layer = copy.copy(layer)
+
+        def __call__(self, x):
+            return nn.relu(self.layer(x))
+
+    x = normal((3, 32))
+    variables = {"params": swapped(Owner().init(KEY, x)["params"])}
+    y, new = jax.jit(lambda v: intercepted(Owner(), quantized_dense).apply(v, x, mutable=["intermediates"]))(variables)
+    expected, sown = Owner().apply(floats(variables), x, mutable=["intermediates"])
+    np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), new, sown)
+    told = [str(each.message) for each in recwarn.list if "decoded as a whole" in str(each.message)]
+    assert len(told) == (layer is BY_CODE["other axis"]) and all("params.kernel" in each for each in told)
+
+
 @pytest.mark.parametrize(
     "layer",
     [
-        Doubling(8),
-        Scaled(),
-        nn.Einsum((32, 8), "mk,kn->mn"),
-        nn.Dense(8, dot_general=jax.lax.dot_general),
         nn.DenseGeneral((2, 4)),
         nn.DenseGeneral(8, axis=(-2, -1)),
     ],

@@ -16,11 +16,19 @@ from any4_jax.methods import GPTQ, NF4, Any4, Int, matrices, on_block, on_site
 from any4_jax.methods.base import SiteWeights
 from any4_jax.models.tiny import random_llama
 from any4_jax.statistics import Drift, Gathered
-from any4_jax.surgery import quantized_leaves
+from any4_jax.surgery import explain, quantized_leaves
 from any4_jax.walk import calibrate, quantize_model
 from any4_jax.weights import ScaleInput, dequantize
 
 NF = NF4(group_size=16)
+
+
+class FoldedInputs(EvenInputs):
+    """Sequential, and with statistics of float blocks, so that every scale is folded."""
+
+    order = "at_once"
+
+
 ANY4 = Any4(group_size=16, refit=False)
 SEQUENTIAL = Nested(inner=Int(4, group_size=16))
 TOKENS = np.random.default_rng(0).integers(0, 128, (3, 12), dtype=np.int32)
@@ -173,6 +181,26 @@ def test_a_site_methods_scale_is_folded_or_kept(model) -> None:
     assert kept_scales(folded) == set()
     # Site by site, v_proj and up_proj are quantized when the sites that they feed come.
     assert kept_scales(kept) == {"self_attn.o_proj", "mlp.down_proj"}
+    at_once = quantize_model(model, FoldedInputs(method.inner, by_site=True), data=TOKENS)
+    assert kept_scales(at_once) == set()
+    told = [
+        {path.removeprefix("layers.0."): dict(notes)["input_scale"] for path, _, notes in new.recipe.linears}
+        for new in (folded, kept, at_once)
+    ]
+    assert told[0] == told[2] and told[0]["mlp.down_proj"] == "folded into mlp.up_proj"
+    assert told[0]["self_attn.k_proj"] == told[1]["self_attn.k_proj"] == "folded into input_layernorm"
+    assert told[1]["mlp.down_proj"] == "kept, mlp.up_proj can't hold it"
+    assert "scale of the inputs: kept, mlp.up_proj can't hold it" in explain(kept, platform="cpu")
+
+
+def test_a_scale_of_one_is_not_kept(model) -> None:
+    class Unscaled(EvenInputs):
+        def apply(self, site, gathered):
+            made = super().apply(site, None)
+            return dataclasses.replace(made, input_scale=jnp.ones_like(made.input_scale))
+
+    new = quantize_model(model, Unscaled(NF, by_site=True), data=TOKENS)
+    assert kept_scales(new) == set() and not any("input_scale" in dict(notes) for _, _, notes in new.recipe.linears)
 
 
 def test_linears_that_a_rule_leaves_float_are_divided_where_their_input_is_scaled(model) -> None:

@@ -18,12 +18,13 @@ from any4_jax.cli.methods import add_method, method_from
 from any4_jax.cli.numbers import count
 from any4_jax.cli.options import checked
 from any4_jax.cli.output import Progress, megabytes, progress
+from any4_jax.cli.search_results import add_search_results, given, results_of
 from any4_jax.cli.sizes import expected, where_the_bits_go
 from any4_jax.cli.sources import MODEL_HELP, add_inputs, calibration_text, check_output, is_checkpoint
 from any4_jax.data import pieces
 from any4_jax.methods import CATALOGUE
 from any4_jax.surgery import quantize_inputs, quantized_leaves
-from any4_jax.walk import quantize_model
+from any4_jax.walk import quantize_model, save_search_results
 
 SEQLEN = 2048
 
@@ -71,6 +72,7 @@ def add(commands: Any, common: argparse.ArgumentParser, argv: Sequence[str]) -> 
         "METHOD takes the fields below that it has, unless it can't hold the value, and int8 is int with 8 bits; only "
         "a rule quantizes the embedding, which is the head of many models: embed_tokens=int8",
     )
+    add_search_results(parser)
     parser.add_argument(
         "--no-resume",
         dest="resume",
@@ -87,12 +89,16 @@ def run(args: argparse.Namespace) -> int:
     calibrated = args.calibrate != "none"
     if not calibrated and (args.samples or args.seqlen):
         raise CommandLineError("got --samples or --seqlen with --calibrate none; name a text, or leave them out")
-    method = checked(method_from(args), calibrated)
+    found = results_of(args)
+    method = checked(method_from(args, **given(args.method, found)), calibrated or found is not None)
     check_output(args.out)
     if is_checkpoint(args.model):
         raise WorkError(f"{args.model} is quantized already; give the float model that it was made from")
-    text = calibration_text(args.calibrate) if calibrated else None
-    rules = [(pattern, None if name is None else method_from(args, name, **bits)) for pattern, name, bits in args.rules]
+    text = calibration_text(args.calibrate) if calibrated and found is None else None
+    rules = [
+        (pattern, None if name is None else method_from(args, name, **bits, **given(name, found)))
+        for pattern, name, bits in args.rules
+    ]
 
     begin = time.perf_counter()
     # abspath removes a trailing slash, which would put the folder inside OUT.
@@ -108,8 +114,17 @@ def run(args: argparse.Namespace) -> int:
             with progress("quantize", "linear") as bar:
                 step = _telling(finished, bar)
                 model = quantize_model(
-                    model, method, data=data, rules=rules, seqlen=seqlen, progress=step, finished=finished
+                    model,
+                    method,
+                    data=data,
+                    stats=found,
+                    rules=rules,
+                    seqlen=seqlen,
+                    progress=step,
+                    finished=finished,
                 )
+            if args.search_results is not None and found is None:
+                save_search_results(model, args.search_results)
             if args.inputs is not None:
                 model = quantize_inputs(model)
             checkpoint.save(args.out, model)

@@ -2,6 +2,7 @@
 
 from any4_jax.methods.any4 import Any4
 from any4_jax.methods.apply import quantize
+from any4_jax.methods.awq import AWQ
 from any4_jax.methods.base import (
     AnyMethod,
     Block,
@@ -14,6 +15,7 @@ from any4_jax.methods.base import (
     SiteWeights,
 )
 from any4_jax.methods.fields import Fields
+from any4_jax.methods.fpq import FPQ
 from any4_jax.methods.gptq import GPTQ
 from any4_jax.methods.lifts import on_block, on_site
 from any4_jax.methods.rtn import AF4, FP4, MX4, NF4, Int
@@ -22,8 +24,10 @@ from any4_jax.methods.spec import CATALOGUE
 
 __all__ = [
     "AF4",
+    "AWQ",
     "CATALOGUE",
     "FP4",
+    "FPQ",
     "GPTQ",
     "MX4",
     "NF4",

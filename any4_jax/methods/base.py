@@ -25,6 +25,13 @@ Note = Any
 """A note on a result: a string, a bool, a number, an array of numbers, or a tuple of these. Numbers may be traced, as
 `apply` runs under jit: there is no `float(x)` of them, and none in a tuple with strings."""
 
+SCALED = "input_scale"
+"""The name of the note that a walk adds where a method scales the input of a site: what holds the scale."""
+
+Order = Literal["at_once", "by_site"]
+"""When the statistics of a block's sites are gathered: all before any linear of the block is quantized, or those of a
+site after the sites before it are quantized."""
+
 
 @jax.tree_util.register_pytree_node_class
 @dataclasses.dataclass(frozen=True)
@@ -138,7 +145,12 @@ class SiteResult:
 
 @runtime_checkable
 class SiteMethod(AnyMethod, Protocol):
-    """A method that looks at all matrices of a site, and may scale its input (AWQ, SmoothQuant)."""
+    """A method that looks at all matrices of a site, and may scale its input (AWQ, SmoothQuant).
+
+    A sequential one may have an attribute `order`, an `Order`; without it that is "by_site". With "at_once" the
+    statistics are of the model with the blocks before quantized, and the site's own block still float, so that what
+    its inputs are multiplied by can be folded into linears of the block.
+    """
 
     scope: ClassVar[Literal["site"]]
 

@@ -1,6 +1,7 @@
 """Lifts of a method to a wider scope: from a matrix to a site, from a matrix or a site to a block."""
 
 import dataclasses
+from collections.abc import Iterable
 from typing import Any, ClassVar, Literal
 
 from any4_jax.methods.base import (
@@ -9,14 +10,13 @@ from any4_jax.methods.base import (
     BlockMethod,
     BlockResult,
     Method,
+    Order,
     SiteMethod,
     SiteResult,
     SiteWeights,
     scope_of,
 )
 from any4_jax.statistics import Gathered, Statistic
-
-Order = Literal["at_once", "by_site"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,6 +86,11 @@ class OnBlock:
         sited = {path for site in block.sites for path in site.linears}
         made = block.quantize(contents, [path for path in block.assigned if path not in sited], {})
         return BlockResult(made.contents, {**notes, **made.notes})
+
+
+def order_of(methods: Iterable[AnyMethod]) -> Order:
+    """The order that methods of one block need if one of them is sequential."""
+    return "at_once" if any(getattr(method, "order", None) == "at_once" for method in methods) else "by_site"
 
 
 def needs_of(block: Block, site) -> tuple[Statistic, ...]:

@@ -5,7 +5,7 @@ Letters: N outputs, K inputs of a site, S tokens of a sample.
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ from any4_jax.methods.fields import Fields
 from any4_jax.methods.rtn import Int
 from any4_jax.product.quantized_input import quantize_input
 from any4_jax.schema import Count, Finite, Index
-from any4_jax.statistics import AbsMax, Gathered, Sample, Statistic
+from any4_jax.statistics import AbsMax, Gathered, Moments, Sample, Statistic
 from any4_jax.weights import QuantizeInput, dense_product
 
 Share = Annotated[Finite, Field(ge=0, le=1)]
@@ -29,15 +29,18 @@ _FLOOR = 1e-5
 """The share of the largest channel that a smaller one counts as, so that no factor is zero or infinite."""
 
 
+Size = Literal["max", "rms"]
+
+
 def factors(inputs: jax.Array, columns: jax.Array, alpha: Any) -> jax.Array:
-    """The published factor of each channel, s = max|x|^alpha / max|w|^(1 - alpha) (eq. 4): float32 [K].
+    """The factor of each channel, s = inputs^alpha / columns^(1 - alpha) (eq. 4): float32 [K].
 
     The input is divided by s, and the weights are multiplied by it. Channels are floored at 1e-5 of the largest one;
     published code floors them at 1e-5.
 
     Args:
-      inputs: max|x| of each channel over the tokens, float32 [K].
-      columns: max|w| of each channel over all rows of all matrices that read the input, float32 [K].
+      inputs: how large each channel is over the tokens, float32 [K]; max|x| in the paper.
+      columns: how large its weights are, over all rows of all matrices that read it, float32 [K]; max|w| in the paper.
       alpha: from 0 to 1, may be traced: how much of the inputs' range is moved into the weights.
     """
     inputs, columns = (_floored(largest) for largest in (inputs, columns))
@@ -47,6 +50,27 @@ def factors(inputs: jax.Array, columns: jax.Array, alpha: Any) -> jax.Array:
 def _floored(largest: jax.Array) -> jax.Array:
     top = largest.max()
     return jnp.where(top > 0, jnp.maximum(largest, _FLOOR * top), 1.0)
+
+
+_STATISTICS: dict[Size, Statistic] = {"max": AbsMax(), "rms": Moments()}
+
+
+def _inputs(gathered: Gathered, size: Size) -> jax.Array:
+    """The size of each input channel, float32 [K]."""
+    if size == "max":
+        return gathered[AbsMax()]
+    return jnp.sqrt(gathered[Moments()].second_moment)
+
+
+def _columns(matrices: list[jax.Array], size: Size) -> jax.Array:
+    """The size of each channel's weights in all matrices [N, K] together, float32 [K]."""
+    every = jnp.abs(jnp.concatenate(matrices))
+    largest = every.max(axis=0)
+    if size == "max":
+        return largest
+    # Relative to the largest one, whose square float32 may not hold.
+    unit = jnp.where(largest > 0, largest, 1.0)
+    return jnp.sqrt(jnp.square(every / unit).mean(axis=0)) * unit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,13 +86,15 @@ class SmoothQuant(Fields):
         those of integers; with other tables the rounded inputs are multiplied as floats.
       alpha: how much of the inputs' range is moved into the weights, from 0 to 1; None moves nothing, and only rounds
         the inputs.
-      search: how many values of alpha to try at each site, evenly spaced from 0 to 1, on the error of its outputs; the
-        best one takes the place of `alpha`. 0 tries none.
+      size: what the factors even out, of inputs and weights: the largest magnitude of a channel, as published, or its
+        root mean square, which is better where single tokens have outliers and not whole channels (down_proj).
+      search: how many values of alpha to try at each site, evenly spaced from 0 to 1, each with both sizes, on the
+        error of its outputs; the best takes the place of `alpha` and `size`. 0 tries none.
       input_bits: width of an input, 2 to 8.
       per: what of the inputs shares a scale: with "token", each row of x has the scale that it needs; with "group",
         each 32 inputs of a row; with "tensor", all have the one that the calibration data needed, and what is larger is
         clipped.
-      symmetric: round inputs without a zero point; "tensor" needs that.
+      symmetric: round inputs without a zero point; "tensor" needs that, and so do the kernels for "group".
       sample_tokens: S, the tokens on which `search` measures the error.
     """
 
@@ -76,10 +102,11 @@ class SmoothQuant(Fields):
     scope: ClassVar[Literal["site"]] = "site"
     inner: Method = Int(bits=8, symmetric=True, group_size=WHOLE_ROW)
     alpha: Share | None = 0.5
+    size: Size = "max"
     search: Index = 0
     input_bits: Literal[2, 3, 4, 5, 6, 7, 8] = 8
     per: Literal["token", "group", "tensor"] = "token"
-    symmetric: bool = True
+    symmetric: bool = False
     sample_tokens: Count = 512
 
     @property
@@ -88,18 +115,20 @@ class SmoothQuant(Fields):
 
     @property
     def needs(self) -> tuple[Statistic, ...]:
-        largest = (AbsMax(),) if self._calibrated else ()
-        return (*largest, *((Sample(self.sample_tokens),) if self.search else ()), *self.inner.needs)
+        found: list[Statistic] = [] if self.alpha is None else [_STATISTICS[size] for size in self._sizes]
+        found += [AbsMax()] if self.per == "tensor" else []
+        found += [Sample(self.sample_tokens)] if self.search else []
+        return tuple(dict.fromkeys((*found, *self.inner.needs)))
 
     @property
-    def _calibrated(self) -> bool:
-        return self.alpha is not None or self.per == "tensor"
+    def _sizes(self) -> tuple[Size, ...]:
+        return get_args(Size) if self.search else (self.size,)
 
     def check(self, gathered: bool) -> None:
-        if self._calibrated and not gathered:
+        if (self.alpha is not None or self.per == "tensor") and not gathered:
             raise ValueError(
-                f"got no statistics, smoothquant with alpha={self.alpha} and per={self.per!r} needs the largest inputs "
-                "of each layer; pass data, or alpha=None with per='token'"
+                f"got no statistics, smoothquant with alpha={self.alpha} and per={self.per!r} needs the size of each "
+                "layer's inputs; pass data, or alpha=None with per='token'"
             )
         if self.search == 1:
             raise ValueError("got search=1, at least 2 values of alpha are compared; pass that one as alpha")
@@ -118,20 +147,25 @@ class SmoothQuant(Fields):
         if self.alpha is None:
             return SiteResult(self._quantized(site.weights, None, gathered, {}))
         assert gathered is not None  # `check` refuses to go on without
-        columns = jnp.stack([jnp.abs(w).max(axis=0) for w in site.weights.values()]).max(axis=0)
+        matrices = list(site.weights.values())
+        inputs = jnp.stack([_inputs(gathered, size) for size in self._sizes])
+        columns = jnp.stack([_columns(matrices, size) for size in self._sizes])
 
-        def scale(alpha: Any) -> jax.Array:
-            found = factors(gathered[AbsMax()], columns, alpha)
+        def scale(size: Any, alpha: Any) -> jax.Array:
+            found = factors(inputs[size], columns[size], alpha)
             return site.shared(found) if site.foldable else found
 
-        if not self.search:
-            s = scale(self.alpha)
-            return SiteResult(self._quantized(site.weights, s, gathered, {}), 1 / s)
-        alphas = jnp.linspace(0.0, 1.0, self.search, dtype=jnp.float32)
-        errors = jax.lax.map(lambda alpha: self._error(site.weights, scale(alpha), gathered), alphas)
-        best = jnp.argmin(errors)
-        notes = {"alpha": alphas[best], "output_error": errors[best]}
-        s = scale(alphas[best])
+        size: Any = 0
+        alpha: Any = self.alpha
+        notes: dict[str, Any] = {}
+        if self.search:
+            alphas = jnp.linspace(0.0, 1.0, self.search, dtype=jnp.float32)
+            tried = jnp.repeat(jnp.arange(len(inputs)), len(alphas)), jnp.tile(alphas, len(inputs))
+            errors = jax.lax.map(lambda each: self._error(site.weights, scale(*each), gathered), tried)
+            best = jnp.argmin(errors)
+            size, alpha = (each[best] for each in tried)
+            notes = {"alpha": alpha, "rms": size, "output_error": errors[best]}
+        s = scale(size, alpha)
         return SiteResult(self._quantized(site.weights, s, gathered, notes), 1 / s)
 
     def _quantized(

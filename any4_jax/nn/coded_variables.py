@@ -18,7 +18,8 @@ def with_kernels(function: Callable[[Any], Any], variables: Any) -> Any:
       function: called with a float array in the place of each Contraction.
       variables: any tree.
     """
-    leaves, structure = jax.tree.flatten(variables, is_leaf=_is_kernel)
+    found, structure = jax.tree_util.tree_flatten_with_path(variables, is_leaf=_is_kernel)
+    paths, leaves = [path for path, _ in found], [leaf for _, leaf in found]
     at = [i for i, leaf in enumerate(leaves) if _is_kernel(leaf)]
     if not at:
         return function(variables)
@@ -31,7 +32,8 @@ def with_kernels(function: Callable[[Any], Any], variables: Any) -> Any:
         )
 
     rest = [None if i in at else leaf for i, leaf in enumerate(leaves)]
-    inputs = [stored(str(i), kernel.matrix, kernel.layout) for i, kernel in enumerate(kernels)]
+    names = [jax.tree_util.keystr(paths[i], simple=True, separator=".") for i in at]
+    inputs = [stored(name, kernel.matrix, kernel.layout) for name, kernel in zip(names, kernels, strict=True)]
     return _read(run, inputs, rest, Reader())
 
 

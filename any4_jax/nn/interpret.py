@@ -6,6 +6,7 @@ array in the kernel's place. Then the program is run operation by operation. Tho
 dequantized array, so that the result is right in any case.
 """
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,6 +15,9 @@ from flax import nnx
 from jax.extend.core import ClosedJaxpr, Literal
 
 from any4_jax.nn.stored import Stored
+
+_DECODING = ("ragged_dot_general",)
+"""The products that decode a stack where they have rows for all of it."""
 
 
 class Reader:
@@ -41,7 +45,13 @@ class Reader:
         """A product of rows x [M, K], each with one matrix of a stack: experts int32 [M]."""
 
     def other(self, kernel: Stored, name: str) -> None:
-        """An operation that is no product reads the kernel as an array."""
+        """An operation that is no product reads the kernel as an array: one of codes is decoded as a whole."""
+        if kernel.coded and name not in _DECODING:
+            warnings.warn(
+                f"{kernel.path}: its codes are decoded as a whole in each call, because {name} reads them as an array "
+                "or contracts other axes; quantize with example inputs=, or leave it float by a rule",
+                stacklevel=2,
+            )
 
     def split(self, state: Any) -> tuple[Any, Callable[[Any], Any]]:
         """The state of a kernel that is scanned over: arrays to scan over, in the order of its leaves, and a function
@@ -168,6 +178,25 @@ def _scan(eqn: Any, values: list[Any], reader: Reader) -> Sequence[Any] | None:
     return [*carried, *outputs]
 
 
+def _while(eqn: Any, values: list[Any], reader: Reader) -> Sequence[Any]:
+    tests, steps = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
+    cond, body = eqn.params["cond_jaxpr"], eqn.params["body_jaxpr"]
+    for value in (*values[:tests], *values[tests + steps :]):
+        if isinstance(value, Stored):
+            reader.other(value, "while")
+    test, fixed, carry = list(map(plain, values[:tests])), values[tests : tests + steps], values[tests + steps :]
+
+    def step(carried: Any) -> Any:
+        values, state = carried
+        return _within(body.jaxpr, body.consts, [*fixed, *values], reader, state)
+
+    def goes_on(carried: Any) -> Any:
+        return _within(cond.jaxpr, cond.consts, [*test, *carried[0]], reader, {})[0][0]
+
+    outputs, reader.state = jax.lax.while_loop(goes_on, step, (list(map(plain, carry)), reader.state))
+    return outputs
+
+
 def _rejoined(like: Any, arrays: Any) -> Any:
     return jax.tree.unflatten(jax.tree.structure(like), jax.tree.leaves(arrays))
 
@@ -259,6 +288,7 @@ RULES: dict[str, Rule] = {
     "checkpoint": _remat,
     "cond": _cond,
     "scan": _scan,
+    "while": _while,
 }
 """How each operation treats stored kernels, by its name in jax; None from a rule means that it needs the arrays. The
 rules of operations on arrays are added by any4_jax.nn.reading."""

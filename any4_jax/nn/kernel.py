@@ -7,7 +7,7 @@ products read the codes.
 
 import functools
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -171,10 +171,28 @@ class WatchedKernel(Kernel):
         self.seen.set_value(Gathered(dict(gathered), held.k, held.stack))
 
 
-def put_kernel(owner: nnx.Module, name: str, kernel: Kernel) -> None:
-    """Puts a kernel in the place of the parameter `name` of a module, whose class becomes one that reads kernels."""
-    object.__setattr__(owner, "__class__", holding(type(owner)))
-    setattr(owner, name, kernel)
+def put_kernel(holder: nnx.Module, name: str, kernel: Kernel, reader: nnx.Module) -> None:
+    """Puts a kernel in the place of a parameter.
+
+    Args:
+      holder: the module whose attribute `name` is the parameter.
+      name: of the attribute.
+      kernel: takes the place.
+      reader: the module whose methods read it: `holder`, or the nearest module around it if that is a container. Its
+        class becomes one that reads kernels.
+    """
+    if not isinstance(reader, CONTAINERS):
+        object.__setattr__(reader, "__class__", holding(type(reader)))
+    setattr(holder, name, kernel)
+
+
+CONTAINERS = (nnx.List, nnx.Dict)
+"""The modules without code of their own: what they hold is read by the methods of the module around them."""
+
+
+def state_key(module: nnx.Module, attribute: str) -> str | int:
+    """The key that an attribute of a module has in the module's state: a number in an nnx.List."""
+    return int(attribute) if isinstance(module, nnx.List) and attribute.isdigit() else attribute
 
 
 @functools.cache
@@ -186,10 +204,15 @@ def holding(cls: type) -> type:
     described["_float_class"] = cls
     for base in cls.__mro__[: cls.__mro__.index(nnx.Module)]:
         for name, member in vars(base).items():
-            if isinstance(member, types.FunctionType) and (name == "__call__" or not name.startswith("__")):
+            if _is_method(member) and (name == "__call__" or not name.startswith("__")):
                 described.setdefault(name, _reading(getattr(cls, name)) if callable(getattr(cls, name)) else member)
     is_pytree = getattr(cls, "_pytree__is_pytree", True)
     return types.new_class(cls.__name__, (cls,), {"pytree": is_pytree}, lambda space: space.update(described))
+
+
+def _is_method(member: Any) -> bool:
+    """Whether a member of a class is a method, such as a function or what nnx.jit makes of one."""
+    return callable(member) and hasattr(member, "__get__") and not isinstance(member, type | staticmethod | classmethod)
 
 
 def _reading(method: Callable[..., Any]) -> Callable[..., Any]:
@@ -200,17 +223,29 @@ def _reading(method: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-def kernels_of(module: nnx.Module) -> dict[str, Kernel]:
-    """The kernels of a module itself, by attribute."""
-    return {name: value for name, value in vars(module).items() if isinstance(value, Kernel)}
+def kernels_of(module: nnx.Module) -> dict[tuple, Kernel]:
+    """The kernels that the methods of a module read: its own and those in its containers, by place in its state."""
+    return dict(_kernels_below(module, ()))
+
+
+def _kernels_below(module: nnx.Module, path: tuple) -> Iterator[tuple[tuple, Kernel]]:
+    for name, value in vars(module).items():
+        at = (*path, state_key(module, name))
+        if isinstance(value, Kernel):
+            yield at, value
+        elif isinstance(value, CONTAINERS):
+            yield from _kernels_below(value, at)
 
 
 def _through(module: Any, method: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
     """The result of a method of the float class, whose products read the module's kernels as they are stored."""
-    held = kernels_of(module)
+    found = kernels_of(module)
+    places = {".".join(map(str, at)): at for at in found}
+    held = dict(zip(places, found.values(), strict=True))
+    lengths = set(map(len, found))
     graphdef, state = nnx.split(module)
     flat = nnx.to_flat_state(state)
-    mine = {place: variable for place, variable in flat if place[0] not in held}
+    mine = {place: variable for place, variable in flat if not any(place[:n] in found for n in lengths)}
     before = {place: variable.get_value() for place, variable in mine.items()}
 
     def run(kernels: dict[str, jax.Array], values: dict[Any, Any], args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -218,7 +253,9 @@ def _through(module: Any, method: Callable[..., Any], args: tuple, kwargs: dict[
         twin = nnx.merge(graphdef, nnx.from_flat_state(new))
         object.__setattr__(twin, "__class__", module._float_class)
         for name, kernel in kernels.items():
-            setattr(twin, name, nnx.Param(kernel))
+            *outer, last = places[name]
+            holder = functools.reduce(lambda node, key: getattr(node, str(key)), outer, twin)
+            setattr(holder, str(last), nnx.Param(kernel))
         attributes, structure = dict(vars(twin)), nnx.graphdef(twin)
         result = method(twin, *args, **kwargs)
         if nnx.graphdef(twin) != structure:

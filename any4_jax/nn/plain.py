@@ -15,6 +15,12 @@ _HELD = (nnx.Variable, nnx.Module)
 _PROMOTIONS = (dtypes.promote_dtype, linen_dtypes.promote_dtype)
 
 
+def is_layer(module: Any) -> bool:
+    """Whether a module is an nnx.Linear or nnx.Embed, or derives from one. An nnx.LoRALinear is none: its own code
+    reads its kernel, as an einsum's does, and adds its adapter."""
+    return isinstance(module, _CLASSES) and getattr(module, "_float_class", type(module)) is not nnx.LoRALinear
+
+
 def why_not_plain(layer: Any) -> str | None:
     """Why no Any4Linear or Any4Embed can take the place of an nnx.Linear or nnx.Embed, in words; None if one can.
 
@@ -28,6 +34,9 @@ def why_not_plain(layer: Any) -> str | None:
     beside = [name for name, value in vars(layer).items() if name not in _OWN and isinstance(value, _HELD)]
     if beside:
         return f"an nnx.{base.__name__} with {' and '.join(beside)} beside its kernel"
+    turned = _turned(layer)
+    if turned is not None:
+        return turned
     changed = []
     if layer.promote_dtype not in _PROMOTIONS:
         changed.append("promote_dtype")
@@ -37,6 +46,17 @@ def why_not_plain(layer: Any) -> str | None:
         if not _is_dtype_of(layer.preferred_element_type, layer.dtype):
             changed.append("preferred_element_type")
     return f"an nnx.{base.__name__} with its own {' and '.join(changed)}" if changed else None
+
+
+def _turned(layer: Any) -> str | None:
+    """Why the matrix of a layer is not in its last two axes, in words; None if it is."""
+    if isinstance(layer, nnx.Embed):
+        return None
+    shape = tuple(layer.kernel.get_value().shape)
+    need = (layer.in_features, layer.out_features)
+    if shape[-2:] == need:
+        return None
+    return f"an nnx.Linear {list(need)} with a kernel {list(shape)}, whose stack is not in front"
 
 
 def _is_dtype_of(preferred: Any, dtype: Any) -> bool:

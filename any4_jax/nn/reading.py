@@ -80,19 +80,20 @@ def _gather(eqn: Any, values: list[Any], reader: Reader) -> Sequence[Any] | None
     if not isinstance(kernel, Stored):
         return None
     numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
-    if eqn.params["fill_value"] is not None:
-        return None  # entries beyond the kernel are the caller's, such as zeros for a token that no expert takes
     lead = indices.ndim - 1
     whole = tuple(sizes) == (1, *kernel.shape[1:]) and indices.shape[-1] == 1
     trailing = tuple(numbers.offset_dims) == tuple(range(lead, lead + len(kernel.shape) - 1))
     if not (whole and trailing and numbers.collapsed_slice_dims == (0,) and numbers.start_index_map == (0,)):
         return None
-    at = indices[..., 0]
+    at, fill = indices[..., 0], eqn.params["fill_value"]
     rows = kernel.rows(at)
     if rows is not None:
-        return [rows]
+        inside = ((at >= 0) & (at < kernel.shape[0]))[..., None]
+        return [rows if fill is None else jnp.where(inside, rows, jnp.asarray(fill, rows.dtype))]
+    if fill is not None and fill == fill:
+        return None  # entries beyond the kernel are the caller's, such as zeros for a token that no expert takes
     # Under watch, a table's rows and an expert's matrix look alike: a table's rows are no factors.
-    new = kernel.gathered(at)
+    new = kernel.gathered(at, "clip" if fill is None else "fill")
     return None if new is None else [new]
 
 

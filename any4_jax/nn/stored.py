@@ -138,14 +138,18 @@ class Stored:
         arrays = jax.tree.map(lambda a: jnp.moveaxis(a, self._at(axis), 0), _unsliced(self.weight))
         return arrays, lambda one: self._without(axis, one, self.groups[1:], None)
 
-    def gathered(self, indices: jax.Array) -> "Stored | None":
-        """The entries at indices int32 [...] of the first axis, one of L; None if it isn't. Only these are copied."""
+    def gathered(self, indices: jax.Array, mode: str = "clip") -> "Stored | None":
+        """The entries at indices int32 [...] of the first axis, one of L; None if it isn't. Only these are copied.
+
+        Indices beyond the axis are clipped, or give NaN in the mode "fill", for which arrays of floats are enough.
+        """
         axis = self._only(0)
         if axis is None:
             return None
         at, count = self._at(axis), indices.ndim
+        here = jnp.where(indices < 0, self.sizes[axis], indices) if mode == "fill" else indices
         weight = jax.tree.map(
-            lambda a: jnp.moveaxis(jnp.take(a, indices, at, mode="clip"), range(at, at + count), range(count)),
+            lambda a: jnp.moveaxis(jnp.take(a, here, at, mode=mode), range(at, at + count), range(count)),
             _unsliced(self.weight),
         )
         new = tuple(max(self.sizes) + 1 + i for i in range(count))

@@ -6,19 +6,20 @@ with it in place of the layer's own code, and `Intercepted` puts interceptors ar
 
 import dataclasses
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from flax import linen as nn
-from flax.core import meta
+from flax.core import DenyList, meta
 from flax.linen.dtypes import promote_dtype
 from flax.linen.module import InterceptorContext
 
 from any4_jax.nn.coded_variables import with_kernels
 from any4_jax.nn.linen import Any4Dense, call_dense
-from any4_jax.weights import is_operator
+from any4_jax.weights import Layout, contraction, is_operator
 
 Interceptor = Callable[[Callable[..., Any], Any, Any, InterceptorContext], Any]
 Path = tuple[str, ...]
@@ -28,10 +29,11 @@ def quantized_dense(next_fun: Callable[..., Any], args: Any, kwargs: Any, contex
     """A `flax.linen.intercept_methods` interceptor: dense layers whose "kernel" is an operator compute with it.
 
     Dense layers are nn.Dense, nn.DenseGeneral from the last axis to one, and the FlaxConv1D of transformers. Layers
-    with a float kernel, and all other modules, run as they are.
+    with a float kernel, and all other modules, run as they are. The code of another module with an operator in place
+    of a kernel [K, N], and without modules of its own, reads it as `with_kernels` says.
 
     Raises:
-      TypeError: a module of another class holds an operator.
+      TypeError: a module of another form holds an operator.
       ValueError: an operator doesn't have the layer's shape.
     """
     module: Any = context.module
@@ -41,13 +43,36 @@ def quantized_dense(next_fun: Callable[..., Any], args: Any, kwargs: Any, contex
     if not is_operator(kernel):
         return next_fun(*args, **kwargs)
     if _kernel_is_kn(module) is None:
+        if _reads_by_itself(module, meta.unbox(kernel)):
+            return _by_code(module, meta.unbox(kernel), args, kwargs)
         path = ".".join(module.path) or "kernel"  # as surgery names a layer that is the whole model
         raise TypeError(
-            f"{path}: a {type(module).__name__} holds a quantized kernel, need nn.Dense or nn.DenseGeneral (from the "
-            "last axis to one) as they are, with no dot_general of the caller's; quantize with example inputs=, which "
-            f"tell what it contracts, or leave it out with the rule ({path!r}, None)"
+            f"{path}: a {type(module).__name__} holds a quantized kernel, need nn.Dense, nn.DenseGeneral from the "
+            "last axis to one, or a module without others in it, whose code reads a kernel [K, N]; quantize with "
+            f"example inputs=, which tell what it contracts, or leave it out with the rule ({path!r}, None)"
         )
     return call_dense(module, _input(args, kwargs), meta.unbox(kernel), nn.initializers.zeros_init())
+
+
+def _reads_by_itself(module: Any, kernel: Any) -> bool:
+    """Whether all that a module reads are a kernel [K, N] and other parameters of its own."""
+    of_more = isinstance(module, nn.DenseGeneral) and not _is_one_to_one(module)
+    own = module.variables
+    nested = any(isinstance(value, Mapping) for value in own["params"].values())
+    return set(own) == {"params"} and not nested and not of_more and len(kernel.shape) == 2
+
+
+def _by_code(module: Any, kernel: Any, args: Any, kwargs: Any) -> Any:
+    """What a module's own code computes with an operator [N, K] in place of its kernel [K, N]."""
+    layout = Layout("KN", kernel.shape[::-1], jnp.dtype(getattr(module, "param_dtype", jnp.float32)).name)
+    params = meta.unbox({**module.variables["params"], "kernel": contraction(kernel, layout)})
+    alone = module.clone(parent=None, name=None)
+    own = DenyList("params")  # collections that it makes, as by `sow`
+    y, new = with_kernels(lambda floats: alone.apply(floats, *args, **kwargs, mutable=own), {"params": params})
+    for collection in filter(module.is_mutable_collection, new):
+        for name, value in new[collection].items():
+            module.put_variable(collection, name, value)
+    return y
 
 
 class Layers(NamedTuple):

@@ -41,6 +41,15 @@ class Container:
     fill: Callable[[Any, Any, Any], Any]
 
 
+def _tree_matrices(model: Any, inputs: Any, declared: Declared) -> dict[str, Matrix]:
+    if inputs is not None:
+        raise ValueError(
+            "got example inputs or data for a tree of arrays, which has no code that reads them; declare kernels by "
+            "rules such as (r'.*\\.w', method, any4_jax.Axes('KN')), and pass statistics as stats"
+        )
+    return trees.matrices(model, declared)
+
+
 CONTAINERS: tuple[Container, ...] = (
     Container(
         "an NNX module",
@@ -72,7 +81,7 @@ CONTAINERS: tuple[Container, ...] = (
     Container(
         "a tree of arrays",
         lambda model: True,
-        lambda model, inputs, declared: trees.matrices(model, declared),
+        _tree_matrices,
         trees.operators,
         trees.replace,
         trees.contents,

@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 
 from any4_jax import product
+from any4_jax.methods.base import SCALED
 from any4_jax.product.explain import DENSE, check_rows, explain_on, explained_platform
-from any4_jax.surgery.containers import container_of
+from any4_jax.surgery.containers import container_of, recipe_of
 from any4_jax.surgery.coverage import coverage
 
 _NUMBER = re.compile(r"\b\d+\b")
@@ -26,7 +27,8 @@ def explain(x: Any, w: Any = None, platform: str | None = None, *, rows: int = 1
       rows: M, the rows of each layer's input, if a model is given; 1 is decoding.
 
     Returns:
-      Text to print.
+      Text to print. Of a layer whose input a method scales, it says what holds the scale: the layer before, into which
+      it was folded, or the layer itself.
 
     Raises:
       ValueError, TypeError: as `matmul` does, or `platform` is none of these, `rows` is no count, or there is no dense
@@ -51,11 +53,14 @@ def explain(x: Any, w: Any = None, platform: str | None = None, *, rows: int = 1
         places = groups.setdefault(text, {})
         places[where] = places.get(where, 0) + 1
 
+    recipe = recipe_of(x)
+    scaled = {path: dict(notes).get(SCALED) for path, _, notes in (recipe.linears if recipe else ())}
     for path, operator in operators.items():
         shape = tuple(operator.shape)
         # A stack runs one matrix at a time.
         one = operator if len(shape) == 2 else jax.eval_shape(_first(len(shape) - 2), operator)
-        tell(path, shape, explain_on(where, jax.ShapeDtypeStruct((rows, shape[-1]), dtype), one))
+        text = explain_on(where, jax.ShapeDtypeStruct((rows, shape[-1]), dtype), one)
+        tell(path, shape, f"{text}\nscale of the inputs: {scaled[path]}" if scaled.get(path) else text)
     for path, matrix in matrices.items():
         if matrix.by_name:
             continue

@@ -16,7 +16,7 @@ from any4_jax.methods.matrices import Matrix
 from any4_jax.models import hf_flax
 from any4_jax.nn.linen import boxed
 from any4_jax.nn.swapping import Intercepted, intercepted, layers_of, quantized_dense
-from any4_jax.surgery import tracing, trees
+from any4_jax.surgery import linen_kernels, tracing, trees
 from any4_jax.surgery.declarations import Declared, layout_of
 from any4_jax.surgery.rules import Recipe, declared_for
 from any4_jax.weights import is_operator
@@ -36,9 +36,15 @@ def pair_matrices(model: Pair, inputs: Any = None, declared: Declared = ()) -> d
       model: the pair.
       inputs: a tuple of the arguments of `apply`, or a dict of them by name ("method" among them); shapes are enough.
         With it, the layers are those that run as Dense, including stacks under nn.scan, and all other kernels that
-        products read. Without it, they are all that hold a two-dimensional "kernel".
+        products read. Without it, they are all that hold a two-dimensional "kernel", and those of more axes of which
+        `linen_kernels` knows.
       declared: regexes of paths, and what is declared of the kernels there.
     """
+    if not isinstance(model[1], Mapping):
+        raise TypeError(
+            f"got a Linen module with a {type(model[1]).__name__}, need its variables or their 'params'; pass the pair "
+            "(module, variables)"
+        )
     found = _declared(params_of(model[1]), declared)
     return {path: matrix for path, matrix in _pair_matrices(model, inputs).items() if path not in found} | found
 
@@ -49,7 +55,7 @@ def _pair_matrices(model: Pair, inputs: Any) -> dict[str, Matrix]:
     if inputs is None:
         two_axes = trees.matrices(params_of(variables)).items()
         found = {_layer(path): _unboxed(matrix) for path, matrix in two_axes if trees.is_kernel(path)}
-        return _marked(found, rewritten)
+        return _marked(found | _untraced(module, variables), rewritten)
     arguments, named = tracing.call_of(inputs)
     whole = meta.unbox(variables if "params" in variables else {"params": variables})
 
@@ -75,7 +81,20 @@ def _pair_matrices(model: Pair, inputs: Any) -> dict[str, Matrix]:
             known[_layer(path)] = Matrix(others[path], transposed=False)
         elif _layer(path) not in known or says.roles[-2:] != "KN":
             known[_layer(path)] = Matrix(others[path], False, by_name=path in finding.tables, layout=says)
+    known |= {
+        path: Matrix(here[key], False) for path in rewritten if path not in known and (key := _key(path, here)) in here
+    }
     return _marked(known, special | rewritten)
+
+
+def _untraced(module: Any, variables: Mapping[str, Any]) -> dict[str, Matrix]:
+    """The kernels of other forms than a Dense layer's of which something is known without inputs."""
+    inner = module.inner if isinstance(module, Intercepted) else module
+    params = _unfrozen(params_of(variables))
+    whole = {**_unfrozen(variables), "params": params} if "params" in variables else {"params": params}
+    here = trees.leaves(params)
+    found = linen_kernels.layouts(inner, whole, params).items()
+    return {_layer(path): Matrix(meta.unbox(here[path]), False, layout=layout) for path, layout in found}
 
 
 def pair_operators(model: Pair) -> dict[str, Any]:

@@ -3,23 +3,24 @@
 They are known by the class of their module, by a declaration of the caller's, or by tracing the model.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
 
 from any4_jax.methods.matrices import Matrix
-from any4_jax.nn.kernel import Any4Kernel, Kernel, WatchedKernel, put_kernel
+from any4_jax.nn.kernel import CONTAINERS, Any4Kernel, Kernel, WatchedKernel, put_kernel
+from any4_jax.nn.plain import is_layer
 from any4_jax.surgery import tracing
 from any4_jax.surgery.declarations import Declaration, Declared, Einsum, layout_of
+from any4_jax.surgery.nnx_calls import caller, under_maps
 from any4_jax.surgery.rules import declared_for
 from any4_jax.surgery.trees import dotted
 from any4_jax.weights import Contraction, Layout
 
 Place = tuple[tuple, str]
 """The path of a module, and the attribute in which it holds a kernel."""
-_TAKEN = (nnx.Linear, nnx.Embed)
 _ADAPTER = nnx.LoRAParam
 
 
@@ -34,7 +35,7 @@ def parameters(model: nnx.Module) -> dict[str, tuple[Place, nnx.Param]]:
     found: dict[str, tuple[Place, nnx.Param]] = {}
     seen: set[int] = set()
     for path, module in nnx.iter_modules(model):
-        if isinstance(module, _TAKEN):
+        if is_layer(module):
             continue
         for attribute, value in sorted(vars(module).items()):
             own = isinstance(value, nnx.Param) and not isinstance(value, _ADAPTER)
@@ -46,10 +47,10 @@ def parameters(model: nnx.Module) -> dict[str, tuple[Place, nnx.Param]]:
 
 def _by_class(module: nnx.Module) -> tuple[str, Declaration | Layout] | None:
     """The kernel of a module whose class or equation says what it contracts: (attribute, what it says)."""
-    if isinstance(module, nnx.LinearGeneral):
-        inner, outer = len(module.in_features), len(module.out_features)
+    if isinstance(module, nnx.LinearGeneral | nnx.LoRALinear):
+        inner, outer = _features(module)
         kernel = module.kernel.get_value()
-        roles = "L" * (kernel.ndim - inner - outer) + "K" * inner + "N" * outer
+        roles = "L" * (kernel.ndim - len(inner + outer)) + "K" * len(inner) + "N" * len(outer)
         return "kernel", Layout(roles, tuple(kernel.shape), jnp.dtype(kernel.dtype).name)
     equation = getattr(module, "einsum_str", None)
     if not isinstance(equation, str):
@@ -63,6 +64,25 @@ def _by_class(module: nnx.Module) -> tuple[str, Declaration | Layout] | None:
         return (arrays[0], Einsum(equation)) if len(arrays) == 1 else None
     except ValueError:
         return None  # an equation of another form: a tracing may tell
+
+
+def _features(module: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The lengths of the axes of K and of N in the kernel of an nnx.LinearGeneral or nnx.LoRALinear."""
+    inner, outer = module.in_features, module.out_features
+    return (inner, outer) if isinstance(inner, tuple) else ((inner,), (outer,))
+
+
+def _turned(module: nnx.Module, kernel: Any) -> str | None:
+    """Why the axes of a kernel are not those that its module says, in words; None if they are, or it says nothing."""
+    if isinstance(module, nnx.LinearGeneral | nnx.LoRALinear):
+        inner, outer = _features(module)
+        need = (*inner, *outer)
+    else:
+        need = tuple(getattr(module, "kernel_shape", ()))
+    if not need or tuple(kernel.shape[-len(need) :]) == need:
+        return None
+    kind = type(module).__name__
+    return f"an nnx.{kind} {list(need)} with a kernel {list(kernel.shape)}, whose stack is not in front"
 
 
 def matrices(model: nnx.Module, inputs: Any, declared: Declared) -> dict[str, Matrix]:
@@ -81,15 +101,21 @@ def matrices(model: nnx.Module, inputs: Any, declared: Declared) -> dict[str, Ma
             attribute, says = by_class
             name = name_of(path, attribute)
             kernel = vars(module)[attribute].get_value()
-            if isinstance(says, Layout):
+            turned = _turned(module, kernel)
+            if turned is not None:
+                told[name] = turned
+            elif isinstance(says, Layout):
                 told[name] = says
             elif len(says.roles) <= kernel.ndim:
                 told[name] = layout_of(name, says, kernel)
     tables: set[str] = set()
     if inputs is not None:
         kernels = {name: param.get_value() for name, (_, param) in here.items()}
-        finding = tracing.find(_caller(model, here), kernels, *tracing.call_of(inputs))
-        told |= {name: says for name, says in tracing.layouts(finding, kernels).items() if name not in told}
+        mapped: dict[str, set[tuple[int, ...]]] = {}
+        names = {(*path, attribute): name for name, ((path, attribute), _) in here.items()}
+        finding = tracing.find(caller(model, names, mapped), kernels, *tracing.call_of(inputs))
+        found_so = tracing.layouts(finding, kernels)
+        told |= {name: under_maps(says, mapped.get(name, set())) for name, says in found_so.items() if name not in told}
         tables = finding.tables
     for name, declaration in declared_for(here, declared).items():
         told[name] = layout_of(name, declaration, here[name][1].get_value())
@@ -100,21 +126,6 @@ def matrices(model: nnx.Module, inputs: Any, declared: Declared) -> dict[str, Ma
         layout, special = (None, known) if isinstance(known, str) else (known, beside.get(path))
         found[name] = Matrix(param.get_value(), False, by_name=name in tables, special=special, layout=layout)
     return found
-
-
-def _caller(model: nnx.Module, here: Mapping[str, tuple[Place, nnx.Param]]) -> Callable[..., Any]:
-    graphdef, state = nnx.split(model)
-    flat = nnx.to_flat_state(state)
-    names = {(*path, attribute): name for name, ((path, attribute), _) in here.items()}
-
-    def run(kernels: dict[str, Any], arguments: tuple, named: dict[str, Any]) -> Any:
-        new = [(at, v.replace(kernels[names[at]] if at in names else v.get_value())) for at, v in flat]
-        twin = nnx.merge(graphdef, nnx.from_flat_state(new))
-        named = dict(named)
-        method = named.pop("method", None)
-        return (getattr(twin, method) if isinstance(method, str) else twin)(*arguments, **named)
-
-    return run
 
 
 def _adapters(model: nnx.Module) -> dict[tuple, str]:
@@ -138,7 +149,7 @@ def shared(model: nnx.Module, layers: Mapping[str, Any]) -> dict[str, str]:
     both = {
         name_of(path, attribute): owners[id(value)]
         for path, module in nnx.iter_modules(model)
-        if not isinstance(module, _TAKEN)
+        if not is_layer(module)
         for attribute, value in vars(module).items()
         if id(value) in owners
     }
@@ -171,13 +182,14 @@ def put(model: nnx.Module, done: Mapping[str, Any]) -> None:
       done: a Contraction for a float kernel, an operator or Contraction for a quantized one.
     """
     new: dict[int, Kernel] = {}
-    for path, module in _owners(model):
+    owners, reader = _owners(model)
+    for path, module in owners:
         for attribute, value in list(vars(module).items()):
             name = name_of(path, attribute)
             if isinstance(value, nnx.Param | Any4Kernel) and (name in done or id(value) in new):
                 if id(value) not in new:
                     new[id(value)] = _kernel(done[name], value)
-                put_kernel(module, attribute, new[id(value)])
+                put_kernel(module, attribute, new[id(value)], reader(path))
 
 
 def watch(model: nnx.Module, matrices: Mapping[str, Matrix], needs: tuple[Any, ...]) -> dict[str, WatchedKernel]:
@@ -190,7 +202,8 @@ def watch(model: nnx.Module, matrices: Mapping[str, Matrix], needs: tuple[Any, .
     """
     found: dict[str, WatchedKernel] = {}
     new: dict[int, WatchedKernel] = {}
-    for path, module in _owners(model):
+    owners, reader = _owners(model)
+    for path, module in owners:
         for attribute, value in list(vars(module).items()):
             matrix = matrices.get(name_of(path, attribute))
             if not isinstance(value, nnx.Param) or matrix is None or matrix.by_name or attribute == "bias":
@@ -199,7 +212,7 @@ def watch(model: nnx.Module, matrices: Mapping[str, Matrix], needs: tuple[Any, .
             if layout is not None:
                 kernel = new.setdefault(id(value), WatchedKernel(value, layout, needs))
                 found[name_of(path, attribute)] = kernel
-                put_kernel(module, attribute, kernel)
+                put_kernel(module, attribute, kernel, reader(path))
     return found
 
 
@@ -209,9 +222,17 @@ def linear_layout(kernel: Any, transposed: bool) -> Layout:
     return Layout(roles, tuple(kernel.shape), jnp.dtype(kernel.dtype).name)
 
 
-def _owners(model: nnx.Module) -> Iterator[tuple[tuple, nnx.Module]]:
-    # A list, because replacing changes what is walked.
-    return iter(list(nnx.iter_modules(model)))
+def _owners(model: nnx.Module) -> tuple[list[tuple[tuple, nnx.Module]], Callable[[tuple], nnx.Module]]:
+    """The modules with their paths, and a function from a path to the module there or around it that has code."""
+    owners = list(nnx.iter_modules(model))  # at once, because replacing changes what is walked
+    at = dict(owners)
+
+    def reader(path: tuple) -> nnx.Module:
+        while path and isinstance(at[path], CONTAINERS):
+            path = path[:-1]
+        return at[path]
+
+    return owners, reader
 
 
 def _kernel(operator: Any, value: Any) -> Any4Kernel:

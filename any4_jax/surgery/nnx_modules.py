@@ -16,7 +16,7 @@ from any4_jax.models.fold import module_at
 from any4_jax.nn.kernel import Any4Kernel
 from any4_jax.nn.nnx import Any4Embed, Any4Linear
 from any4_jax.nn.operator_variables import Quantized
-from any4_jax.nn.plain import rewritten, why_not_plain
+from any4_jax.nn.plain import is_layer, rewritten, why_not_plain
 from any4_jax.surgery import fitting, nnx_kernels, trees
 from any4_jax.surgery.declarations import Declared
 from any4_jax.surgery.rules import Recipe
@@ -26,19 +26,23 @@ from any4_jax.weights import is_operator
 
 def linears(model: nnx.Module) -> dict[str, nnx.Linear]:
     """The dense layers of an NNX module, by dotted path."""
-    return {dotted(path): node for path, node in nnx.iter_modules(model) if isinstance(node, nnx.Linear)}
+    layers = ((dotted(path), node) for path, node in nnx.iter_modules(model) if is_layer(node))
+    return {path: node for path, node in layers if isinstance(node, nnx.Linear)}
 
 
 def holders(model: nnx.Module) -> dict[str, Any]:
     """The modules that hold a matrix which is quantized or can be, by dotted path."""
-    kinds = nnx.Linear | nnx.Embed | Quantized
-    found = {dotted(path): node for path, node in nnx.iter_modules(model) if isinstance(node, kinds)}
+    found = {dotted(path): node for path, node in nnx.iter_modules(model) if _holds_matrix(node)}
     kernels = nnx_kernels.held(model)
     own = {dotted((*path, attribute)) for (path, attribute), _ in kernels.values()}
     # Layers that share their matrix are one, as they are in the module's state.
     first = {id(matrix_variable(node)): path for path, node in reversed(found.items())}
     whole = {path: node for path, node in found.items() if path not in own and first[id(matrix_variable(node))] == path}
     return whole | {name: kernel for name, (_, kernel) in kernels.items()}
+
+
+def _holds_matrix(module: Any) -> bool:
+    return isinstance(module, Quantized) or is_layer(module)
 
 
 def matrix_variable(layer: Any) -> Any:
@@ -108,7 +112,7 @@ def replace(model: nnx.Module, done: Mapping[str, Any], recipe: Recipe | None) -
     biases: dict[int, Any] = {}
 
     def swap(path, node):
-        key = id(matrix_variable(node)) if isinstance(node, nnx.Linear | nnx.Embed | Quantized) else None
+        key = id(matrix_variable(node)) if _holds_matrix(node) else None
         operator = done.get(dotted(path)) if dotted(path) in layers else None
         if isinstance(node, Any4Kernel) or key is None or (operator is None and key not in weights):
             return node

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax import linen
 from flax.core import meta
 
 from any4_jax.methods.matrices import Matrix
@@ -75,6 +76,10 @@ def _refuse_code(tree: Any) -> None:
     """Raises TypeError for a model of another library: its own code would meet operators in place of arrays."""
     nodes = [tree, *jax.tree.leaves(tree, is_leaf=_is_foreign)]
     foreign = next((node for node in nodes if _is_foreign(node)), None)
+    if isinstance(foreign, linen.Module):
+        raise TypeError(
+            f"got the Linen module {type(foreign).__name__} without its parameters; pass the pair (module, variables)"
+        )
     if foreign is not None:
         own = type(foreign)
         packages = {base.__module__.partition(".")[0] for base in own.__mro__}
@@ -91,7 +96,7 @@ _LIBRARIES = {"equinox": "an Equinox module", "keras": "a Keras model", "haiku":
 
 def _is_foreign(node: Any) -> bool:
     """Whether a node is an object with code of its own, such as a module of another library."""
-    if node is None or isinstance(node, Mapping | list | tuple | str | bytes) or is_leaf(node):
+    if node is None or isinstance(node, Mapping | list | tuple | str | bytes | complex | float | int) or is_leaf(node):
         return False
     return not hasattr(node, "shape")
 

@@ -2,5 +2,6 @@
 
 from any4_jax.walk.calibrate import calibrate
 from any4_jax.walk.quantize import quantize_model
+from any4_jax.walk.search_results import load_search_results, save_search_results
 
-__all__ = ["calibrate", "quantize_model"]
+__all__ = ["calibrate", "load_search_results", "quantize_model", "save_search_results"]

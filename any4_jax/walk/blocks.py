@@ -10,7 +10,7 @@ from flax import nnx
 
 from any4_jax import statistics
 from any4_jax.methods.apply import apply_site
-from any4_jax.methods.base import AnyMethod, BlockResult, Result, SiteWeights, scope_of
+from any4_jax.methods.base import SCALED, AnyMethod, BlockResult, Result, SiteWeights, scope_of
 from any4_jax.methods.matrices import Job, Matrix, quantize_matrices
 from any4_jax.models.base import Decoder, Site
 from any4_jax.models.fold import is_foldable, rescaled, scale_channels
@@ -166,8 +166,8 @@ class WalkedBlock:
             weights = {path: jnp.asarray(contents[f"{path}.kernel"], jnp.float32).T for path in paths}
             foldable = is_foldable(self.module_of(contents), site)
             made = apply_site(SiteWeights(weights, site.repeat, site.width, foldable), method, stats, unit)
-            changed = self._placed(contents, site, made.results, made.input_scale)
-            found = Result(changed, {path: dict(result.notes) for path, result in made.results.items()})
+            changed, told = self._placed(contents, site, made.results, made.input_scale)
+            found = Result(changed, {path: {**result.notes, **told} for path, result in made.results.items()})
             self.kept.put(unit, found)
         for path in paths:
             self.count(f"{self.path}.{path}")
@@ -177,17 +177,19 @@ class WalkedBlock:
 
     def _placed(
         self, contents: Contents, site: Site, results: Mapping[str, Result], scale: jax.Array | None
-    ) -> dict[str, Any]:
+    ) -> tuple[dict[str, Any], dict[str, str]]:
         """The contents that change when a site's operators replace its kernels and its input is scaled, and under
-        _FOLDED the factor that was folded."""
+        _FOLDED the factor that was folded; and a note on where the scale is, if there is one."""
         operators = {f"{path}.kernel": result.operator for path, result in results.items()}
-        if scale is None:
-            return operators
+        if scale is None or _is_one(scale):
+            return operators, {}
         module, leftover = scale_channels(self.module_of(contents), site, scale)
+        told = f"folded into {site.after}"
         if leftover is not None:
             operators = {name: ScaleInput(operator, leftover) for name, operator in operators.items()}
             if not is_foldable(self.module_of(contents), site):
-                return operators
+                return operators, {SCALED: f"kept, {site.after or 'no layer before it'} can't hold it"}
+            told += " where repeats share it, else kept"
         folded = scale if leftover is None else scale / leftover
         before = f"{site.after}."
         changed = {name: value for name, value in contents_of(module).items() if name.startswith(before)}
@@ -197,7 +199,7 @@ class WalkedBlock:
                 changed[name] = ScaleInput(kernel, 1 / folded)
             else:
                 changed[name] = rescaled(kernel, folded[:, None], divide=True)
-        return changed | operators | {_FOLDED: folded}
+        return changed | operators | {_FOLDED: folded}, {SCALED: told}
 
     def _is_kept(self, site: Site) -> bool:
         """Whether an earlier run left the results of all that is assigned at a site."""
@@ -229,3 +231,8 @@ class WalkedBlock:
             y, seen = run_block(type(self.decoder).block, graphdef, state, x, cache, mask, seen, outputs, *floats)
             ys.append(y)
         return ys, seen
+
+
+def _is_one(scale: jax.Array) -> bool:
+    """Whether a scale is known to change nothing, so that none has to be kept."""
+    return not isinstance(scale, jax.core.Tracer) and bool((scale == 1).all())

@@ -14,7 +14,7 @@ from flax import nnx
 from any4_jax import statistics
 from any4_jax.methods.apply import apply_block
 from any4_jax.methods.base import AnyMethod, BlockMethod, BlockResult, Note, Result, scope_of
-from any4_jax.methods.lifts import OnBlock, needs_of
+from any4_jax.methods.lifts import OnBlock, needs_of, order_of
 from any4_jax.methods.matrices import Finished, Job, find_finished, quantize_matrices
 from any4_jax.models.base import Decoder
 from any4_jax.statistics import Gathered, Statistic, is_paired
@@ -149,7 +149,8 @@ def _quantize_block(block: WalkedBlock, sequential: bool) -> BlockResult:
         # One run of the float block shows all that any of its methods needs.
         needs = {site.name: needs_of(block, site) for site in block.sites}
         block.gather(block.own, {name: kinds for name, kinds in needs.items() if kinds})
-    result = OnBlock("by_site" if sequential else "at_once").apply(dataclasses.replace(block, assigned=parts))
+    order = order_of(parts.values()) if sequential else "at_once"
+    result = OnBlock(order).apply(dataclasses.replace(block, assigned=parts))
     contents, notes = result.contents, result.notes
     for method in dict.fromkeys(whole.values()):
         mine = {path: method for path, other in whole.items() if other == method}

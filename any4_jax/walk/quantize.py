@@ -82,7 +82,8 @@ def quantize_model(
         ("method" among them); ShapeDtypeStructs will do. The model is traced with them, and every kernel that products
         contract is found, whatever its rank. None takes the first batch of `data`. Without either, an NNX module has
         the kernels of flax's own layers and of modules with an `einsum_str`, and a pair every two-dimensional "kernel",
-        which counts as a Dense layer's.
+        which counts as a Dense layer's, and those of more axes that a module made in `setup`, the layers of an
+        attention or the shape of a bias tell of.
       batch_size, seqlen: how the data is cut into batches, as in `calibrate`.
       progress: called with (done, total, path) after each linear.
       strict: whether a matrix of 4096 entries or more that stays float, is no embedding, and is named by no rule is an
@@ -100,7 +101,7 @@ def quantize_model(
     """
     new = _quantized(model, method, data, stats, rules, inputs, batch_size, seqlen, progress, finished)
     if method is not None:
-        tell_what_is_left(new, rules, strict)
+        tell_what_is_left(new, rules, strict, traced=inputs is not None or data is not None)
     return new
 
 
@@ -134,7 +135,7 @@ def _quantized(
                 f"got a model of which {len(done)} layers are quantized already ({few(done)}), and the rules leave the "
                 f"other {found} alone; quantize the float model, or name one of the others by a rule"
             )
-        raise ValueError(nothing_found(model, found))
+        raise ValueError(nothing_found(model, found, traced=inputs is not None))
     if stats is not None:
         _check(chosen, stats)
         _check_stats(stats, {*matrices, *done, *others}, chosen, by_name)

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from ablation_cases import OTHER, PROMPT, Case, paper
+from ablation_case import OTHER, PROMPT, Case, paper
 from ablation_model import Runner, inputs
 
 import any4_jax as a4
@@ -81,14 +81,15 @@ class Bench:
         """Quantizes and measures one case; `first` is the row of the reference, None for the reference itself."""
         model, seconds = self._quantized(case)
         operators = surgery.quantized_leaves(model)
-        dense, folds = self._dense(model), scope_of(case.method) == "site"
+        dense = self._dense(model)
+        apart = scope_of(case.method) == "site" or bool(surgery.quantized_leaves(dense))
         measured = divergence(self.runner, Runner(dense), self.ids, seqlen=self.seqlen)
         lost = paired_difference(measured.model, measured.reference)
         stored = sum(q.nbytes for q in operators.values())
         weights = sum(math.prod(q.shape) for q in operators.values())
         row = {
             "case": case.name,
-            "method": repr(case.method),
+            "method": case.described,
             "calibration": case.calibration,
             "bits_per_weight": 8 * stored / weights,
             "perplexity": measured.model.value,
@@ -103,8 +104,8 @@ class Bench:
             "learn_seconds": seconds,
             "rows_above_paper": None,
             "worst_row_ratio": None,
-            # What a site's method folds into a norm isn't among the inputs that were seen.
-            **{f"error_{kind}": None if folds else self._output_error(kind, dense) for kind in KINDS},
+            # Neither what a site's method folds into a norm is among the inputs that were seen, nor what rounds them.
+            **{f"error_{kind}": None if apart else self._output_error(kind, dense) for kind in KINDS},
         }
         if isinstance(case.method, Any4):
             ratios = self._row_errors(operators) / self._published_errors
@@ -116,7 +117,7 @@ class Bench:
         if case.walked:
             found = data(case, self.model.tokenizer.encode, self.text) if case.calibrated else None
             begin = time.perf_counter()
-            model = a4.quantize_model(self.model, case.method, data=found, seqlen=case.length)
+            model = a4.quantize_model(self.model, case.method, data=found, seqlen=case.length, rules=case.rules)
             jax.block_until_ready(surgery.quantized_leaves(model))
             return model, time.perf_counter() - begin
         operators, seconds = self._learn(case, self._statistics(case))

@@ -35,7 +35,8 @@ from typing import Any
 
 import jax
 from ablation_bench import Bench
-from ablation_cases import OTHER, STUDIES, TEXT, Case, reference
+from ablation_case import OTHER, TEXT, Case, reference
+from ablation_cases import STUDIES
 
 from any4_jax import benchmarks
 from any4_jax.benchmarks import machine
@@ -171,7 +172,7 @@ def _measured(out: Path | None, settings: Mapping[str, Any]) -> list[dict[str, A
 
 def _same(row: Mapping[str, Any], case: Case, named: bool = True) -> bool:
     """Whether a row measures a case; with `named`, whether it also has its name."""
-    same = (row["method"], row["calibration"]) == (repr(case.method), case.calibration)
+    same = (row["method"], row["calibration"]) == (case.described, case.calibration)
     return same and (not named or row["case"] == case.name)
 
 

@@ -1,0 +1,314 @@
+"""FPQ: the published quantizer and search in float64, what shifts keep, models and checkpoints, results in a file."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from equality import assert_same
+
+import any4_jax as a4
+from any4_jax import cli, formats, statistics
+from any4_jax.methods import FPQ, SiteWeights
+from any4_jax.methods.apply import apply_method, apply_site
+from any4_jax.models.fold import fold
+from any4_jax.models.tiny import random_llama
+from any4_jax.walk import load_search_results, save_search_results
+from any4_jax.weights import QuantizedTensor, QuantizeInput, ScaleInput, dequantize
+
+N, K, T = 6, 10, 24
+SMALL = FPQ(rounds=2, steps=8, low=0.8, high=1.1, tokens=T, scale_dtype="float32")
+BARE, KEPT = dataclasses.replace(SMALL, shifts="none"), dataclasses.replace(SMALL, shifts="kept")
+START = {exponent: place for place, (exponent, _) in enumerate(formats.float_formats(4))}
+
+
+def weights(rows: int = N) -> np.ndarray:
+    w = np.random.default_rng(1).standard_t(3, (rows, K)).astype(np.float32)
+    w[2] = 0
+    return w
+
+
+def inputs() -> np.ndarray:
+    """Tokens whose channels differ in size by up to 2^6; one is always zero."""
+    rng = np.random.default_rng(2)
+    x = rng.normal(size=(T, K)) * 2.0 ** np.array([0, 5, 1, 2, 0, 3, 6, -100, 1, 4])
+    return np.where(np.arange(K) == 7, 0, x).astype(np.float32)
+
+
+def run(method: FPQ, w: np.ndarray | None = None, x: np.ndarray | None = None):
+    gathered = statistics.from_activations(jnp.asarray(inputs() if x is None else x), statistics=method.needs)
+    return apply_method(jnp.asarray(weights() if w is None else w), method, gathered)
+
+
+def taken_apart(operator: Any) -> dict[str, Any]:
+    """The leaf, the rounding of inputs and 2^-shift of an operator of FPQ."""
+    found = {}
+    while operator is not None:
+        found[type(operator).__name__ + "2" * (type(operator).__name__ in found)] = operator
+        operator = getattr(operator, "inner", None)
+    return found
+
+
+# The published quantizer and search, in float64.
+
+
+def quantizer(x: np.ndarray, exponent: int, bias: Any) -> np.ndarray:
+    """Section 3 of the paper: x rounded to sign, `exponent` and 3 - `exponent` bits of mantissa with a real bias."""
+    mantissa = 3 - exponent
+    largest = (2 - 2.0**-mantissa) * 2.0 ** (2**exponent - 1 - bias)
+    x = np.clip(x, -largest, largest)
+    with np.errstate(divide="ignore"):
+        power = np.maximum(np.floor(np.log2(np.abs(x)) + bias + 1e-12), 1)
+    step = 2.0 ** (power - mantissa - bias)
+    return np.round(x / step) * step
+
+
+def bias_of(largest: Any, exponent: int) -> Any:
+    with np.errstate(divide="ignore"):
+        return 2.0**exponent - np.log2(largest) + np.log2(2 - 2.0 ** -(3 - exponent)) - 1
+
+
+def candidates(largest: Any, exponent: int, method: FPQ) -> list[Any]:
+    """Biases: what the multipliers make of the one at the largest magnitude, modulo 1 and below zero."""
+    bias = bias_of(largest, exponent)
+    part = bias - np.floor(bias) - 6
+    grid = [1, *(method.low + i * (method.high - method.low) / method.steps for i in range(method.steps))]
+    return [bias - part + m * part for m in grid]
+
+
+def shifts_of(x: np.ndarray, bias: float, exponent: int) -> np.ndarray:
+    own = np.round(bias_of(np.abs(x).max(0), exponent))
+    return np.clip(own - np.round(bias), 0, 2**exponent - 1)
+
+
+@dataclasses.dataclass
+class Emulated:
+    """The published search; every error that it has seen."""
+
+    method: FPQ
+
+    def __post_init__(self) -> None:
+        self.w, self.x = weights().astype(np.float64), inputs().astype(np.float64)
+        self.y, self.rows = self.x @ self.w.T, np.abs(self.w).max(1) > 0
+        self.w_hat = self.coded(2, candidates(self.extremes, 2, self.method)[0])
+        self.x_hat = self.rounded(2, candidates(np.abs(self.x).max(), 2, self.method)[0])
+        self.minmax = self.error()
+        for _ in range(self.method.rounds):
+            self.search_weights()
+            self.search_inputs()
+
+    @property
+    def extremes(self) -> np.ndarray:
+        return np.where(self.rows, np.abs(self.w).max(1), 1)
+
+    def coded(self, exponent: int, bias: np.ndarray) -> np.ndarray:
+        return quantizer(self.w, exponent, bias[:, None])
+
+    def rounded(self, exponent: int, bias: float) -> np.ndarray:
+        shifted = self.method.shifts != "none"
+        own = shifts_of(self.x, bias, exponent) if shifted else np.zeros(K)
+        return quantizer(self.x, exponent, bias + own)
+
+    def error(self) -> float:
+        return float(((self.y - self.x_hat @ self.w_hat.T) ** 2).sum() / (self.y**2).sum())
+
+    def search_weights(self) -> None:
+        best = {}
+        for exponent in START:
+            tried = [self.coded(exponent, bias) for bias in candidates(self.extremes, exponent, self.method)]
+            errors = np.array([((self.y - self.x_hat @ w.T) ** 2).sum(0) for w in tried])
+            w = np.stack([tried[c][n] for n, c in enumerate(errors.argmin(0))])
+            best[exponent] = errors.min(0).sum(), w
+        self.w_exponent = min(best, key=lambda e: best[e][0])
+        self.w_hat = best[self.w_exponent][1]
+
+    def search_inputs(self) -> None:
+        tried = [
+            (exponent, bias) for exponent in START for bias in candidates(np.abs(self.x).max(), exponent, self.method)
+        ]
+        errors = [((self.y - self.rounded(*one) @ self.w_hat.T) ** 2).sum() for one in tried]
+        self.x_exponent, self.x_bias = tried[int(np.argmin(errors))]
+        self.x_hat, self.least = self.rounded(self.x_exponent, self.x_bias), min(errors) / (self.y**2).sum()
+
+
+@pytest.mark.parametrize("method", [BARE, KEPT], ids=["none", "kept"])
+def test_the_search_is_the_published_one(method: FPQ) -> None:
+    made, theirs = run(method), Emulated(method)
+    parts = taken_apart(made.operator)
+    assert int(made.notes["exponent_bits"]) == theirs.w_exponent
+    assert int(made.notes["input_exponent_bits"]) == theirs.x_exponent
+    np.testing.assert_allclose(dequantize(made.operator), theirs.w_hat, rtol=1e-5, atol=1e-6)
+    scale = float(parts["QuantizeInput"].scale)
+    np.testing.assert_allclose(2**theirs.x_exponent - np.log2(scale), theirs.x_bias, atol=1e-5)
+    if method.shifts == "kept":
+        own = -np.log2(np.asarray(taken_apart(parts["QuantizeInput"].inner)["ScaleInput"].scale, np.float64))
+        np.testing.assert_array_equal(own, shifts_of(theirs.x, theirs.x_bias, theirs.x_exponent))
+        assert own.min() == 0 and own.max() == 2**theirs.x_exponent - 1
+    # No round makes it worse, and the first candidate is the published MinMax.
+    assert theirs.least == pytest.approx(theirs.error()) and theirs.error() < theirs.minmax
+    for name, value in (("error", theirs.error()), ("minmax_error", theirs.minmax)):
+        assert float(made.notes[name]) == pytest.approx(value, rel=1e-4)
+    # One bias and shifted inputs give what a bias for each input gives (folding, exactly).
+    y = a4.matmul(jnp.asarray(inputs()), made.operator)
+    np.testing.assert_allclose(y, theirs.x_hat @ theirs.w_hat.T, rtol=1e-5, atol=1e-4)
+
+
+def test_it_is_better_than_what_it_is_compared_with_in_the_paper() -> None:
+    minmax = dataclasses.replace(BARE, rounds=0)
+    error = {
+        name: float(run(method).notes["error"])
+        for name, method in {
+            "fpq": KEPT,
+            "baseline": BARE,
+            "minmax": minmax,
+            "int": dataclasses.replace(minmax, exponent_bits=1),
+            "inputs of 8 bits": dataclasses.replace(KEPT, input_bits=8),
+        }.items()
+    }
+    assert error["inputs of 8 bits"] < 0.5 * error["fpq"] < 0.5 * error["baseline"] < 0.5 * error["minmax"], error
+    assert error["minmax"] < error["int"]
+
+
+def test_one_exponent_bit_is_symmetric_integers() -> None:
+    method = dataclasses.replace(BARE, rounds=0, exponent_bits=1)
+    w, x = weights().astype(np.float64), inputs().astype(np.float64)
+    steps = np.where(np.abs(w).max(1, keepdims=True) > 0, np.abs(w).max(1, keepdims=True) / 7, 1)
+    made = run(method)
+    np.testing.assert_allclose(dequantize(made.operator), np.round(w / steps) * steps, rtol=1e-5, atol=1e-6)
+    step = np.abs(x).max() / 7
+    y = (np.round(x / step) * step) @ (np.round(w / steps) * steps).T
+    np.testing.assert_allclose(a4.matmul(jnp.asarray(inputs()), made.operator), y, rtol=1e-5, atol=1e-4)
+
+
+def test_inputs_of_one_size_have_no_shifts() -> None:
+    """Then a bias for each input is what one for all is."""
+    x = inputs()
+    x = np.where(np.arange(K) == 7, 1, x / np.maximum(np.abs(x).max(0), 1e-30)).astype(np.float32)
+    kept, bare = (run(dataclasses.replace(m, rounds=0), x=x).operator for m in (KEPT, BARE))
+    assert (np.asarray(kept.scale) == 1).all()
+    assert_same(a4.matmul(jnp.asarray(x), kept), a4.matmul(jnp.asarray(x), bare))
+
+
+def test_a_site_shares_its_shifts_and_rows_of_a_batch_do_not_see_each_other() -> None:
+    x = jnp.asarray(inputs())
+    gathered = statistics.from_activations(x, statistics=SMALL.needs)
+    site = SiteWeights({"q": jnp.asarray(weights()), "k": jnp.asarray(weights(4))}, repeat=2, width=1)
+    made = apply_site(site, SMALL, gathered, "site")
+    assert made.input_scale is not None
+    scale = np.asarray(made.input_scale)
+    np.testing.assert_array_equal(scale, np.repeat(scale[::2], 2), "the repeats of a channel share one")
+    assert (np.log2(scale) % 1 == 0).all() and scale.max() > 1
+    for result in made.results.values():
+        inner = taken_apart(result.operator)["ScaleInput"]
+        np.testing.assert_array_equal(np.asarray(inner.scale, np.float32) * scale, np.ones(K))
+        y = a4.matmul(x * scale, result.operator)
+        np.testing.assert_allclose(y[3:4], a4.matmul(x[3:4] * scale, result.operator), rtol=1e-5)
+    apart = apply_site(dataclasses.replace(site, foldable=False), SMALL, gathered, "site")
+    assert (np.asarray(apart.input_scale)[::2] != np.asarray(apart.input_scale)[1::2]).any(), (
+        "what isn't folded may differ among repeats"
+    )
+
+
+def test_shifts_that_are_folded_change_no_logits() -> None:
+    model = random_llama()
+    data = np.random.default_rng(0).integers(0, 128, (2, 9), dtype=np.int32)
+    before = np.asarray(model(data))
+    for index, block in enumerate(model.blocks):
+        for site in model.sites(index):
+            k = a4.surgery.linears(block)[site.linears[0]].in_features
+            shifts = np.repeat(
+                np.random.default_rng(k).integers(0, 4, k // site.repeat).reshape(-1, site.width), site.repeat, 0
+            )
+            block, leftover = fold(block, site, 2.0 ** shifts.reshape(-1).astype(np.float32))
+            assert leftover is None
+        model.layers[index] = block
+    np.testing.assert_array_equal(np.asarray(model(data)), before)
+
+
+RULES = [
+    (r"layers\.1\..*|.*(mlp|o_proj).*", None),
+    ("lm_head", KEPT),
+    ("embed_tokens", dataclasses.replace(SMALL, input_bits=None)),
+]
+
+
+def test_a_model_is_saved_and_quantized_again_from_results(tmp_path: Path) -> None:
+    model, data = random_llama(), np.random.default_rng(0).integers(0, 128, (3, 12), dtype=np.int32)
+    new = a4.quantize_model(model, SMALL, data=data, rules=RULES)
+    scale = np.asarray(new.layers[0].input_layernorm.scale[...] / model.layers[0].input_layernorm.scale[...])
+    assert (np.log2(scale) % 1 == 0).all() and scale.max() > 1
+    leaves = a4.surgery.quantized_leaves(new)
+    assert type(leaves["layers.0.self_attn.q_proj"]) is QuantizeInput and type(leaves["lm_head"]) is ScaleInput
+    assert type(leaves["embed_tokens"]) is QuantizedTensor and leaves["embed_tokens"].bits == 4
+    assert 4 < leaves["lm_head"].inner.inner.inner.bits_per_weight < 5
+    a4.save(tmp_path / "model", new)
+    assert_same(jax.tree.leaves(a4.load(tmp_path / "model")), jax.tree.leaves(new))
+
+    save_search_results(new, tmp_path / "results.json")
+    stats = load_search_results(tmp_path / "results.json")
+    given = lambda method: method and dataclasses.replace(method, given=True)  # noqa: E731
+    again = a4.quantize_model(model, given(SMALL), stats=stats, rules=[(path, given(m)) for path, m in RULES])
+    assert_same(jax.tree.leaves(again), jax.tree.leaves(new))
+    with pytest.raises(ValueError, match="search results of formats that these fields don't allow; pass the bits"):
+        a4.quantize_model(
+            model,
+            None,
+            stats=stats,
+            rules=[("lm_head", dataclasses.replace(given(KEPT), exponent_bits=3, input_bits=4))],
+        )
+    with pytest.raises(ValueError, match="lm_head.*K=48"):
+        a4.quantize_model(
+            model,
+            None,
+            stats={"lm_head": statistics.from_activations(jnp.ones((2, 8)))},
+            rules=[("lm_head", given(KEPT))],
+        )
+    with pytest.raises(
+        ValueError, match="got data, fpq with given=True takes what an earlier search found; pass stats="
+    ):
+        a4.quantize_model(model, None, data=data, rules=[("lm_head", given(KEPT))])
+    for content, words in (
+        ("[]", "holds a list"),
+        ('{"kind": "other", "layers": {}}', "kind is 'other'"),
+        (
+            (tmp_path / "results.json").read_text().replace('"lm_head":{', '"head":{'),
+            "lacks lm_head, which was searched",
+        ),
+        ((tmp_path / "results.json").read_text().replace('"shifts":[', '"shifts":[0.5,'), "shifts"),
+    ):
+        (tmp_path / "bad.json").write_text(content)
+        with pytest.raises(ValueError, match=words):
+            load_search_results(tmp_path / "bad.json")
+    with pytest.raises(ValueError, match="fpq has quantized no layer, need one"):
+        save_search_results(model, tmp_path / "none.json")
+
+
+def test_the_command_line_keeps_results_and_takes_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--method", "fpq", "--rules", r"layers\.0\.mlp\.down_proj=fpq", "--rules", r"layers\..*=none"]
+    words += ["--rounds", "1", "--steps", "1", "--tokens", "16", "--search-results", str(tmp_path / "found.json")]
+    for out, more in (("searched", []), ("taken", ["--calibrate", "none"])):
+        assert cli.main(["quantize", "tiny", str(tmp_path / out), *words, *more]) == 0
+    searched, taken = (a4.load(tmp_path / out) for out in ("searched", "taken"))
+    assert_same(jax.tree.leaves(taken), jax.tree.leaves(searched))
+    given = [method.given for model in (searched, taken) for _, method, _ in model.recipe.linears]
+    assert given == [False, True]
+    assert cli.main(["quantize", "tiny", str(tmp_path / "other"), "--method", "int", *words[-2:]]) == 2
+    assert "only the method fpq writes and reads such a file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "fields,gathered,words",
+    [
+        ({"exponent_bits": 4}, True, "exponent_bits=4 with bits=4, which has formats of 1 to 3 exponent bits"),
+        ({"bits": 8, "exponent_bits": 4}, True, "exponent_bits=4 with input_bits=4"),
+        ({"low": 1.0, "high": 1.0}, True, "low=1.0 and high=1.0, need a larger high"),
+        ({}, False, "fpq with input_bits=4 needs the size of each layer's inputs; pass data, or input_bits=None"),
+        ({"given": True, "input_bits": None}, False, "no search results.*pass stats=load_search_results"),
+    ],
+)
+def test_what_contradicts_itself_is_refused(fields: dict[str, Any], gathered: bool, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        FPQ(**fields).check(gathered)
