@@ -2,7 +2,8 @@
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ from cuda_ffi import registration
 from cuda_ffi.folding import fold_rows
 
 TARGET = "any4_cpu_lut_product"
-OPERANDS = 5
+_OPERANDS = 5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,34 +52,54 @@ def lut_products(
     Raises:
       RuntimeError: the library can't be used; `registration.why_not("cpu")` says why without raising.
     """
+    return call_products(TARGET, x, matrices, bits=bits, group_size=group_size, isa=isa)
+
+
+def call_products(
+    target: str, x: jax.Array, matrices: Sequence[Matrix], *others: jax.Array, **attributes: Any
+) -> tuple[jax.Array, ...]:
+    """y [M, N] of each matrix in x's dtype, from one of the handlers that read x and these matrices.
+
+    Args:
+      target: the handler's name.
+      x: [M, K], float32, bfloat16 or float16.
+      matrices: at least one; tables of int8 stay as they are.
+      others: what the handler reads between x and the matrices.
+      attributes: of the handler; group_size is cut to K.
+
+    Raises:
+      RuntimeError: the library can't be used.
+    """
     registration.register("cpu")
-    operands = [operand for matrix in matrices for operand in _operands(matrix)]
-    call = _call(bits, min(group_size, max(x.shape[-1], 1)), isa)
+    attributes["group_size"] = min(attributes["group_size"], max(x.shape[-1], 1))
+    call = _call(target, len(others), tuple(attributes.items()))
+    operands = *others, *(operand for matrix in matrices for operand in _operands(matrix))
     if x.dtype == jnp.float16:
         return tuple(y.astype(x.dtype) for y in call(x.astype(jnp.float32), *operands))
     return call(x, *operands)
 
 
 def _operands(matrix: Matrix) -> tuple[jax.Array, ...]:
-    """OPERANDS arrays; an array of no elements takes the place of an absent one."""
+    """_OPERANDS arrays; an array of no elements takes the place of an absent one."""
     high = matrix.codes[1] if len(matrix.codes) > 1 else jnp.zeros((0, 0), jnp.uint8)
-    offsets = jnp.zeros((0, 0), jnp.float32) if matrix.offsets is None else readable(matrix.offsets)
-    return matrix.codes[0], high, readable(matrix.lut), readable(matrix.scales), offsets
+    lut = matrix.lut if matrix.lut.dtype == jnp.int8 else _readable(matrix.lut)
+    offsets = jnp.zeros((0, 0), jnp.float32) if matrix.offsets is None else _readable(matrix.offsets)
+    return matrix.codes[0], high, lut, _readable(matrix.scales), offsets
 
 
-def readable(stored: jax.Array) -> jax.Array:
-    """The handler reads float32, bfloat16 and e8m0; float16 becomes float32, which holds its values."""
+def _readable(stored: jax.Array) -> jax.Array:
+    """The handlers read float32, bfloat16 and e8m0; float16 becomes float32, which holds its values."""
     return stored if stored.dtype in (jnp.float32, jnp.bfloat16, jnp.uint8) else stored.astype(jnp.float32)
 
 
 @functools.cache
-def _call(bits: int, group_size: int, isa: str):
-    """The custom call on (x, *operands) with its rule for vmap."""
+def _call(target: str, others: int, attributes: tuple[tuple[str, Any], ...]) -> Callable[..., tuple[jax.Array, ...]]:
+    """The custom call on (x, *others, *operands) with its rule for vmap."""
+    passed = {name: np.int64(value) if type(value) is int else value for name, value in attributes}
 
     @fold_rows
     def call(x, *operands):
-        outs = [jax.ShapeDtypeStruct((x.shape[0], codes.shape[0]), x.dtype) for codes in operands[::OPERANDS]]
-        ys = jax.ffi.ffi_call(TARGET, outs)(x, *operands, bits=np.int64(bits), group_size=np.int64(group_size), isa=isa)
-        return tuple(ys)
+        outs = [jax.ShapeDtypeStruct((x.shape[0], codes.shape[0]), x.dtype) for codes in operands[others::_OPERANDS]]
+        return tuple(jax.ffi.ffi_call(target, outs)(x, *operands, **passed))
 
     return call

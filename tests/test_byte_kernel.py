@@ -3,16 +3,14 @@ this processor has."""
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
-import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from float64 import Terms
+from byte_weights import INSTRUCTION_SETS, KINDS, ULP, check, leaf, present, products, rounding, rows
 
 from any4_jax import weights
 from any4_jax.partition import combine, partition
@@ -20,115 +18,13 @@ from any4_jax.product import explain, matmul, matmul_each
 from any4_jax.product.quantized_input import quantize_input
 from any4_jax.weights import QuantizedTensor, QuantizeInput, Sum, take
 from cuda_ffi import registration
-from cuda_ffi.byte_product import TARGET, byte_products
-from cuda_ffi.lut_product import Matrix
+from cuda_ffi.byte_product import TARGET
 from cuda_ffi.threads import limit_threads
-
-ULP = {"float32": 2.0**-23, "bfloat16": 2.0**-7, "float16": 2.0**-10}
 
 why_not = registration.why_not("cpu")
 native = pytest.mark.skipif(why_not is not None, reason=str(why_not))
 
-
-@pytest.fixture(params=("portable", "avx2", "avxvnni", "avx512", "avx512vnni", "avx512vbmi", "dotprod"))
-def isa(request: pytest.FixtureRequest, library: ctypes.CDLL) -> str:
-    """Each instruction set that has a name and that this processor has."""
-    if not library.any4_cpu_has_isa(request.param.encode()):
-        pytest.skip(f"this processor has no {request.param}")
-    return request.param
-
-
-def leaf(
-    n: int,
-    k: int,
-    *,
-    bits: int = 4,
-    g: int = 128,
-    dtype: Any = jnp.bfloat16,
-    row_tables: bool = True,
-    offsets: bool = True,
-    e8m0: bool = False,
-    ramp: float | None = None,
-    lowest: int = -127,
-    seed: int = 0,
-) -> QuantizedTensor:
-    """Random codes and tables of int8 from `lowest` on; for 8 bits, or where its middle is given, a floating ramp."""
-    rng = np.random.default_rng(seed)
-    groups = -(-k // g)
-    rows = n if row_tables else 1
-    if bits == 8 or ramp is not None:
-        steps = 2.0 ** -rng.integers(0, 3, (rows, 1))
-        table = jnp.asarray((np.arange(2.0**bits) - 2 ** (bits - 1)) * steps + (ramp or 0), jnp.float32)
-    else:
-        table = jnp.asarray(rng.integers(lowest, 128, (rows, 16)), jnp.int8).at[:, 3].set(lowest)
-    scales = rng.integers(110, 120, (n, groups)).astype(np.uint8) if e8m0 else rng.uniform(0.01, 0.02, (n, groups))
-    return weights.from_codes(
-        jnp.asarray(rng.integers(0, 2**bits, (n, k), dtype=np.uint8)),
-        table,
-        jnp.asarray(scales, None if e8m0 else dtype),
-        jnp.asarray(rng.normal(size=(n, groups)), dtype) if offsets else None,
-        bits=bits,
-        group_size=g,
-        uniform=bits == 8 or ramp is not None,
-    )
-
-
-def rounding(inner: Any) -> QuantizeInput:
-    return QuantizeInput(inner, None, 8, True, "group")
-
-
-def matrix(w: QuantizedTensor) -> Matrix:
-    return Matrix(w.planes, w.lut, w.scales, w.offsets)
-
-
-@functools.partial(jax.jit, static_argnames="isa")
-def products(inputs: list[jax.Array], ws: list[QuantizedTensor], isa: str) -> list[list[jax.Array]]:
-    """The products of each weight with each input, in one program: compiling is most of these tests' time."""
-    return [
-        [byte_products(x, [matrix(w)], bits=w.bits, group_size=w.group_size, isa=isa)[0] for x in inputs] for w in ws
-    ]
-
-
-@jax.jit
-def rounded(inputs: list[jax.Array]) -> list[jax.Array]:
-    """Each input as the operator rounds it."""
-    return [quantize_input(x.astype(jnp.float32), rounding(None)) for x in inputs]
-
-
-def rows(*shape: int, dtype: Any = jnp.float32) -> jax.Array:
-    rng = np.random.default_rng(7)
-    # Magnitudes that differ between groups.
-    return jnp.asarray(rng.normal(size=shape) * np.exp2(rng.integers(-3, 4, shape[-1]) // 3), dtype)
-
-
-def check(inputs: list[jax.Array], ws: list[QuantizedTensor], isa: str) -> None:
-    """Every element within the rounding of its dtype and of a float32 sum, relative to the terms of the sum."""
-    exact = [np.asarray(x, np.float64) for x in rounded(inputs)]
-    for w, ys in zip(ws, products(inputs, ws, isa), strict=True):
-        terms = Terms.of(w)
-        dense, magnitude = terms.scaled + terms.shift, np.abs(terms.scaled) + np.abs(terms.shift)
-        for x, q, y in zip(inputs, exact, ys, strict=True):
-            assert y.dtype == x.dtype and y.shape == (x.shape[0], w.shape[0])
-            expected = q @ dense.T
-            # A wrong code, and an input that is rounded the other way, are 1e3 of these units.
-            slack = 16 * 2.0**-24 * (np.abs(q) @ magnitude.T) + ULP[str(y.dtype)] * np.abs(expected) + 1e-30
-            np.testing.assert_array_less(np.abs(np.asarray(y, np.float64) - expected), slack)
-
-
-KINDS: dict[str, dict[str, Any]] = {
-    "table": dict(),
-    "one table": dict(row_tables=False),
-    "table with -128": dict(lowest=-128),
-    "no offsets": dict(offsets=False),
-    "float32 scales": dict(dtype=jnp.float32),
-    "float16 scales": dict(dtype=jnp.float16),
-    "e8m0": dict(e8m0=True),
-    "4-bit ramp": dict(ramp=0.0),
-    "4-bit ramp, no offsets": dict(ramp=0.25, offsets=False, row_tables=False),
-    "8 bits": dict(bits=8, row_tables=False, offsets=False),
-    "8 bits, ramp of a middle": dict(bits=8, ramp=2.0, offsets=False),
-    "8 bits, offsets": dict(bits=8, g=32),
-}
+isa = pytest.fixture(params=INSTRUCTION_SETS, name="isa")(present)
 
 
 def test_every_kind_of_weight_and_number_of_rows(isa: str) -> None:
@@ -204,14 +100,16 @@ def test_matmul_takes_it_and_agrees_with_xla() -> None:
 
 
 @native
-def test_several_weights_share_a_call() -> None:
-    ws = (rounding(leaf(24, 200)), rounding(leaf(7, 200, ramp=0.5, seed=1)), rounding(leaf(9, 200, row_tables=False)))
+@pytest.mark.parametrize("how", [(), (8, False, "tensor")])
+def test_several_weights_share_a_call(how: tuple[Any, ...]) -> None:
+    leaves = leaf(24, 200), leaf(7, 200, ramp=0.5, seed=1), leaf(9, 200, row_tables=False)
+    ws = tuple(rounding(w, *how) for w in leaves)
     x = rows(3, 200)
     lowered = jax.jit(matmul_each).lower(x, ws)
     assert lowered.as_text().count(f"@{TARGET}(") == 1
     for y, w in zip(lowered.compile()(x, ws), ws, strict=True):
         np.testing.assert_array_equal(y, matmul(x, w))
-    mixed = (ws[0], rounding(leaf(24, 200, bits=8)), ws[0].inner)
+    mixed = (ws[0], rounding(leaf(24, 200), 7, True, "token"), ws[0].inner)
     assert jax.jit(matmul_each).lower(x, mixed).as_text().count(f"@{TARGET}(") == 2
 
 
@@ -240,17 +138,22 @@ def floating(w: QuantizedTensor) -> QuantizedTensor:
 @pytest.mark.parametrize(
     "w, reason",
     [
-        (rounding(floating(leaf(9, 80))), "the table is bfloat16 of 16 entries, it takes 16 of int8, or a ramp"),
+        (
+            rounding(floating(leaf(9, 80))),
+            "the table is bfloat16 of 16 entries, it takes at most 16 of int8, or a ramp",
+        ),
+        (rounding(floating(leaf(9, 80)), 8, False, "token"), "the table is bfloat16 of 16 entries"),
         (rounding(leaf(9, 80, g=16)), "groups have 16 weights, it takes multiples of 32"),
-        (rounding(leaf(9, 80, bits=2, ramp=0.0)), "codes have 2 bits, it takes 4 and 8"),
+        (rounding(leaf(9, 80, g=20), 8, True, "token"), "groups have 20 weights, it takes multiples of 8"),
         (rounding(Sum((leaf(9, 80), leaf(9, 80, seed=1)))), "the weight is a Sum"),
-        (dataclasses.replace(rounding(leaf(9, 80)), bits=6), "it takes x rounded to symmetric integers of 8 bits"),
+        (rounding(leaf(9, 80), 6), "for each group of inputs it takes x rounded to symmetric integers of 8 bits"),
+        (dataclasses.replace(rounding(leaf(9, 80)), per="token", levels=jnp.linspace(-1, 1, 16)), "it takes integers"),
     ],
 )
 def test_what_it_cant_take_is_rounded_and_multiplied_as_floats(w: QuantizeInput, reason: str) -> None:
     x = rows(3, 80)
     line, *others = explain(x, w, "cpu").splitlines()
-    assert line.startswith("inputs of 8 bits: ") and line.endswith("; x is rounded, and multiplies as floats")
+    assert line.startswith(f"inputs of {w.bits} bits: ") and line.endswith("; x is rounded, and multiplies as floats")
     assert reason in line and any(other.endswith(": taken") for other in others)
     expected = np.asarray(quantize_input(x, w), np.float64) @ np.asarray(weights.dequantize(w), np.float64).T
     np.testing.assert_allclose(matmul(x, w), expected, rtol=1e-4, atol=1e-4)

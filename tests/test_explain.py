@@ -12,6 +12,12 @@ from any4_jax import choice, weights
 from any4_jax.choice import Choice
 from any4_jax.product import BACKENDS, explain, matmul, plan
 from any4_jax.weights import ScaleInput, Sum
+from cuda_ffi import registration
+
+SIXES = weights.from_codes(
+    jnp.zeros((N, K), jnp.uint8), jnp.arange(256.0)[None], jnp.ones((N, 4)), None, bits=8, group_size=6, uniform=True
+)
+INTEGERS_IN_SIXES = dataclasses.replace(INTEGERS, inner=SIXES)
 
 
 def test_a_backend_that_cannot_gives_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -38,18 +44,22 @@ def test_explain(platform: str | None) -> None:
 @pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu"])
 def test_integer_products_are_explained_as_they_run(platform: str) -> None:
     lines = explain(rows(1), INTEGERS, platform).splitlines()
-    assert lines[-1] == "xla: taken (x is rounded to integers, which multiply the codes as int8)"
-    assert not any("taken" in line or "could" in line for line in lines[:-1])
-    if platform in ("cpu", "cuda"):
-        reason = next(line for line in lines if line.startswith(f"{platform}: "))
-        assert reason.endswith("it takes x rounded to symmetric integers of 8 bits with a scale for each group")
+    by_kernel = platform == "cpu" and registration.why_not("cpu") is None
+    verdict = "could, but 'cpu' comes first" if by_kernel else "taken"
+    assert lines[-1] == f"xla: {verdict} (x is rounded to integers, which multiply the codes as int8)"
+    assert [line for line in lines[:-1] if "taken" in line or "could" in line] == by_kernel * [
+        "cpu: taken (x is rounded to bytes, which multiply the weight's bytes)"
+    ]
+    if platform == "cuda":
+        reason = next(line for line in lines if line.startswith("cuda: "))
+        assert reason.endswith("x has a scale for each row or for all of it, it takes one for each group of inputs")
 
 
 @pytest.mark.parametrize(
     "w, backend, reason",
     [
         (INTEGERS, "cuda", "it runs on cuda, not on cpu"),
-        (INTEGERS, "cpu", "it takes x rounded to symmetric integers of 8 bits with a scale for each group"),
+        (INTEGERS_IN_SIXES, "cpu", "groups have 6 weights, it takes multiples of 8"),
         (rows(N), "cuda", "it runs on cuda, not on cpu"),
         (rows(N), "cpu", "the weight is a plain array"),
         (low_rank(), "cpu", "the weight is a LowRank"),

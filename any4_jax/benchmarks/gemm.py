@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -51,8 +51,8 @@ class Gemm:
       m: numbers of rows of x.
       bits, group_size: of the weight, which is in any4's form: a table for each row, bfloat16 scales and offsets.
       rounds: turns of each candidate.
-      rounded: whether bytes are measured too: a weight of int8 tables, or of integers for 8 bits, whose inputs are
-        rounded to int8.
+      rounded: whether bytes are measured too: a weight of int8 tables, or of integers beyond 4 bits, whose inputs are
+        rounded to int8, with a scale for each 32 and with one for each row.
       rotate_mb: total size, in units of 10**6 bytes, of the copies of its weight through which a candidate's calls
         rotate, so that weights come from memory and not from a cache.
     """
@@ -156,7 +156,8 @@ def _products(config: Gemm, n: int, k: int, m: int, where: str, note: Callable[[
     q = random_weight(n, k, config.bits, config.group_size)
     weights: dict[str, Any] = {"": q}
     if config.rounded:
-        weights[", int8 inputs"] = _rounding(q)
+        weights[", int8 inputs"] = _rounding(q, "group")
+        weights[", int8 inputs by token"] = _rounding(q, "token")
     able: dict[tuple[str, str], list[str]] = {}
     for (label, weight), backend, dtype in itertools.product(weights.items(), BACKENDS.options, DTYPES):
         reason = backend.supports(jax.ShapeDtypeStruct((m, k), dtype), weight, where)
@@ -193,12 +194,12 @@ def _products(config: Gemm, n: int, k: int, m: int, where: str, note: Callable[[
     return products
 
 
-def _rounding(q: QuantizedTensor) -> QuantizeInput:
+def _rounding(q: QuantizedTensor, per: Literal["group", "token"]) -> QuantizeInput:
     """A weight of bytes with the shape and the size of values of `random_weight`'s, behind inputs of 8 bits."""
-    step = (2**q.bits - 1) / 127
-    table = jnp.arange(256.0)[None] if q.bits == 8 else jnp.round(q.lut.astype(jnp.float32) / step).astype(jnp.int8)
-    scales = q.scales if q.bits == 8 else (q.scales * step).astype(q.scales.dtype)
-    return QuantizeInput(dataclasses.replace(q, lut=table, scales=scales, uniform=q.bits == 8), None, 8, True, "group")
+    step, ramp = (2**q.bits - 1) / 127, q.bits > 4
+    table = jnp.arange(2.0**q.bits)[None] if ramp else jnp.round(q.lut.astype(jnp.float32) / step).astype(jnp.int8)
+    scales = q.scales if ramp else (q.scales * step).astype(q.scales.dtype)
+    return QuantizeInput(dataclasses.replace(q, lut=table, scales=scales, uniform=ramp), None, 8, True, per)
 
 
 def random_weight(n: int, k: int, bits: int, group_size: int) -> QuantizedTensor:

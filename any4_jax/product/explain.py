@@ -7,7 +7,7 @@ import jax
 from any4_jax.choice import PLATFORMS, platform_of
 from any4_jax.product import plan
 from any4_jax.product.matmul import matmul
-from any4_jax.product.quantized_input import why_no_bytes
+from any4_jax.product.quantized_input import is_integer_product, why_no_bytes
 from any4_jax.weights import QuantizeInput, parts
 
 DENSE = "no quantized leaf: a dense product in XLA"
@@ -33,9 +33,9 @@ def explain(x: Any, w: Any, platform: str | None = None) -> str:
 def explain_on(where: str, x: Any, w: Any) -> str:
     """As `explain`, on a platform that `explained_platform` found."""
     lines = [
-        f"inputs of 8 bits: {reason}; x is rounded, and multiplies as floats"
+        f"inputs of {part.bits} bits: {reason}; x is rounded, and multiplies as floats"
         for part in parts(w)
-        if isinstance(part, QuantizeInput) and part.per == "group" and (reason := why_no_bytes(part))
+        if isinstance(part, QuantizeInput) and not is_integer_product(part) and (reason := why_no_bytes(part))
     ]
     lines += [line for problem in plan.problems(matmul, x, w) for line in _lines(*problem, where)]
     return "\n".join(lines) if lines else DENSE

@@ -214,7 +214,7 @@ def _(w, x, backend=None):
 @product.register
 def _(w: QuantizeInput, x, backend=None):
     if is_integer_product(w):
-        return planned(x, w, backend, lambda kernel: kernel.run)
+        return planned(x, w, backend)
     if why_no_bytes(w) is None:
         return planned(x, w, backend, None if backend else unnamed)
     return _rounded(x, w, backend)
@@ -227,9 +227,14 @@ def _rounded(x: jax.Array, w: QuantizeInput, backend: str | None = None) -> jax.
 def unnamed(kernel: Backend) -> Callable[..., jax.Array]:
     """The function of (x, w) that multiplies on a backend which the plan chose.
 
-    Where that is XLA for rounded inputs, the platform has no kernel for bytes, and they take its first one for floats.
+    Where that is XLA for rounded inputs that it doesn't multiply as integers, the platform has no kernel that does, and
+    they take its first one for floats.
     """
     differentiable = _differentiable(kernel)
     if kernel is not BACKENDS.options[-1]:
         return differentiable
-    return lambda x, w: (_rounded if isinstance(w, QuantizeInput) else differentiable)(x, w)
+    return lambda x, w: (_rounded if _has_no_integers(w) else differentiable)(x, w)
+
+
+def _has_no_integers(w: Coded) -> bool:
+    return isinstance(w, QuantizeInput) and not is_integer_product(w)

@@ -1,5 +1,6 @@
 """Inputs rounded on the fly before a product: the arithmetic behind the operator `QuantizeInput`."""
 
+import math
 from collections.abc import Callable
 
 import jax
@@ -12,6 +13,9 @@ from any4_jax.weights import QuantizeInput, Slice, is_operator, leaf_of
 GROUP = 32
 """How many inputs of a row share a scale where `QuantizeInput.per` is "group"; the last group of a row may be short."""
 
+LONGEST_GROUP = 2**18
+"""The most weights of a group whose products with 8-bit inputs a kernel adds up in integers of 32 bits."""
+
 
 def is_integer_product(w: QuantizeInput) -> bool:
     """Whether XLA can multiply x and the weight's codes as int8: x is rounded to integers with one scale for a whole
@@ -23,21 +27,27 @@ def is_integer_product(w: QuantizeInput) -> bool:
 
 
 def why_no_bytes(w: QuantizeInput) -> str | None:
-    """Why x, rounded, and the weight can't be multiplied as bytes, group by group; None if they can.
+    """Why no kernel multiplies rounded x and the weight as integers of 8 bits; None if one does.
 
-    A weight is bytes where it looks up a table of int8, or where its codes count the steps of a ramp.
+    A weight is such integers where it looks up a table of int8, or where its codes count the steps of a ramp.
     """
     leaf = leaf_of(w.inner)
     if leaf is None:
         return f"it multiplies rounded x by the codes of a QuantizedTensor, the weight is a {type(w.inner).__name__}"
-    if w.levels is not None or w.per != "group" or not w.symmetric or w.bits != 8:
-        return "it takes x rounded to symmetric integers of 8 bits with a scale for each group"
-    if leaf.bits not in (4, 8):
-        return f"codes have {leaf.bits} bits, it takes 4 and 8"
-    if not leaf.uniform and (leaf.bits, leaf.lut.dtype) != (4, jnp.int8):
-        return f"the table is {leaf.lut.dtype} of {2**leaf.bits} entries, it takes 16 of int8, or a ramp"
-    if leaf.group_size % GROUP and leaf.group_size < leaf.shape[-1]:
-        return f"groups have {leaf.group_size} weights, it takes multiples of {GROUP}"
+    if w.levels is not None:
+        return "x is rounded to a table of levels, it takes integers"
+    by_group = w.per == "group"
+    if by_group and (not w.symmetric or w.bits != 8):
+        return "with a scale for each group of inputs it takes x rounded to symmetric integers of 8 bits"
+    if not leaf.uniform and (leaf.bits > 4 or leaf.lut.dtype != jnp.int8):
+        return f"the table is {leaf.lut.dtype} of {2**leaf.bits} entries, it takes at most 16 of int8, or a ramp"
+    k, multiple = leaf.shape[-1], GROUP if by_group else 8
+    if leaf.group_size % multiple and leaf.group_size < k:
+        return f"groups have {leaf.group_size} weights, it takes multiples of {multiple}"
+    if not by_group and min(leaf.group_size, k) > LONGEST_GROUP:
+        return (
+            f"groups have {min(leaf.group_size, k)} weights, it takes at most {LONGEST_GROUP}, whose sums fit 32 bits"
+        )
     return None
 
 
@@ -51,7 +61,7 @@ def quantize_input(x: jax.Array, w: QuantizeInput) -> jax.Array:
     else:
         q, scale, zero = _integer_input(grouped, w)
         rounded = (q - zero) * scale
-    return rounded.reshape(x.shape[0], -1)[:, : x.shape[1]].astype(x.dtype)
+    return rounded.reshape(x.shape[0], math.prod(grouped.shape[1:]))[:, : x.shape[1]].astype(x.dtype)
 
 
 def product_of_rounded(x: jax.Array, w: QuantizeInput, product: Callable[..., jax.Array]) -> jax.Array:
@@ -92,19 +102,26 @@ def _integer_input(x: jax.Array, w: QuantizeInput) -> tuple[jax.Array, jax.Array
 
     The values of q are integers from -2^(bits-1) to 2^(bits-1) - 1.
     """
+    inverse, scale, zero = input_grid(x, w)
     half = 2 ** (w.bits - 1)
+    return jnp.clip(jnp.round(x * inverse) + zero, -half, half - 1), scale, zero
+
+
+def input_grid(x: jax.Array, w: QuantizeInput) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(1 / scale, scale, zero) of float32 x: float32, with an axis of 1 for the last axis of x, or for all of them."""
+    half = 2 ** (w.bits - 1)
+    # Products with constants and inverses, since XLA makes quotients into such where it can, and kernels have to find
+    # the same integers.
     if w.symmetric:
         largest = _largest(x, w)
-        # Products with constants and inverses, since XLA makes quotients into such where it can, and kernels have to
-        # find the same integers.
         scale = largest * np.float32(1 / (half - 1))
-        return jnp.clip(jnp.round(x * ((half - 1) / largest)), -half, half - 1), scale, jnp.zeros_like(scale)
+        return (half - 1) / largest, scale, jnp.zeros_like(scale)
     axis = None if w.per == "tensor" else -1
     low = x.min(axis=axis, keepdims=True, initial=0.0)
-    high = x.max(axis=axis, keepdims=True, initial=0.0)
-    scale = jnp.where(high > low, (high - low) / (2 * half - 1), 1.0)
-    zero = -half - jnp.round(low / scale)
-    return jnp.clip(jnp.round(x / scale) + zero, -half, half - 1), scale, zero
+    span = x.max(axis=axis, keepdims=True, initial=0.0) - low
+    span = jnp.where(span < _SMALLEST, 1.0, span)
+    inverse = (2 * half - 1) / span
+    return inverse, span * np.float32(1 / (2 * half - 1)), -half - jnp.round(low * inverse)
 
 
 def integer_product(x: jax.Array, w: QuantizeInput) -> jax.Array:

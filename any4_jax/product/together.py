@@ -18,7 +18,7 @@ def matmul_each(x: jax.Array, ws: Sequence[Any]) -> tuple[jax.Array, ...]:
     """`matmul(x, w)` for each w, in one call where a kernel takes several weights at once, else one after the other.
 
     Weights share a call where they are QuantizedTensors [N, K], or slices of such, with the same bits and group size;
-    so do those that round x to the same bytes (`QuantizeInput`).
+    so do those that round x to the same integers (`QuantizeInput`).
     A call costs nearly as much for a small product as for a large one: when SmolLM2-135M decodes on 2 cores, seven
     calls a block become four.
 
@@ -48,9 +48,11 @@ def _alike(x: jax.Array, ws: Sequence[Any]) -> bool:
 
 def _recipe(w: Any) -> tuple[Any, ...] | None:
     """What weights of one call agree in; None for one that has its own."""
-    as_bytes = isinstance(w, QuantizeInput) and why_no_bytes(w) is None
-    leaf = leaf_of(w.inner if as_bytes else w) if len(w.shape) == 2 else None
-    return None if leaf is None else (as_bytes, leaf.bits, leaf.group_size, leaf.shape[-1])
+    rounding = None
+    if isinstance(w, QuantizeInput) and w.scale is None and why_no_bytes(w) is None:
+        rounding, w = (w.bits, w.symmetric, w.per), w.inner
+    leaf = leaf_of(w) if len(w.shape) == 2 else None
+    return None if leaf is None else (rounding, leaf.bits, leaf.group_size, leaf.shape[-1])
 
 
 def _products(kernels: tuple[Backend, ...]) -> Callable[..., tuple[jax.Array, ...]]:

@@ -69,7 +69,7 @@ bool Check(const Shape& s, int bits, any4::Type type, any4::Isa isa, int64_t thr
   }
 
   using any4::Type;
-  any4::LutWeight w{};
+  any4::Weight w{};
   w.n = s.n;
   w.k = s.k;
   w.bits = bits;

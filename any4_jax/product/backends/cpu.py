@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from any4_jax.product.backends.base import Backend, arrays_of, why_no_codes
-from any4_jax.product.quantized_input import why_no_bytes
+from any4_jax.product.quantized_input import input_grid, why_no_bytes
 from any4_jax.weights import QuantizedTensor, QuantizeInput
 
 
@@ -30,14 +30,24 @@ def _run(x: jax.Array, w: QuantizedTensor | QuantizeInput) -> jax.Array:
 
 
 def _run_together(x: jax.Array, ws: Sequence[QuantizedTensor | QuantizeInput]) -> tuple[jax.Array, ...]:
-    from cuda_ffi.byte_product import byte_products
+    from cuda_ffi.byte_product import Rounding, byte_products
     from cuda_ffi.lut_product import Matrix, lut_products
 
-    rounded = isinstance(ws[0], QuantizeInput)
-    products = byte_products if rounded else lut_products
+    first = ws[0]
     leaves = [w.inner if isinstance(w, QuantizeInput) else w for w in ws]
-    matrices = [Matrix(*arrays_of(leaf, as_bytes=rounded)) for leaf in leaves]
-    return products(x, matrices, bits=leaves[0].bits, group_size=leaves[0].group_size)
+    matrices = [Matrix(*arrays_of(leaf, as_bytes=isinstance(first, QuantizeInput))) for leaf in leaves]
+    of_all = {"bits": leaves[0].bits, "group_size": leaves[0].group_size}
+    if not isinstance(first, QuantizeInput):
+        return lut_products(x, matrices, **of_all)
+    rounding = Rounding(first.bits, first.symmetric, by_row=first.per != "group")
+    return byte_products(x, matrices, rounding=rounding, grid=grid_of_all(x, first), **of_all)
+
+
+def grid_of_all(x: jax.Array, w: QuantizeInput) -> jax.Array | None:
+    """The one grid [1, 3] of all of x; None where the kernel finds those of its rows or groups."""
+    if w.per != "tensor":
+        return None
+    return jnp.concatenate(input_grid(x.astype(jnp.float32), w), axis=-1).reshape(1, 3)
 
 
 def _detail(x: Any, w: Any) -> str | None:

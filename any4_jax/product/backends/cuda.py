@@ -27,7 +27,8 @@ def _supports(x: Any, w: Any, platform: str) -> str | None:
     from cuda_ffi import lut_product_cuda, registration
 
     if rounded:
-        reason = _why_not_as_bytes(x, leaf)
+        by_group = "x has a scale for each row or for all of it, it takes one for each group of inputs"
+        reason = _why_not_as_bytes(x, leaf) if w.per == "group" else by_group
         if reason is None and _rows(x) > MOST_ROUNDED_ROWS:
             reason = f"x has {_rows(x)} rows, it takes at most {MOST_ROUNDED_ROWS} that are rounded to bytes"
     elif leaf.bits == 8 and not leaf.uniform:

@@ -12,7 +12,8 @@
 
 namespace any4 {
 
-inline int64_t CodeBytes(int64_t k, int bits) { return (k * bits + 7) / 8; }
+// The width that codes are unpacked to, if it isn't theirs.
+constexpr int ByteWidth(int bits) { return bits <= 4 ? 4 : 8; }
 
 // Rounded x in the order above, padded with zeros to whole steps, and all else that the weight's rows have in common.
 struct ByteInput {
@@ -38,15 +39,49 @@ constexpr int64_t kByteInputRows = 64;
 // Floats beyond a row's scales that vector loads may read.
 constexpr int64_t kBytePadding = 16;
 
+// x rounded with one scale for each row, in the order of k, but for zeros that fill up each of the weight's groups to
+// whole steps, which are vectors of integers.
+struct TokenInput {
+  int64_t rows;
+  int64_t k;
+  int64_t group_size;
+  int64_t groups;
+  int64_t group_steps;  // of a group, and of the last one
+  int64_t last_steps;
+  int64_t stride;   // integers in a row, which cache lines separate from the next: else powers of two would compete
+  int64_t ones;     // the place after all rows of one whose integers are 1; -1 if no row has a zero point
+  void* values;     // [places, stride]: q
+  int32_t* starts;  // [places, groups, V]: -128 times the sum of the values that a lane multiplies
+  float* sums;      // [places, groups]: of q
+  float* scales;    // [places]
+  float* zeros;     // [places]
+
+  int64_t Steps(int64_t group) const { return group + 1 < groups ? group_steps : last_steps; }
+};
+
+// How many rows of the weight are decoded at a time.
+constexpr int64_t kTokenRows = 4;
+
 struct ByteKernel {
   int64_t lanes;  // V
   // Rounds row `row` of x, which is at `x`, into the input's arrays.
   void (*round)(const void* x, Type type, int bits, const ByteInput& in, int64_t row);
-  // Multiplies rows [begin, end) of the weight with all rows of the input; `scratch` has ByteScratchFloats.
-  void (*multiply)(const ByteWeight&, const ByteInput&, int64_t begin, int64_t end, const Output&, float* scratch);
+  // Multiplies rows [begin, end) of the weight with all rows of the input; `scratch` has ByteScratch.
+  void (*multiply)(const Weight&, const ByteInput&, int64_t begin, int64_t end, const Output&, char* scratch);
+
+  // The same with one scale for each row of x: row begin + row of x to the input's place `row`.
+  int64_t token_bytes;  // of an integer
+  void (*round_token)(const void* x, Type type, const Rounding&, const TokenInput& in, int64_t begin, int64_t row);
+  void (*multiply_token)(const Weight&, const TokenInput&, int64_t begin, int64_t end, const Output&, char* scratch);
 };
 
-inline int64_t ByteScratchFloats(const ByteWeight& weight) { return 2 * (kByteRows * weight.groups() + kBytePadding); }
+// Bytes of scales and offsets of kByteRows rows.
+inline int64_t ByteRowsScratch(const Weight& weight) {
+  return 2 * (kByteRows * weight.groups() + kBytePadding) * static_cast<int64_t>(sizeof(float));
+}
+
+// The kernel for an instruction set: the best within it that the library was built with.
+const ByteKernel& ByteKernelFor(Isa isa);
 
 // Null if the library was built without that instruction set.
 const ByteKernel* PortableByteKernel();

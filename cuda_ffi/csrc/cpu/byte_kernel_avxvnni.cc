@@ -13,9 +13,12 @@ namespace byte_avxvnni {
 
 struct Vector : Vector256 {
   static constexpr bool kUnsigned = true;
-  static constexpr int kRowsOfOne = 2, kRows = 1, kInputs = 8;
+  static constexpr int kRowsOfOne = 2, kRows = 1, kInputs = 8, kTokenInputs = 2;
+  using TokenWeight = uint8_t;
+  using TokenQ = int8_t;
   using Table = UnsignedTable;
 
+  static Ints TokenDot(Ints sum, Bytes weights, Bytes q) { return Dot(sum, weights, q); }
   static Ints Dot(Ints sum, Bytes weights, Bytes q) { return _mm256_dpbusd_avx_epi32(sum, weights, q); }
 };
 

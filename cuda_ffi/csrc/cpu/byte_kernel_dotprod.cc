@@ -17,9 +17,16 @@ struct Vector {
   using Floats = float32x4_t;
   static constexpr int kLanes = 4;
   static constexpr bool kUnsigned = false;
-  static constexpr int kRowsOfOne = 4, kRows = 2, kInputs = 4;
+  static constexpr int kRowsOfOne = 4, kRows = 2, kInputs = 4, kTokenInputs = 4;
+  using TokenWeight = int8_t;
+  using TokenQ = int8_t;
 
   static Bytes Load(const void* from) { return vld1q_s8(static_cast<const int8_t*>(from)); }
+  static void StoreBytes(void* to, Bytes value) { vst1q_s8(static_cast<int8_t*>(to), value); }
+  template <class Lanes>
+  static Lanes Hold(Lanes value) {
+    return value;
+  }
   static Bytes Ones() { return vdupq_n_s8(1); }
   static Bytes Low(Bytes codes) { return vandq_s8(codes, vdupq_n_s8(15)); }
   static Bytes High(Bytes codes) { return vreinterpretq_s8_u8(vshrq_n_u8(vreinterpretq_u8_s8(codes), 4)); }
@@ -31,6 +38,7 @@ struct Vector {
   static Ints LoadInts(const int32_t* from) { return vld1q_s32(from); }
   static void StoreInts(int32_t* to, Ints value) { vst1q_s32(to, value); }
   static Ints Dot(Ints sum, Bytes weights, Bytes q) { return vdotq_s32(sum, weights, q); }
+  static Ints TokenDot(Ints sum, Bytes weights, Bytes q) { return Dot(sum, weights, q); }
   static Floats ZeroFloats() { return vdupq_n_f32(0); }
   static Floats Broadcast(float value) { return vdupq_n_f32(value); }
   static Floats LoadFloats(const float* from) { return vld1q_f32(from); }

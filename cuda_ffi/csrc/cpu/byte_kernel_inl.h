@@ -11,48 +11,14 @@
 // and what byte_round_inl.h calls.
 
 #include "numbers_inl.h"
+#include "byte_codes_inl.h"
+#include "byte_rows_inl.h"
 #include "byte_round_inl.h"
+#include "byte_token_inl.h"
+#include "byte_token_round_inl.h"
 
-// The bytes of row n's table, -8 to 7 for a ramp.
-inline const int8_t* TableOf(const ByteWeight& w, int64_t n) {
-  static constexpr int8_t kRamp[16] = {-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7};
-  return w.ramp ? kRamp : static_cast<const int8_t*>(w.lut) + (w.lut_rows == 1 ? 0 : n * 16);
-}
-
-// The scales and offsets of a few rows of the weight, as floats; a ramp's step and middle are part of them.
-struct ByteRows {
-  float* scales;
-  float* offsets;
-  bool any_offsets;
-
-  ByteRows(const ByteWeight& w, float* scratch)
-      : scales(scratch), offsets(scratch + kByteRows * w.groups() + kBytePadding), any_offsets(w.offsets != nullptr) {}
-
-  void Load(const ByteWeight& w, int64_t first, int64_t count) {
-    const int64_t groups = w.groups();
-    Widen(w.scales, w.scales_type, first * groups, count * groups, scales);
-    any_offsets = w.offsets != nullptr;
-    if (any_offsets) Widen(w.offsets, w.offsets_type, first * groups, count * groups, offsets);
-    if (!w.ramp) return;
-    for (int64_t row = 0; row < count; ++row) {
-      const int64_t size = int64_t{1} << w.bits, table = (w.lut_rows == 1 ? 0 : first + row) * size;
-      float start[2], middle;
-      Widen(w.lut, w.lut_type, table, 2, start);
-      Widen(w.lut, w.lut_type, table + size / 2, 1, &middle);
-      const float step = start[1] - start[0];
-      if (middle != 0 && !any_offsets) {
-        for (int64_t i = 0; i < count * groups; ++i) offsets[i] = 0;
-        any_offsets = true;
-      }
-      for (int64_t i = row * groups; i < (row + 1) * groups; ++i) {
-        if (any_offsets) offsets[i] += middle * scales[i];
-        scales[i] *= step;
-      }
-    }
-  }
-};
-
-// kRows rows of the weight by kInputs rows of x at a time, over all steps of a row.
+// kRows rows of the weight by kInputs rows of x at a time, over all steps of a row. Codes of other widths than 4 and 8
+// bits are unpacked to one of these before.
 template <class V, int kBits, bool kWhole>
 struct ByteMultiply {
   using Bytes = typename V::Bytes;
@@ -94,19 +60,22 @@ struct ByteMultiply {
   }
 
   template <int kRows, int kInputs>
-  static void Tile(const ByteWeight& w, const ByteInput& in, const ByteRows& rows, int64_t n, int64_t within,
-                   int64_t input, const Output& out) {
+  static void Tile(const Weight& w, const ByteInput& in, const ByteRows& rows, const uint8_t* unpacked, int64_t n,
+                   int64_t within, int64_t input, const Output& out) {
     typename V::Table tables[kRows];
     const float* scales[kRows];
     Floats sums[kRows][kInputs];
     for (int r = 0; r < kRows; ++r) {
-      if constexpr (kBits == 4) tables[r].Set(TableOf(w, n + r));
+      if constexpr (kBits == 4) tables[r].Set(rows.tables[within + r]);
       scales[r] = rows.scales + (within + r) * in.groups;
       for (Floats& sum : sums[r]) sum = V::ZeroFloats();
     }
     const uint8_t* codes[kRows];
-    const int64_t stride = CodeBytes(w.k, kBits), last_step = in.steps - 1;
-    for (int r = 0; r < kRows; ++r) codes[r] = w.codes + (n + r) * stride;
+    const int64_t stride = unpacked != nullptr ? in.steps * kStepBytes : PlaneBytes(w.k, kBits);
+    const int64_t last_step = in.steps - 1;
+    for (int r = 0; r < kRows; ++r) {
+      codes[r] = unpacked != nullptr ? unpacked + (within + r) * stride : w.codes + (n + r) * stride;
+    }
     for (int64_t step = 0; step < last_step; ++step) {
       if (kInputs == 1) {
         for (int r = 0; r < kRows; ++r) __builtin_prefetch(codes[r] + kAhead);
@@ -130,11 +99,7 @@ struct ByteMultiply {
       for (int i = 0; i < kInputs; ++i) {
         Floats sum = sums[r][i];
         if (rows.any_offsets) {
-          const float* offsets = rows.offsets + (within + r) * in.groups;
-          const float* of_x = in.sums + (input + i) * in.groups;
-          for (int64_t g = 0; g < in.groups; g += V::kLanes) {
-            sum = V::Fma(V::LoadFirst(offsets + g, in.groups - g), V::LoadFirst(of_x + g, in.groups - g), sum);
-          }
+          sum = AddOffsets<V>(sum, rows.offsets + (within + r) * in.groups, in.sums + (input + i) * in.groups, in.groups);
         }
         Store(out, input + i, n + r, V::Sum(sum));
       }
@@ -143,31 +108,48 @@ struct ByteMultiply {
 
   // Rows [first, first + count) of the weight by kInputs rows of x, as many of the weight at a time as registers allow.
   template <int kRows, int kInputs>
-  static void Tiles(const ByteWeight& w, const ByteInput& in, const ByteRows& rows, int64_t first, int64_t count,
-                    int64_t input, const Output& out) {
+  static void Tiles(const Weight& w, const ByteInput& in, const ByteRows& rows, const uint8_t* unpacked, int64_t first,
+                    int64_t count, int64_t input, const Output& out) {
     int64_t r = 0;
-    for (; r + kRows <= count; r += kRows) Tile<kRows, kInputs>(w, in, rows, first + r, r, input, out);
-    for (; r < count; ++r) Tile<1, kInputs>(w, in, rows, first + r, r, input, out);
+    for (; r + kRows <= count; r += kRows) Tile<kRows, kInputs>(w, in, rows, unpacked, first + r, r, input, out);
+    for (; r < count; ++r) Tile<1, kInputs>(w, in, rows, unpacked, first + r, r, input, out);
   }
 
   // All rows of x from `input` on, kInputs at a time, then fewer.
   template <int kInputs>
-  static void Inputs(const ByteWeight& w, const ByteInput& in, const ByteRows& rows, int64_t first, int64_t count,
-                     int64_t input, const Output& out) {
+  static void Inputs(const Weight& w, const ByteInput& in, const ByteRows& rows, const uint8_t* unpacked, int64_t first,
+                     int64_t count, int64_t input, const Output& out) {
     constexpr int kRows = kInputs == 1 ? V::kRowsOfOne : V::kRows;
-    for (; input + kInputs <= in.rows; input += kInputs) Tiles<kRows, kInputs>(w, in, rows, first, count, input, out);
+    for (; input + kInputs <= in.rows; input += kInputs) Tiles<kRows, kInputs>(w, in, rows, unpacked, first, count, input, out);
     if constexpr (kInputs > 1) {
-      if (input < in.rows) Inputs<kInputs / 2>(w, in, rows, first, count, input, out);
+      if (input < in.rows) Inputs<kInputs / 2>(w, in, rows, unpacked, first, count, input, out);
     }
   }
 
-  static void Range(const ByteWeight& w, const ByteInput& in, int64_t begin, int64_t end, const Output& out,
-                    float* scratch) {
-    ByteRows rows(w, scratch);
+  // Row n's codes as codes of kBits, whole steps of them; those of a ramp keep their distance to its middle.
+  static void Unpack(const Weight& w, const ByteInput& in, int64_t n, uint8_t* to) {
+    const uint8_t* const low = w.codes + n * PlaneBytes(w.k, LowBits(w.bits));
+    const uint8_t* const high = w.high + n * PlaneBytes(w.k, HighBits(w.bits));
+    UnpackCodes<kBits>(w.bits, low, high, w.k, to);
+    const int64_t bytes = PlaneBytes(w.k, kBits);
+    if constexpr (kBits == 8) {
+      const int bias = 128 - (1 << (w.bits - 1));
+      for (int64_t i = 0; i < bytes; ++i) to[i] = static_cast<uint8_t>(to[i] + bias);
+    }
+    for (int64_t i = bytes; i < in.steps * kStepBytes; ++i) to[i] = 0;
+  }
+
+  static void Range(const Weight& w, const ByteInput& in, int64_t begin, int64_t end, const Output& out,
+                    char* scratch) {
+    uint8_t* const unpacked = w.bits == kBits ? nullptr : reinterpret_cast<uint8_t*>(scratch);
+    ByteRows rows(w, reinterpret_cast<float*>(scratch + (unpacked ? kByteRows * in.steps * kStepBytes : 0)));
     for (int64_t first = begin; first < end; first += kByteRows) {
       const int64_t count = end - first < kByteRows ? end - first : kByteRows;
       rows.Load(w, first, count);
-      Inputs<V::kInputs>(w, in, rows, first, count, 0, out);
+      for (int64_t r = 0; unpacked != nullptr && r < count; ++r) {
+        Unpack(w, in, first + r, unpacked + r * in.steps * kStepBytes);
+      }
+      Inputs<V::kInputs>(w, in, rows, unpacked, first, count, 0, out);
     }
   }
 };
@@ -175,18 +157,20 @@ struct ByteMultiply {
 template <class V>
 struct ByteKernelOf {
   static void Round(const void* x, Type type, int bits, const ByteInput& in, int64_t row) {
-    (bits == 4 ? RoundRow<V, 4> : RoundRow<V, 8>)(x, type, in, row);
+    (ByteWidth(bits) == 4 ? RoundRow<V, 4> : RoundRow<V, 8>)(x, type, in, row);
   }
 
-  static void Multiply(const ByteWeight& w, const ByteInput& in, int64_t begin, int64_t end, const Output& out,
-                       float* scratch) {
-    const auto range = w.bits == 4 ? (in.whole_steps ? ByteMultiply<V, 4, true>::Range : ByteMultiply<V, 4, false>::Range)
-                                   : (in.whole_steps ? ByteMultiply<V, 8, true>::Range : ByteMultiply<V, 8, false>::Range);
+  static void Multiply(const Weight& w, const ByteInput& in, int64_t begin, int64_t end, const Output& out,
+                       char* scratch) {
+    const auto range = ByteWidth(w.bits) == 4
+                           ? (in.whole_steps ? ByteMultiply<V, 4, true>::Range : ByteMultiply<V, 4, false>::Range)
+                           : (in.whole_steps ? ByteMultiply<V, 8, true>::Range : ByteMultiply<V, 8, false>::Range);
     range(w, in, begin, end, out, scratch);
   }
 
   static const ByteKernel* Get() {
-    static const ByteKernel kernel{V::kLanes, Round, Multiply};
+    static const ByteKernel kernel{
+        V::kLanes, Round, Multiply, sizeof(typename V::TokenWeight), RoundToken<V>, TokenMultiply<V>::Range};
     return &kernel;
   }
 };

@@ -9,7 +9,9 @@ namespace byte_portable {
 struct Vector {
   static constexpr int kLanes = 8;
   static constexpr bool kUnsigned = false;
-  static constexpr int kRowsOfOne = 1, kRows = 1, kInputs = 2;
+  static constexpr int kRowsOfOne = 1, kRows = 1, kInputs = 2, kTokenInputs = 2;
+  using TokenWeight = int8_t;
+  using TokenQ = int8_t;
 
   struct Bytes {
     int8_t byte[4 * kLanes];
@@ -39,6 +41,11 @@ struct Vector {
     __builtin_memcpy(result.byte, from, sizeof result.byte);
     return result;
   }
+  static void StoreBytes(void* to, const Bytes& value) { __builtin_memcpy(to, value.byte, sizeof value.byte); }
+  template <class Lanes>
+  static const Lanes& Hold(const Lanes& value) {
+    return value;
+  }
   static Bytes Ones() {
     return EachByte([](int) { return 1; });
   }
@@ -66,6 +73,7 @@ struct Vector {
       return total;
     });
   }
+  static Ints TokenDot(const Ints& sum, const Bytes& weights, const Bytes& q) { return Dot(sum, weights, q); }
   static Floats ZeroFloats() { return Broadcast(0); }
   static Floats Broadcast(float value) {
     return Each<Floats>([&](int) { return value; });

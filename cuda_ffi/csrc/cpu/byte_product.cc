@@ -5,12 +5,10 @@
 #include <vector>
 
 #include "byte_kernel.h"
-#include "rows.h"
+#include "products.h"
 
 namespace any4 {
-namespace {
 
-// The best kernel within an instruction set that the library was built with.
 const ByteKernel& ByteKernelFor(Isa isa) {
   const ByteKernel* const vbmi = isa >= Isa::kAvx512Vbmi ? Avx512VbmiByteKernel() : nullptr;
   const ByteKernel* const vnni = isa >= Isa::kAvx512Vnni ? Avx512VnniByteKernel() : nullptr;
@@ -23,21 +21,11 @@ const ByteKernel& ByteKernelFor(Isa isa) {
   return *PortableByteKernel();
 }
 
-}  // namespace
+namespace {
 
-void ByteProducts(const ByteProduct* products, int64_t count, const void* x, int64_t m, Type type, Isa isa,
+void GroupProducts(const Product* products, int64_t count, const void* x, int64_t m, Type type, Isa isa,
                   const Executor& executor) {
-  const int64_t item = type == Type::kFloat32 ? 4 : 2;
-  int64_t n = 0;
-  for (const ByteProduct* product = products; product < products + count; ++product) n += product->weight.n;
-  if (m == 0 || n == 0) return;
-  if (products[0].weight.k == 0) {
-    for (const ByteProduct* product = products; product < products + count; ++product) {
-      std::memset(product->y, 0, m * product->weight.n * item);
-    }
-    return;
-  }
-  const ByteWeight& shape = products[0].weight;
+  const Weight& shape = products[0].weight;
   const ByteKernel& kernel = ByteKernelFor(isa);
   const int64_t lanes = kernel.lanes, step = 8 * lanes, groups = shape.groups();
 
@@ -66,36 +54,74 @@ void ByteProducts(const ByteProduct* products, int64_t count, const void* x, int
   input.scales = scales.get();
   input.sums = sums.get();
 
-  // Several tasks a thread, so that others take over from a thread that is held up.
-  const int64_t share = n / (executor.threads * 4) / kByteRows * kByteRows;
-  const int64_t task_rows = std::clamp(share, kByteRows, kByteTaskRows);
-  struct Task {
-    const ByteProduct* product;
-    int64_t begin;
+  const auto round = [&](int64_t first, int64_t row) {
+    kernel.round(static_cast<const char*>(x) + first * shape.k * ItemBytes(type), type, shape.bits, input, row);
   };
-  std::vector<Task> tasks;
-  for (const ByteProduct* product = products; product < products + count; ++product) {
-    for (int64_t begin = 0; begin < product->weight.n; begin += task_rows) tasks.push_back({product, begin});
-  }
+  const auto multiply = [&](const Weight& weight, int64_t begin, int64_t end, int64_t rows, const Output& output,
+                            char* scratch) {
+    ByteInput of_pass = input;
+    of_pass.rows = rows;
+    kernel.multiply(weight, of_pass, begin, end, output, scratch);
+  };
+  const int64_t unpacked = ByteWidth(shape.bits) == shape.bits ? 0 : kByteRows * input.steps * lanes * ByteWidth(shape.bits);
+  const int64_t scratch_bytes = unpacked + ByteRowsScratch(shape);
+  ForProducts(products, count, m, type, {kByteInputRows, kByteRows, kByteTaskRows, scratch_bytes}, executor, round,
+              multiply);
+}
 
-  const int64_t scratch_bytes = ByteScratchFloats(shape) * static_cast<int64_t>(sizeof(float));
-  for (int64_t first = 0; first < m; first += pass_rows) {
-    input.rows = std::min(pass_rows, m - first);
-    const void* const from = static_cast<const char*>(x) + first * shape.k * item;
-    const auto round = [&](int64_t row) { kernel.round(from, type, shape.bits, input, row); };
-    // A row takes about a microsecond, so calling other threads pays only for many rows.
-    if (input.rows >= 32) {
-      ParallelFor(executor, input.rows, round);
-    } else {
-      for (int64_t row = 0; row < input.rows; ++row) round(row);
+void TokenProducts(const Product* products, int64_t count, const void* x, int64_t m, Type type, const Rounding& rounding,
+                   Isa isa, const Executor& executor) {
+  const Weight& shape = products[0].weight;
+  const ByteKernel& kernel = ByteKernelFor(isa);
+  const int64_t step = 4 * kernel.lanes / kernel.token_bytes, line = 64 / kernel.token_bytes;
+  const int64_t pass_rows = std::min(m, kByteInputRows), places = pass_rows + 1;
+
+  TokenInput input{};
+  input.k = shape.k;
+  input.group_size = std::min(shape.group_size, shape.k);
+  input.groups = shape.groups();
+  input.group_steps = (input.group_size + step - 1) / step;
+  input.last_steps = (shape.k - (input.groups - 1) * input.group_size + step - 1) / step;
+  const int64_t integers = ((input.groups - 1) * input.group_steps + input.last_steps) * step;
+  input.stride = (integers + line - 1) / line * line + line;
+  input.ones = rounding.symmetric ? -1 : pass_rows;
+  const auto values = Allocate<char>(places * input.stride * kernel.token_bytes);
+  const auto starts = Allocate<int32_t>(places * input.groups * kernel.lanes);
+  const auto floats = Allocate<float>(places * (input.groups + 2));
+  input.values = values.get();
+  input.starts = starts.get();
+  input.sums = floats.get();
+  input.scales = input.sums + places * input.groups;
+  input.zeros = input.scales + places;
+  if (input.ones >= 0) kernel.round_token(x, type, rounding, input, 0, input.ones);
+
+  const auto round = [&](int64_t first, int64_t row) { kernel.round_token(x, type, rounding, input, first, row); };
+  const auto multiply = [&](const Weight& weight, int64_t begin, int64_t end, int64_t rows, const Output& output,
+                            char* scratch) {
+    TokenInput of_pass = input;
+    of_pass.rows = rows;
+    kernel.multiply_token(weight, of_pass, begin, end, output, scratch);
+  };
+  const int64_t scratch_bytes = kTokenRows * input.stride * kernel.token_bytes + ByteRowsScratch(shape);
+  ForProducts(products, count, m, type, {pass_rows, kTokenRows, kByteTaskRows, scratch_bytes}, executor, round,
+              multiply);
+}
+
+}  // namespace
+
+void ByteProducts(const Product* products, int64_t count, const void* x, int64_t m, Type type, const Rounding& rounding,
+                  Isa isa, const Executor& executor) {
+  if (m == 0 || RowsOf(products, count) == 0) return;
+  if (products[0].weight.k == 0) {
+    for (const Product* product = products; product < products + count; ++product) {
+      std::memset(product->y, 0, m * product->weight.n * ItemBytes(type));
     }
-    ForTasks(executor, static_cast<int64_t>(tasks.size()), scratch_bytes, [&](int64_t index, char* scratch) {
-      const auto [product, begin] = tasks[index];
-      const ByteWeight& weight = product->weight;
-      const Output output{static_cast<char*>(product->y) + first * weight.n * item, weight.n, type};
-      const int64_t end = std::min(begin + task_rows, weight.n);
-      kernel.multiply(weight, input, begin, end, output, reinterpret_cast<float*>(scratch));
-    });
+    return;
+  }
+  if (rounding.by_row) {
+    TokenProducts(products, count, x, m, type, rounding, isa, executor);
+  } else {
+    GroupProducts(products, count, x, m, type, isa, executor);
   }
 }
 

@@ -1,5 +1,13 @@
 // x rounded to bytes in the order of byte_kernel.h, over a vector type V; see byte_kernel_inl.h.
 
+// kGroup numbers of x from `first` on as floats, or the `left` that there are and zeros; those of a float32 in place.
+__attribute__((noinline)) static const float* GroupOf(const void* x, Type type, int64_t first, int64_t left, float* buffer) {
+  if (left >= kGroup && type == Type::kFloat32) return static_cast<const float*>(x) + first;
+  for (int64_t i = 0; i < kGroup; ++i) buffer[i] = 0;
+  if (left > 0) Widen(x, type, first, left < kGroup ? left : kGroup, buffer);
+  return buffer;
+}
+
 // Rounds kGroup floats to bytes with one scale, which it returns: even and odd ones apart where codes have 4 bits, else
 // the first and the second half. Where a value is not finite, the scale, and so all that it multiplies, is NaN.
 template <class V, int kBits>
@@ -33,13 +41,8 @@ void RoundRow(const void* x, Type type, const ByteInput& in, int64_t row) {
     float* const scales = in.scales + (row * in.steps + step) * kLanes;
     for (int64_t b = 0; b < kGroups; ++b) {
       const int64_t first = step * kStep + b * kGroup, left = in.k - first;
-      const float* from = static_cast<const float*>(x) + row * in.k + first;
-      float group[kGroup];
-      if (left < kGroup || type != Type::kFloat32) {
-        for (float& value : group) value = 0;
-        if (left > 0) Widen(x, type, row * in.k + first, left < kGroup ? left : kGroup, group);
-        from = group;
-      }
+      float buffer[kGroup];
+      const float* const from = GroupOf(x, type, row * in.k + first, left, buffer);
       const float scale = RoundGroup<V, kBits>(from, values + b * 16, values + kHalf + b * 16);
       for (int lane = 0; lane < 4; ++lane) scales[b * 4 + lane] = scale;
     }

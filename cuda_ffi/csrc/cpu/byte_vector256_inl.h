@@ -9,6 +9,11 @@ struct Vector256 {
   static constexpr int kLanes = 8;
 
   static Bytes Load(const void* from) { return _mm256_loadu_si256(static_cast<const __m256i*>(from)); }
+  static void StoreBytes(void* to, Bytes value) { _mm256_storeu_si256(static_cast<__m256i*>(to), value); }
+  static Bytes Hold(Bytes value) {
+    asm("" : "+x"(value));
+    return value;
+  }
   static Bytes Ones() { return _mm256_set1_epi8(1); }
   static Bytes Low(Bytes codes) { return _mm256_and_si256(codes, _mm256_set1_epi8(15)); }
   static Bytes High(Bytes codes) { return Low(_mm256_srli_epi16(codes, 4)); }

@@ -8,9 +8,16 @@ struct Vector512 {
   using Floats = __m512;
   static constexpr int kLanes = 16;
   static constexpr bool kUnsigned = true;
-  static constexpr int kRowsOfOne = 4, kRows = 4, kInputs = 4;
+  static constexpr int kRowsOfOne = 4, kRows = 4, kInputs = 4, kTokenInputs = 4;
+  using TokenWeight = uint8_t;
+  using TokenQ = int8_t;
 
   static Bytes Load(const void* from) { return _mm512_loadu_si512(from); }
+  static void StoreBytes(void* to, Bytes value) { _mm512_storeu_si512(to, value); }
+  static Bytes Hold(Bytes value) {
+    asm("" : "+v"(value));
+    return value;
+  }
   static Bytes Ones() { return _mm512_set1_epi8(1); }
   static void Whole(const uint8_t* codes, Bytes* low, Bytes* high) {
     const Bytes first = Load(codes), second = Load(codes + 64);
@@ -21,6 +28,7 @@ struct Vector512 {
   static Ints LoadInts(const int32_t* from) { return Load(from); }
   static void StoreInts(int32_t* to, Ints value) { _mm512_storeu_si512(to, value); }
   static Ints Dot(Ints sum, Bytes weights, Bytes q) { return _mm512_dpbusd_epi32(sum, weights, q); }
+  static Ints TokenDot(Ints sum, Bytes weights, Bytes q) { return Dot(sum, weights, q); }
   static Floats ZeroFloats() { return _mm512_setzero_ps(); }
   static Floats Broadcast(float value) { return _mm512_set1_ps(value); }
   static Floats LoadFloats(const float* from) { return _mm512_loadu_ps(from); }

@@ -14,11 +14,7 @@
 
 namespace any4 {
 
-// Widths of the planes of a code.
-constexpr int LowBits(int bits) { return bits == 3 ? 2 : bits == 5 || bits == 6 ? 4 : bits; }
-constexpr int HighBits(int bits) { return bits - LowBits(bits); }
 constexpr int CodesPerWord(int bits) { return 32 / LowBits(bits); }
-inline int64_t PlaneBytes(int64_t k, int width) { return (k * width + 7) / 8; }
 
 // x in the order above, padded with zeros to whole blocks, and all else that the rows of the weight have in common.
 struct Input {
@@ -62,12 +58,12 @@ struct LutKernel {
   // Both multiply rows [begin, end) of the weight with all rows of the input; `scratch` has ScratchFloats. `few`
   // decodes in registers, which is faster for 1, 2 or 4 rows of x. It takes no other number of rows, and needs
   // whole_lanes.
-  void (*few)(const LutWeight&, const Input&, int64_t begin, int64_t end, const Output&, float* scratch);
-  void (*many)(const LutWeight&, const Input&, int64_t begin, int64_t end, const Output&, float* scratch);
+  void (*few)(const Weight&, const Input&, int64_t begin, int64_t end, const Output&, float* scratch);
+  void (*many)(const Weight&, const Input&, int64_t begin, int64_t end, const Output&, float* scratch);
 };
 
 // The floats of scratch that a kernel needs: for tables, scales and offsets, decoded rows, and partial sums.
-inline int64_t ScratchFloats(const LutWeight& weight, const Input& input) {
+inline int64_t ScratchFloats(const Weight& weight, const Input& input) {
   return kTableRows * (kTableFloats + 2 * weight.groups()) + 2 * input.padding + kDecodedRows * kDecodedStride +
          kTaskRows * kInputRows;
 }

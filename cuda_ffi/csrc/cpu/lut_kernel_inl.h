@@ -18,7 +18,7 @@ struct Kernel {
 
   // Calls body(block, codes, steps) for the blocks [begin, end) of row n; `steps` is a Step.
   template <class Body>
-  static inline __attribute__((always_inline)) void ForBlocks(const LutWeight& w, const Input& in, int64_t n,
+  static inline __attribute__((always_inline)) void ForBlocks(const Weight& w, const Input& in, int64_t n,
                                                               int64_t begin, int64_t end, const Body& body) {
     const int64_t low_stride = PlaneBytes(w.k, LowBits(kBits)), high_stride = PlaneBytes(w.k, HighBits(kBits));
     const uint8_t* low = w.codes + n * low_stride;
@@ -67,7 +67,7 @@ struct Kernel {
   // are widened into the scratch, or uint16_t if they are read as they are stored: a vector load that spans the
   // widening's stores would wait until these reach the cache.
   template <int kRows, class T>
-  static void FewRows(const LutWeight& w, const Input& in, int64_t begin, int64_t end, const Output& out,
+  static void FewRows(const Weight& w, const Input& in, int64_t begin, int64_t end, const Output& out,
                       float* scratch) {
     constexpr bool kStored = sizeof(T) == 2;
     Rows<kBits> rows(w, in, scratch);
@@ -116,7 +116,7 @@ struct Kernel {
   }
 
   template <class T>
-  static void FewOf(const LutWeight& w, const Input& in, int64_t begin, int64_t end, const Output& out,
+  static void FewOf(const Weight& w, const Input& in, int64_t begin, int64_t end, const Output& out,
                     float* scratch) {
     switch (in.rows) {
       case 1: return FewRows<1, T>(w, in, begin, end, out, scratch);
@@ -125,13 +125,13 @@ struct Kernel {
     }
   }
 
-  static void Few(const LutWeight& w, const Input& in, int64_t begin, int64_t end, const Output& out, float* scratch) {
+  static void Few(const Weight& w, const Input& in, int64_t begin, int64_t end, const Output& out, float* scratch) {
     const bool stored = w.scales_type == Type::kBfloat16 && (w.offsets == nullptr || w.offsets_type == w.scales_type);
     (stored ? FewOf<uint16_t> : FewOf<float>)(w, in, begin, end, out, scratch);
   }
 
   // Decodes blocks [begin, end) of row n to floats in the order of Input.
-  static void Decode(const LutWeight& w, const Input& in, const float* entries, const float* scales,
+  static void Decode(const Weight& w, const Input& in, const float* entries, const float* scales,
                      const float* offsets, int64_t n, int64_t begin, int64_t end, float* to) {
     const typename V::template Table<kBits> table(entries);
     ForBlocks(w, in, n, begin, end, [&](int64_t block, const auto& codes, auto steps) __attribute__((always_inline)) {
@@ -146,7 +146,7 @@ struct Kernel {
   }
 
   // The same code by code, for groups that begin within a word.
-  static void DecodeSingly(const LutWeight& w, const float* entries, const float* scales, const float* offsets,
+  static void DecodeSingly(const Weight& w, const float* entries, const float* scales, const float* offsets,
                            int64_t n, int64_t begin, int64_t end, float* to) {
     constexpr int kLow = LowBits(kBits), kHigh = HighBits(kBits);
     const uint8_t* low = w.codes + n * PlaneBytes(w.k, kLow);
@@ -166,7 +166,7 @@ struct Kernel {
     }
   }
 
-  static void Many(const LutWeight& w, const Input& in, int64_t begin, int64_t end, const Output& out,
+  static void Many(const Weight& w, const Input& in, int64_t begin, int64_t end, const Output& out,
                    float* scratch) {
     constexpr int64_t kChunk = kDecodedFloats / kBlock;
     static_assert(kDecodedFloats % kBlock == 0);

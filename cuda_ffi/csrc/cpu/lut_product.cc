@@ -5,7 +5,7 @@
 #include <vector>
 
 #include "lut_kernel.h"
-#include "rows.h"
+#include "products.h"
 
 namespace any4 {
 namespace {
@@ -48,20 +48,15 @@ void ArrangeRow(const T* x, int64_t k, int64_t lanes, int64_t codes, bool half, 
 
 void LutProducts(const Product* products, int64_t count, const void* x, int64_t m, Type type, Isa isa,
                  const Executor& executor) {
-  int64_t n = 0;
-  bool any_offsets = false;
-  for (const Product* product = products; product < products + count; ++product) {
-    n += product->weight.n;
-    any_offsets = any_offsets || product->weight.offsets != nullptr;
-  }
-  if (m == 0 || n == 0) return;
-  const LutWeight& shape = products[0].weight;
+  if (m == 0 || RowsOf(products, count) == 0) return;
+  const bool any_offsets =
+      std::any_of(products, products + count, [](const Product& p) { return p.weight.offsets != nullptr; });
+  const Weight& shape = products[0].weight;
   const LutKernel& kernel =
       KernelFor(isa, PortableKernel(shape.bits), Avx2Kernel(shape.bits), Avx512Kernel(shape.bits));
   const int64_t codes = CodesPerWord(shape.bits);
   const int64_t block = kernel.lanes * codes;
   const int64_t groups = shape.groups();
-  const size_t item = type == Type::kFloat32 ? 4 : 2;
 
   Input input{};
   input.blocks = (shape.k + block - 1) / block;
@@ -89,47 +84,26 @@ void LutProducts(const Product* products, int64_t count, const void* x, int64_t 
   input.values = values.get();
   input.sums = sums.get();
 
-  // Several tasks a thread, so that others take over from a thread that is held up.
-  const int64_t share = n / (executor.threads * 4) / kDecodedRows * kDecodedRows;
-  const int64_t task_rows = std::clamp(share, kDecodedRows, kTaskRows);
-  struct Task {
-    const Product* product;
-    int64_t begin;
-  };
-  std::vector<Task> tasks;
-  for (const Product* product = products; product < products + count; ++product) {
-    for (int64_t begin = 0; begin < product->weight.n; begin += task_rows) tasks.push_back({product, begin});
-  }
-
-  const int64_t scratch_bytes = ScratchFloats(shape, input) * static_cast<int64_t>(sizeof(float));
-  for (int64_t first = 0; first < m; first += pass_rows) {
-    input.rows = std::min(pass_rows, m - first);
-    const auto arrange = [&](int64_t row) {
-      const int64_t start = (first + row) * shape.k;
-      float* to = values.get() + row * input.stride;
-      float* to_sums = sums ? sums.get() + row * input.sums_stride : nullptr;
-      const auto of = [&](const auto* typed) {
-        ArrangeRow(typed + start, shape.k, kernel.lanes, codes, input.half, shape.group_size, input.stride, to, to_sums,
-                   input.sums_stride);
-      };
-      type == Type::kFloat32 ? of(static_cast<const float*>(x)) : of(static_cast<const uint16_t*>(x));
+  const auto arrange = [&](int64_t first, int64_t row) {
+    const int64_t start = (first + row) * shape.k;
+    float* to = values.get() + row * input.stride;
+    float* to_sums = sums ? sums.get() + row * input.sums_stride : nullptr;
+    const auto of = [&](const auto* typed) {
+      ArrangeRow(typed + start, shape.k, kernel.lanes, codes, input.half, shape.group_size, input.stride, to, to_sums,
+                 input.sums_stride);
     };
-    // A row takes about a microsecond, so calling other threads pays only for many rows.
-    if (input.rows >= 32) {
-      ParallelFor(executor, input.rows, arrange);
-    } else {
-      for (int64_t row = 0; row < input.rows; ++row) arrange(row);
-    }
-
-    const bool few = (input.rows <= 2 || input.rows == 4) && input.whole_lanes;
-    ForTasks(executor, static_cast<int64_t>(tasks.size()), scratch_bytes, [&](int64_t index, char* scratch) {
-      const auto [product, begin] = tasks[index];
-      const LutWeight& weight = product->weight;
-      const Output output{static_cast<char*>(product->y) + first * weight.n * item, weight.n, type};
-      const int64_t end = std::min(begin + task_rows, weight.n);
-      (few ? kernel.few : kernel.many)(weight, input, begin, end, output, reinterpret_cast<float*>(scratch));
-    });
-  }
+    type == Type::kFloat32 ? of(static_cast<const float*>(x)) : of(static_cast<const uint16_t*>(x));
+  };
+  const auto multiply = [&](const Weight& weight, int64_t begin, int64_t end, int64_t rows, const Output& output,
+                            char* scratch) {
+    Input of_pass = input;
+    of_pass.rows = rows;
+    const bool few = (rows <= 2 || rows == 4) && input.whole_lanes;
+    (few ? kernel.few : kernel.many)(weight, of_pass, begin, end, output, reinterpret_cast<float*>(scratch));
+  };
+  const int64_t scratch_bytes = ScratchFloats(shape, input) * static_cast<int64_t>(sizeof(float));
+  ForProducts(products, count, m, type, {kInputRows, kDecodedRows, kTaskRows, scratch_bytes}, executor, arrange,
+              multiply);
 }
 
 }  // namespace any4

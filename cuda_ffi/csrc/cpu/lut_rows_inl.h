@@ -13,14 +13,14 @@ struct Rows {
   int64_t groups;
   bool shared_table_loaded = false;
 
-  Rows(const LutWeight& w, const Input& in, float* scratch)
+  Rows(const Weight& w, const Input& in, float* scratch)
       : tables(scratch),
         scales(scratch + kTableRows * kTableFloats),
         offsets(scales + kTableRows * w.groups() + in.padding),
         groups(w.groups()) {}
 
   template <bool kTablesAlone = false>
-  void Load(const LutWeight& w, int64_t first, int64_t count) {
+  void Load(const Weight& w, int64_t first, int64_t count) {
     if constexpr (!kTablesAlone) {
       Widen(w.scales, w.scales_type, first * groups, count * groups, scales);
       if (w.offsets != nullptr) Widen(w.offsets, w.offsets_type, first * groups, count * groups, offsets);
@@ -33,7 +33,7 @@ struct Rows {
     }
   }
 
-  void LoadTables(const LutWeight& w, int64_t first, int64_t count) {
+  void LoadTables(const Weight& w, int64_t first, int64_t count) {
     Widen(w.lut, w.lut_type, first * kSize, count * kSize, tables);
     if constexpr (kSize < 16) {
       // Backwards from the last row, so that no table is overwritten before it is copied.
@@ -44,13 +44,13 @@ struct Rows {
   }
 
   // A copy of row n's scales as they are stored, beyond which vector loads may read.
-  const uint16_t* Padded(const LutWeight& w, int64_t n) const {
+  const uint16_t* Padded(const Weight& w, int64_t n) const {
     auto* copy = reinterpret_cast<uint16_t*>(scales);
     __builtin_memcpy(copy, static_cast<const uint16_t*>(w.scales) + n * groups, groups * sizeof *copy);
     return copy;
   }
 
-  const float* table(const LutWeight& w, int64_t row) const {
+  const float* table(const Weight& w, int64_t row) const {
     return tables + (w.lut_rows == 1 ? 0 : row * (kSize < 16 ? 16 : kSize));
   }
 };

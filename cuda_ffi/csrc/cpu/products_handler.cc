@@ -1,0 +1,174 @@
+// XLA's entry points to LutProducts and ByteProducts: they check what Python passed, and lend them XLA's threads. One file
+// holds both, since the compiler spends most of its time on XLA's headers.
+#include <algorithm>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "byte_product.h"
+#include "handler.h"
+#include "lut_product.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace {
+
+namespace ffi = xla::ffi;
+using any4::HasShape;
+using any4::HighBits;
+using any4::IsFloat;
+using any4::LowBits;
+using any4::PlaneBytes;
+using any4::Product;
+using any4::Type;
+using any4::TypeOf;
+using any4::Weight;
+
+constexpr char kLutProduct[] = "any4_cpu_lut_product", kByteProduct[] = "any4_cpu_byte_product";
+
+// The operands of each matrix: codes, high, lut, scales, offsets. `high` and `offsets` without elements are absent.
+constexpr size_t kOperands = 5;
+
+ffi::Error Invalid(const char* target, const std::string& message) {
+  return ffi::Error::InvalidArgument(std::string(target) + ": " + message);
+}
+
+ffi::ErrorOr<Weight> WeightOf(const char* target, const ffi::RemainingArgs& operands, size_t first, int64_t k, int bits,
+                              int64_t group_size) {
+  const auto operand = [&](size_t i) { return *operands.get<ffi::AnyBuffer>(first + i); };
+  const ffi::AnyBuffer codes = operand(0), high = operand(1), lut = operand(2), scales = operand(3),
+                       offsets = operand(4);
+  if (codes.dimensions().size() != 2 || lut.dimensions().size() != 2) {
+    return ffi::Unexpected(Invalid(target, "codes and lut need two axes"));
+  }
+  Weight w{};
+  w.n = codes.dimensions()[0];
+  w.k = k;
+  w.bits = bits;
+  w.group_size = group_size;
+  w.lut_rows = lut.dimensions()[0];
+  const auto low_bits = LowBits(bits), high_bits = HighBits(bits);
+  const bool has_offsets = offsets.element_count() > 0;
+  if (!HasShape(codes, w.n, PlaneBytes(k, low_bits)) ||
+      (high_bits > 0 && !HasShape(high, w.n, PlaneBytes(k, high_bits))) ||
+      !HasShape(lut, w.lut_rows == 1 ? 1 : w.n, int64_t{1} << bits) || !HasShape(scales, w.n, w.groups()) ||
+      (has_offsets && !HasShape(offsets, w.n, w.groups()))) {
+    return ffi::Unexpected(Invalid(target, "the shapes of its operands don't fit together"));
+  }
+  const auto lut_type = TypeOf(lut), scales_type = TypeOf(scales), offsets_type = TypeOf(offsets);
+  w.integers = lut.element_type() == ffi::S8;
+  if ((!w.integers && !IsFloat(lut_type)) || !scales_type || codes.element_type() != ffi::U8 ||
+      (high_bits > 0 && high.element_type() != ffi::U8) || (has_offsets && !IsFloat(offsets_type))) {
+    return ffi::Unexpected(Invalid(
+        target, "lut needs int8, float32 or bfloat16, offsets the latter two, scales these or uint8, codes uint8"));
+  }
+  w.codes = static_cast<const uint8_t*>(codes.untyped_data());
+  w.high = static_cast<const uint8_t*>(high.untyped_data());
+  w.lut = lut.untyped_data();
+  w.lut_type = lut_type.value_or(Type::kFloat32);
+  w.scales = scales.untyped_data();
+  w.scales_type = *scales_type;
+  w.offsets = has_offsets ? offsets.untyped_data() : nullptr;
+  w.offsets_type = offsets_type.value_or(Type::kFloat32);
+  return w;
+}
+
+// The products of x [M, K] with all matrices; bits and group_size are of all of them.
+ffi::ErrorOr<std::vector<Product>> ProductsOf(const char* target, const ffi::AnyBuffer& x,
+                                              const ffi::RemainingArgs& operands, const ffi::RemainingRets& results,
+                                              int64_t bits, int64_t group_size) {
+  const auto refuse = [&](const std::string& message) { return ffi::Unexpected(Invalid(target, message)); };
+  if (bits < 1 || bits > 8 || bits == 7) return refuse("got bits=" + std::to_string(bits) + ", need 1 to 6 or 8");
+  const auto x_type = TypeOf(x);
+  if (x.dimensions().size() != 2 || !IsFloat(x_type) || group_size < 1) {
+    return refuse("x needs two axes and float32 or bfloat16, and group_size must be at least 1");
+  }
+  if (results.size() == 0 || operands.size() != kOperands * results.size()) {
+    return refuse("got " + std::to_string(operands.size()) + " operands, need 5 for each matrix");
+  }
+  std::vector<Product> products;
+  for (size_t i = 0; i < results.size(); ++i) {
+    const auto weight =
+        WeightOf(target, operands, i * kOperands, x.dimensions()[1], static_cast<int>(bits), group_size);
+    if (weight.has_error()) return ffi::Unexpected(weight.error());
+    const ffi::AnyBuffer y = **results.get<ffi::AnyBuffer>(i);
+    if (!HasShape(y, x.dimensions()[0], weight->n) || TypeOf(y) != x_type) {
+      return refuse("y needs the shape [M, N] and x's dtype");
+    }
+    products.push_back({*weight, y.untyped_data()});
+  }
+  return products;
+}
+
+ffi::Error OfFloats(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::RemainingArgs operands, ffi::RemainingRets results,
+                    int64_t bits, int64_t group_size, std::string_view isa) {
+  const auto chosen = any4::IsaNamed(isa);
+  if (!chosen) return Invalid(kLutProduct, any4::LacksIsa(isa));
+  const auto products = ProductsOf(kLutProduct, x, operands, results, bits, group_size);
+  if (products.has_error()) return products.error();
+  for (const Product& product : *products) {
+    if (product.weight.integers) return Invalid(kLutProduct, "lut is int8, and needs float32 or bfloat16");
+  }
+  any4::LutProducts(products->data(), static_cast<int64_t>(products->size()), x.untyped_data(), x.dimensions()[0],
+                    *TypeOf(x), *chosen, any4::ExecutorOf(pool));
+  return ffi::Error::Success();
+}
+
+ffi::Error OfBytes(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer grid, ffi::RemainingArgs operands,
+                   ffi::RemainingRets results, int64_t bits, int64_t group_size, int64_t input_bits, bool by_row,
+                   bool symmetric, std::string_view isa) {
+  const auto refuse = [](const std::string& message) { return Invalid(kByteProduct, message); };
+  const auto chosen = any4::IsaNamed(isa);
+  if (!chosen) return refuse(any4::LacksIsa(isa));
+  const auto products = ProductsOf(kByteProduct, x, operands, results, bits, group_size);
+  if (products.has_error()) return products.error();
+  for (const Product& product : *products) {
+    if (product.weight.integers && bits > 4) return refuse("lut is int8, and needs float32 or bfloat16 beyond 4 bits");
+  }
+  const int64_t m = x.dimensions()[0], k = x.dimensions()[1], multiple = by_row ? 8 : any4::kGroup;
+  if (group_size < k && group_size % multiple != 0) {
+    return refuse("got group_size=" + std::to_string(group_size) + ", need a multiple of " + std::to_string(multiple) +
+                  ", or K");
+  }
+  if (input_bits < 2 || input_bits > 8 || (!by_row && (input_bits != 8 || !symmetric))) {
+    return refuse("got input_bits=" + std::to_string(input_bits) + ", need 2 to 8; groups of inputs need 8, symmetric");
+  }
+  if (by_row && std::min(group_size, k) > any4::kLongestGroup) {
+    return refuse("groups have " + std::to_string(group_size) + " weights, whose sums may not fit into 32 bits");
+  }
+  const int64_t given = grid.dimensions().size() == 2 ? grid.dimensions()[0] : -1;
+  if ((given != 0 && given != 1 && given != m) || !HasShape(grid, given, 3) ||
+      grid.element_type() != ffi::F32 || (given != 0 && !by_row)) {
+    return refuse("grid needs the shape [0, 1 or M, 3] and float32, and rows of x with one scale");
+  }
+  const any4::Rounding rounding{by_row, static_cast<int>(input_bits), symmetric,
+                                given == 0 ? nullptr : static_cast<const float*>(grid.untyped_data()), given};
+  any4::ByteProducts(products->data(), static_cast<int64_t>(products->size()), x.untyped_data(), m, *TypeOf(x),
+                     rounding, *chosen, any4::ExecutorOf(pool));
+  return ffi::Error::Success();
+}
+
+}  // namespace
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(any4_cpu_lut_product, OfFloats,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .RemainingArgs()
+                                  .RemainingRets()
+                                  .Attr<int64_t>("bits")
+                                  .Attr<int64_t>("group_size")
+                                  .Attr<std::string_view>("isa"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(any4_cpu_byte_product, OfBytes,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .RemainingArgs()
+                                  .RemainingRets()
+                                  .Attr<int64_t>("bits")
+                                  .Attr<int64_t>("group_size")
+                                  .Attr<int64_t>("input_bits")
+                                  .Attr<bool>("by_row")
+                                  .Attr<bool>("symmetric")
+                                  .Attr<std::string_view>("isa"));
