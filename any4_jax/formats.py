@@ -209,9 +209,30 @@ def nearest(values: jax.Array, table: jax.Array, *, uniform: bool = False) -> ja
         first, step = table[..., :1], table[..., 1:2] - table[..., :1]
         return jnp.clip(jnp.round((values - first) / step), 0, entries - 1).astype(jnp.uint8)
     middles = (table[..., 1:] + table[..., :-1]) / 2
+    if entries > _COMPARED:
+        return _by_halving(values, middles, entries)
     codes = jnp.zeros(values.shape, jnp.uint8)
     for i in range(entries - 1):
-        middle = middles[..., i : i + 1]
-        beyond = jnp.where(middle > 0, values >= middle, values > middle)
-        codes += beyond.astype(jnp.uint8)
+        codes += _is_beyond(values, middles[..., i : i + 1]).astype(jnp.uint8)
     return codes
+
+
+_COMPARED = 16
+"""Tables of more entries are searched by halving: a program with a comparison for each of 255 takes minutes to
+compile."""
+
+
+def _by_halving(values: jax.Array, middles: jax.Array, entries: int) -> jax.Array:
+    """uint8 codes of values [..., N, K] among middles [..., N or 1, entries - 1]; `entries` is a power of two."""
+    rows = jnp.broadcast_to(middles, (*values.shape[:-1], entries - 1))
+    codes = jnp.zeros(values.shape, jnp.int32)
+    step = entries // 2
+    while step:
+        middle = jnp.take_along_axis(rows, codes + (step - 1), axis=-1, mode="promise_in_bounds")
+        codes += step * _is_beyond(values, middle)
+        step //= 2
+    return codes.astype(jnp.uint8)
+
+
+def _is_beyond(values: jax.Array, middle: jax.Array) -> jax.Array:
+    return jnp.where(middle > 0, values >= middle, values > middle)

@@ -85,12 +85,21 @@ def test_ramp_by_rounding_equals_ramp_by_search(bits: int, rng: np.random.Genera
     np.testing.assert_array_equal(nearest(values, table(ramp.levels), uniform=True), by_search)
 
 
-def test_nearest_is_nearest(rng: np.random.Generator) -> None:
-    rows = np.sort(rng.normal(size=(4, 16)), axis=1).astype(np.float32)
+@pytest.mark.parametrize("entries", [16, 64])
+def test_nearest_is_nearest(entries: int, rng: np.random.Generator) -> None:
+    rows = np.sort(rng.normal(size=(4, entries)), axis=1).astype(np.float32)
     values = rng.normal(size=(4, 300)).astype(np.float32)
     codes = np.asarray(nearest(jnp.asarray(values), jnp.asarray(rows)))
     distance = np.abs(values[:, :, None] - rows[:, None, :])
     np.testing.assert_array_equal(codes, distance.argmin(axis=2))
+
+
+def test_large_tables_break_ties_as_small_ones_do() -> None:
+    levels = formats.float_levels(4, 3)
+    middles = (np.array(levels[1:]) + np.array(levels[:-1])) / 2
+    codes = np.asarray(nearest(jnp.asarray(middles[None], jnp.float32), table(levels)))[0]
+    np.testing.assert_array_equal(codes, np.arange(255) + (middles > 0))
+    assert np.asarray(nearest(jnp.asarray([[-1e9, 1e9]]), table(levels))).tolist() == [[0, 255]]
 
 
 @pytest.mark.parametrize(
