@@ -93,7 +93,7 @@ class SmoothQuant(Fields):
       input_bits: width of an input, 2 to 8.
       per: what of the inputs shares a scale: with "token", each row of x has the scale that it needs; with "group",
         each 32 inputs of a row; with "tensor", all have the one that the calibration data needed, and what is larger is
-        clipped.
+        clipped. That one depends on the largest inputs, and size="max" with alpha=0.75 suits it better.
       symmetric: round inputs without a zero point; "tensor" needs that, and so do the kernels for "group".
       sample_tokens: S, the tokens on which `search` measures the error.
     """
