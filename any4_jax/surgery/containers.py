@@ -44,7 +44,7 @@ class Container:
 def _tree_matrices(model: Any, inputs: Any, declared: Declared) -> dict[str, Matrix]:
     if inputs is not None:
         raise ValueError(
-            "got example inputs or data for a tree of arrays, which has no code that reads them; declare kernels by "
+            "got example inputs for a tree of arrays, which has no code that reads them; declare kernels by "
             "rules such as (r'.*\\.w', method, any4_jax.Axes('KN')), and pass statistics as stats"
         )
     return trees.matrices(model, declared)

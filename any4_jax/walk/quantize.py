@@ -5,6 +5,8 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from operator import itemgetter
 from typing import Any
 
+from flax import nnx
+
 from any4_jax.methods import AnyMethod
 from any4_jax.methods.base import Note, Result, scope_of
 from any4_jax.methods.fields import check_fields
@@ -20,7 +22,6 @@ from any4_jax.methods.matrices import (
     quantize_matrices,
 )
 from any4_jax.models.base import Decoder
-from any4_jax.models.hf_flax import is_hf_flax
 from any4_jax.statistics import Gathered
 from any4_jax.surgery import (
     DEFAULT_RULES,
@@ -38,6 +39,7 @@ from any4_jax.surgery import (
     resolve,
 )
 from any4_jax.surgery.coverage import arrays_of
+from any4_jax.surgery.linen_modules import is_pair
 from any4_jax.walk.batches import token_batches
 from any4_jax.walk.calibrate import Data, calibrate
 from any4_jax.walk.contents import few, refuse_nonfinite
@@ -119,7 +121,8 @@ def _quantized(
 ) -> Any:
     if data is not None and stats is not None:
         raise ValueError("got both data and stats, need only one source of statistics; leave one out")
-    if data is not None and inputs is None and not isinstance(model, Decoder) and not is_hf_flax(model):
+    runs = is_pair(model) or (isinstance(model, nnx.Module) and not isinstance(model, Decoder))
+    if data is not None and inputs is None and runs:
         data, inputs = _first_of(data)
     container = container_of(model)
     matrices = container.matrices(model, inputs, declarations(rules))
