@@ -21,7 +21,8 @@ struct TokenMultiply {
   __attribute__((noinline)) static void Decode(const Weight& w, const uint8_t* low, const uint8_t* high, const typename V::Table& table,
                      int64_t count, Item* to) {
     const int bias = V::kUnsigned ? 128 - (1 << (w.bits - 1)) : -(1 << (w.bits - 1));
-    uint8_t unpacked[kCodes] = {};
+    // Vectors look up codes beyond the last one too, so that these are codes as well.
+    uint8_t unpacked[kCodes] = {}, values[kCodes];
     for (int64_t first = 0; first < count; first += kCodes) {
       const int64_t n = count - first < kCodes ? count - first : kCodes;
       const uint8_t* codes = low + first;
@@ -32,9 +33,9 @@ struct TokenMultiply {
         for (int64_t i = 0; i < n; i += 64) __builtin_prefetch(codes + 4096 + i);
       }
       if (w.integers) {
-        for (int64_t i = 0; i < n; i += sizeof(Bytes)) V::StoreBytes(unpacked + i, table.Look(V::Load(unpacked + i)));
+        for (int64_t i = 0; i < n; i += sizeof(Bytes)) V::StoreBytes(values + i, table.Look(V::Load(unpacked + i)));
         for (int64_t i = 0; i < n; ++i) {
-          to[first + i] = static_cast<Item>(V::kUnsigned ? codes[i] : static_cast<int8_t>(codes[i]));
+          to[first + i] = static_cast<Item>(V::kUnsigned ? values[i] : static_cast<int8_t>(values[i]));
         }
       } else {
         for (int64_t i = 0; i < n; ++i) to[first + i] = static_cast<Item>(codes[i] + bias);
