@@ -43,7 +43,7 @@ COMPENSATED = [
 ]
 # A factor for each input that depends on the inputs alone scales with no power of the weights; one group a weight, so
 # that a row of equal weights is close to equal again.
-SITES = [SmoothQuant(Int(bits=8, group_size=1), alpha=1.0)]
+SITES = [SmoothQuant(Int(bits=8, group_size=1), alpha=1.0, size="max")]
 SITES += [AWQ(Int(bits=3, group_size=16), ratios=5, clips=3)]
 # Rows are groups. The small search is of formats and biases.
 FLOATS = [FPQ(rounds=1, steps=2, low=0.9, high=1.1, tokens=16), FPQ(8, None, rounds=1, steps=1, tokens=16)]

@@ -163,3 +163,21 @@ def test_an_adapter_stays_over_a_quantized_base() -> None:
     np.testing.assert_allclose(small(x), same(x), rtol=1e-5, atol=1e-5)
     adapters = nnx.state(small, nnx.LoRAParam)
     jax.tree.map(np.testing.assert_array_equal, adapters, nnx.state(net, nnx.LoRAParam))
+
+
+class Outside(nnx.Module):
+    """Its code multiplies by what a module in it holds."""
+
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        self.inner = Stacked(rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return jnp.einsum("bk,nko->bno", x, self.inner.w[...])
+
+
+def test_a_program_that_decodes_what_another_module_holds_is_told() -> None:
+    x = jnp.ones((2, 4))
+    small = quantize_model(Outside(nnx.Rngs(0)), Int(4, group_size=4), inputs=(x,))
+    small.inner.w[...]  # a look at the floats is none
+    with pytest.warns(UserWarning, match=r"a kernel \[2, 4, 8\]: its codes are decoded .* code outside of its module"):
+        nnx.eval_shape(lambda net: net(x), small)

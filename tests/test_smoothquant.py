@@ -73,7 +73,7 @@ def smoothed(method: SmoothQuant, x: jax.Array | None = None, **site):
 def test_the_published_factors(alpha: float) -> None:
     """Equation 4 over all matrices of the site: with 1/2 the largest input and weight of a channel are equal, with 1
     every input is at most 1, with 0 every weight."""
-    made = smoothed(SmoothQuant(inner=Exact(), alpha=alpha))
+    made = smoothed(SmoothQuant(inner=Exact(), alpha=alpha, size="max"))
     x = np.abs(np.asarray(inputs(), np.float64)).max(0)
     w = np.max([np.abs(np.asarray(m, np.float64)).max(0) for m in layer().values()], axis=0)
     floored = np.maximum(x, 1e-5 * x.max())
@@ -98,7 +98,7 @@ def test_channels_that_repeat_share_a_factor_where_it_is_folded() -> None:
 
 def test_other_sizes_are_evened_out() -> None:
     """With the root mean square and 1/2, those of a channel's inputs and of its weights are equal."""
-    made = smoothed(SmoothQuant(inner=Exact(), size="rms"))
+    made = smoothed(SmoothQuant(inner=Exact(), alpha=0.5))
     scaled = np.concatenate([dequantize(result.operator) for result in made.results.values()])
     x = np.asarray(inputs(), np.float64) * made.input_scale
     live = x.any(axis=0)
@@ -159,7 +159,7 @@ def test_outliers_cost_less_once_they_are_smoothed(model) -> None:
 
 
 def test_a_static_scale_is_the_same_for_any_batch_and_is_kept(model, tmp_path: Path) -> None:
-    new = a4.quantize_model(model, SmoothQuant(per="tensor", symmetric=True, alpha=0.75), data=TOKENS)
+    new = a4.quantize_model(model, SmoothQuant(per="tensor", symmetric=True), data=TOKENS)
     assert all(w.scale.shape == () and w.per == "tensor" for w in quantized_leaves(new).values())
     save(tmp_path / "model", new)
     back = load(tmp_path / "model")
@@ -225,7 +225,7 @@ def test_a_scale_of_inputs_that_fits_nothing_is_refused(fields: dict[str, Any]) 
 @pytest.mark.parametrize(
     "method, gathered, words",
     [
-        (SmoothQuant(), False, "with alpha=0.5 and per='token' needs the size of each layer's inputs; pass data"),
+        (SmoothQuant(), False, "with alpha=0.4 and per='token' needs the size of each layer's inputs; pass data"),
         (SmoothQuant(alpha=None, per="tensor"), False, "alpha=None and per='tensor' needs the size of each"),
         (SmoothQuant(search=1), True, "got search=1, at least 2 values of alpha are compared"),
         (SmoothQuant(alpha=None, search=3), True, "got search=3 with alpha=None, which smooths nothing"),

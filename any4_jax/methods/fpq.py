@@ -125,15 +125,20 @@ class FPQ(Fields):
             first = float_search.from_extremes(problem, self._start(self.bits), self._start(self.input_bits))
             coded, inputs = self._searched(problem, *first)
             notes = {"minmax_error": self._error(problem, *first), "error": self._error(problem, coded, inputs)}
+        table = float_search.tables(self.bits, self.exponent_bits).astype(_TABLE)
+        scales = scaling.rounded(coded.scales[:, None], jnp.dtype(self.scale_dtype))
+        codes = formats.nearest(scaling.normalize(problem.w, scales, None, problem.w.shape[1]), table[coded.format])
         results, begin = {}, 0
         for index, (path, w) in enumerate(site.weights.items()):
             rows = slice(begin, begin := begin + w.shape[0])
-            leaf = self._leaf(w, units[rows], Coded(coded.format[rows], coded.scales[rows]))
             told = {name: errors[index] for name, errors in notes.items()}
             told["exponent_bits"] = problem.weights.exponent[coded.format[rows][0]]
             if inputs is not None:
                 told["input_exponent_bits"] = problem.inputs.exponent[inputs.format]
-            results[path] = Result(self._behind(leaf, inputs), told, faults)
+            lut = table[coded.format[rows][0]][None]
+            leaf = weights.from_codes(codes[rows], lut, scales[rows], None, bits=self.bits, group_size=w.shape[1])
+            operator = self._behind(put_back(leaf, w, units[rows], "absmax"), inputs)
+            results[path] = Result(operator, told, faults)
         if inputs is None or self.shifts == "none":
             return SiteResult(results)
         return SiteResult(results, formats.exact_power(inputs.shifts))
@@ -213,12 +218,6 @@ class FPQ(Fields):
             "got search results of formats that these fields don't allow; pass the bits and exponent_bits of the search"
         )
         return {text: (~jnp.stack([same.any() for same in known]).all(),)}
-
-    def _leaf(self, w: jax.Array, units: jax.Array, coded: Coded) -> QuantizedTensor:
-        table = float_search.tables(self.bits, self.exponent_bits)[coded.format[0]][None].astype(_TABLE)
-        scales = scaling.rounded(coded.scales[:, None], jnp.dtype(self.scale_dtype))
-        leaf = weights.encode(w / units, table, scales, None, bits=self.bits, group_size=w.shape[1])
-        return put_back(leaf, w, units, "absmax")
 
     def _behind(self, leaf: QuantizedTensor, inputs: Inputs | None) -> Any:
         """The operator for inputs that are multiplied by 2^shift."""

@@ -86,8 +86,8 @@ class SmoothQuant(Fields):
         those of integers; with other tables the rounded inputs are multiplied as floats.
       alpha: how much of the inputs' range is moved into the weights, from 0 to 1; None moves nothing, and only rounds
         the inputs.
-      size: what the factors even out, of inputs and weights: the largest magnitude of a channel, as published, or its
-        root mean square, which is better where single tokens have outliers and not whole channels (down_proj).
+      size: what the factors even out, of inputs and weights: the largest magnitude of a channel, as published (with
+        alpha=0.5), or its root mean square, which the outliers of single tokens change less.
       search: how many values of alpha to try at each site, evenly spaced from 0 to 1, each with both sizes, on the
         error of its outputs; the best takes the place of `alpha` and `size`. 0 tries none.
       input_bits: width of an input, 2 to 8.
@@ -101,8 +101,8 @@ class SmoothQuant(Fields):
     name: ClassVar[str] = "smoothquant"
     scope: ClassVar[Literal["site"]] = "site"
     inner: Method = Int(bits=8, symmetric=True, group_size=WHOLE_ROW)
-    alpha: Share | None = 0.5
-    size: Size = "max"
+    alpha: Share | None = 0.4
+    size: Size = "rms"
     search: Index = 0
     input_bits: Literal[2, 3, 4, 5, 6, 7, 8] = 8
     per: Literal["token", "group", "tensor"] = "token"

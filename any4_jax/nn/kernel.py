@@ -7,6 +7,7 @@ products read the codes.
 
 import functools
 import types
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -43,8 +44,15 @@ class Kernel(nnx.Module):
         return self._layout
 
     def get_value(self, **_: Any) -> jax.Array:
-        """The float kernel, as nnx.Variable.get_value."""
-        return self.stored("").dense()
+        """The float kernel, as nnx.Variable.get_value. A program that reads it so decodes it in each call."""
+        whole = self.stored("")
+        if whole.coded and any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(whole.weight)):
+            warnings.warn(
+                f"a kernel {list(self.shape)}: its codes are decoded as a whole in each call, because code outside of "
+                "its module reads it; let a method of that module multiply by it, or leave it float by a rule",
+                stacklevel=3,
+            )
+        return whole.dense()
 
     value = property(get_value)
 

@@ -42,8 +42,13 @@ def awq(g: int) -> list[Case]:
 
 def smoothquant(g: int) -> list[Case]:
     """Weights and inputs of few bits, smoothed and not: rows of integers, then tables in groups."""
-    w8, w6 = (SmoothQuant(inner=Int(bits=b, symmetric=True, group_size=WHOLE_ROWS), input_bits=b) for b in (8, 6))
-    w4, static = SmoothQuant(inner=Any4(group_size=g)), dataclasses.replace(w8, per="tensor", symmetric=True)
+    published = SmoothQuant(alpha=0.5, size="max")
+    w8, w6 = (
+        dataclasses.replace(published, inner=Int(bits=b, symmetric=True, group_size=WHOLE_ROWS), input_bits=b)
+        for b in (8, 6)
+    )
+    w4 = dataclasses.replace(published, inner=Any4(group_size=g))
+    static = dataclasses.replace(w8, per="tensor", symmetric=True)
     plain = [dataclasses.replace(w, alpha=None, symmetric=s) for w in (w8, w6) for s in (False, True)]
     cases = [fixed(_smoothed(w), w) for w in (*plain, dataclasses.replace(w4, alpha=None))]
     tried: list[tuple[SmoothQuant, dict[str, Any]]] = [
