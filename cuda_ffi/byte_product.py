@@ -48,8 +48,8 @@ def byte_products(
       bits: of the codes of all matrices, 1 to 6, or 8.
       group_size: G of all matrices, at least K, or a multiple of 32; of 8 where a row has one scale.
       rounding: how x is rounded.
-      grid: float32 [1 or M, 3], for rows with one scale: 1 / scale, scale and zero, of all rows or of each. None to find
-        them from the row.
+      grid: float32 [1 or M, 3], for rows with one scale: 1 / scale, scale and zero, of all rows or of each. None to
+        find them from the row.
       isa: the instruction set: "avx512vbmi", "avx512vnni", "avx512", "avxvnni", "avx2", "dotprod" (ARM),
         "portable", or "auto" for the best of this processor. AVX-512 without VNNI has AVX2's kernel.
 

@@ -36,11 +36,11 @@ def _run_together(x: jax.Array, ws: Sequence[QuantizedTensor | QuantizeInput]) -
     first = ws[0]
     leaves = [w.inner if isinstance(w, QuantizeInput) else w for w in ws]
     matrices = [Matrix(*arrays_of(leaf, as_bytes=isinstance(first, QuantizeInput))) for leaf in leaves]
-    of_all = {"bits": leaves[0].bits, "group_size": leaves[0].group_size}
+    bits, group_size = leaves[0].bits, leaves[0].group_size
     if not isinstance(first, QuantizeInput):
-        return lut_products(x, matrices, **of_all)
+        return lut_products(x, matrices, bits=bits, group_size=group_size)
     rounding = Rounding(first.bits, first.symmetric, by_row=first.per != "group")
-    return byte_products(x, matrices, rounding=rounding, grid=grid_of_all(x, first), **of_all)
+    return byte_products(x, matrices, bits=bits, group_size=group_size, rounding=rounding, grid=grid_of_all(x, first))
 
 
 def grid_of_all(x: jax.Array, w: QuantizeInput) -> jax.Array | None:

@@ -28,6 +28,10 @@ struct Vector : Vector256 {
     const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(weights), _mm256_sign_epi8(q, weights));
     return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
   }
+  static Bytes LoadCodes(const uint8_t* codes) {
+    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes));
+    return _mm256_cvtepi8_epi16(_mm_xor_si128(bytes, _mm_set1_epi8(-128)));
+  }
   // Of 16 bits, which need neither signs apart nor a second multiplication.
   static Ints TokenDot(Ints sum, Bytes weights, Bytes q) {
     // In place, where GCC else copies every sum in every step.

@@ -38,6 +38,7 @@ struct Vector {
   static Ints LoadInts(const int32_t* from) { return vld1q_s32(from); }
   static void StoreInts(int32_t* to, Ints value) { vst1q_s32(to, value); }
   static Ints Dot(Ints sum, Bytes weights, Bytes q) { return vdotq_s32(sum, weights, q); }
+  static Bytes LoadCodes(const uint8_t* codes) { return veorq_s8(Load(codes), vdupq_n_s8(-128)); }
   static Ints TokenDot(Ints sum, Bytes weights, Bytes q) { return Dot(sum, weights, q); }
   static Floats ZeroFloats() { return vdupq_n_f32(0); }
   static Floats Broadcast(float value) { return vdupq_n_f32(value); }

@@ -73,6 +73,9 @@ struct Vector {
       return total;
     });
   }
+  static Bytes LoadCodes(const uint8_t* codes) {
+    return EachByte([&](int i) { return codes[i] ^ 128; });
+  }
   static Ints TokenDot(const Ints& sum, const Bytes& weights, const Bytes& q) { return Dot(sum, weights, q); }
   static Floats ZeroFloats() { return Broadcast(0); }
   static Floats Broadcast(float value) {

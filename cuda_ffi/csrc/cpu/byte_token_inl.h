@@ -4,6 +4,7 @@
 // Of V it needs, besides what others do,
 //   TokenWeight, TokenQ    the integers of the weight and of x, as many as fit into Bytes, which is a step
 //   TokenDot(sum, weights, q)  adds to each lane the products of its integers
+//   LoadCodes(at)              integers of the weight from codes of 8 bits, where weights have signs
 //   kTokenInputs               rows of x at a time
 //   Hold(vector)               the same, in a register: compilers else load from memory what is multiplied twice
 
@@ -20,7 +21,8 @@ struct TokenMultiply {
   __attribute__((noinline)) static void Decode(const Weight& w, const uint8_t* low, const uint8_t* high, const typename V::Table& table,
                      int64_t count, Item* to) {
     const int bias = V::kUnsigned ? 128 - (1 << (w.bits - 1)) : -(1 << (w.bits - 1));
-    uint8_t unpacked[kCodes] = {};
+    // Vectors look up codes beyond the last one too, so that these are codes as well.
+    uint8_t unpacked[kCodes] = {}, values[kCodes];
     for (int64_t first = 0; first < count; first += kCodes) {
       const int64_t n = count - first < kCodes ? count - first : kCodes;
       const uint8_t* codes = low + first;
@@ -31,9 +33,9 @@ struct TokenMultiply {
         for (int64_t i = 0; i < n; i += 64) __builtin_prefetch(codes + 4096 + i);
       }
       if (w.integers) {
-        for (int64_t i = 0; i < n; i += sizeof(Bytes)) V::StoreBytes(unpacked + i, table.Look(V::Load(unpacked + i)));
+        for (int64_t i = 0; i < n; i += sizeof(Bytes)) V::StoreBytes(values + i, table.Look(V::Load(unpacked + i)));
         for (int64_t i = 0; i < n; ++i) {
-          to[first + i] = static_cast<Item>(V::kUnsigned ? codes[i] : static_cast<int8_t>(codes[i]));
+          to[first + i] = static_cast<Item>(V::kUnsigned ? values[i] : static_cast<int8_t>(values[i]));
         }
       } else {
         for (int64_t i = 0; i < n; ++i) to[first + i] = static_cast<Item>(codes[i] + bias);
@@ -61,20 +63,30 @@ struct TokenMultiply {
     }
   }
 
+  // A step of a row of the tile, or of codes of 8 bits.
+  template <class T>
+  static Bytes Weights(const T* at) {
+    if constexpr (!V::kUnsigned && T(-1) > T(0)) {
+      return V::LoadCodes(at);
+    } else {
+      return V::Load(at);
+    }
+  }
+
   // The rows of the tile by kInputs rows of x: sums over K, of which x's scale is no part. A tile with fewer rows than
-  // kTokenRows has its last one several times.
-  template <int kInputs>
-  static inline __attribute__((always_inline)) void Sums(const TokenInput& in, const ByteRows& rows, const Item* tile,
-                                                         int64_t count, int64_t input,
+  // kTokenRows has its last one several times. Instead of a tile there may be codes of 8 bits, as they are stored.
+  template <int kInputs, class T>
+  static inline __attribute__((always_inline)) void Sums(const TokenInput& in, const ByteRows& rows, const T* tile,
+                                                         int64_t stride, int64_t count, int64_t input,
                                                          float (&totals)[kTokenRows][kInputs]) {
     constexpr int kRows = kTokenRows;
     const auto* const values = static_cast<const typename V::TokenQ*>(in.values) + input * in.stride;
-    const Item* of_row[kRows];
+    const T* of_row[kRows];
     const float* scales[kRows];
     Floats sums[kRows][kInputs];
     for (int r = 0; r < kRows; ++r) {
       const int64_t row = r < count ? r : count - 1;
-      of_row[r] = tile + row * in.stride;
+      of_row[r] = tile + row * stride;
       scales[r] = rows.scales + row * in.groups;
       for (Floats& sum : sums[r]) sum = V::ZeroFloats();
     }
@@ -87,7 +99,11 @@ struct TokenMultiply {
       const int64_t begin = g * in.group_steps * kItems, end = begin + in.Steps(g) * kItems;
       for (int64_t at = begin; at < end; at += kItems) {
         Bytes weights[kRows];
-        for (int r = 0; r < kRows; ++r) weights[r] = V::Hold(V::Load(of_row[r] + at));
+        for (int r = 0; r < kRows; ++r) {
+          // A page ahead, since the processor's own prefetching ends there.
+          if (sizeof(T) == 1 && kInputs == 1) __builtin_prefetch(of_row[r] + at + 4096);
+          weights[r] = V::Hold(Weights(of_row[r] + at));
+        }
         for (int i = 0; i < kInputs; ++i) {
           const Bytes q = V::Hold(V::Load(values + i * in.stride + at));
           for (int r = 0; r < kRows; ++r) dots[r][i] = V::TokenDot(dots[r][i], weights[r], q);
@@ -110,12 +126,12 @@ struct TokenMultiply {
   }
 
   // All rows of x from `input` on, kInputs at a time, then fewer.
-  template <int kInputs>
-  static void Inputs(const TokenInput& in, const ByteRows& rows, const Item* tile, const float* of_ones, int64_t n,
-                     int64_t count, int64_t input, const Output& out) {
+  template <int kInputs, class T>
+  static void Inputs(const TokenInput& in, const ByteRows& rows, const T* tile, int64_t stride, int64_t n,
+                     int64_t count, int64_t input, const float* of_ones, const Output& out) {
     float totals[kTokenRows][kInputs];
     for (; input + kInputs <= in.rows; input += kInputs) {
-      Sums<kInputs>(in, rows, tile, count, input, totals);
+      Sums<kInputs>(in, rows, tile, stride, count, input, totals);
       for (int64_t r = 0; r < count; ++r) {
         for (int i = 0; i < kInputs; ++i) {
           // With q - z in place of q.
@@ -125,25 +141,39 @@ struct TokenMultiply {
       }
     }
     if constexpr (kInputs > 1) {
-      if (input < in.rows) Inputs<kInputs / 2>(in, rows, tile, of_ones, n, count, input, out);
+      if (input < in.rows) Inputs<kInputs / 2>(in, rows, tile, stride, n, count, input, of_ones, out);
     }
+  }
+
+  // All rows of x, the ones before, by rows [n, n + count) of the weight.
+  template <int kInputs, class T>
+  static void Multiply(const TokenInput& in, const ByteRows& rows, const T* tile, int64_t stride, int64_t n,
+                       int64_t count, const Output& out) {
+    float of_ones[kTokenRows] = {};
+    if (in.ones >= 0) {
+      float totals[kTokenRows][1];
+      Sums<1>(in, rows, tile, stride, count, in.ones, totals);
+      for (int64_t r = 0; r < count; ++r) of_ones[r] = totals[r][0];
+    }
+    Inputs<kInputs>(in, rows, tile, stride, n, count, 0, of_ones, out);
   }
 
   static void Range(const Weight& w, const TokenInput& in, int64_t begin, int64_t end, const Output& out,
                     char* scratch) {
     auto* const tile = reinterpret_cast<Item*>(scratch);
     ByteRows rows(w, reinterpret_cast<float*>(tile + kTokenRows * in.stride));
+    // One row of x reads each code once: a tile of them would only cost.
+    const bool whole = in.groups == 1 || w.group_size == in.group_steps * kItems;
+    const bool as_stored = in.rows == 1 && w.bits == 8 && whole && w.k % kItems == 0;
     for (int64_t first = begin; first < end; first += kTokenRows) {
       const int64_t count = end - first < kTokenRows ? end - first : kTokenRows;
       rows.Load(w, first, count);
-      for (int64_t r = 0; r < count; ++r) DecodeRow(w, in, rows.tables[r], first + r, tile + r * in.stride);
-      float of_ones[kTokenRows] = {};
-      if (in.ones >= 0) {
-        float totals[kTokenRows][1];
-        Sums<1>(in, rows, tile, count, in.ones, totals);
-        for (int64_t r = 0; r < count; ++r) of_ones[r] = totals[r][0];
+      if (as_stored) {
+        Multiply<1>(in, rows, w.codes + first * w.k, w.k, first, count, out);
+        continue;
       }
-      Inputs<V::kTokenInputs>(in, rows, tile, of_ones, first, count, 0, out);
+      for (int64_t r = 0; r < count; ++r) DecodeRow(w, in, rows.tables[r], first + r, tile + r * in.stride);
+      Multiply<V::kTokenInputs>(in, rows, tile, in.stride, first, count, out);
     }
   }
 };
