@@ -241,6 +241,13 @@ def test_a_model_is_saved_and_quantized_again_from_results(tmp_path: Path) -> No
     ):
         with pytest.raises(ValueError, match=words):
             a4.quantize_model(model, None, rules=[rows], **fault)
+    for fields, words in (
+        ({"bits": 8, "input_bits": 8}, "results of formats that these fields don't allow"),
+        ({"input_bits": None}, "results of the layers of a site together, need those of each layer by itself"),
+        ({"shifts": "kept"}, "results of the layers of a site together, need those of each layer by itself"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            a4.quantize_model(model, dataclasses.replace(given, **fields), stats=stats, rules=RULES[:1])
     with pytest.raises(
         ValueError, match="got data, fpq with given=True takes what an earlier search found; pass stats="
     ):
@@ -248,6 +255,9 @@ def test_a_model_is_saved_and_quantized_again_from_results(tmp_path: Path) -> No
     with pytest.raises(ValueError, match="fpq has quantized no layer, need one"):
         save_search_results(model, tmp_path / "none.json")
     refused_contents((tmp_path / "results.json").read_text(), tmp_path / "bad.json")
+
+
+QUERIES = '"self_attn.q_proj":"layers.0.self_attn.q_proj"'
 
 
 def other_exponents(stats: Any) -> dict[str, Any]:
@@ -262,7 +272,15 @@ def refused_contents(content: str, file: Path) -> None:
         ('{"kind": "other", "layers": {}}', "kind is 'other'"),
         (content.replace('"embed_tokens":{', '"embed":{'), "lacks embed_tokens, which was searched together"),
         (content.replace('"shifts":[', '"shifts":[0.5,'), "shifts.0 is 0.5"),
+        (content.replace('"shifts":[', '"shifts":[8,'), "shifts.0 is 8, and less than or equal to 7"),
+        (content.replace('"shifts":[', '"shifts":[1,'), "shifts, and one for each of k="),
+        (content.replace('"bias":', '"bias":-1e308,"was":'), "has a bias of -1e.308, whose scale is beyond float32"),
+        (content.replace('"biases":[', '"biases":[500.0,'), "has a bias of 500.0, whose scale is beyond float32"),
+        (content.replace('"bits":4', '"bits":5', 1), "bits is 5"),
+        (content.replace(QUERIES, QUERIES.replace("q_proj", "v_proj"), 1), "differ in k, inputs or together"),
+        (content.replace('q_proj":{"k":48', 'q_proj":{"k":47'), "differ in k, inputs or together"),
     ):
+        assert wrong != content
         file.write_text(wrong)
         with pytest.raises(ValueError, match=words):
             load_search_results(file)

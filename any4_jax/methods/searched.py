@@ -11,8 +11,9 @@ class Searched:
     """Formats, scales and shifts that an earlier search found; no activations give them.
 
     The accumulator is a dict. Under "weights" it has, by the path of each linear that was searched together, in its
-    block ("" for a linear by itself), "exponent" int32 [], the exponent bits, and "scales" float32 [N]. Under "inputs",
-    unless they stay as they are, it has "exponent", "scale" float32 [] and "shifts" int32 [K].
+    block ("" for a linear by itself), "bits" and "exponent" int32 [], the width and the exponent bits, and "scales"
+    float32 [N]. Under "inputs", unless they stay as they are, it has "bits", "exponent", "scale" float32 [] and
+    "shifts" int32 [K].
     """
 
     def empty(self, k: int) -> dict[str, Any]:
