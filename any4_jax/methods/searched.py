@@ -1,7 +1,7 @@
 """What FPQ has found for a layer, in the place of statistics: a search that is done once serves later runs."""
 
 import dataclasses
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 import jax
 
@@ -15,6 +15,8 @@ class Searched:
     float32 [N]. Under "inputs", unless they stay as they are, it has "bits", "exponent", "scale" float32 [] and
     "shifts" int32 [K].
     """
+
+    source: ClassVar[str] = "pass stats=load_search_results(FILE), or given=False"
 
     def empty(self, k: int) -> dict[str, Any]:
         return {"weights": {}}

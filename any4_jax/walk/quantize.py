@@ -41,7 +41,7 @@ from any4_jax.surgery.coverage import arrays_of
 from any4_jax.walk.batches import token_batches
 from any4_jax.walk.calibrate import Data, calibrate
 from any4_jax.walk.contents import few, refuse_nonfinite
-from any4_jax.walk.driver import Plan, walk
+from any4_jax.walk.driver import Plan, check_scopes, walk
 from any4_jax.walk.left import nothing_found, tell_what_is_left
 
 
@@ -156,6 +156,7 @@ def _quantized(
             finished=finished,
             on_linear=count,
         )
+        check_scopes(model, chosen)
         _check(chosen, _tapped(model) if batches else plan.given)
         new, notes = _walked(model, plan)
         new.recipe = _recipe(model, method, rules, chosen, notes)
