@@ -143,16 +143,20 @@ def _described(path: str, operator: Any, notes: Mapping[str, Any], together: dic
         exponent = notes["input_exponent_bits"]
         (bias,) = _biases(rounding.scale[None], exponent)
         own = () if shifts is None else tuple(int(shift) for shift in -np.log2(np.asarray(shifts, np.float64)))
-        inputs = _Inputs(bits=rounding.bits, exponent_bits=exponent, bias=bias, shifts=own)
+        inputs = _Inputs(bits=_width(rounding), exponent_bits=exponent, bias=bias, shifts=own)
     exponent = notes["exponent_bits"]
     return _Layer(
         k=operator.shape[1],
-        bits=operator.bits,
+        bits=_width(operator),
         exponent_bits=exponent,
         biases=tuple(_biases(operator.scales[:, 0], exponent)),
         inputs=inputs,
         together=together,
     )
+
+
+def _width(operator: QuantizedTensor | QuantizeInput) -> Bits:
+    return 8 if operator.bits == 8 else 4
 
 
 def _biases(scales: jax.Array, exponent: int) -> list[Any]:
