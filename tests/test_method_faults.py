@@ -51,6 +51,15 @@ def test_a_site_method_at_fault_is_told_so(fault, error, words, model) -> None:
         quantize_model(model, method, data=TOKENS)
 
 
+@pytest.mark.parametrize("method", [EvenInputs(), FitNorms()])
+def test_the_matrix_that_holds_nan_is_named_by_methods_of_several(method) -> None:
+    broken = random_llama()
+    kernel = broken.layers[0].self_attn.k_proj.kernel
+    kernel.set_value(kernel[...].at[0, 0].set(jnp.nan))
+    with pytest.raises(ValueError, match=r"^layers\.0\.self_attn\.k_proj: the weights hold NaN or infinite values"):
+        quantize_model(broken, method, data=TOKENS)
+
+
 class WrongBlock(FitNorms):
     """A block method with a fault."""
 

@@ -94,7 +94,7 @@ def test_layers_that_a_kernel_multiplies_round_their_inputs() -> None:
             leaf(table=jnp.bfloat16),
             "by inputs of 8 bits: the table is bfloat16 of 16 entries, it takes at most 16 of int8",
         ),
-        (QuantizeInput(leaf(), None, 8, True, "group"), "by inputs of 8 bits: none holds codes"),
+        (QuantizeInput(leaf(), None, 8, True, "group"), "by inputs of 8 bits: they are rounded to 8 bits already"),
     ],
 )
 def test_where_no_layer_can_one_sentence_says_why(weight: Any, reason: str) -> None:

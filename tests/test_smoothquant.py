@@ -242,3 +242,8 @@ def test_the_command_line_gives_all_fields() -> None:
     parser = argparse.ArgumentParser()
     add_method(parser, argv)
     assert method_from(parser.parse_args(argv)) == SmoothQuant(inner=W6, input_bits=6, search=20, alpha=0.55)
+    # The help tells the defaults of the inner method that is there, not those of its class.
+    for inner, told in ((None, "width of a code. (default: 8)"), ("gptq", "width of a code. (default: 4)")):
+        parser = argparse.ArgumentParser(formatter_class=lambda prog: argparse.HelpFormatter(prog, width=999))
+        add_method(parser, ["--method", "smoothquant", *(["--inner", inner, "--inner-inner", "int"] if inner else [])])
+        assert told in parser.format_help()

@@ -12,7 +12,7 @@ from equality import assert_same
 from flax import nnx
 from toy_methods import EvenInputs, FitNorms, Nested
 
-from any4_jax.methods import GPTQ, NF4, Any4, Int, matrices, on_block, on_site
+from any4_jax.methods import AWQ, GPTQ, NF4, Any4, Int, matrices, on_block, on_site
 from any4_jax.methods.base import SiteWeights
 from any4_jax.models.tiny import random_llama
 from any4_jax.statistics import Drift, Gathered
@@ -261,6 +261,11 @@ def test_what_can_not_be_walked_is_refused(model) -> None:
             ValueError, match=f"embed_tokens: toy-.* of a {scope} together, and this one is in no {scope}"
         ):
             quantize_model(model, NF, rules=[("embed_tokens", method)], data=TOKENS)
+    # That is the fault even where no statistics of its input are there.
+    with pytest.raises(
+        ValueError, match="embed_tokens: awq quantizes the matrices of a site together, and this one is"
+    ):
+        quantize_model(model, NF, rules=[("embed_tokens", AWQ())], data=TOKENS)
     with pytest.raises(ValueError, match="got both data and stats"):
         quantize_model(model, NF, data=TOKENS, stats={})
     with pytest.raises(ValueError, match=r"layers\.0\..*_proj: got no data, toy-nested needs"):

@@ -19,23 +19,25 @@ def add_method(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
     parser.add_argument(
         "--method", default=DEFAULT, choices=sorted(CATALOGUE), help=f"how to quantize (default: {DEFAULT})"
     )
-    _add_fields(parser, argv, CATALOGUE[_named(argv, "--method", CATALOGUE) or DEFAULT], "")
+    _add_fields(parser, argv, CATALOGUE[_named(argv, "--method", CATALOGUE) or DEFAULT](), "")
 
 
-def _add_fields(parser: argparse.ArgumentParser, argv: Sequence[str], cls: Any, prefix: str) -> None:
+def _add_fields(parser: argparse.ArgumentParser, argv: Sequence[str], method: Any, prefix: str) -> None:
     where = f" in --{prefix[:-1]}" if prefix else ""
-    group = parser.add_argument_group(f"fields of the method {cls.name}{where}")
-    inner = _methods_in(cls())
-    add_fields(group, cls, prefix, inner)
+    group = parser.add_argument_group(f"fields of the method {method.name}{where}")
+    inner = _methods_in(method)
+    add_fields(group, method, prefix, inner)
     for field, held in inner.items():
         dest = f"{prefix}{field}"
         flag = f"--{dest.replace('_', '-')}"
         words = f"a method, whose fields are flags that start with {flag}- (default: {_name(held)})"
-        names = [*sorted(CATALOGUE), *([_NONE] if _is_optional(cls, field) else [])]
+        names = [*sorted(CATALOGUE), *([_NONE] if _is_optional(type(method), field) else [])]
         group.add_argument(flag, dest=dest, choices=names, help=words)
         chosen = _named(argv, flag, names) or _name(held)
         if chosen != _NONE:
-            _add_fields(parser, argv, CATALOGUE[chosen], f"{dest}-")
+            # What the default has set stays where the flag names its class.
+            start = held if type(held) is CATALOGUE[chosen] else CATALOGUE[chosen]()
+            _add_fields(parser, argv, start, f"{dest}-")
 
 
 def method_from(args: argparse.Namespace, name: str | None = None, **fixed: Any) -> Any:

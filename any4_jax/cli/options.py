@@ -19,7 +19,7 @@ _PREFIX = "field."
 
 
 def add_fields(
-    parser: argparse._ActionsContainer, config: type, prefix: str = "", skipped: Collection[str] = ()
+    parser: argparse._ActionsContainer, config: Any, prefix: str = "", skipped: Collection[str] = ()
 ) -> None:
     """Adds a flag for each field of the dataclass `config`.
 
@@ -29,7 +29,7 @@ def add_fields(
 
     Args:
       parser: gets the flags.
-      config: the dataclass.
+      config: the dataclass, or an instance whose fields are the defaults that the help tells.
       prefix: what the flags start with, such as "inner-" for the fields of a method in a method.
       skipped: the names of fields that get no flag here, such as those that hold a method. A field whose default is a
         dataclass gets none either.
@@ -37,9 +37,11 @@ def add_fields(
     Raises:
       TypeError: a field has a type that a flag can't give.
     """
-    hints, described = typing.get_type_hints(config), _attributes(config)
-    for field in dataclasses.fields(config):
+    cls = config if isinstance(config, type) else type(config)
+    hints, described = typing.get_type_hints(cls), _attributes(cls)
+    for field in dataclasses.fields(cls):
         default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        default = default if cls is config else getattr(config, field.name)
         if field.name in skipped or dataclasses.is_dataclass(default):
             continue
         common: dict[str, Any] = {
@@ -52,7 +54,7 @@ def add_fields(
         if hint is bool and not optional:
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, **common)
             continue
-        convert, metavar = _converter(hint, field.name, config)
+        convert, metavar = _converter(hint, field.name, cls)
         if optional:
             convert, metavar = _or_none(convert), f"{metavar}|none"
         parser.add_argument(flag, type=convert, metavar=metavar, **common)

@@ -86,9 +86,9 @@ def check_gathered(k: int, method: AnyMethod, gathered: Gathered | None, path: s
     method.check(gathered is not None)
     missing = [] if gathered is None else [statistic for statistic in method.needs if statistic not in gathered]
     if missing:
+        source = getattr(missing[0], "source", "gather them with calibrate(model, data, method)")
         raise ValueError(
-            f"{path} has statistics without {missing[0]!r}, which {method.name} with these fields needs; gather them "
-            "with calibrate(model, data, method)"
+            f"{path} has statistics without {missing[0]!r}, which {method.name} with these fields needs; {source}"
         )
 
 

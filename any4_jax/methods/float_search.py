@@ -17,7 +17,7 @@ from any4_jax.formats import exact_power
 _REACH = 6.0
 """The bias that the search multiplies lies from here to one less, below zero: it ends at 2^-6 of the largest
 magnitude."""
-_MOST = 7
+MOST_SHIFT = 7
 """The largest shift of an input, so that what is multiplied by 2^7 stays in the range of float16."""
 
 
@@ -208,7 +208,7 @@ def _shifts(problem: Problem, scale: jax.Array, one: Floats) -> jax.Array:
     assert problem.largest is not None
     if not problem.shifted:
         return jnp.zeros(problem.largest.shape, jnp.int32)
-    most = jnp.minimum((1 << one.exponent) - 1, _MOST)
+    most = jnp.minimum((1 << one.exponent) - 1, MOST_SHIFT)
     own = jnp.round(-jnp.log2(problem.largest / one.tops))  # infinite for an input that is always zero
     return jnp.clip(own - jnp.round(-jnp.log2(scale)), 0, most).astype(jnp.int32)
 

@@ -190,14 +190,22 @@ class FPQ(Fields):
     def _given(self, site: SiteWeights, found: Any, units: jax.Array) -> tuple[Coded, Inputs | None]:
         """What an earlier search found, as this one would."""
         for path, w in site.weights.items():
-            rows = found["weights"][path]["scales"].shape[0] if path in found["weights"] else "none"
+            if path not in found["weights"]:
+                alone = "each layer by itself"
+                raise ValueError(
+                    f"got search results of {alone if '' in found['weights'] else 'the layers of a site together'}, "
+                    f"need those of {alone if path == '' else f'{path} in its site'}; pass the shifts, input_bits and "
+                    "rules of the search"
+                )
+            rows = found["weights"][path]["scales"].shape[0]
             if rows != w.shape[0]:
                 raise ValueError(
                     f"got search results of {rows} rows for {path or 'a matrix'} of {w.shape[0]}; pass those of this "
-                    f"model, found with shifts={self.shifts!r}"
+                    "model"
                 )
-        if self.input_bits is not None and "inputs" not in found:
-            raise ValueError(f"got search results without those of inputs for input_bits={self.input_bits}; pass None")
+        if (self.input_bits is None) != ("inputs" not in found):
+            kind = "without those of inputs" if "inputs" not in found else "for inputs that are rounded"
+            raise ValueError(f"got search results {kind}, with input_bits={self.input_bits}; pass that of the search")
         exponents = float_search.floats(self.bits, self.exponent_bits).exponent
         parts = [(found["weights"][path], w.shape[0]) for path, w in site.weights.items()]
         index = jnp.concatenate([jnp.full(n, _place(exponents, part["exponent"])) for part, n in parts])
@@ -210,10 +218,13 @@ class FPQ(Fields):
 
     def _faults(self, found: Any) -> dict[str, tuple[Any, ...]]:
         """That search results are of formats which the fields don't allow."""
-        sides = [(self.bits, one["exponent"]) for one in found["weights"].values()]
+        sides = [(self.bits, one) for one in found["weights"].values()]
         if self.input_bits is not None:
-            sides.append((self.input_bits, found["inputs"]["exponent"]))
-        known = [float_search.floats(bits, self.exponent_bits).exponent == exponent for bits, exponent in sides]
+            sides.append((self.input_bits, found["inputs"]))
+        known = [
+            (float_search.floats(bits, self.exponent_bits).exponent == one["exponent"]) & (one["bits"] == bits)
+            for bits, one in sides
+        ]
         text = (
             "got search results of formats that these fields don't allow; pass the bits and exponent_bits of the search"
         )

@@ -1,7 +1,7 @@
 """What FPQ has found for a layer, in the place of statistics: a search that is done once serves later runs."""
 
 import dataclasses
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 import jax
 
@@ -11,9 +11,12 @@ class Searched:
     """Formats, scales and shifts that an earlier search found; no activations give them.
 
     The accumulator is a dict. Under "weights" it has, by the path of each linear that was searched together, in its
-    block ("" for a linear by itself), "exponent" int32 [], the exponent bits, and "scales" float32 [N]. Under "inputs",
-    unless they stay as they are, it has "exponent", "scale" float32 [] and "shifts" int32 [K].
+    block ("" for a linear by itself), "bits" and "exponent" int32 [], the width and the exponent bits, and "scales"
+    float32 [N]. Under "inputs", unless they stay as they are, it has "bits", "exponent", "scale" float32 [] and
+    "shifts" int32 [K].
     """
+
+    source: ClassVar[str] = "pass stats=load_search_results(FILE), or given=False"
 
     def empty(self, k: int) -> dict[str, Any]:
         return {"weights": {}}

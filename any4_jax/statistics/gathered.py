@@ -43,6 +43,8 @@ class Statistic(Protocol):
     # Those that can tell add `possible(accumulator) -> bool []`: whether any activations give it. It looks at signs;
     # NaN and infinity are found without it.
     #
+    # Those that no activations give say where they come from, for messages, by `source: ClassVar[str]`.
+    #
     # Those that compare x with the float model's activations say so by `paired: ClassVar[bool] = True`. Their `update`
     # has one argument more, x_float float32 [T, K], which is left out where that is x itself.
 

@@ -52,6 +52,8 @@ def _rounding(operator: Any, rounding: QuantizeInput, reasons: list[str]) -> Any
         reasons.append(reason)
         return operator
     inner = getattr(operator, "inner", None)
+    if isinstance(operator, QuantizeInput):
+        reasons.append(f"they are rounded to {operator.bits} bits already")
     if isinstance(operator, QuantizeInput) or not is_operator(inner):
         return operator
     changed = _rounding(inner, rounding, reasons)

@@ -14,6 +14,7 @@ from flax import nnx
 from any4_jax import statistics
 from any4_jax.methods.apply import apply_block
 from any4_jax.methods.base import AnyMethod, BlockMethod, BlockResult, Note, Result, scope_of
+from any4_jax.methods.checks import refuse_faults
 from any4_jax.methods.lifts import OnBlock, needs_of, order_of
 from any4_jax.methods.matrices import Finished, Job, find_finished, quantize_matrices
 from any4_jax.models.base import Decoder
@@ -22,6 +23,7 @@ from any4_jax.surgery import nnx_modules
 from any4_jax.walk.batches import Batch
 from any4_jax.walk.blocks import WalkedBlock
 from any4_jax.walk.capture import embed, gather_head
+from any4_jax.walk.contents import is_finite
 from any4_jax.walk.keys import unit_keys
 from any4_jax.walk.records import Kept, block_unit, contents_of
 from any4_jax.weights import is_operator
@@ -70,12 +72,7 @@ class Walked:
 
 
 def walk(decoder: Decoder, plan: Plan) -> Walked:
-    """Quantizes the linears of `plan.assigned`, gathers what `plan.watch` asks for, or both.
-
-    Raises:
-      ValueError: a method of sites for a linear of no site, or a method of blocks for one outside of all blocks.
-    """
-    _check_scopes(decoder, plan.assigned)
+    """Quantizes the linears of `plan.assigned`, gathers what `plan.watch` asks for, or both."""
     kept = _kept(decoder, plan)
     done = Walked([], {}, {}, {})
     masks = [mask for _, mask in plan.batches]
@@ -126,7 +123,12 @@ def walk(decoder: Decoder, plan: Plan) -> Walked:
     return done
 
 
-def _check_scopes(decoder: Decoder, assigned: Mapping[str, AnyMethod]) -> None:
+def check_scopes(decoder: Decoder, assigned: Mapping[str, AnyMethod]) -> None:
+    """Checks that each method can be used where it is assigned.
+
+    Raises:
+      ValueError: a method of sites for a linear of no site, or a method of blocks for one outside of all blocks.
+    """
     blocks = [decoder.block_path(index) for index in range(len(decoder.blocks))]
     sited = {
         f"{path}.{linear}" for i, path in enumerate(blocks) for site in decoder.sites(i) for linear in site.linears
@@ -145,6 +147,9 @@ def _quantize_block(block: WalkedBlock, sequential: bool) -> BlockResult:
     """Quantizes a block's linears, first by the methods of a matrix or a site, then by the methods of a block."""
     whole = {path: method for path, method in block.assigned.items() if scope_of(method) == "block"}
     parts = {path: method for path, method in block.assigned.items() if path not in whole}
+    # Methods that see several matrices can't tell which of them is at fault.
+    for path in (path for path, method in block.assigned.items() if scope_of(method) != "matrix"):
+        refuse_faults({"weights": is_finite(block.own[f"{path}.kernel"])}, f"{block.path}.{path}")
     if not sequential:
         # One run of the float block shows all that any of its methods needs.
         needs = {site.name: needs_of(block, site) for site in block.sites}

@@ -43,7 +43,7 @@ from any4_jax.surgery.linen_modules import is_pair
 from any4_jax.walk.batches import token_batches
 from any4_jax.walk.calibrate import Data, calibrate
 from any4_jax.walk.contents import few, refuse_nonfinite
-from any4_jax.walk.driver import Plan, walk
+from any4_jax.walk.driver import Plan, check_scopes, walk
 from any4_jax.walk.left import nothing_found, tell_what_is_left
 
 
@@ -159,6 +159,7 @@ def _quantized(
             finished=finished,
             on_linear=count,
         )
+        check_scopes(model, chosen)
         _check(chosen, _tapped(model) if batches else plan.given)
         new, notes = _walked(model, plan)
         new.recipe = _recipe(model, method, rules, chosen, notes)

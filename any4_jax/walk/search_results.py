@@ -12,10 +12,11 @@ import numpy as np
 from pydantic import Field
 
 from any4_jax.methods import FPQ
+from any4_jax.methods.float_search import MOST_SHIFT
 from any4_jax.methods.searched import Searched
 from any4_jax.models.base import Decoder
 from any4_jax.regular_file import read_regular
-from any4_jax.schema import Count, Index, Schema, check, read_json
+from any4_jax.schema import Count, Schema, check, read_json
 from any4_jax.statistics import Gathered
 from any4_jax.surgery import quantized_leaves, recipe_of
 from any4_jax.walk.contents import few
@@ -23,16 +24,21 @@ from any4_jax.walk.records import site_units
 from any4_jax.weights import QuantizedTensor, QuantizeInput, ScaleInput
 
 _KIND: Literal["fpq search results"] = "fpq search results"
+_LEAST_POWER, _MOST_POWER = -149, 128
+"""The powers of two that float32 holds: from the first, and below the second."""
 _ADVICE = "save the results again, or search anew"
+Bits = Literal[4, 8]
 Exponent = Annotated[int, Field(ge=1, le=5)]
+Shift = Annotated[int, Field(ge=0, le=MOST_SHIFT)]
 
 
 class _Inputs(Schema):
     """How a layer's inputs are rounded; `shifts` are of each input, or empty where all have one bias."""
 
+    bits: Bits
     exponent_bits: Exponent
     bias: float
-    shifts: tuple[Index, ...]
+    shifts: tuple[Shift, ...]
 
 
 class _Layer(Schema):
@@ -40,6 +46,7 @@ class _Layer(Schema):
     searched together with it: by their paths in the block ("" for a layer by itself), those in the model."""
 
     k: Count
+    bits: Bits
     exponent_bits: Exponent
     biases: tuple[float | None, ...]
     inputs: _Inputs | None
@@ -79,10 +86,30 @@ def load_search_results(file: str | os.PathLike[str]) -> dict[str, Gathered]:
     """
     content = read_json(read_regular(Path(file)), str(file), _ADVICE)
     layers = check(_File, content, str(file), _ADVICE).layers
-    absent = [other for layer in layers.values() for other in layer.together.values() if other not in layers]
-    if absent:
-        raise ValueError(f"{file} lacks {few(absent)}, which was searched together with layers that it has; {_ADVICE}")
+    for path, layer in layers.items():
+        fault = _fault(path, layer, layers)
+        if fault is not None:
+            raise ValueError(f"{file}: {fault}; {_ADVICE}")
     return {path: Gathered({Searched(): _found(path, layers)}, layer.k) for path, layer in layers.items()}
+
+
+def _fault(path: str, layer: _Layer, layers: Mapping[str, _Layer]) -> str | None:
+    """Why no search has found what is told of a layer, by itself and beside the others; None if one may have."""
+    absent = sorted({other for other in layer.together.values() if other not in layers})
+    if absent:
+        return f"it lacks {few(absent)}, which was searched together with {path}"
+    if path not in layer.together.values():
+        return f"{path} is not among what it was searched together with, and itself is needed there"
+    for other in map(layers.__getitem__, layer.together.values()):
+        if (other.k, other.inputs, other.together) != (layer.k, layer.inputs, layer.together):
+            return f"{path} and what was searched together with it differ in k, inputs or together, and need the same"
+    if layer.inputs is not None and len(layer.inputs.shifts) not in (0, layer.k):
+        return f"{path} has {len(layer.inputs.shifts)} shifts, and one for each of k={layer.k} inputs is needed"
+    inputs = [] if layer.inputs is None else [(layer.inputs.bias, layer.inputs.exponent_bits)]
+    for bias, exponent in [(bias, layer.exponent_bits) for bias in layer.biases] + inputs:
+        if bias is not None and not _LEAST_POWER <= 2**exponent - bias < _MOST_POWER:
+            return f"{path} has a bias of {bias}, whose scale is beyond float32, and one within is needed"
+    return None
 
 
 def _together(model: Any, methods: Mapping[str, FPQ]) -> dict[str, dict[str, str]]:
@@ -116,15 +143,20 @@ def _described(path: str, operator: Any, notes: Mapping[str, Any], together: dic
         exponent = notes["input_exponent_bits"]
         (bias,) = _biases(rounding.scale[None], exponent)
         own = () if shifts is None else tuple(int(shift) for shift in -np.log2(np.asarray(shifts, np.float64)))
-        inputs = _Inputs(exponent_bits=exponent, bias=bias, shifts=own)
+        inputs = _Inputs(bits=_width(rounding), exponent_bits=exponent, bias=bias, shifts=own)
     exponent = notes["exponent_bits"]
     return _Layer(
         k=operator.shape[1],
+        bits=_width(operator),
         exponent_bits=exponent,
         biases=tuple(_biases(operator.scales[:, 0], exponent)),
         inputs=inputs,
         together=together,
     )
+
+
+def _width(operator: QuantizedTensor | QuantizeInput) -> Bits:
+    return 8 if operator.bits == 8 else 4
 
 
 def _biases(scales: jax.Array, exponent: int) -> list[Any]:
@@ -142,6 +174,7 @@ def _found(path: str, layers: Mapping[str, _Layer]) -> dict[str, Any]:
     found: dict[str, Any] = {
         "weights": {
             name: {
+                "bits": jnp.int32(layers[other].bits),
                 "exponent": jnp.int32(layers[other].exponent_bits),
                 "scales": jnp.asarray(_scales(layers[other].biases, layers[other].exponent_bits)),
             }
@@ -151,6 +184,7 @@ def _found(path: str, layers: Mapping[str, _Layer]) -> dict[str, Any]:
     if layer.inputs is not None:
         shifts = layer.inputs.shifts or (0,) * layer.k
         found["inputs"] = {
+            "bits": jnp.int32(layer.inputs.bits),
             "exponent": jnp.int32(layer.inputs.exponent_bits),
             "scale": jnp.asarray(_scales([layer.inputs.bias], layer.inputs.exponent_bits)[0]),
             "shifts": jnp.asarray(shifts, jnp.int32),
