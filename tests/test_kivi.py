@@ -259,13 +259,10 @@ def test_a_step_copies_no_slab() -> None:
 
 
 def test_a_model_generates_with_it() -> None:
-    model = a4.models.load("tiny")
-    prompts = ["Once upon a time, there was a little girl named Lily.", "The dog"]
-    dense = a4.generate(model, prompts, max_new_tokens=40)
-    close = a4.generate(model, prompts, max_new_tokens=40, cache=Kivi(4, group_size=8, residual=8))
-    assert all(a[:30] == b[:30] for a, b in zip(dense, close, strict=True))
-    coarse = a4.generate(model, prompts, max_new_tokens=40, cache=Kivi(2, group_size=8, residual=8))
-    assert coarse != dense
+    model, prompt = a4.models.load("tiny"), "Once upon a time, there was a little girl named Lily."
+    dense = a4.generate(model, prompt, max_new_tokens=40)
+    close = a4.generate(model, prompt, max_new_tokens=40, cache=Kivi(4, group_size=8, residual=8))
+    assert dense[:60] == close[:60]
 
 
 @pytest.mark.parametrize(

@@ -144,7 +144,11 @@ class _Blocks(NamedTuple):
         return scores_of(self.rows, keys, seen, self.settings).reshape(*self.rows.shape[:2], self.block), values
 
     def fold(self, body: Callable[[Any, jax.Array, jax.Array], Any], carry: Any) -> Any:
-        """`body(carry, scores, values)` for one block after another, without those that no query sees."""
+        """`body(carry, scores, values)` for one block after another, without those that no query sees if there are
+        several."""
+        count = -(-self.slots // self.block)
+        if count == 1:
+            return body(carry, *self.scored(jnp.int32(0)))
         sees = self.oldest <= self.newest
         oldest = jnp.where(sees, self.oldest, self.slots).min()
         newest = jnp.where(sees, self.newest, -1).max()
@@ -158,7 +162,7 @@ class _Blocks(NamedTuple):
             needed = (index * self.block <= newest) & ((index + 1) * self.block > oldest)
             return jax.lax.cond(needed, read, lambda carry, _: carry, carry, index), None
 
-        return jax.lax.scan(step, carry, jnp.arange(-(-self.slots // self.block), dtype=jnp.int32))[0]
+        return jax.lax.scan(step, carry, jnp.arange(count, dtype=jnp.int32))[0]
 
 
 def _running_softmax(rows: jax.Array, parts: Sequence[_Blocks], weight_bits: int | None) -> jax.Array:

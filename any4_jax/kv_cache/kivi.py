@@ -134,16 +134,16 @@ class _Reader:
     ) -> jax.Array:
         """Attention of queries [B, T, H, D]; `judges` is the p of each, int32 [B, T], or None for the earliest."""
         residual, cache = self.cache.settings.residual, self.cache
-        judges = jnp.broadcast_to(self.earliest[:, None] if judges is None else judges, positions.shape)
-        exact_keys, exact_values = judges // residual * residual, judges - residual + 1
-        oldest = jnp.zeros_like(judges) if settings.window is None else jnp.maximum(positions - settings.window + 1, 0)
+        p = jnp.broadcast_to(self.earliest[:, None] if judges is None else judges, positions.shape)
+        exact_keys, exact_values = p // residual * residual, p - residual + 1
+        oldest = jnp.zeros_like(p) if settings.window is None else jnp.maximum(positions - settings.window + 1, 0)
         first = self._first[:, None]
         near = -(-(2 * residual + self.tokens - 1) // residual) * residual
         parts = [
             Part(self._both_coded, cache.values.positions, oldest, jnp.minimum(positions, exact_values - 1)),
             Part(
                 self._coded_keys,
-                near,
+                residual if judges is None else near,
                 jnp.maximum(oldest, exact_values) - first,
                 jnp.minimum(positions, exact_keys - 1) - first,
             ),

@@ -60,14 +60,15 @@ class Recent(NamedTuple):
         places = jnp.arange(residual, dtype=jnp.int32)
         newest = after[:, None] - 1
         # Of the positions p = place (mod R), the last that the row has; below `before` where the ring already holds it.
-        positions = newest - (newest - places) % residual
+        positions = newest - jax.lax.rem(newest - places + residual, jnp.int32(residual))
         index = positions - before[:, None] + padding[:, None]
         fresh = jax.vmap(lambda new, index: jnp.take(new, index, axis=1, mode="clip"))(self.new, index)
         return jnp.where((positions >= before[:, None])[:, None, :, None], fresh, self.ring)
 
 
 def _exact(ring: jax.Array, new: jax.Array, positions: jax.Array, arrival: Arrival) -> jax.Array:
-    old = jnp.take(ring, positions % ring.shape[1], axis=1)
+    # Of negative positions, which have no meaning, the remainder is negative too.
+    old = jnp.take(ring, jax.lax.rem(positions, jnp.int32(ring.shape[1])), axis=1, mode="clip")
     fresh = jnp.take(new, positions - arrival.before + arrival.padding, axis=1, mode="clip")
     return jnp.where((positions < arrival.before)[:, None], old, fresh)
 
