@@ -59,8 +59,8 @@ class KiviCache:
         count = jnp.maximum(self.length - self.start, 0)
         # Nothing arrives, and the rings hold all that is exact.
         arrival = Arrival(count, count, jnp.zeros_like(count))
-        recent = (Recent(ring, ring, arrival) for ring in (self.recent_keys, self.recent_values))
-        return _Reader(self, *recent, rope, count - 1, 1).attend(queries, positions, None, settings)
+        keys, values = (Recent(ring, ring, arrival) for ring in (self.recent_keys, self.recent_values))
+        return _Reader(self, keys, values, rope, count - 1, 1).attend(queries, positions, None, settings)
 
     def append_attend(
         self,
