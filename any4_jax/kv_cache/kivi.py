@@ -135,7 +135,7 @@ class _Reader:
         """Attention of queries [B, T, H, D]; `judges` is the p of each, int32 [B, T], or None for the earliest."""
         residual, cache = self.cache.settings.residual, self.cache
         p = jnp.broadcast_to(self.earliest[:, None] if judges is None else judges, positions.shape)
-        exact_keys, exact_values = p // residual * residual, p - residual + 1
+        exact_keys, exact_values = _whole(p, residual), p - residual + 1
         oldest = jnp.zeros_like(p) if settings.window is None else jnp.maximum(positions - settings.window + 1, 0)
         first = self._first[:, None]
         near = -(-(2 * residual + self.tokens - 1) // residual) * residual
@@ -155,7 +155,7 @@ class _Reader:
     def _first(self) -> jax.Array:
         """int32 [B], the position of the first slot of the parts that hold something exact; a multiple of R."""
         residual = self.cache.settings.residual
-        return (self.earliest // residual - 1) * residual
+        return _whole(self.earliest, residual) - residual
 
     def _both_coded(self, first: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Decodes keys and values."""
@@ -190,6 +190,11 @@ class _Reader:
             return keys
         positions = jnp.broadcast_to(positions, (keys.shape[0], positions.shape[1]))
         return self.rope.rotate(keys.swapaxes(1, 2), positions).swapaxes(1, 2)
+
+
+def _whole(n: jax.Array, residual: int) -> jax.Array:
+    """n - n mod R for n >= 0; a negative n belongs to padding, and what becomes of it has no meaning."""
+    return jax.lax.div(n, jnp.int32(residual)) * residual
 
 
 def _joined(x: jax.Array) -> jax.Array:

@@ -4,6 +4,8 @@ Rows have positions of their own, so they are written one after another, in plac
 """
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Self
 
 import jax
@@ -40,19 +42,19 @@ class KeySlab:
         batch, _, residual, _ = keys.ring.shape
         flushes = (residual - 1 + keys.new.shape[2]) // residual
 
-        def store(i: jax.Array, codes: Codes) -> Codes:
-            b, arrival = i // flushes, keys.arrival.of_row(i // flushes)
-            first = (arrival.before // residual + i % flushes) * residual
+        def store(b: jax.Array, j: jax.Array, codes: Codes) -> Codes:
+            arrival = keys.arrival.of_row(b)
+            first = (jax.lax.div(arrival.before, jnp.int32(residual)) + j) * residual
 
             def flush(codes: Codes) -> Codes:
                 full = keys.of_row(b, first + jnp.arange(residual, dtype=jnp.int32))
                 new = encode(full.swapaxes(1, 2), self.bits, self.group_size, codes.steps.dtype)
 
-                return update(codes, new, lambda size: (b, 0, 0, first // (residual // size)))
+                return update(codes, new, lambda size: (b, 0, 0, jax.lax.div(first, jnp.int32(residual // size))))
 
             return jax.lax.cond(first + residual <= arrival.after, flush, lambda codes: codes, codes)
 
-        return dataclasses.replace(self, codes=jax.lax.fori_loop(0, batch * flushes, store, self.codes))
+        return dataclasses.replace(self, codes=_each(batch, flushes, store, self.codes))
 
     def read(self, first: jax.Array, count: int) -> jax.Array:
         """float32 [B, Hkv, D, count] of the positions from `first` int32 [B] on, or [] for all rows alike."""
@@ -61,12 +63,11 @@ class KeySlab:
         return self._decoded(self.codes, first, count)
 
     def _decoded(self, codes: Codes, first: jax.Array, count: int) -> jax.Array:
-        packed, *of_groups = codes
-        per_byte = 8 // self.bits
-        parts = [jax.lax.dynamic_slice_in_dim(packed, first // per_byte, count // per_byte, -1)]
-        for each in of_groups:
-            parts.append(jax.lax.dynamic_slice_in_dim(each, first // self.group_size, count // self.group_size, -1))
-        return decode(Codes(*parts), self.bits, self.group_size, count)
+        def part(slab: jax.Array, per: int) -> jax.Array:
+            return jax.lax.dynamic_slice_in_dim(slab, jax.lax.div(first, jnp.int32(per)), count // per, -1)
+
+        parts = Codes(*map(part, codes, (8 // self.bits, self.group_size, self.group_size)))
+        return decode(parts, self.bits, self.group_size, count)
 
 
 @jax.tree_util.register_dataclass
@@ -102,22 +103,32 @@ class ValueSlab:
         piece = min(tokens, residual, self.positions)
         count = -(-tokens // piece)
 
-        def store(i: jax.Array, codes: Codes) -> Codes:
-            b, arrival = i // count, values.arrival.of_row(i // count)
+        def store(b: jax.Array, j: jax.Array, codes: Codes) -> Codes:
+            arrival = values.arrival.of_row(b)
             begin, end = (jnp.maximum(n - residual, 0) for n in (arrival.before, arrival.after))
-            first = jnp.minimum(begin + i % count * piece, self.positions - piece)
+            first = jnp.minimum(begin + j * piece, self.positions - piece)
             positions = first + jnp.arange(piece, dtype=jnp.int32)
             due = ((positions >= begin) & (positions < end))[:, None]
             new = encode(values.of_row(b, positions), self.bits, self.group_size, codes.steps.dtype)
 
             return update(codes, new, lambda size: (b, 0, first, 0), due)
 
-        return dataclasses.replace(self, codes=jax.lax.fori_loop(0, batch * count, store, self.codes))
+        return dataclasses.replace(self, codes=_each(batch, count, store, self.codes))
 
     def read(self, first: jax.Array, count: int, channels: int) -> jax.Array:
         """float32 [B, Hkv, count, D] of the positions from `first` on; D is `channels`."""
         part = jax.tree.map(lambda slab: jax.lax.dynamic_slice_in_dim(slab, first, count, 2), self.codes)
         return decode(part, self.bits, self.group_size, channels)
+
+
+def _each(rows: int, pieces: int, store: Callable[[jax.Array, jax.Array, Codes], Codes], codes: Codes) -> Codes:
+    """`store(row, piece, codes)` for each piece of each row."""
+    return _loop(rows, lambda b, codes: _loop(pieces, functools.partial(store, b), codes), codes)
+
+
+def _loop(count: int, body: Callable[[jax.Array, Codes], Codes], codes: Codes) -> Codes:
+    """A loop, or its body alone if it runs once."""
+    return body(jnp.int32(0), codes) if count == 1 else jax.lax.fori_loop(0, count, body, codes)
 
 
 def _zeros(shape: tuple[int, ...], count: int, bits: int, group_size: int, dtype: DTypeLike) -> Codes:
