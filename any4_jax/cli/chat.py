@@ -5,6 +5,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+from any4_jax.cli.caches import add_cache, cache_from
 from any4_jax.cli.errors import WorkError
 from any4_jax.cli.sampling import add_sampling, check_sampling, write
 from any4_jax.cli.sources import MODEL_HELP, add_inputs, decoded, given_text, open_model
@@ -18,11 +19,13 @@ def add(commands: Any, common: argparse.ArgumentParser) -> None:
     parser.add_argument("--system", metavar="TEXT", help="a system message that comes first")
     add_sampling(parser, new_tokens=512)
     add_inputs(parser, "the model's")
+    add_cache(parser)
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     check_sampling(args)
+    cache = cache_from(args)
     system = None if args.system is None else given_text(args.system, "the system message")
     model = open_model(args.model, args.inputs)
     if model.tokenizer is None or model.tokenizer.chat_template is None:
@@ -30,7 +33,7 @@ def run(args: argparse.Namespace) -> int:
     said = [] if system is None else [{"role": "system", "content": system}]
     for line in _lines():
         said.append({"role": "user", "content": line})
-        answer = write(model, model.tokenizer.encode_chat(said), args)
+        answer = write(model, model.tokenizer.encode_chat(said), args, cache)
         said.append({"role": "assistant", "content": answer.text})
     return 0
 

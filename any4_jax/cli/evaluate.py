@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from any4_jax.cli.caches import add_cache, cache_from
 from any4_jax.cli.errors import CommandLineError, WorkError
 from any4_jax.cli.numbers import at_least, count
 from any4_jax.cli.output import progress, table
@@ -34,6 +35,7 @@ def add(commands: Any, common: argparse.ArgumentParser) -> None:
         help=f"tokens in a window (default: {SEQLEN}, or the model's context if that is shorter)",
     )
     add_inputs(parser, "measure the model while its")
+    add_cache(parser, skipped=("exact_prompt",))
     parser.add_argument("--windows", type=count, metavar="N", help="use only the first N windows")
     parser.add_argument("--out", metavar="FILE", help="write the results here as JSON")
     parser.set_defaults(run=run)
@@ -44,6 +46,7 @@ def run(args: argparse.Namespace) -> int:
         raise CommandLineError("nothing to measure on; give --text FILE, --tasks wikitext-2, or both")
     if args.out is not None and not Path(args.out).absolute().parent.is_dir():
         raise WorkError(f"{args.out} can't be written because its folder is missing; create it first")
+    cache = cache_from(args)
     sources = {task: TASKS[task]() for task in args.tasks}
     if args.text is not None:
         sources[args.text] = read_text(args.text)
@@ -56,10 +59,10 @@ def run(args: argparse.Namespace) -> int:
     for name, text in sources.items():
         with progress(name, "window") as bar:
             if against is None:
-                found = perplexity(model, text, seqlen=seqlen, windows=args.windows, progress=bar)
+                found = perplexity(model, text, seqlen=seqlen, windows=args.windows, progress=bar, cache=cache)
                 results[name] = _of_perplexity(found)
             else:
-                both = divergence(against, model, text, seqlen=seqlen, windows=args.windows, progress=bar)
+                both = divergence(against, model, text, seqlen=seqlen, windows=args.windows, progress=bar, cache=cache)
                 results[name] = _of_perplexity(both.model) | {"against": _of_divergence(both)}
     header = ["text", "perplexity", "error", "nats/token", f"windows of {seqlen}"]
     rows = [
@@ -82,6 +85,7 @@ def run(args: argparse.Namespace) -> int:
     if args.out is not None:
         models = {"model": args.model} | ({} if args.inputs is None else {"inputs": args.inputs})
         models |= {} if against is None else {"against": args.against}
+        models |= {} if cache is None else {"cache": str(cache)}
         Path(args.out).write_text(json.dumps(models | {"results": results}, indent=2) + "\n")
     return 0
 

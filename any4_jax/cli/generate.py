@@ -4,6 +4,7 @@ import argparse
 import sys
 from typing import Any
 
+from any4_jax.cli.caches import add_cache, cache_from
 from any4_jax.cli.errors import CommandLineError, WorkError
 from any4_jax.cli.numbers import count
 from any4_jax.cli.sampling import add_sampling, check_sampling, write
@@ -27,12 +28,14 @@ def add(commands: Any, common: argparse.ArgumentParser) -> None:
     parser.add_argument("--system", metavar="TEXT", help="a system message before the prompt, for a chat template")
     add_sampling(parser)
     add_inputs(parser, "the model's")
+    add_cache(parser)
     parser.add_argument("--n", type=count, metavar="N", help="so many texts, each sampled on its own (default: 1)")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     check_sampling(args)
+    cache = cache_from(args)
     if args.raw and args.system is not None:
         raise CommandLineError("got --system with --raw, which continues text without messages; leave one out")
     text = prompt_text(args.prompt, args.prompt_file)
@@ -40,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
     model = open_model(args.model, args.inputs)
     answers = model.tokenizer is not None and model.tokenizer.chat_template is not None and not args.raw
     ids = _ids(model, args.model, text, system, answers)
-    if not write(model, ids, args, args.n or 1).tokens:
+    if not write(model, ids, args, cache, args.n or 1).tokens:
         advice = "try --raw, which continues the text" if answers else "try another prompt"
         print(f"any4: the model ended at once, without a word; {advice}", file=sys.stderr)
     return 0

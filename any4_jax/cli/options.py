@@ -80,6 +80,12 @@ def build(config: Any, args: argparse.Namespace, prefix: str = "", **fixed: Any)
         raise CommandLineError(str(error)) from error
 
 
+def given(config: type, args: argparse.Namespace, prefix: str = "") -> list[str]:
+    """The flags of the dataclass `config` that are on the command line."""
+    names = (f"{prefix}{field.name}" for field in dataclasses.fields(config))
+    return [f"--{name.replace('_', '-')}" for name in names if _PREFIX + name in vars(args)]
+
+
 def only_held(args: argparse.Namespace, cls: type) -> argparse.Namespace:
     """The command line without the values that fields of a dataclass may not hold."""
     names = {_PREFIX + field.name: field.name for field in dataclasses.fields(cls)}

@@ -12,6 +12,7 @@ from any4_jax.cli.numbers import between, count, natural
 from any4_jax.generate import generate_tokens
 from any4_jax.generate.streaming import TextStream
 from any4_jax.generate.text import STREAM_CHUNK
+from any4_jax.kv_cache import CacheFactory, DenseCache
 from any4_jax.models import Decoder
 
 _OF_SAMPLING = ("top_k", "top_p", "min_p", "seed", "n")
@@ -87,7 +88,9 @@ class Written:
     tokens: int
 
 
-def write(model: Decoder, prompt: list[int], args: argparse.Namespace, n: int = 1) -> Written:
+def write(
+    model: Decoder, prompt: list[int], args: argparse.Namespace, cache: CacheFactory | None = None, n: int = 1
+) -> Written:
     """Generates `n` texts after the prompt, and prints them to stdout, a single one as it comes.
 
     The speed goes to stderr at the end. What is returned is the first text, and the number of all tokens.
@@ -108,6 +111,7 @@ def write(model: Decoder, prompt: list[int], args: argparse.Namespace, n: int = 
             frequency_penalty=args.frequency_penalty,
             presence_penalty=args.presence_penalty,
             seed=args.seed,
+            cache=DenseCache if cache is None else cache,
             chunk=STREAM_CHUNK,
         ):
             for text, tokens in zip(texts, chunk, strict=True):

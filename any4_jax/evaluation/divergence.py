@@ -12,8 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from any4_jax.evaluation.cached import reading
 from any4_jax.evaluation.perplexity import Perplexity
 from any4_jax.evaluation.windows import Progress, batches, cut, resampled_error
+from any4_jax.kv_cache import CacheFactory
 
 Model = Callable[[jax.Array], jax.Array]
 
@@ -56,6 +58,7 @@ def divergence(
     seqlen: int | None = None,
     windows: int | None = None,
     progress: Progress | None = None,
+    cache: CacheFactory | None = None,
 ) -> Divergence:
     """How far the predictions of `model` are from those of `reference` on a text.
 
@@ -67,16 +70,17 @@ def divergence(
       reference: the float model: maps int32 tokens [B, T] to logits [B, T, V]. A text needs its `.tokenizer`.
       model: the quantized one, with the same tokens.
       text_or_ids, seqlen, windows, progress: as in `perplexity`; seqlen=None heeds the shorter of the two contexts.
+      cache: as in `perplexity`, for `model` alone.
 
     Raises:
       ValueError: as `perplexity` does, or the two have different vocabularies.
       TypeError: as `perplexity` does.
     """
     rows = cut((reference, model), text_or_ids, seqlen, windows)
-    found = np.empty((4, len(rows)), np.float64)
+    run, found = reading(model, cache), np.empty((4, len(rows)), np.float64)
     for index, batch in batches(rows, progress):
         tokens = jnp.asarray(batch)
-        before, after = reference(tokens), model(tokens)
+        before, after = reference(tokens), run(tokens)
         if before.shape != after.shape:
             raise ValueError(
                 f"got logits of {before.shape[-1]} tokens from the reference and of {after.shape[-1]} from the model, "

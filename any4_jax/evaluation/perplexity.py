@@ -14,7 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from any4_jax.evaluation.cached import reading
 from any4_jax.evaluation.windows import Progress, batches, cut, resampled_error
+from any4_jax.kv_cache import CacheFactory
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,6 +65,7 @@ def perplexity(
     seqlen: int | None = None,
     windows: int | None = None,
     progress: Progress | None = None,
+    cache: CacheFactory | None = None,
 ) -> Perplexity:
     """The perplexity of `model` on a text.
 
@@ -76,18 +79,20 @@ def perplexity(
       seqlen: tokens in a window, at least 2; None means 2048, or the model's context if that is shorter.
       windows: how many windows to use, from the first on, at least 1; None takes all.
       progress: called with (windows done, windows in total).
+      cache: a cache to read keys and values from, such as `kv_cache.Kivi(bits=2)`: what each token sees has the errors
+        that it would have if the tokens came one by one. None takes the model as it is.
 
     Raises:
       ValueError: the text is too short for the windows, `seqlen` is below 2, `windows` below 1, a window exceeds the
         model's context, or a token is outside of its vocabulary.
-      TypeError: the ids are not one row of integers, a text is given for a model without a tokenizer, or `seqlen` or
-        `windows` is no integer.
+      TypeError: the ids are not one row of integers, a text is given for a model without a tokenizer, `seqlen` or
+        `windows` is no integer, or there is a cache for a model that is no Decoder.
     """
     rows = cut((model,), text_or_ids, seqlen, windows)
-    window_nll = np.empty(len(rows), np.float64)
+    run, window_nll = reading(model, cache), np.empty(len(rows), np.float64)
     for index, batch in batches(rows, progress):
         tokens = jnp.asarray(batch)
-        losses = np.asarray(_cross_entropy(model(tokens), tokens), np.float64)  # [batch, seqlen - 1]
+        losses = np.asarray(_cross_entropy(run(tokens), tokens), np.float64)  # [batch, seqlen - 1]
         window_nll[index] = losses.mean(axis=1)
     return Perplexity(window_nll, rows.shape[1])
 

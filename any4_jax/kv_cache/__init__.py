@@ -1,8 +1,20 @@
 """Key/value caches: what attention keeps of earlier tokens."""
 
-from any4_jax.kv_cache.attention import ReadBlock, attention, attention_by_blocks
-from any4_jax.kv_cache.base import Cache, CacheFactory, PairRope, Rope, append_attend, rotate_pairs, rotated, traceable
+from any4_jax.kv_cache.attention import attention, attention_by_blocks
+from any4_jax.kv_cache.base import (
+    Cache,
+    CacheFactory,
+    PairRope,
+    Rope,
+    append_attend,
+    as_decoded,
+    rotate_pairs,
+    rotated,
+    traceable,
+)
+from any4_jax.kv_cache.blocks import Part, ReadBlock, attention_over
 from any4_jax.kv_cache.dense import DenseCache
+from any4_jax.kv_cache.kivi import Kivi
 from any4_jax.kv_cache.rounded import RoundedAttention
 from any4_jax.kv_cache.settings import PLAIN, AttentionSettings
 
@@ -12,13 +24,17 @@ __all__ = [
     "Cache",
     "CacheFactory",
     "DenseCache",
+    "Kivi",
     "PairRope",
+    "Part",
     "ReadBlock",
     "Rope",
     "RoundedAttention",
     "append_attend",
+    "as_decoded",
     "attention",
     "attention_by_blocks",
+    "attention_over",
     "rotate_pairs",
     "rotated",
     "traceable",

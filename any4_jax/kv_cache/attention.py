@@ -6,29 +6,26 @@ Letters: B rows of the batch, T queries, S slots, H query heads, Hkv key/value h
 `attention` takes keys and values as arrays; `attention_by_blocks` reads one block of slots at a time.
 """
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
-
 import jax
 import jax.numpy as jnp
 
+from any4_jax.kv_cache.blocks import (
+    BLOCK_QUERIES,
+    Part,
+    ReadBlock,
+    attention_over,
+    heads_of,
+    rounded_weights,
+    rows_of,
+    scores_of,
+    within,
+)
 from any4_jax.kv_cache.settings import PLAIN, AttentionSettings
 
 # The most scores (B * H * T * S) that `attention` holds at once, 64 MiB in float32; with more it goes block by block.
 MAX_SCORES = 2**24
-# The fastest sizes for D = 64, measured on two CPU cores; for D = 128, blocks of half the size take a third less time.
-BLOCK_QUERIES = 256
+# The fastest size for D = 64, measured on two CPU cores; for D = 128, blocks of half the size take a third less time.
 BLOCK_SLOTS = 512
-
-# The score of a slot that the query doesn't see. It is finite so that a padding query, which sees no slot, averages
-# over some slots instead of dividing zero by zero.
-MASKED = float(jnp.finfo(jnp.float32).min) / 2
-
-ReadBlock = Callable[[jax.Array], tuple[jax.Array, jax.Array]]
-"""`read(first)` returns keys [B * Hkv, D, block] and values [B * Hkv, block, D] of slots first..first + block - 1.
-
-`first` is a traced int32 scalar; every call returns the same shapes.
-"""
 
 
 def attention(
@@ -61,13 +58,14 @@ def attention(
     if not fits(batch, tokens, heads, slots):
         read = slices(keys, values, BLOCK_SLOTS)
         return attention_by_blocks(queries, read, slots, positions, start, settings, weight_bits=weight_bits)
-    rows = _rows(queries, keys.shape[0] // batch)
-    scores = _scores(rows, keys, _seen(jnp.arange(slots, dtype=jnp.int32), positions, start, settings), settings)
+    rows = rows_of(queries, keys.shape[0] // batch)
+    seen = within(jnp.arange(slots, dtype=jnp.int32), *_range(positions, start, settings))
+    scores = scores_of(rows, keys, seen, settings)
     mixing = jax.nn.softmax(scores)
-    mixing = _rounded(mixing, mixing.max(axis=-1, keepdims=True), weight_bits)
+    mixing = rounded_weights(mixing, mixing.max(axis=-1, keepdims=True), weight_bits)
     mixing = mixing.astype(queries.dtype).reshape(*rows.shape[:2], slots)
     mixed = jnp.einsum("brs,bsd->brd", mixing, values.astype(queries.dtype))
-    return _heads(mixed, queries.shape)
+    return heads_of(mixed, queries.shape)
 
 
 def fits(batch: int, tokens: int, heads: int, slots: int) -> bool:
@@ -107,27 +105,8 @@ def attention_by_blocks(
     Raises:
         ValueError: a block is larger than `slots`.
     """
-    batch, tokens = positions.shape
-    pairs, _, block = jax.eval_shape(read, jax.ShapeDtypeStruct((), jnp.int32))[0].shape
-    if block > slots:
-        raise ValueError(f"a block holds {block} slots and the cache {slots}; read smaller blocks, or add slots")
-
-    @jax.checkpoint
-    def attend(part: tuple[jax.Array, jax.Array]) -> jax.Array:
-        return _running_softmax(*part, read, pairs // batch, block, slots, start, settings, weight_bits)
-
-    if tokens <= block_queries:
-        return attend((queries, positions))
-    count = -(-tokens // block_queries)
-
-    def split(x: jax.Array) -> jax.Array:
-        # Copies of the last query pad the last block: they see no slot that the others don't.
-        padding = [(0, 0), (0, count * block_queries - tokens)] + [(0, 0)] * (x.ndim - 2)
-        x = jnp.pad(x, padding, mode="edge").reshape(batch, count, block_queries, *x.shape[2:])
-        return jnp.moveaxis(x, 1, 0)
-
-    mixed = jnp.moveaxis(jax.lax.map(attend, (split(queries), split(positions))), 0, 1)
-    return mixed.reshape(batch, -1, *queries.shape[2:])[:, :tokens]
+    part = Part(read, slots, *_range(positions, start, settings))
+    return attention_over(queries, [part], settings, block_queries=block_queries, weight_bits=weight_bits)
 
 
 def slices(keys: jax.Array, values: jax.Array, block: int) -> ReadBlock:
@@ -143,114 +122,8 @@ def slices(keys: jax.Array, values: jax.Array, block: int) -> ReadBlock:
     return read
 
 
-class _Running(NamedTuple):
-    """The softmax over the slots so far; its sums are divided by exp(highest).
-
-    Attributes:
-        highest: float32 [B * Hkv, G * T], the highest score.
-        total: float32 [B * Hkv, G * T], the sum of the weights.
-        mixed: float32 [B * Hkv, G * T, D], the sum of the weighted values.
-    """
-
-    highest: jax.Array
-    total: jax.Array
-    mixed: jax.Array
-
-
-def _running_softmax(
-    queries: jax.Array,
-    positions: jax.Array,
-    read: ReadBlock,
-    groups: int,
-    block: int,
-    slots: int,
-    start: jax.Array,
-    settings: AttentionSettings,
-    weight_bits: int | None,
-) -> jax.Array:
-    """Attention for one block of queries, as a scan over blocks of `block` slots; `groups` is Hkv."""
-    rows = _rows(queries, groups)
-    own = positions + start[:, None]
-    newest = own.max()
-    oldest = jnp.int32(0) if settings.window is None else own.min() - settings.window + 1
-
-    def scored(index: jax.Array) -> tuple[jax.Array, jax.Array]:
-        first = jnp.minimum(index * block, slots - block)
-        keys, values = read(first)
-        here = first + jnp.arange(block, dtype=jnp.int32)
-        # The last block may overlap the one before it.
-        seen = _seen(here, positions, start, settings) & (here >= index * block)[None, None]
-        return _scores(rows, keys, seen, settings).reshape(*rows.shape[:2], block), values
-
-    def highest(so_far: jax.Array, index: jax.Array) -> jax.Array:
-        return jnp.maximum(so_far, scored(index)[0].max(axis=-1))
-
-    def add(running: _Running, index: jax.Array) -> _Running:
-        scores, values = scored(index)
-        highest = jnp.maximum(running.highest, scores.max(axis=-1))
-        weights, fade = jnp.exp(scores - highest[..., None]), jnp.exp(running.highest - highest)
-        new = jnp.einsum(
-            "brs,bsd->brd",
-            _rounded(weights, 1.0, weight_bits).astype(rows.dtype),
-            values.astype(rows.dtype),
-            preferred_element_type=jnp.float32,
-        )
-        total = running.total * fade + weights.sum(axis=-1)
-        return _Running(highest, total, running.mixed * fade[..., None] + new)
-
-    def over_blocks(body: Callable[[Any, jax.Array], Any], carry: Any) -> Any:
-        # A scan with a conditional in each step: a loop over the needed blocks alone has no reverse-mode gradient.
-        @jax.checkpoint
-        def step(carry: Any, index: jax.Array) -> tuple[Any, None]:
-            needed = (index * block <= newest) & ((index + 1) * block > oldest)
-            return jax.lax.cond(needed, body, lambda carry, _: carry, carry, index), None
-
-        return jax.lax.scan(step, carry, jnp.arange(-(-slots // block), dtype=jnp.int32))[0]
-
-    nothing = jnp.zeros(rows.shape[:2], jnp.float32)
-    lowest = nothing + MASKED
-    # Where it starts from the highest score of all, the largest weight is 1 throughout.
-    start_from = lowest if weight_bits is None else over_blocks(highest, lowest)
-    running = over_blocks(add, _Running(start_from, nothing, jnp.zeros(rows.shape, jnp.float32)))
-    # No total is 0: the newest query's own block is always read, and the highest score has weight 1.
-    return _heads((running.mixed / running.total[..., None]).astype(queries.dtype), queries.shape)
-
-
-def _rounded(weights: jax.Array, largest: jax.Array | float, bits: int | None) -> jax.Array:
-    """Weights rounded to multiples of largest / (2^bits - 1); as they are if `bits` is None."""
-    if bits is None:
-        return weights
-    steps = 2**bits - 1
-    return jnp.round(weights * (steps / largest)) * (largest / steps)
-
-
-def _rows(queries: jax.Array, groups: int) -> jax.Array:
-    """Queries [B, T, H, D] -> [B * Hkv, G * T, D]: all queries that share keys become rows of one product."""
-    batch, tokens, heads, size = queries.shape
-    rows = queries.reshape(batch, tokens, groups, heads // groups, size)
-    return rows.transpose(0, 2, 3, 1, 4).reshape(batch * groups, -1, size)
-
-
-def _heads(rows: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """The inverse of `_rows`: [B * Hkv, G * T, D] -> [B, T, H, D], which is `shape`."""
-    batch, tokens, _, size = shape
-    groups = rows.shape[0] // batch
-    return rows.reshape(batch, groups, -1, tokens, size).transpose(0, 3, 1, 2, 4).reshape(shape)
-
-
-def _seen(slots: jax.Array, positions: jax.Array, start: jax.Array, settings: AttentionSettings) -> jax.Array:
-    """Which of the slots, int32 [S], each query sees: bool [B, T, S]."""
-    own, slots = (positions + start[:, None])[:, :, None], slots[None, None]
-    seen = (slots >= start[:, None, None]) & (slots <= own)
-    return seen if settings.window is None else seen & (slots > own - settings.window)
-
-
-def _scores(rows: jax.Array, keys: jax.Array, seen: jax.Array, settings: AttentionSettings) -> jax.Array:
-    """Rows [B * Hkv, G * T, D], keys [B * Hkv, D, S], seen [B, T, S] -> float32 scores [B, Hkv, G, T, S]."""
-    batch, tokens, slots = seen.shape
-    scores = jnp.einsum("brd,bds->brs", rows, keys.astype(rows.dtype), preferred_element_type=jnp.float32)
-    scores = scores.reshape(batch, rows.shape[0] // batch, -1, tokens, slots)
-    scores = scores * (rows.shape[-1] ** -0.5 if settings.scale is None else settings.scale)
-    if settings.softcap is not None:
-        scores = settings.softcap * jnp.tanh(scores / settings.softcap)
-    return jnp.where(seen[:, None, None], scores, MASKED)
+def _range(positions: jax.Array, start: jax.Array, settings: AttentionSettings) -> tuple[jax.Array, jax.Array]:
+    """The first and the last slot that each query sees, int32 [B, T]."""
+    newest = positions + start[:, None]
+    first = jnp.broadcast_to(start[:, None], newest.shape)
+    return first if settings.window is None else jnp.maximum(first, newest - settings.window + 1), newest

@@ -146,6 +146,9 @@ class CacheFactory(Protocol):
     A factory that holds arrays is a pytree, usually a frozen dataclass registered with
     `jax.tree_util.register_dataclass`. Its arrays are traced, so new tables need no recompilation; its settings are
     static fields. A factory without arrays may be any hashable object.
+
+    A factory may define `as_decoded` too, as the function of that name has it, if its caches don't show several tokens
+    that come together what each would see alone.
     """
 
     def create(
@@ -165,6 +168,13 @@ class CacheFactory(Protocol):
             dtype: of the model's activations.
         """
         ...
+
+
+def as_decoded(factory: CacheFactory) -> CacheFactory:
+    """The factory whose caches show each of several tokens that come together what it would see if they came one by
+    one: what a measurement in one pass needs. It is the factory itself unless it defines `as_decoded`."""
+    own = getattr(factory, "as_decoded", None)
+    return factory if own is None else own()
 
 
 @jax.tree_util.register_dataclass

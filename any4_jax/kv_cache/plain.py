@@ -29,15 +29,19 @@ def appended(
     Raises:
         ValueError: T exceeds S.
     """
-    tokens, slots = new_keys.shape[1], keys.shape[-1]
-    if tokens > slots:
-        raise ValueError(f"{tokens} tokens don't fit in a cache of {slots} slots; create a longer cache")
+    check_fits(new_keys.shape[1], keys.shape[-1])
 
     def write(slab: jax.Array, new: jax.Array, axis: int) -> jax.Array:
         new = new.reshape(-1, *new.shape[2:]).astype(slab.dtype)
         return jax.lax.dynamic_update_slice_in_dim(slab, new, length, axis)
 
     return write(keys, new_keys.transpose(0, 2, 3, 1), 2), write(values, new_values.transpose(0, 2, 1, 3), 1)
+
+
+def check_fits(tokens: int, slots: int) -> None:
+    """Raises ValueError if so many tokens exceed a cache of so many slots."""
+    if tokens > slots:
+        raise ValueError(f"{tokens} tokens don't fit in a cache of {slots} slots; create a longer cache")
 
 
 def plain_step(
