@@ -182,6 +182,9 @@ def test_a_few_tokens_are_exact(rng: np.random.Generator) -> None:
         (got, ours), (wanted, dense) = feed(ours, *new), feed(dense, *new)
         live = new[3] >= 0
         np.testing.assert_allclose(got[live], wanted[live], atol=3e-6)
+    # Places that no token has are empty, as in the cache that gets all tokens at once.
+    for ring in (ours.recent_keys, ours.recent_values):
+        assert not np.asarray(ring)[1, :, R - START[1] :].any() and not np.asarray(ring)[2].any()
 
 
 def test_each_query_sees_what_it_would_see_alone(rng: np.random.Generator) -> None:

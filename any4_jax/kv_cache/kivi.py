@@ -134,7 +134,9 @@ class _Reader:
     ) -> jax.Array:
         """Attention of queries [B, T, H, D]; `judges` is the p of each, int32 [B, T], or None for the earliest."""
         residual, cache = self.cache.settings.residual, self.cache
-        p = jnp.broadcast_to(self.earliest[:, None] if judges is None else judges, positions.shape)
+        # Other caches take what broadcasts, and integers of 64 bits.
+        positions = jnp.broadcast_to(positions, queries.shape[:2]).astype(jnp.int32)
+        p = jnp.broadcast_to(self.earliest[:, None] if judges is None else judges, positions.shape).astype(jnp.int32)
         exact_keys, exact_values = _whole(p, residual), p - residual + 1
         oldest = jnp.zeros_like(p) if settings.window is None else jnp.maximum(positions - settings.window + 1, 0)
         first = self._first[:, None]

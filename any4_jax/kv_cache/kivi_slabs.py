@@ -49,7 +49,6 @@ class KeySlab:
             def flush(codes: Codes) -> Codes:
                 full = keys.of_row(b, first + jnp.arange(residual, dtype=jnp.int32))
                 new = encode(full.swapaxes(1, 2), self.bits, self.group_size, codes.steps.dtype)
-
                 return update(codes, new, lambda size: (b, 0, 0, jax.lax.div(first, jnp.int32(residual // size))))
 
             return jax.lax.cond(first + residual <= arrival.after, flush, lambda codes: codes, codes)
