@@ -229,7 +229,7 @@ def _by_halving(values: jax.Array, middles: jax.Array, entries: int) -> jax.Arra
     step = entries // 2
     while step:
         middle = jnp.take_along_axis(rows, codes + (step - 1), axis=-1, mode="promise_in_bounds")
-        codes += step * _is_beyond(values, middle)
+        codes += step * _is_beyond(values, middle).astype(jnp.int32)
         step //= 2
     return codes.astype(jnp.uint8)
 

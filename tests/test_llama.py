@@ -106,11 +106,12 @@ def test_rows_padded_on_the_left_equal_their_single_runs(model: Llama, rng: np.r
 
 
 def test_one_program_a_shape_and_none_the_second_time(model: Llama, count_compiles: Any) -> None:
+    # A shape of this test alone: another file may have run an equal model in this process.
     with count_compiles() as compiles:
-        model(np.ones((2, 9), np.int32))
+        model(np.ones((3, 13), np.int32))
     assert compiles.names == ["jit(_logits)"]
     with count_compiles() as compiles:
-        model(np.zeros((2, 9), np.int32))
+        model(np.zeros((3, 13), np.int32))
     assert compiles.count == 0
 
 

@@ -220,6 +220,7 @@ def heads_of(rows: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
 def within(slots: jax.Array, oldest: jax.Array, newest: jax.Array) -> jax.Array:
     """Which of the slots, int32 [S], are in each query's range, int32 [B, T]: bool [B, T, S]."""
+    slots = slots[None, None]
     return (slots >= oldest[:, :, None]) & (slots <= newest[:, :, None])
 
 
