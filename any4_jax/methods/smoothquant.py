@@ -83,7 +83,7 @@ class SmoothQuant(Fields):
 
     Attributes:
       inner: what quantizes the smoothed weights: any method of one matrix. With integers (`Int`) the products are
-        those of integers; with other tables the rounded inputs are multiplied as floats.
+        those of integers, and on a CPU with tables of int8 too; other tables multiply the rounded inputs as floats.
       alpha: how much of the inputs' range is moved into the weights, from 0 to 1; None moves nothing, and only rounds
         the inputs.
       size: what the factors even out, of inputs and weights: the largest magnitude of a channel, as published (with

@@ -52,10 +52,10 @@ class Dtypes(NamedTuple):
     offsets: Any
 
 
-def arrays_of(w: QuantizedTensor, as_bytes: bool = False) -> Arrays:
-    """The arrays of a leaf; a table of integers as floats, unless it is to be multiplied `as_bytes`."""
+def arrays_of(w: QuantizedTensor, as_stored: bool = False) -> Arrays:
+    """The arrays of a leaf; a table of integers as floats, unless the kernel reads it `as_stored`."""
     scales, offsets = (dequantize(a) if is_operator(a) else a for a in (w.scales, w.offsets))
-    return Arrays(w.planes, w.lut if as_bytes else w.lut.astype(_read_as(w.lut.dtype)), scales, offsets)
+    return Arrays(w.planes, w.lut if as_stored else w.lut.astype(_read_as(w.lut.dtype)), scales, offsets)
 
 
 def dtypes_of(w: QuantizedTensor) -> Dtypes:

@@ -35,7 +35,7 @@ def _run_together(x: jax.Array, ws: Sequence[QuantizedTensor | QuantizeInput]) -
 
     first = ws[0]
     leaves = [w.inner if isinstance(w, QuantizeInput) else w for w in ws]
-    matrices = [Matrix(*arrays_of(leaf, as_bytes=isinstance(first, QuantizeInput))) for leaf in leaves]
+    matrices = [Matrix(*arrays_of(leaf, as_stored=isinstance(first, QuantizeInput))) for leaf in leaves]
     bits, group_size = leaves[0].bits, leaves[0].group_size
     if not isinstance(first, QuantizeInput):
         return lut_products(x, matrices, bits=bits, group_size=group_size)

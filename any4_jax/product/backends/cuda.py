@@ -96,7 +96,7 @@ def _matrix(w: QuantizedTensor | Slice | QuantizeInput) -> Any:
         # Decoding the scales of one matrix is less work than decoding those of all.
         w = w.matrix()
     leaf = w if isinstance(w, QuantizedTensor) else w.stack
-    arrays = arrays_of(leaf, as_bytes=True)
+    arrays = arrays_of(leaf, as_stored=True)
     return Matrix(*arrays) if isinstance(w, QuantizedTensor) else StackedMatrix(*arrays, w.index)
 
 
