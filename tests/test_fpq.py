@@ -12,6 +12,7 @@ import any4_jax as a4
 from any4_jax import formats, statistics
 from any4_jax.methods import FPQ, SiteWeights
 from any4_jax.methods.apply import apply_method, apply_site
+from any4_jax.methods.lifts import order_of
 from any4_jax.models.fold import fold
 from any4_jax.models.tiny import random_llama
 from any4_jax.weights import dequantize
@@ -210,6 +211,11 @@ def test_a_site_shares_its_shifts_and_rows_of_a_batch_do_not_see_each_other() ->
         np.testing.assert_array_equal(np.asarray(inner.scale, np.float32) * scale, np.ones(K))
         y = a4.matmul(x * scale, result.operator)
         np.testing.assert_allclose(y[3:4], a4.matmul(x[3:4] * scale, result.operator), rtol=1e-5, atol=1e-5)
+
+
+def test_what_folds_comes_before_any_linear_of_its_block_is_quantized() -> None:
+    assert order_of([FPQ(sequential=True)]) == "at_once"
+    assert order_of([FPQ(sequential=True, shifts="kept")]) == "by_site"
 
 
 def test_shifts_that_are_folded_change_no_logits() -> None:

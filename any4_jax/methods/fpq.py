@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from any4_jax import formats, scaling, weights
 from any4_jax.methods import float_search
-from any4_jax.methods.base import Result, Scope, SiteResult, SiteWeights
+from any4_jax.methods.base import Order, Result, Scope, SiteResult, SiteWeights
 from any4_jax.methods.fields import Fields
 from any4_jax.methods.float_search import Coded, Inputs, Problem
 from any4_jax.methods.searched import Searched
@@ -78,6 +78,11 @@ class FPQ(Fields):
     def scope(self) -> Scope:
         """Only shifts that are folded concern all matrices of a site."""
         return "site" if self.shifts == "folded" and self.input_bits is not None else "matrix"
+
+    @property
+    def order(self) -> Order:
+        """Before a linear of the block is quantized, shifts can be folded into it."""
+        return "at_once" if self.scope == "site" else "by_site"
 
     @property
     def needs(self) -> tuple[Statistic, ...]:
