@@ -145,7 +145,7 @@ class AWQ(Fields):
         return judge if _codes_of(judge, w, gathered) == wanted else self.inner
 
 
-def _codes_of(method: Method, w: jax.Array, gathered: Gathered) -> dict[str, int | None]:
+def _codes_of(method: Method, w: jax.Array, gathered: Gathered) -> dict[str, Any]:
     """The bits and the group size of what a method makes of weights [N, K]; without codes None and the whole row."""
     made = jax.eval_shape(lambda w, seen: method.apply(w, seen).operator, w, gathered)
     coded: Any = next((part for part in parts(made) if hasattr(part, "group_size")), None)
