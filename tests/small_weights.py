@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from any4_jax import weights
-from any4_jax.weights import LowRank, PermuteInput, QuantizeInput, ScaleInput, Sparse, Sum
+from any4_jax.weights import LowRank, PermuteInput, QuantizeInput, ScaleInput, Sparse, Sum, Transposed
 
 dequantize = jax.jit(weights.dequantize, static_argnums=1)
 
@@ -37,6 +37,15 @@ def integer_tables(seed: int = 0):
     return dataclasses.replace(plain, lut=jnp.asarray(table, jnp.int8), scales=plain.scales / jnp.bfloat16(50))
 
 
+def across_rows(seed: int = 0):
+    """A leaf [K, N], of groups that run along the rows of its transpose."""
+    w = np.random.default_rng(seed).normal(size=(K, N))
+    ones = jnp.ones((K, 2), jnp.bfloat16)
+    return weights.encode(
+        jnp.asarray(w), jnp.arange(-4.0, 4)[None] / 2, ones, 0.25 * ones, bits=3, group_size=4, uniform=True
+    )
+
+
 def nested(seed: int = 0):
     """Scales that are quantized themselves."""
     plain = leaf(4, seed, dtype=jnp.float32)
@@ -51,12 +60,26 @@ def low_rank(seed: int = 0, rank: int = 3) -> LowRank:
     return LowRank(jnp.asarray(a, jnp.float32), jnp.asarray(b, jnp.float32), jnp.float32(0.3))
 
 
+def entries(rows, columns, values, n: int, k: int, blocks: int = 1, padding: int = 0) -> Sparse:
+    """The matrix of entries whose rows ascend, with so many places of padding in its fullest block, which must be the
+    last; padding has columns and values too, which count for nothing."""
+    rows, columns, values = np.asarray(rows), np.asarray(columns), np.asarray(values)
+    counts = np.bincount(rows, minlength=n).reshape(blocks, -1)
+    size = counts.sum(axis=1).max() + padding
+    made = np.full((2, blocks, size), 3.0)
+    for block, count in enumerate(counts.sum(axis=1)):
+        mine = rows * blocks // n == block
+        made[:, block, :count] = columns[mine], values[mine]
+    ends = jnp.asarray(np.cumsum(counts, axis=1).reshape(n), jnp.int32)
+    return Sparse(ends, jnp.asarray(made[0], jnp.uint16), jnp.asarray(made[1], jnp.float32), k)
+
+
 def sparse(seed: int = 0) -> Sparse:
-    """Six entries, two of them in one place, and one of padding."""
+    """Six entries in two blocks of rows, two of them in one place, and padding."""
     rng = np.random.default_rng(seed)
-    rows, columns = (jnp.asarray([*rng.integers(0, size, 4), 1, 1, 0], jnp.int32) for size in (N, K))
-    values = jnp.asarray(rng.normal(size=7) * [1, 1, 1, 1, 1, 1, 0], jnp.float32)
-    return Sparse(rows, columns, values, N, K)
+    rows = np.sort([*rng.integers(0, N, 2), *rng.integers(0, 3, 2), 4, 4])
+    columns = np.where(rows == 4, 1, rng.integers(0, K, 6))
+    return entries(rows, columns, rng.normal(size=6), N, K, blocks=2, padding=1)
 
 
 def operator(name: str, seed: int = 0):
@@ -76,13 +99,14 @@ def operator(name: str, seed: int = 0):
         "PermuteInput": lambda: PermuteInput(leaf(4, seed), jnp.asarray(rng.permutation(K), jnp.int32)),
         "LowRank": lambda: low_rank(seed),
         "Sum with LowRank": lambda: Sum((leaf(4, seed), low_rank(seed))),
+        "Transposed": lambda: Transposed(across_rows(seed)),
         "Sparse": lambda: sparse(seed),
         "Sum with Sparse": lambda: Sum((leaf(4, seed), sparse(seed))),
     }[name]()
 
 
 NAMES = ("dense", "1 bit", "3 bits", "4 bits", "int8 tables", "8 bits", "nested", "Sum", "ScaleInput", "PermuteInput")
-NAMES += ("LowRank", "Sum with LowRank", "Sparse", "Sum with Sparse")
+NAMES += ("LowRank", "Sum with LowRank", "Transposed", "Sparse", "Sum with Sparse")
 
 
 def rows(*shape: int, dtype=jnp.float32):

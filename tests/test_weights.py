@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from small_weights import entries
 
 from any4_jax import packing, weights
 from any4_jax.partition import combine, partition
@@ -17,7 +18,6 @@ from any4_jax.weights import (
     QuantizedTensor,
     QuantizeInput,
     ScaleInput,
-    Sparse,
     Sum,
 )
 
@@ -130,11 +130,10 @@ def operators(rng: np.random.Generator) -> dict:
     scattered = np.empty((N, K))
     scattered[:, np.asarray(permutation)] = law(a)
     few = np.zeros((N, K))
-    entries = [(1, 2, 0.5), (4, 12, -3.0), (1, 2, 0.25), (0, 0, 0.0)]
-    for row, column, value in entries:
+    places = [(0, 0, 0.0), (1, 2, 0.5), (1, 2, 0.25), (4, 12, -3.0)]
+    for row, column, value in places:
         few[row, column] += value
-    rows, columns, values = (jnp.asarray(column) for column in zip(*entries, strict=True))
-    sparse = Sparse(rows, columns, values, N, K)
+    sparse = entries(*zip(*places, strict=True), N, K, padding=2)
     return {
         "Sum": (Sum((a, b)), law(a) + law(b)),
         "Sparse": (sparse, few),
