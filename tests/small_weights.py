@@ -37,21 +37,21 @@ def integer_tables(seed: int = 0):
     return dataclasses.replace(plain, lut=jnp.asarray(table, jnp.int8), scales=plain.scales / jnp.bfloat16(50))
 
 
-def across_rows(seed: int = 0):
-    """A leaf [K, N], of groups that run along the rows of its transpose."""
-    w = np.random.default_rng(seed).normal(size=(K, N))
-    ones = jnp.ones((K, 2), jnp.bfloat16)
-    return weights.encode(
-        jnp.asarray(w), jnp.arange(-4.0, 4)[None] / 2, ones, 0.25 * ones, bits=3, group_size=4, uniform=True
-    )
-
-
 def nested(seed: int = 0):
-    """Scales that are quantized themselves."""
+    """Scales that are quantized themselves, along the rows and across them."""
     plain = leaf(4, seed, dtype=jnp.float32)
     table = jnp.linspace(0, 2, 256)[None]
     scales = weights.encode(plain.scales, table, jnp.ones((N, 1)), None, bits=8, group_size=K)
-    return dataclasses.replace(plain, scales=scales)
+    ones = jnp.ones((plain.offsets.shape[1], 2), jnp.bfloat16)
+    ramp = jnp.arange(-4.0, 4)[None]
+    offsets = weights.encode(plain.offsets.T, ramp, ones / 2, ones / 4, bits=3, group_size=4, uniform=True)
+    return dataclasses.replace(plain, scales=scales, offsets=Transposed(offsets))
+
+
+def spqr(seed: int = 0) -> PermuteInput:
+    """A coded matrix whose scales are coded, and outliers, behind inputs in another order."""
+    order = np.random.default_rng(seed).permutation(K)
+    return PermuteInput(Sum((nested(seed), sparse(seed))), jnp.asarray(order, jnp.int32))
 
 
 def low_rank(seed: int = 0, rank: int = 3) -> LowRank:
@@ -99,14 +99,13 @@ def operator(name: str, seed: int = 0):
         "PermuteInput": lambda: PermuteInput(leaf(4, seed), jnp.asarray(rng.permutation(K), jnp.int32)),
         "LowRank": lambda: low_rank(seed),
         "Sum with LowRank": lambda: Sum((leaf(4, seed), low_rank(seed))),
-        "Transposed": lambda: Transposed(across_rows(seed)),
         "Sparse": lambda: sparse(seed),
-        "Sum with Sparse": lambda: Sum((leaf(4, seed), sparse(seed))),
+        "SpQR": lambda: spqr(seed),
     }[name]()
 
 
 NAMES = ("dense", "1 bit", "3 bits", "4 bits", "int8 tables", "8 bits", "nested", "Sum", "ScaleInput", "PermuteInput")
-NAMES += ("LowRank", "Sum with LowRank", "Transposed", "Sparse", "Sum with Sparse")
+NAMES += ("LowRank", "Sum with LowRank", "Sparse", "SpQR")
 
 
 def rows(*shape: int, dtype=jnp.float32):
