@@ -27,6 +27,7 @@ from any4_jax.weights import (
     QuantizedTensor,
     QuantizeInput,
     Slice,
+    Sparse,
     dense_product,
     dequantize,
     is_operator,
@@ -144,7 +145,10 @@ def check_named(x: Any, w: Any, backend: str) -> None:
     """Raises ValueError where the name of a backend would have no effect, since no part of `w` gets to `planned`. Where
     a part does, `planned` itself refuses a backend that can't compute the product."""
     last, platform = BACKENDS.options[-1], _platform(x, w)
-    if BACKENDS.named(backend) is last or any(last.supports(x, part, platform) is None for part in parts(w)):
+    named = BACKENDS.named(backend)
+    reached = [part for part in parts(w) if last.supports(x, part, platform) is None]
+    # XLA multiplies by the entries beside what the named kernel takes, but not in place of it.
+    if named is last or any(type(part) is not Sparse or named.supports(x, part, platform) is None for part in reached):
         return
     if is_operator(w) or isinstance(w, jax.Array):
         BACKENDS.required(backend, x, w, platform=platform)
@@ -154,7 +158,7 @@ def _differentiable(kernel: Backend) -> Callable[..., jax.Array]:
     return functools.partial(coded_product, backend=kernel.name)
 
 
-Coded = QuantizedTensor | Slice | QuantizeInput
+Coded = QuantizedTensor | Slice | QuantizeInput | Sparse
 """What backends multiply by: a leaf, one of a stack, or one of these behind rounded inputs."""
 
 
@@ -209,6 +213,18 @@ def _is_none(node: Any) -> bool:
 @product.register(Slice)
 def _(w, x, backend=None):
     return planned(x, w, backend)
+
+
+@product.register
+def _(w: Sparse, x, backend=None):
+    named = None if backend is None else BACKENDS.named(backend)
+    other = named is not None and named.supports(x, w, _platform(x, w)) is not None
+    return planned(x, w, BACKENDS.options[-1].name if other else backend, _of_entries)
+
+
+def _of_entries(kernel: Backend) -> Callable[..., jax.Array]:
+    """XLA's product is differentiated as it is, entry by entry, and the others' through the dense matrix."""
+    return kernel.run if kernel is BACKENDS.options[-1] else _differentiable(kernel)
 
 
 @product.register
