@@ -13,21 +13,33 @@ from any4_jax import weights
 from any4_jax.methods.coded_scales import Coding
 from any4_jax.weights import Sum, dequantize
 from cuda_ffi import registration
-from cuda_ffi.turned import turned_values
+from cuda_ffi.coded_product import Turned, coded_product
 
 pytestmark = pytest.mark.skipif(registration.why_not("cpu") is not None, reason="needs the C++ library")
 
 
-# Rows that fill tiles and chunks, and rows that don't; with odd numbers of columns.
-@pytest.mark.parametrize(("bits", "n", "columns"), [(2, 64, 5), (3, 150, 33), (4, 7, 3)])
+# Rows that fill tiles and chunks, and rows that don't; groups that begin within words; tables of rows; both kernels.
+@pytest.mark.parametrize(
+    ("bits", "n", "group_size", "offsets"), [(2, 64, 16, True), (3, 150, 16, True), (4, 21, 5, False)]
+)
 @pytest.mark.parametrize("isa", ["auto", "portable"])
-def test_turned_values_are_those_of_the_law(bits: int, n: int, columns: int, isa: str) -> None:
-    coding = Coding(bits, 16 if n > 16 else 8, "bfloat16")
-    values = jnp.asarray(np.random.default_rng(n).normal(size=(n, columns)), jnp.float32)
-    leaf = coding.operator(coding.code(values), jnp.ones((1, 1))).inner
-    run = max(leaf.group_size, 8)
-    found = turned_values(leaf.planes, leaf.lut, leaf.scales, leaf.offsets, n=n, group_size=run, isa=isa)
-    np.testing.assert_allclose(found.T, dequantize(leaf), rtol=1e-6, atol=1e-6)
+def test_a_product_with_coded_scales_equals_the_dense_one(bits, n, group_size, offsets, isa) -> None:
+    rng, k = np.random.default_rng(n), 80
+    coding = Coding(bits, 16, "bfloat16")
+    coded = [
+        coding.operator(coding.code(jnp.asarray(rng.uniform(0.5, 1, (n, k // group_size)))), jnp.ones((1, 1)))
+        for _ in range(2)
+    ]
+    table = jnp.asarray(np.sort(rng.normal(size=(n if offsets else 1, 8))), jnp.float32)
+    codes = jnp.asarray(rng.integers(0, 8, (n, k)), jnp.uint8)
+    w = weights.from_codes(codes, table, coded[0], coded[1] if offsets else None, bits=3, group_size=group_size)
+    scales, shifts = (Turned(s.inner.planes, s.inner.lut, s.inner.scales, s.inner.offsets, 16) for s in coded)
+    fields = {"bits": 3, "group_size": group_size, "isa": isa}
+    for m in (1, 7):
+        x = jnp.asarray(rng.normal(size=(m, k)), jnp.float32)
+        y = coded_product(x, w.planes, table, scales, shifts if offsets else None, **fields)
+        np.testing.assert_allclose(y, x @ dequantize(w).T, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(a4.matmul(x, w, "cpu"), y, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])

@@ -10,6 +10,7 @@
 
 #include "lut_kernel.h"
 #include "lut_product.h"
+#include "lut_turned.h"
 #include "pool.h"
 
 namespace {
@@ -17,13 +18,16 @@ namespace {
 struct Shape {
   int64_t m, n, k, group_size;
   bool row_tables, offsets, e8m0;
+  int turned = 0;  // bits of scales and offsets that are coded themselves
 };
 
-// Rows of x for every kernel, tasks that end unevenly, words and groups that end within a block, chunks of K, one code.
+// Rows of x for every kernel, tasks that end unevenly, words and groups that end within a block, chunks of K, one code;
+// then coded scales, of whole tiles, and of rows that end within a chunk or a byte.
 constexpr Shape kShapes[] = {
     {1, 7, 300, 32, true, true, false},   {2, 5, 515, 64, false, false, false}, {3, 9, 130, 7, true, true, false},
     {4, 66, 2100, 128, true, true, false}, {7, 13, 96, 16, true, false, true},   {100, 9, 264, 8, true, true, false},
     {1, 1, 1, 1, false, true, false},     {5, 6, 33, 33, true, true, true},     {1, 3, 4097, 128, true, true, false},
+    {1, 128, 96, 16, true, true, false, 3}, {7, 70, 300, 16, false, true, false, 2}, {2, 5, 40, 8, true, false, false, 4},
 };
 
 uint16_t ToBfloat16(float value) {
@@ -42,6 +46,38 @@ double FromBfloat16(uint16_t value) {
 void PutCode(std::vector<uint8_t>& plane, int64_t row_bytes, int64_t row, int64_t k, int width, int code) {
   plane[row * row_bytes + k * width / 8] |= static_cast<uint8_t>(code << (k * width % 8));
 }
+
+// Coded values [n, columns], in runs of 16 rows, and what they stand for.
+struct Coded {
+  std::vector<uint8_t> low, high;
+  std::vector<float> scales, offsets;
+  std::vector<double> values;
+  any4::Turned turned{};
+
+  Coded(int64_t n, int64_t columns, int bits, std::mt19937& random) : values(n * columns) {
+    constexpr int64_t kRun = 16;
+    const int low_bits = any4::LowBits(bits), high_bits = any4::HighBits(bits);
+    const int64_t low_bytes = any4::PlaneBytes(n, low_bits), high_bytes = any4::PlaneBytes(n, high_bits);
+    const int64_t runs = (n + kRun - 1) / kRun;
+    std::uniform_real_distribution<float> uniform(-1, 1);
+    low.resize(columns * low_bytes);
+    high.resize(columns * high_bytes);
+    scales.resize(columns * runs);
+    offsets.resize(columns * runs);
+    for (float& v : scales) v = uniform(random);
+    for (float& v : offsets) v = uniform(random);
+    for (int64_t c = 0; c < columns; ++c) {
+      for (int64_t i = 0; i < n; ++i) {
+        const int code = static_cast<int>(random() % (1u << bits));
+        PutCode(low, low_bytes, c, i, low_bits, code & ((1 << low_bits) - 1));
+        if (high_bits > 0) PutCode(high, high_bytes, c, i, high_bits, code >> low_bits);
+        const int64_t run = c * runs + i / kRun;
+        values[i * columns + c] = (code / 2.0 - 1) * scales[run] + offsets[run];
+      }
+    }
+    turned = {n, columns, kRun, bits, low.data(), high.data(), -1.0f, 0.5f, scales.data(), offsets.data()};
+  }
+};
 
 bool Check(const Shape& s, int bits, any4::Type type, any4::Isa isa, int64_t thread_count) {
   std::mt19937 random(static_cast<unsigned>(s.k * 8 + bits));
@@ -83,6 +119,13 @@ bool Check(const Shape& s, int bits, any4::Type type, any4::Isa isa, int64_t thr
   w.scales_type = s.e8m0 ? Type::kE8m0 : Type::kBfloat16;
   w.offsets = s.offsets ? offsets.data() : nullptr;
   w.offsets_type = Type::kBfloat16;
+  std::vector<Coded> coded;
+  for (int i = 0; s.turned > 0 && i < 2; ++i) coded.emplace_back(s.n, groups, s.turned, random);
+  if (s.turned > 0) {
+    w.scales = w.offsets = nullptr;
+    w.turned_scales = &coded[0].turned;
+    if (s.offsets) w.turned_offsets = &coded[1].turned;
+  }
   const bool is_float = type == Type::kFloat32;
   const any4::Product product{w, is_float ? static_cast<void*>(y.data()) : y16.data()};
   {
@@ -95,9 +138,9 @@ bool Check(const Shape& s, int bits, any4::Type type, any4::Isa isa, int64_t thr
       double sum = 0, magnitude = 0;
       for (int64_t k = 0; k < s.k; ++k) {
         const int64_t group = n * groups + k / s.group_size;
-        const double scale = s.e8m0 ? std::ldexp(1.0, exponents[group] - 127) : FromBfloat16(scales[group]);
+        const double scale = s.turned > 0 ? coded[0].values[group] : s.e8m0 ? std::ldexp(1.0, exponents[group] - 127) : FromBfloat16(scales[group]);
         const double entry = FromBfloat16(lut[(s.row_tables ? n : 0) * size + codes[n * s.k + k]]);
-        const double offset = s.offsets ? FromBfloat16(offsets[group]) : 0;
+        const double offset = !s.offsets ? 0 : s.turned > 0 ? coded[1].values[group] : FromBfloat16(offsets[group]);
         sum += x[m * s.k + k] * (entry * scale + offset);
         magnitude += std::abs(x[m * s.k + k]) * (std::abs(entry * scale) + std::abs(offset));
       }

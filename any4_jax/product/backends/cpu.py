@@ -6,9 +6,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from any4_jax.product.backends.base import Backend, arrays_of, why_no_codes
+from any4_jax.product.backends.base import Backend, arrays_of, dtypes_of, why_no_codes
 from any4_jax.product.quantized_input import input_grid, why_no_bytes
-from any4_jax.weights import QuantizedTensor, QuantizeInput, Sparse, Transposed, dequantize, is_operator
+from any4_jax.weights import QuantizedTensor, QuantizeInput, Sparse, Transposed, is_operator
 
 
 def _supports(x: Any, w: Any, platform: str) -> str | None:
@@ -29,6 +29,8 @@ def _run(x: jax.Array, w: QuantizedTensor | QuantizeInput | Sparse) -> jax.Array
         from cuda_ffi.sparse_product import sparse_product
 
         return sparse_product(x, w.ends, w.columns, w.values)
+    if isinstance(w, QuantizedTensor) and _coded(w):
+        return _run_coded(x, w)
     (y,) = _run_together(x, (w,))
     return y
 
@@ -38,8 +40,10 @@ def _run_together(x: jax.Array, ws: Sequence[QuantizedTensor | QuantizeInput]) -
     from cuda_ffi.lut_product import Matrix, lut_products
 
     first = ws[0]
+    if len(ws) > 1 and any(isinstance(w, QuantizedTensor) and _coded(w) for w in ws):
+        return tuple(_run(x, w) for w in ws)
     leaves = [w.inner if isinstance(w, QuantizeInput) else w for w in ws]
-    matrices = [Matrix(*arrays_of(leaf, isinstance(first, QuantizeInput), _decoded)) for leaf in leaves]
+    matrices = [Matrix(*arrays_of(leaf, as_stored=isinstance(first, QuantizeInput))) for leaf in leaves]
     bits, group_size = leaves[0].bits, leaves[0].group_size
     if not isinstance(first, QuantizeInput):
         return lut_products(x, matrices, bits=bits, group_size=group_size)
@@ -47,18 +51,32 @@ def _run_together(x: jax.Array, ws: Sequence[QuantizedTensor | QuantizeInput]) -
     return byte_products(x, matrices, bits=bits, group_size=group_size, rounding=rounding, grid=grid_of_all(x, first))
 
 
-def _decoded(scales: Any) -> jax.Array:
-    """Scales or offsets [N, groups] that are coded themselves, in float32."""
-    from cuda_ffi.turned import BITS, RUN, turned_values
+def _coded(w: QuantizedTensor) -> bool:
+    """Whether the scales and offsets of a weight are coded along its rows, in a form that a kernel reads."""
+    return all(scales is None or _is_turned(scales) for scales in (w.scales, w.offsets))
+
+
+def _is_turned(scales: Any) -> bool:
+    from cuda_ffi.coded_product import BITS, RUN
 
     leaf = scales.inner if isinstance(scales, Transposed) else None
-    if not isinstance(leaf, QuantizedTensor) or not leaf.uniform or leaf.lut.shape[0] > 1 or leaf.offsets is None:
-        return dequantize(scales)
-    plain = all(not is_operator(a) and jnp.issubdtype(a.dtype, jnp.floating) for a in (leaf.scales, leaf.offsets))
-    if not plain or leaf.bits not in BITS or leaf.group_size % RUN != 0:
-        return dequantize(scales)
-    n, run = scales.shape[0], leaf.group_size
-    return turned_values(leaf.planes, leaf.lut, leaf.scales, leaf.offsets, n=n, group_size=run)
+    if not isinstance(leaf, QuantizedTensor) or leaf.bits not in BITS or leaf.group_size % RUN != 0:
+        return False
+    ranges = leaf.scales, leaf.offsets
+    floats = all(not is_operator(a) and a is not None and jnp.issubdtype(a.dtype, jnp.floating) for a in ranges)
+    return floats and leaf.uniform and leaf.lut.shape[0] == 1
+
+
+def _run_coded(x: jax.Array, w: QuantizedTensor) -> jax.Array:
+    from cuda_ffi.coded_product import Turned, coded_product
+
+    scales, offsets = (
+        None if each is None else Turned(each.planes, each.lut, each.scales, each.offsets, each.group_size)
+        for each in (w.scales.inner, None if w.offsets is None else w.offsets.inner)
+    )
+    assert scales is not None
+    lut = w.lut.astype(dtypes_of(w).lut)
+    return coded_product(x, w.planes, lut, scales, offsets, bits=w.bits, group_size=w.group_size)
 
 
 def grid_of_all(x: jax.Array, w: QuantizeInput) -> jax.Array | None:

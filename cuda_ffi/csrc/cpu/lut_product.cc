@@ -6,6 +6,7 @@
 
 #include "lut_kernel.h"
 #include "products.h"
+#include "lut_turned.h"
 
 namespace any4 {
 namespace {
@@ -44,13 +45,41 @@ void ArrangeRow(const T* x, int64_t k, int64_t lanes, int64_t codes, bool half, 
   }
 }
 
+constexpr int64_t kFloatBytes = sizeof(float);
+
+// The rows from `begin` on, where a tile of turned scales begins, with those of the tile decoded: to two times
+// kTurnedRows * groups floats, behind which is scratch.
+Weight TileOf(const Weight& weight, int64_t begin, const TurnedKernel& kernel, float* decoded) {
+  const int64_t size = kTurnedRows * weight.groups();
+  char* const scratch = reinterpret_cast<char*>(decoded + 2 * size);
+  Weight tile = weight;
+  tile.n -= begin;
+  tile.codes += begin * PlaneBytes(weight.k, LowBits(weight.bits));
+  if (HighBits(weight.bits) > 0) tile.high += begin * PlaneBytes(weight.k, HighBits(weight.bits));
+  if (weight.lut_rows > 1) {
+    const int64_t row_bytes = (int64_t{1} << weight.bits) * ItemBytes(weight.lut_type);
+    tile.lut = static_cast<const char*>(weight.lut) + begin * row_bytes;
+  }
+  kernel.decode(*weight.turned_scales, begin / kTurnedRows, decoded, scratch);
+  tile.scales = decoded;
+  tile.scales_type = Type::kFloat32;
+  if (weight.turned_offsets != nullptr) {
+    kernel.decode(*weight.turned_offsets, begin / kTurnedRows, decoded + size, scratch);
+    tile.offsets = decoded + size;
+    tile.offsets_type = Type::kFloat32;
+  }
+  return tile;
+}
+
 }  // namespace
 
 void LutProducts(const Product* products, int64_t count, const void* x, int64_t m, Type type, Isa isa,
                  const Executor& executor) {
   if (m == 0 || RowsOf(products, count) == 0) return;
   const bool any_offsets =
-      std::any_of(products, products + count, [](const Product& p) { return p.weight.offsets != nullptr; });
+      std::any_of(products, products + count, [](const Product& p) {
+        return p.weight.offsets != nullptr || p.weight.turned_offsets != nullptr;
+      });
   const Weight& shape = products[0].weight;
   const LutKernel& kernel =
       KernelFor(isa, PortableKernel(shape.bits), Avx2Kernel(shape.bits), Avx512Kernel(shape.bits));
@@ -94,16 +123,28 @@ void LutProducts(const Product* products, int64_t count, const void* x, int64_t 
     };
     type == Type::kFloat32 ? of(static_cast<const float*>(x)) : of(static_cast<const uint16_t*>(x));
   };
+  const int64_t own_floats = ScratchFloats(shape, input);
+  const TurnedKernel& turned = KernelFor(isa, PortableTurned(), Avx2Turned(), Avx512Turned());
   const auto multiply = [&](const Weight& weight, int64_t begin, int64_t end, int64_t rows, const Output& output,
                             char* scratch) {
     Input of_pass = input;
     of_pass.rows = rows;
     const bool few = (rows <= 2 || rows == 4) && input.whole_lanes;
-    (few ? kernel.few : kernel.many)(weight, of_pass, begin, end, output, reinterpret_cast<float*>(scratch));
+    const auto run = few ? kernel.few : kernel.many;
+    auto* const floats = reinterpret_cast<float*>(scratch);
+    if (weight.turned_scales == nullptr) return run(weight, of_pass, begin, end, output, floats);
+    float* const decoded = floats + own_floats;
+    const Output from_tile{static_cast<char*>(output.y) + begin * ItemBytes(type), output.stride, type};
+    run(TileOf(weight, begin, turned, decoded), of_pass, 0, end - begin, from_tile, floats);
   };
-  const int64_t scratch_bytes = ScratchFloats(shape, input) * static_cast<int64_t>(sizeof(float));
-  ForProducts(products, count, m, type, {kInputRows, kDecodedRows, kTaskRows, scratch_bytes}, executor, arrange,
-              multiply);
+  // A task is one tile of turned scales.
+  static_assert(kTaskRows == kTurnedRows);
+  const bool any_turned =
+      std::any_of(products, products + count, [](const Product& p) { return p.weight.turned_scales != nullptr; });
+  const int64_t decoded_bytes = any_turned ? 2 * kTurnedRows * groups * kFloatBytes + TurnedScratchBytes(groups) : 0;
+  const int64_t scratch_bytes = own_floats * kFloatBytes + decoded_bytes;
+  const int64_t unit = any_turned ? kTurnedRows : kDecodedRows;
+  ForProducts(products, count, m, type, {kInputRows, unit, kTaskRows, scratch_bytes}, executor, arrange, multiply);
 }
 
 }  // namespace any4

@@ -8,6 +8,7 @@
 #include "byte_product.h"
 #include "handler.h"
 #include "lut_product.h"
+#include "lut_turned.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace {
@@ -24,6 +25,7 @@ using any4::TypeOf;
 using any4::Weight;
 
 constexpr char kLutProduct[] = "any4_cpu_lut_product", kByteProduct[] = "any4_cpu_byte_product";
+constexpr char kCodedProduct[] = "any4_cpu_coded_product";
 
 // The operands of each matrix: codes, high, lut, scales, offsets. `high` and `offsets` without elements are absent.
 constexpr size_t kOperands = 5;
@@ -33,7 +35,7 @@ ffi::Error Invalid(const char* target, const std::string& message) {
 }
 
 ffi::ErrorOr<Weight> WeightOf(const char* target, const ffi::RemainingArgs& operands, size_t first, int64_t k, int bits,
-                              int64_t group_size) {
+                              int64_t group_size, bool coded = false) {
   const auto operand = [&](size_t i) { return *operands.get<ffi::AnyBuffer>(first + i); };
   const ffi::AnyBuffer codes = operand(0), high = operand(1), lut = operand(2), scales = operand(3),
                        offsets = operand(4);
@@ -50,7 +52,8 @@ ffi::ErrorOr<Weight> WeightOf(const char* target, const ffi::RemainingArgs& oper
   const bool has_offsets = offsets.element_count() > 0;
   if (!HasShape(codes, w.n, PlaneBytes(k, low_bits)) ||
       (high_bits > 0 && !HasShape(high, w.n, PlaneBytes(k, high_bits))) ||
-      !HasShape(lut, w.lut_rows == 1 ? 1 : w.n, int64_t{1} << bits) || !HasShape(scales, w.n, w.groups()) ||
+      !HasShape(lut, w.lut_rows == 1 ? 1 : w.n, int64_t{1} << bits) ||
+      (coded ? scales.element_count() > 0 || has_offsets : !HasShape(scales, w.n, w.groups())) ||
       (has_offsets && !HasShape(offsets, w.n, w.groups()))) {
     return ffi::Unexpected(Invalid(target, "the shapes of its operands don't fit together"));
   }
@@ -113,6 +116,70 @@ ffi::Error OfFloats(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::RemainingArgs o
   return ffi::Error::Success();
 }
 
+// Scales or offsets [n, columns] from five operands: codes, high, lut, scales, offsets, coded in runs along n. The table
+// is a ramp.
+ffi::ErrorOr<any4::Turned> TurnedOf(const ffi::RemainingArgs& operands, size_t first, int64_t n, int64_t columns,
+                                    int64_t run) {
+  const auto operand = [&](size_t i) { return *operands.get<ffi::AnyBuffer>(first + i); };
+  const ffi::AnyBuffer low = operand(0), high = operand(1), lut = operand(2), scales = operand(3),
+                       offsets = operand(4);
+  const auto levels = static_cast<int64_t>(lut.element_count());
+  const int bits = levels == 16 ? 4 : levels == 8 ? 3 : levels == 4 ? 2 : 0;
+  if (bits == 0 || run < any4::kTurnedChunk || run % any4::kTurnedChunk != 0) {
+    return ffi::Unexpected(Invalid(kCodedProduct, "scales need codes of 2 to 4 bits, in runs of a multiple of 8"));
+  }
+  const bool two = HighBits(bits) > 0;
+  const int64_t runs = (n + run - 1) / run;
+  if (!HasShape(low, columns, PlaneBytes(n, LowBits(bits))) || low.element_type() != ffi::U8 ||
+      (two && (!HasShape(high, columns, PlaneBytes(n, HighBits(bits))) || high.element_type() != ffi::U8)) ||
+      !HasShape(scales, columns, runs) || !HasShape(offsets, columns, runs) || lut.element_type() != ffi::F32 ||
+      scales.element_type() != ffi::F32 || offsets.element_type() != ffi::F32) {
+    return ffi::Unexpected(Invalid(kCodedProduct, "the operands of its scales don't fit together"));
+  }
+  const auto* levels_of = static_cast<const float*>(lut.untyped_data());
+  return any4::Turned{n,
+                      columns,
+                      run,
+                      bits,
+                      static_cast<const uint8_t*>(low.untyped_data()),
+                      two ? static_cast<const uint8_t*>(high.untyped_data()) : nullptr,
+                      levels_of[0],
+                      levels_of[1] - levels_of[0],
+                      static_cast<const float*>(scales.untyped_data()),
+                      static_cast<const float*>(offsets.untyped_data())};
+}
+
+// One matrix, whose scales and offsets are coded: its operands without these, then five for each of the two. Without
+// offsets there are but ten.
+ffi::Error OfCoded(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::RemainingArgs operands, ffi::RemainingRets results,
+                   int64_t bits, int64_t group_size, int64_t scales_run, int64_t offsets_run, std::string_view isa) {
+  const auto refuse = [](const std::string& message) { return Invalid(kCodedProduct, message); };
+  const auto chosen = any4::IsaNamed(isa);
+  if (!chosen) return refuse(any4::LacksIsa(isa));
+  const auto x_type = TypeOf(x);
+  const bool has_offsets = operands.size() == 3 * kOperands;
+  if (bits < 1 || bits > 8 || bits == 7 || x.dimensions().size() != 2 || !IsFloat(x_type) || group_size < 1 ||
+      results.size() != 1 || (operands.size() != 2 * kOperands && !has_offsets)) {
+    return refuse("need x of two axes, 10 or 15 operands, bits from 1 to 6 or 8, and group_size of at least 1");
+  }
+  const int64_t m = x.dimensions()[0];
+  const auto weight = WeightOf(kCodedProduct, operands, 0, x.dimensions()[1], static_cast<int>(bits), group_size, true);
+  if (weight.has_error()) return weight.error();
+  if (weight->integers) return refuse("lut is int8, and needs float32 or bfloat16");
+  const ffi::AnyBuffer y = **results.get<ffi::AnyBuffer>(0);
+  if (!HasShape(y, m, weight->n) || TypeOf(y) != x_type) return refuse("y needs the shape [M, N] and x's dtype");
+  const auto scales = TurnedOf(operands, kOperands, weight->n, weight->groups(), scales_run);
+  if (scales.has_error()) return scales.error();
+  Product product{*weight, y.untyped_data()};
+  product.weight.turned_scales = &*scales;
+  const auto offsets = TurnedOf(operands, (has_offsets ? 2 : 1) * kOperands, weight->n, weight->groups(),
+                                has_offsets ? offsets_run : scales_run);
+  if (offsets.has_error()) return offsets.error();
+  if (has_offsets) product.weight.turned_offsets = &*offsets;
+  any4::LutProducts(&product, 1, x.untyped_data(), m, *x_type, *chosen, any4::ExecutorOf(pool));
+  return ffi::Error::Success();
+}
+
 ffi::Error OfBytes(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer grid, ffi::RemainingArgs operands,
                    ffi::RemainingRets results, int64_t bits, int64_t group_size, int64_t input_bits, bool by_row,
                    bool symmetric, std::string_view isa) {
@@ -157,6 +224,18 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(any4_cpu_lut_product, OfFloats,
                                   .RemainingRets()
                                   .Attr<int64_t>("bits")
                                   .Attr<int64_t>("group_size")
+                                  .Attr<std::string_view>("isa"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(any4_cpu_coded_product, OfCoded,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .RemainingArgs()
+                                  .RemainingRets()
+                                  .Attr<int64_t>("bits")
+                                  .Attr<int64_t>("group_size")
+                                  .Attr<int64_t>("scales_run")
+                                  .Attr<int64_t>("offsets_run")
                                   .Attr<std::string_view>("isa"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(any4_cpu_byte_product, OfBytes,

@@ -12,6 +12,8 @@ constexpr int LowBits(int bits) { return bits == 3 ? 2 : bits == 5 || bits == 6 
 constexpr int HighBits(int bits) { return bits - LowBits(bits); }
 inline int64_t PlaneBytes(int64_t k, int width) { return (k * width + 7) / 8; }
 
+struct Turned;
+
 // W[n, k] = lut[n or 0, codes[n, k]] * scales[n, k / G] + offsets[n, k / G].
 struct Weight {
   int64_t n, k;
@@ -27,6 +29,9 @@ struct Weight {
   Type scales_type;
   const void* offsets;  // [n, groups] or null
   Type offsets_type;
+  // What is decoded to scales and offsets [n, groups] in the place of these arrays; null: none.
+  const Turned* turned_scales;
+  const Turned* turned_offsets;
 
   int64_t groups() const { return (k + group_size - 1) / group_size; }
 };

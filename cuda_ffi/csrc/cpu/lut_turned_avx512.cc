@@ -1,8 +1,8 @@
 // Turned coded matrices for x86-64 with AVX-512.
-#include "turned.h"
+#include "lut_turned.h"
 
 #ifdef __AVX512F__
-#include "turned_inl.h"
+#include "lut_turned_inl.h"
 
 namespace any4 {
 const TurnedKernel* Avx512Turned() { return &kKernel; }

@@ -1,6 +1,7 @@
 // The values of a coded matrix, turned: scales whose codes lie along the rows that they scale.
 //
-// turned_<isa>.cc compiles it (turned_inl.h) for one instruction set; turned_handler.cc shares the rows.
+// lut_turned_<isa>.cc compiles it (lut_turned_inl.h) for one instruction set; in lut_product.cc a task decodes the scales
+// of the rows that it multiplies by.
 #pragma once
 
 #include <cstdint>
@@ -11,7 +12,7 @@ namespace any4 {
 constexpr int64_t kTurnedRows = 64;
 constexpr int64_t kTurnedChunk = 8;
 
-// to[i, c] = (first + step * codes[c, i]) * scales[c, i / run] + offsets[c, i / run], for codes of 2 to 4 bits.
+// W[i, c] = (first + step * codes[c, i]) * scales[c, i / run] + offsets[c, i / run], for codes of 2 to 4 bits.
 struct Turned {
   int64_t n, columns;
   int64_t run;
@@ -21,15 +22,15 @@ struct Turned {
   float first, step;
   const float* scales;  // [columns, runs]
   const float* offsets;
-  float* to;  // [n, columns]
 
   int64_t runs() const { return (n + run - 1) / run; }
-  int64_t scratch_bytes() const { return kTurnedRows / kTurnedChunk * 4 * columns * static_cast<int64_t>(sizeof(float)); }
 };
 
+inline int64_t TurnedScratchBytes(int64_t columns) { return kTurnedRows / kTurnedChunk * 4 * columns * 4; }
+
 struct TurnedKernel {
-  // Decodes tile `tile` of the rows; `scratch` is aligned to 64 bytes.
-  void (*decode)(const Turned& turned, int64_t tile, char* scratch);
+  // Decodes tile `tile` of the rows, to [kTurnedRows, columns]; `scratch` is aligned to 64 bytes.
+  void (*decode)(const Turned& turned, int64_t tile, float* to, char* scratch);
 };
 
 // Null if the library was built without that instruction set.

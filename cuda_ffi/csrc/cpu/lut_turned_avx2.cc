@@ -1,8 +1,8 @@
 // Turned coded matrices for x86-64 with AVX2.
-#include "turned.h"
+#include "lut_turned.h"
 
 #ifdef __AVX2__
-#include "turned_inl.h"
+#include "lut_turned_inl.h"
 
 namespace any4 {
 const TurnedKernel* Avx2Turned() { return &kKernel; }

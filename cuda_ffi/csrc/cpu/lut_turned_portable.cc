@@ -1,5 +1,5 @@
 // Turned coded matrices for every processor.
-#include "turned_inl.h"
+#include "lut_turned_inl.h"
 
 namespace any4 {
 const TurnedKernel* PortableTurned() { return &kKernel; }
