@@ -27,7 +27,8 @@ constexpr Shape kShapes[] = {
     {1, 7, 300, 32, true, true, false},   {2, 5, 515, 64, false, false, false}, {3, 9, 130, 7, true, true, false},
     {4, 66, 2100, 128, true, true, false}, {7, 13, 96, 16, true, false, true},   {100, 9, 264, 8, true, true, false},
     {1, 1, 1, 1, false, true, false},     {5, 6, 33, 33, true, true, true},     {1, 3, 4097, 128, true, true, false},
-    {1, 128, 96, 16, true, true, false, 3}, {7, 70, 300, 16, false, true, false, 2}, {2, 5, 40, 8, true, false, false, 4},
+    {1, 128, 96, 16, true, true, false, 3}, {7, 70, 300, 16, false, true, false, 2},
+    {2, 5, 40, 8, true, false, false, 4},
 };
 
 uint16_t ToBfloat16(float value) {
@@ -138,7 +139,9 @@ bool Check(const Shape& s, int bits, any4::Type type, any4::Isa isa, int64_t thr
       double sum = 0, magnitude = 0;
       for (int64_t k = 0; k < s.k; ++k) {
         const int64_t group = n * groups + k / s.group_size;
-        const double scale = s.turned > 0 ? coded[0].values[group] : s.e8m0 ? std::ldexp(1.0, exponents[group] - 127) : FromBfloat16(scales[group]);
+        const double scale = s.turned > 0 ? coded[0].values[group]
+                             : s.e8m0     ? std::ldexp(1.0, exponents[group] - 127)
+                                          : FromBfloat16(scales[group]);
         const double entry = FromBfloat16(lut[(s.row_tables ? n : 0) * size + codes[n * s.k + k]]);
         const double offset = !s.offsets ? 0 : s.turned > 0 ? coded[1].values[group] : FromBfloat16(offsets[group]);
         sum += x[m * s.k + k] * (entry * scale + offset);

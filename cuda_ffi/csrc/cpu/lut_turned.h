@@ -1,7 +1,7 @@
 // The values of a coded matrix, turned: scales whose codes lie along the rows that they scale.
 //
-// lut_turned_<isa>.cc compiles it (lut_turned_inl.h) for one instruction set; in lut_product.cc a task decodes the scales
-// of the rows that it multiplies by.
+// lut_turned_<isa>.cc compiles it (lut_turned_inl.h) for one instruction set; in lut_product.cc a task decodes the
+// scales of the rows that it multiplies by.
 #pragma once
 
 #include <cstdint>

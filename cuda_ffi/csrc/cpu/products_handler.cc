@@ -116,8 +116,8 @@ ffi::Error OfFloats(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::RemainingArgs o
   return ffi::Error::Success();
 }
 
-// Scales or offsets [n, columns] from five operands: codes, high, lut, scales, offsets, coded in runs along n. The table
-// is a ramp.
+// Scales or offsets [n, columns] from five operands: codes, high, lut, scales, offsets, coded in runs along n. The
+// table is a ramp.
 ffi::ErrorOr<any4::Turned> TurnedOf(const ffi::RemainingArgs& operands, size_t first, int64_t n, int64_t columns,
                                     int64_t run) {
   const auto operand = [&](size_t i) { return *operands.get<ffi::AnyBuffer>(first + i); };
