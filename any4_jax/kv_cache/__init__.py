@@ -15,6 +15,8 @@ from any4_jax.kv_cache.base import (
 from any4_jax.kv_cache.blocks import Part, ReadBlock, attention_over
 from any4_jax.kv_cache.dense import DenseCache
 from any4_jax.kv_cache.kivi import Kivi
+from any4_jax.kv_cache.kvquant import KVQuant
+from any4_jax.kv_cache.kvquant_levels import CacheSample
 from any4_jax.kv_cache.rounded import RoundedAttention
 from any4_jax.kv_cache.settings import PLAIN, AttentionSettings
 
@@ -23,7 +25,9 @@ __all__ = [
     "AttentionSettings",
     "Cache",
     "CacheFactory",
+    "CacheSample",
     "DenseCache",
+    "KVQuant",
     "Kivi",
     "PairRope",
     "Part",
