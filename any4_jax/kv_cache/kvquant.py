@@ -199,13 +199,13 @@ class KVQuant:
     The range of values belongs to a token, and is that of all its channels but the outliers. Each block has one table
     of levels for keys and one for values. A token's outliers, those of its C = Hkv * D numbers that are farthest out of
     their range, are stored as they are in 2 (int(C * outliers / 2) + 1) slots: so shapes don't depend on the data. The
-    first tokens, to which much attention goes, are exact, by their position in their row.
+    first tokens, to which much attention goes, are exact, by their position in their row, and so are the newest.
 
     Attributes:
         bits: of each number; 4, 3 or 2.
         outliers: the share of a token's numbers that is kept exact, rounded up to one more at each end; 0 keeps none.
         sinks: how many of a row's first tokens are kept exact.
-        recent: how many of the newest tokens are kept exact as well, as KIVI has it; as published, none.
+        recent: how many of the newest tokens are kept exact, as KIVI has it; as published, 0.
         weighting: what the levels minimise; "fisher" weights an error by the squared gradient of the loss, as
             published, and by the scale of the number's range; "none" is the error relative to that scale.
         refits: how many times the ranges of the keys' channels are fitted to their codes; as published, 0.
@@ -215,7 +215,7 @@ class KVQuant:
     bits: Literal[4, 3, 2] = dataclasses.field(default=4, metadata=dict(static=True))
     outliers: float = dataclasses.field(default=0.01, metadata=dict(static=True))
     sinks: int = dataclasses.field(default=1, metadata=dict(static=True))
-    recent: int = dataclasses.field(default=0, metadata=dict(static=True))
+    recent: int = dataclasses.field(default=128, metadata=dict(static=True))
     weighting: Literal["fisher", "none"] = dataclasses.field(default="fisher", metadata=dict(static=True))
     refits: int = dataclasses.field(default=4, metadata=dict(static=True))
     levels: Levels | None = None
