@@ -5,7 +5,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from any4_jax.cli.caches import add_cache, cache_from
+from any4_jax.cli.caches import add_cache, cache_for, cache_from
 from any4_jax.cli.errors import WorkError
 from any4_jax.cli.sampling import add_sampling, check_sampling, write
 from any4_jax.cli.sources import MODEL_HELP, add_inputs, decoded, given_text, open_model
@@ -30,6 +30,7 @@ def run(args: argparse.Namespace) -> int:
     model = open_model(args.model, args.inputs)
     if model.tokenizer is None or model.tokenizer.chat_template is None:
         raise WorkError(f"{args.model} has no chat template, which says who speaks; use any4 generate to continue text")
+    cache = cache_for(model, args, cache)
     said = [] if system is None else [{"role": "system", "content": system}]
     for line in _lines():
         said.append({"role": "user", "content": line})

@@ -12,7 +12,7 @@ from any4_jax.cli.numbers import between, count, natural
 from any4_jax.generate import generate_tokens
 from any4_jax.generate.streaming import TextStream
 from any4_jax.generate.text import STREAM_CHUNK
-from any4_jax.kv_cache import CacheFactory, DenseCache
+from any4_jax.kv_cache import CacheFactory
 from any4_jax.models import Decoder
 
 _OF_SAMPLING = ("top_k", "top_p", "min_p", "seed", "n")
@@ -111,7 +111,7 @@ def write(
             frequency_penalty=args.frequency_penalty,
             presence_penalty=args.presence_penalty,
             seed=args.seed,
-            cache=DenseCache if cache is None else cache,
+            cache=cache,
             chunk=STREAM_CHUNK,
         ):
             for text, tokens in zip(texts, chunk, strict=True):

@@ -1,8 +1,8 @@
 """KVQuant (arXiv:2401.18079): learned levels for keys before their rotation and for values, and exact outliers."""
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Literal, Self
+from collections.abc import Mapping, Sequence
+from typing import ClassVar, Literal, Self
 
 import jax
 import jax.numpy as jnp
@@ -218,7 +218,8 @@ class KVQuant:
     recent: int = dataclasses.field(default=128, metadata=dict(static=True))
     weighting: Literal["fisher", "none"] = dataclasses.field(default="fisher", metadata=dict(static=True))
     refits: int = dataclasses.field(default=4, metadata=dict(static=True))
-    levels: Levels | None = None
+    levels: Levels | None = dataclasses.field(default=None, repr=False)
+    TABLES: ClassVar[Mapping[str, type]] = {"levels": Levels}
 
     def __post_init__(self) -> None:
         if self.bits not in (4, 3, 2):
@@ -257,6 +258,10 @@ class KVQuant:
         if self.levels is None:
             raise ValueError("KVQuant has no levels yet; learn them: cache = calibrate_cache(model, KVQuant(), text)")
         blocks, *shape = self.levels.scales.shape
+        wanted = Levels((blocks, 2**self.bits), (blocks, *shape), (blocks, *shape), (blocks, 2**self.bits))
+        if tuple(x.shape for x in self.levels) != wanted:
+            got = ", ".join(str(x.shape) for x in self.levels)
+            raise ValueError(f"KVQuant has levels of shapes {got}, which don't belong together; calibrate it again")
         if block >= blocks or tuple(shape) != (heads, head_dim):
             raise ValueError(
                 f"KVQuant has levels of {blocks} blocks with keys of {shape[0]} x {shape[1]} channels, and this is "
