@@ -108,9 +108,8 @@ def main() -> None:
             )
             print("  ".join(shown(rows[-1][key]) for key in SHOWN), file=sys.stderr, flush=True)
             if args.out:
-                benchmarks.write(
-                    args.out, benchmarks.result("caches", ["python", *sys.argv], settings(args, source), rows)
-                )
+                command, used = ["python", *sys.argv], settings(args, source)
+                benchmarks.write(args.out, benchmarks.result("caches", command, settings=used, rows=rows))
     print(table(SHOWN, [[shown(row[key]) for key in SHOWN] for row in rows]))
 
 
