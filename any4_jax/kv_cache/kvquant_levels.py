@@ -49,8 +49,7 @@ def learned(sample: CacheSample, *, bits: int, slots: int, share: float, refits:
         refits: how many times each channel's scale and offset are fitted to its numbers (least squares), and the
             levels learned again.
     """
-    count, heads, size = sample.keys.shape
-    keys, values = (x.reshape(count, -1).astype(jnp.float32) for x in (sample.keys, sample.values))
+    keys, values = (x.reshape(x.shape[0], -1).astype(jnp.float32) for x in (sample.keys, sample.values))
     ends = jnp.quantile(keys, jnp.asarray([share / 2, 1 - share / 2], jnp.float32), axis=0)
     first = (ends[1] - ends[0]) * 0.5, (ends[1] + ends[0]) * 0.5
 
@@ -59,10 +58,11 @@ def learned(sample: CacheSample, *, bits: int, slots: int, share: float, refits:
         inside = _outside_slots(z, channels)
         return _clustered(z, _costs(sample.key_weights, scales[None], z) * inside, bits), z, inside
 
-    def refit(_: int, known: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    def refit(_: jax.Array, known: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         levels, scales, offsets = known
         _, z, inside = learn_keys(scales, offsets)
-        scales, offsets = _fitted(keys, jnp.take(levels, nearest(z, levels).astype(jnp.int32)), inside, scales, offsets)
+        decoded = jnp.take(levels, nearest(z, levels).astype(jnp.int32), mode="clip")
+        scales, offsets = _fitted(keys, decoded, inside, scales, offsets)
         return learn_keys(scales, offsets)[0], scales, offsets
 
     scales, offsets = jnp.maximum(first[0], jnp.finfo(jnp.float32).tiny), first[1]
@@ -71,7 +71,7 @@ def learned(sample: CacheSample, *, bits: int, slots: int, share: float, refits:
 
     z, ranges, channels = value_slots(values, slots, jnp.float32)
     cost = _costs(sample.value_weights, ranges[:, :1], z) * _outside_slots(z, channels)
-    shape = heads, size
+    shape = sample.keys.shape[1:]
     return Levels(of_keys, scales.reshape(shape), offsets.reshape(shape), _clustered(z, cost, bits))
 
 
