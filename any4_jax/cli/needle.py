@@ -2,18 +2,18 @@
 
 import argparse
 import csv
+import io
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from any4_jax.cli.caches import add_cache, cache_from
-from any4_jax.cli.errors import WorkError
 from any4_jax.cli.numbers import between, count
 from any4_jax.cli.output import progress, table
 from any4_jax.cli.sources import MODEL_HELP, add_inputs, open_model, read_text
 from any4_jax.data import essays
 from any4_jax.evaluation.heat_map import check_matplotlib, heat_map
 from any4_jax.evaluation.needle import KEYS, Trial, needle, shares
+from any4_jax.whole_file import check_target, write_whole
 
 _SHARES = (0.4, 0.6, 0.8, 1.0)
 _ANSWER = 64
@@ -62,8 +62,8 @@ def add(commands: Any, common: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     for path in (args.csv, args.png):
-        if path is not None and not Path(path).absolute().parent.is_dir():
-            raise WorkError(f"{path} can't be written because its folder is missing; create it first")
+        if path is not None:
+            check_target(path)
     if args.png is not None:
         check_matplotlib()
     cache = cache_from(args)
@@ -76,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
         trials = needle(model, text, lengths=lengths, depths=depths, keys=args.keys, cache=cache, progress=bar)
     print(_table(trials))
     if args.csv is not None:
-        _write_csv(trials, args.csv)
+        write_whole(args.csv, _csv(trials))
     if args.png is not None:
         heat_map(trials, args.png, args.model if cache is None else f"{args.model}, {args.cache} cache")
     return 0
@@ -92,8 +92,9 @@ def _table(trials: Sequence[Trial]) -> str:
     return table(header, [[name, *(f"{share:.0%}" for share in row)] for name, row in rows])
 
 
-def _write_csv(trials: Sequence[Trial], path: str) -> None:
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        rows = csv.writer(file)
-        rows.writerow(["length_tokens", "depth_percent", "key", "found", "answer"])
-        rows.writerows([t.length, f"{100 * t.depth:g}", t.key, int(t.found), t.answer] for t in trials)
+def _csv(trials: Sequence[Trial]) -> str:
+    file = io.StringIO()
+    rows = csv.writer(file, lineterminator="\n")
+    rows.writerow(["length_tokens", "depth_percent", "key", "found", "answer"])
+    rows.writerows([t.length, f"{100 * t.depth:g}", t.key, int(t.found), t.answer] for t in trials)
+    return file.getvalue()

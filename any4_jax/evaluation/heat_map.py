@@ -1,10 +1,12 @@
 """A picture of where needles are found: length by depth."""
 
+import io
+import os
 import textwrap
 from collections.abc import Sequence
-from pathlib import Path
 
 from any4_jax.evaluation.needle import Trial, shares
+from any4_jax.whole_file import write_whole
 
 
 def check_matplotlib() -> None:
@@ -17,7 +19,7 @@ def check_matplotlib() -> None:
         ) from None
 
 
-def heat_map(trials: Sequence[Trial], path: str | Path, title: str = "") -> None:
+def heat_map(trials: Sequence[Trial], path: str | os.PathLike[str], title: str = "") -> None:
     """Writes a PNG: the share of needles found at each length (tokens) and depth (percent), as colours and numbers.
 
     The colours are cividis, which people who confuse red and green see as everyone else does.
@@ -46,4 +48,6 @@ def heat_map(trials: Sequence[Trial], path: str | Path, title: str = "") -> None
     figure.colorbar(picture, label=f"found, of {needles} (%)")
     if title:
         axes.set_title(textwrap.fill(title, 48), fontsize="medium")
-    figure.savefig(path, dpi=150, format="png")
+    drawn = io.BytesIO()
+    figure.savefig(drawn, dpi=150, format="png")
+    write_whole(path, drawn.getvalue())
