@@ -110,7 +110,6 @@ def caches_of(name: str, bench: CacheBench, context: int) -> list[Cache]:
     config = shapes.CONFIGS[bench.shape]
     slots = _slots(bench, context)
 
-    @functools.partial(jax.jit, static_argnums=0)
     def create(block: int) -> Cache:
         start = jnp.zeros(bench.batch, jnp.int32)
         sizes = config.num_key_value_heads, config.head_dim, start, jnp.bfloat16
@@ -119,7 +118,9 @@ def caches_of(name: str, bench: CacheBench, context: int) -> list[Cache]:
     return [create(i) for i in range(config.num_hidden_layers)]
 
 
-def _filled(cache: Any, context: int, seed: int) -> Cache:
+# One program for all blocks.
+@functools.partial(jax.jit, donate_argnums=0)
+def _filled(cache: Any, context: Any, seed: Any) -> Cache:
     leaves, structure = jax.tree.flatten(cache)
     keys = jax.random.split(jax.random.key(seed), len(leaves))
 
@@ -130,7 +131,7 @@ def _filled(cache: Any, context: int, seed: int) -> Cache:
         return jax.random.normal(key, leaf.shape, leaf.dtype) / 8 if floats else leaf
 
     full = jax.tree.unflatten(structure, map(draw, leaves, keys))
-    return dataclasses.replace(full, length=jnp.int32(context))
+    return dataclasses.replace(full, length=jnp.asarray(context, jnp.int32))
 
 
 class _Player:
