@@ -122,5 +122,5 @@ def attend(
     }
     # The cache, from operand 3 on, gives its memory to the results from 1 on.
     call = jax.ffi.ffi_call(TARGET, outputs, input_output_aliases={3 + i: 1 + i for i in range(len(held))})
-    mixed, *held, _ = call(queries, new_keys, new_values, *held, positions, start, cos, sin, **attributes)
-    return mixed, Held(*held)
+    mixed, *new, _ = call(queries, new_keys, new_values, *held, positions, start, cos, sin, **attributes)
+    return mixed, Held(*new)

@@ -138,7 +138,8 @@ class _Player:
     """A cache in a program, which gives it back for the next turn."""
 
     def __init__(self, name: str, bench: CacheBench, context: int, turn: Callable[..., Any], leaves: Any) -> None:
-        self._caches, self._leaves = caches_of(name, bench, context), leaves
+        self._caches: list[Any] = caches_of(name, bench, context)
+        self._leaves = leaves
         traced = jax.jit(turn, donate_argnums=0).lower(self._caches, leaves)
         found = {(match[1] or match[2]).removeprefix("any4_") for match in _KERNEL.finditer(traced.as_text())}
         self.kernel = " and ".join(sorted(found)) or "xla"

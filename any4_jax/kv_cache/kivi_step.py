@@ -1,7 +1,7 @@
 """One step of a KIVI cache: a new token of each row enters it, and attends; and what can do both at once."""
 
 import functools
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import jax
 
@@ -13,12 +13,14 @@ from any4_jax.kv_cache.settings import PLAIN, AttentionSettings
 if TYPE_CHECKING:
     from any4_jax.kv_cache.kivi import KiviCache
 
+C = TypeVar("C", bound="KiviCache")
+
 # (the cache, queries, new keys, settings) is the problem that they support or not.
 BACKENDS = Choice((CUDA, Backend("xla", lambda *problem: None, plain)))
 
 
 def step(
-    cache: "KiviCache",
+    cache: C,
     queries: jax.Array,
     keys: jax.Array,
     values: jax.Array,
@@ -27,7 +29,7 @@ def step(
     rope: Rope | None,
     settings: AttentionSettings = PLAIN,
     backend: str | None = None,
-) -> tuple[jax.Array, "KiviCache"]:
+) -> tuple[jax.Array, C]:
     """`append`, then `attend`, of a token of each row.
 
     Args:
