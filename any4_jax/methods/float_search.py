@@ -19,6 +19,8 @@ _REACH = 6.0
 magnitude."""
 MOST_SHIFT = 7
 """The largest shift of an input, so that what is multiplied by 2^7 stays in the range of float16."""
+_EVEN = 1e-4
+"""By how much a logarithm may miss an integer and count as it. What is clipped then is less than what float16 drops."""
 
 
 class Floats(NamedTuple):
@@ -91,6 +93,7 @@ class Problem(NamedTuple):
       weights, inputs: the formats to choose among.
       multipliers: float32 [C], of the bias; 1 is the first.
       shifted: whether each input has a bias of its own (static).
+      nearest: whether that bias is rounded to the nearest integer, and not so that no input is clipped (static).
       dtype: in which the scales of weights are stored (static).
     """
 
@@ -105,6 +108,7 @@ class Problem(NamedTuple):
     inputs: Floats
     multipliers: jax.Array
     shifted: bool
+    nearest: bool
     dtype: Any
 
     def decoded(self, coded: Coded) -> jax.Array:
@@ -209,8 +213,10 @@ def _shifts(problem: Problem, scale: jax.Array, one: Floats) -> jax.Array:
     if not problem.shifted:
         return jnp.zeros(problem.largest.shape, jnp.int32)
     most = jnp.minimum((1 << one.exponent) - 1, MOST_SHIFT)
-    own = jnp.round(-jnp.log2(problem.largest / one.tops))  # infinite for an input that is always zero
-    return jnp.clip(own - jnp.round(-jnp.log2(scale)), 0, most).astype(jnp.int32)
+    own = -jnp.log2(problem.largest / one.tops)  # infinite for an input that is always zero
+    common = -jnp.log2(scale)
+    finer = jnp.round(own) - jnp.round(common) if problem.nearest else jnp.floor(own - common + _EVEN)
+    return jnp.clip(finer, 0, most).astype(jnp.int32)
 
 
 def _candidate(extreme: jax.Array, one: Floats, multiplier: jax.Array) -> jax.Array:

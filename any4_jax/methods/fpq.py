@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from any4_jax import formats, scaling, weights
 from any4_jax.methods import float_search
-from any4_jax.methods.base import Result, Scope, SiteResult, SiteWeights
+from any4_jax.methods.base import Order, Result, Scope, SiteResult, SiteWeights
 from any4_jax.methods.fields import Fields
 from any4_jax.methods.float_search import Coded, Inputs, Problem
 from any4_jax.methods.searched import Searched
@@ -45,6 +45,9 @@ class FPQ(Fields):
       shifts: with "folded", the matrices that read one input share its shifts, which are folded into the norm or linear
         before them. With "kept", each matrix has its own, and the layer multiplies by them: this serves heads, and
         models without blocks. "none" is the paper's baseline, of one bias for all inputs.
+      shift_rounding: of a shift. With "down" no input is clipped that the common bias doesn't clip. Published FPQ
+        rounds both biases to the "nearest" integers, which clips an input's largest magnitudes to half of them at
+        worst: on channels of unequal sizes that loses more.
       rounds: of the search. With 0 the largest level is the largest magnitude, in E2M1 for 4 bits and E4M3 for 8 unless
         `exponent_bits` tells another: the paper's MinMax.
       low, high, steps: what multiplies the bias: 1, and low + i * (high - low) / steps for i < steps.
@@ -61,6 +64,7 @@ class FPQ(Fields):
     input_bits: Literal[4, 8] | None = 4
     exponent_bits: Literal[1, 2, 3, 4, 5] | None = None
     shifts: Literal["folded", "kept", "none"] = "folded"
+    shift_rounding: Literal["down", "nearest"] = "down"
     rounds: Index = 3
     low: Positive = 0.01
     high: Positive = 1.2
@@ -74,6 +78,11 @@ class FPQ(Fields):
     def scope(self) -> Scope:
         """Only shifts that are folded concern all matrices of a site."""
         return "site" if self.shifts == "folded" and self.input_bits is not None else "matrix"
+
+    @property
+    def order(self) -> Order:
+        """Before a linear of the block is quantized, shifts can be folded into it."""
+        return "at_once" if self.scope == "site" else "by_site"
 
     @property
     def needs(self) -> tuple[Statistic, ...]:
@@ -170,6 +179,7 @@ class FPQ(Fields):
             inputs=float_search.floats(self.input_bits or 4, self.exponent_bits),
             multipliers=jnp.asarray([1.0, *grid], jnp.float32),
             shifted=self.shifts != "none",
+            nearest=self.shift_rounding == "nearest",
             dtype=jnp.dtype(self.scale_dtype),
         )
         return problem, units
