@@ -52,7 +52,7 @@ def test_caches_are_full_and_stay_at_their_length() -> None:
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        (["--caches", "dense,kivi-3"], "got 'kivi-3', need some of dense, kivi-4, "),
+        (["--caches", "dense,kivi-3"], "got 'kivi-3', need some of dense, kivi-4, kivi-2, "),
         (
             ["--shape", "tiny-llama", "--contexts", "1000"],
             "tiny-llama has a context of 1024 tokens, and 1000 with 32 new",

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -13,7 +14,7 @@ import numpy as np
 
 from any4_jax.benchmarks import shapes
 from any4_jax.benchmarks.timing import StreamingRead, significant, tree_bytes
-from any4_jax.kv_cache import Cache, CacheFactory, DenseCache, Kivi, append_attend
+from any4_jax.kv_cache import Cache, CacheFactory, DenseCache, Kivi, KVQuant, append_attend
 from any4_jax.models.program import Program
 from any4_jax.models.rope import Rope
 
@@ -23,8 +24,11 @@ CACHES: dict[str, CacheFactory] = {
     "kivi-2": Kivi(2),
     "kivi-4-64": Kivi(4, group_size=64),
     "kivi-2-64": Kivi(2, group_size=64),
+    "kvquant-4": KVQuant(4),
+    "kvquant-3": KVQuant(3),
+    "kvquant-2": KVQuant(2),
 }
-"""The caches that are measured; the last number is the group size where it is not the usual one."""
+"""The caches that are measured, by their bits; a second number is the group size where it is not the usual one."""
 # What XLA calls of ours in a program.
 _KERNEL = re.compile(r"@(any4_\w*attention)|__cudnn\$(fmha)")
 
@@ -108,29 +112,35 @@ def run(
 def caches_of(name: str, bench: CacheBench, context: int) -> list[Cache]:
     """The caches of all blocks, with random numbers for `context` tokens and room for those of a turn."""
     config = shapes.CONFIGS[bench.shape]
-    slots = _slots(bench, context)
+    slots, factory = _slots(bench, context), CACHES[name]
+    sizes = config.num_key_value_heads, config.head_dim
+    if isinstance(factory, KVQuant):
+        factory = factory.stand_in(config.num_hidden_layers, *sizes)
 
     def create(block: int) -> Cache:
         start = jnp.zeros(bench.batch, jnp.int32)
-        sizes = config.num_key_value_heads, config.head_dim, start, jnp.bfloat16
-        return _filled(CACHES[name].create(block, bench.batch, slots, *sizes), context, block)
+        empty = factory.create(block, bench.batch, slots, *sizes, start, jnp.bfloat16)
+        return _filled(math.prod(sizes), empty, context, block)
 
     return [create(i) for i in range(config.num_hidden_layers)]
 
 
 # One program for all blocks.
-@functools.partial(jax.jit, donate_argnums=0)
-def _filled(cache: Any, context: Any, seed: Any) -> Cache:
-    leaves, structure = jax.tree.flatten(cache)
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
+def _filled(channels: int, cache: Any, context: Any, seed: Any) -> Cache:
+    leaves, structure = jax.tree.flatten_with_path(cache)
     keys = jax.random.split(jax.random.key(seed), len(leaves))
 
-    def draw(leaf: jax.Array, key: jax.Array) -> jax.Array:
+    def draw(path: Any, leaf: jax.Array, key: jax.Array) -> jax.Array:
+        names = [part.name for part in path if isinstance(part, jax.tree_util.GetAttrKey)]
+        if "channels" in names:
+            return jax.random.randint(key, leaf.shape, 0, channels).astype(leaf.dtype)
         if leaf.dtype == jnp.uint8:
             return jax.random.bits(key, leaf.shape, jnp.uint8)
-        floats = jnp.issubdtype(leaf.dtype, jnp.floating)
+        floats = jnp.issubdtype(leaf.dtype, jnp.floating) and "levels" not in names
         return jax.random.normal(key, leaf.shape, leaf.dtype) / 8 if floats else leaf
 
-    full = jax.tree.unflatten(structure, map(draw, leaves, keys))
+    full = jax.tree.unflatten(structure, [draw(*leaf, key) for leaf, key in zip(leaves, keys, strict=True)])
     return dataclasses.replace(full, length=jnp.asarray(context, jnp.int32))
 
 

@@ -1,18 +1,19 @@
 """KIVI (arXiv:2402.02750): keys quantized by channel, values by token, and the newest tokens as they are."""
 
 import dataclasses
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from any4_jax.choice import Backend, Choice
 from any4_jax.kv_cache.attention import BLOCK_SLOTS
 from any4_jax.kv_cache.base import Rope, rotated
 from any4_jax.kv_cache.blocks import Part, ReadBlock, attention_over
 from any4_jax.kv_cache.codes import Codes
 from any4_jax.kv_cache.kivi_slabs import KeySlab, ValueSlab
-from any4_jax.kv_cache.kivi_step import step
+from any4_jax.kv_cache.kivi_step import BACKENDS, step
 from any4_jax.kv_cache.plain import check_fits
 from any4_jax.kv_cache.ring import Arrival, Recent
 from any4_jax.kv_cache.settings import PLAIN, AttentionSettings
@@ -87,6 +88,12 @@ class KiviCache:
         judges = None if self.settings.exact_prompt else positions
         reader = _Reader(cache, *recent, rope, recent[0].arrival.before, tokens)
         return reader.attend(queries, positions, judges, settings), cache
+
+    def choice(
+        self, queries: jax.Array, keys: jax.Array, settings: AttentionSettings
+    ) -> tuple[Choice[Backend], tuple[Any, ...]]:
+        """See `Cache`."""
+        return BACKENDS, (self, queries, keys, settings)
 
     def _arriving(
         self, keys: jax.Array, values: jax.Array, positions: jax.Array, rope: Rope | None
