@@ -61,11 +61,12 @@ def test_flags_of_generate_and_chat(
         return iter([[[]]])
 
     monkeypatch.setattr("any4_jax.cli.sampling.generate_tokens", record)
+    monkeypatch.setattr("any4_jax.cli.chat.Chat", record)
     tokenizer = SimpleNamespace(chat_template="", encode_chat=lambda _: [1], encode=lambda _: [1], decode=lambda _: "")
     for command in ("generate", "chat"):
         model = SimpleNamespace(tokenizer=tokenizer)
         monkeypatch.setattr(f"any4_jax.cli.{command}.open_model", lambda *_, model=model: model)
-    monkeypatch.setattr("any4_jax.cli.chat._lines", lambda: iter(["Hello"]))
+    monkeypatch.setattr("any4_jax.cli.chat._lines", lambda: iter([]))
     assert main(["generate", "tiny", "--prompt", "Hello", *flags]) == 0
     assert main(["chat", "tiny", *flags]) == 0
     assert used == [wanted, wanted]
