@@ -21,11 +21,11 @@ def stream(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_rows_by_cache_and_context(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out, svg = str(tmp_path / "r.json"), tmp_path / "r.svg"
-    argv = ["bench", "cache", "--shape", "tiny-llama", "--contexts", "62", "--caches", "dense,kivi-2"]
+    argv = ["bench", "cache", "--shape", "tiny-llama", "--contexts", "62", "--caches", "dense,kivi-2,kvquant-2"]
     argv += ["--method", "bfloat16", "--tokens", "2", "--rounds", "1", "--out", out, "--svg", str(svg)]
     assert main(argv) == 0, capsys.readouterr().err
     rows = read(out).rows
-    assert [(row["cache"], row["context"]) for row in rows] == [(name, 62) for name in ("dense", "kivi-2")]
+    assert [(row["cache"], row["context"]) for row in rows] == [(name, 62) for name in ("dense", "kivi-2", "kvquant-2")]
     for row in rows:
         assert row["kernel"] == "xla" and row["attention_ms"] > 0 and row["step_ms"] > 0
         assert (row["cache"] == "dense") == (row["bytes_ratio_to_first"] == 1)

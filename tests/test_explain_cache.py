@@ -54,9 +54,8 @@ def test_each_kind_of_block_is_told_once(
         first, *rest = text.splitlines()
         assert first.startswith(f"attention over {head}")
         assert first.endswith(f"  [2 heads on 1, 64 channels, 256 tokens{more}]")
-        assert [line.strip().startswith(words) for line, words in zip(rest, verdicts, strict=True)] == [True] * len(
-            rest
-        )
+        for line, words in zip(rest, verdicts, strict=True):
+            assert line.strip().startswith(words)
 
 
 def test_the_models_own_cache_is_told_unless_another_is_named(model: Any) -> None:

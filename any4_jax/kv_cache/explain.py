@@ -1,8 +1,8 @@
 """Which kernel attends over a cache, and why, in words."""
 
-from typing import Any
+from typing import Any, cast
 
-from any4_jax.kv_cache.base import Cache
+from any4_jax.kv_cache.base import Cache, written_for
 from any4_jax.kv_cache.settings import PLAIN, AttentionSettings
 
 NO_CHOICE = "xla: taken, as this cache has no other kernel"
@@ -18,8 +18,8 @@ def explain(cache: Cache, queries: Any, keys: Any, settings: AttentionSettings =
         settings: of the block.
         platform: one of `any4_jax.choice.PLATFORMS`.
     """
-    choice = getattr(cache, "choice", None)
-    if choice is None:
+    # A subclass that attends otherwise doesn't make the choice of the class above it.
+    if not written_for(type(cache), "choice", "append", "attend", "append_attend"):
         return NO_CHOICE
-    options, problem = choice(queries, keys, settings)
+    options, problem = cast(Any, cache).choice(queries, keys, settings)
     return "\n".join(f"{option.name}: {verdict}" for option, verdict in options.verdicts(*problem, platform=platform))

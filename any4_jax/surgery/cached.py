@@ -34,6 +34,7 @@ def explain_attention(model: Decoder, factory: CacheFactory | None, rows: int, p
     return list(dict.fromkeys(step.told(_said(factory), slots, platform) for step in seen))
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _Step:
     """What the attention of a block handed to its cache; shapes stand for arrays."""
@@ -41,7 +42,7 @@ class _Step:
     cache: Cache
     queries: Any
     keys: Any
-    settings: AttentionSettings
+    settings: AttentionSettings = dataclasses.field(metadata=dict(static=True))
 
     def told(self, kind: str, slots: int, platform: str) -> str:
         heads, size = self.queries.shape[2:]
@@ -76,19 +77,16 @@ class _Watched:
         rope: Rope | None,
         settings: AttentionSettings = PLAIN,
     ) -> tuple[jax.Array, Any]:
-        cache, *tokens = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (self.cache, queries, keys))
-        self.note.steps.append(_Step(cache, *tokens, settings))
+        told = _Step(self.cache, queries, keys, settings)
+        self.note.steps.append(jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), told))
         return jnp.zeros_like(queries), self
 
 
 def _said(factory: Any) -> str:
     """A factory by its class, and the fields in which it differs from the usual one."""
     name = getattr(factory, "__name__", type(factory).__name__)
-    return (
-        f"{name}({', '.join(_given(factory))})"
-        if dataclasses.is_dataclass(factory) and not isinstance(factory, type)
-        else name
-    )
+    plain = isinstance(factory, type) or not dataclasses.is_dataclass(factory)
+    return name if plain else f"{name}({', '.join(_given(factory))})"
 
 
 def _given(settings: Any) -> list[str]:
