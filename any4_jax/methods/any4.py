@@ -247,8 +247,8 @@ class Any4(Fields):
         dtype = jnp.dtype(self.stored_table_dtype)
         if not self.refit or self.group_size is None:
             return stored(start, dtype)
-        settings = {"group_size": group_size, "max_rounds": self.max_iter, "entries": entries}
-        improve = functools.partial(refit, w, importance, **settings)
+        limits = functools.partial(refit, group_size=group_size, max_rounds=self.max_iter, entries=entries)
+        improve = functools.partial(limits, w, importance)
         if self.stored_table_dtype == "int8" and self.per_row:
             # Integers move in steps, and are soon stuck. An exact table leads further, and they go on from there.
             exact = improve(start, searches=self.scale_search)
