@@ -15,6 +15,7 @@ from any4_jax.kv_cache.base import (
 from any4_jax.kv_cache.blocks import Part, ReadBlock, attention_over
 from any4_jax.kv_cache.catalogue import CATALOGUE, DefaultCache, default_cache
 from any4_jax.kv_cache.dense import DenseCache
+from any4_jax.kv_cache.explain import explain
 from any4_jax.kv_cache.kivi import Kivi
 from any4_jax.kv_cache.kvquant import KVQuant
 from any4_jax.kv_cache.kvquant_levels import CacheSample
@@ -43,6 +44,7 @@ __all__ = [
     "attention_by_blocks",
     "attention_over",
     "default_cache",
+    "explain",
     "rotate_pairs",
     "rotated",
     "traceable",

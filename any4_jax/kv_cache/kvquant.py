@@ -74,6 +74,11 @@ class KVQuant:
         every = [learned(s, slots=self.slots(s.keys[0].size), **fields) for s in samples]
         return dataclasses.replace(self, levels=jax.tree.map(lambda *each: jnp.stack(each), *every))
 
+    def stand_in(self, blocks: int, heads: int, head_dim: int) -> "KVQuant":
+        """This cache with levels that nobody learned, for where only shapes and speed count."""
+        table, ones = jnp.tile(jnp.linspace(-1, 1, 2**self.bits), (blocks, 1)), jnp.ones((blocks, heads, head_dim))
+        return dataclasses.replace(self, levels=Levels(table, ones, jnp.zeros_like(ones), table))
+
     def create(
         self, block: int, batch: int, length: int, heads: int, head_dim: int, start: jax.Array, dtype: DTypeLike
     ) -> KVQuantCache:

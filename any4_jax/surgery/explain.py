@@ -7,16 +7,23 @@ import jax
 import jax.numpy as jnp
 
 from any4_jax import product
+from any4_jax.kv_cache import CacheFactory
 from any4_jax.methods.base import SCALED
+from any4_jax.models import Decoder
 from any4_jax.product.explain import DENSE, check_rows, explain_on, explained_platform
+from any4_jax.surgery.cached import explain_attention
 from any4_jax.surgery.containers import container_of, recipe_of
 from any4_jax.surgery.coverage import coverage
 
 _NUMBER = re.compile(r"\b\d+\b")
 
 
-def explain(x: Any, w: Any = None, platform: str | None = None, *, rows: int = 1) -> str:
+def explain(
+    x: Any, w: Any = None, platform: str | None = None, *, rows: int = 1, cache: CacheFactory | None = None
+) -> str:
     """Which kernel each layer uses: for each backend, whether it takes the product on `platform`, or why it can't.
+
+    Of a decoder with caches it says so of the attention over them, too.
 
     Args:
       x: with `w`, an array or ShapeDtypeStruct [..., K]; without `w`, any model that `quantize_model` takes.
@@ -24,7 +31,8 @@ def explain(x: Any, w: Any = None, platform: str | None = None, *, rows: int = 1
         differ only in numbers share a paragraph.
       platform: "cpu", "cuda", "rocm" or "tpu"; None for that of the device that the operands or the model's
         quantized weights are committed to, else of this process's default device.
-      rows: M, the rows of each layer's input, if a model is given; 1 is decoding.
+      rows: M, the rows of each layer's input, if a model is given; 1 is decoding. Each is a token of a text of its own.
+      cache: the factory of a decoder's caches; None for those it has without being asked, as in `generate`.
 
     Returns:
       Text to print. Of a layer whose input a method scales, it says what holds the scale: the layer before, into which
@@ -32,8 +40,10 @@ def explain(x: Any, w: Any = None, platform: str | None = None, *, rows: int = 1
 
     Raises:
       ValueError, TypeError: as `matmul` does, or `platform` is none of these, `rows` is no count, or there is no dense
-        layer in the model.
+        layer in the model, or `cache` is given for what has none.
     """
+    if cache is not None and (w is not None or not isinstance(x, Decoder)):
+        raise ValueError(f"got a cache for a {type(x).__name__}, need a Decoder, which has caches; leave the cache out")
     if w is not None:
         return product.explain(x, w, platform)
     check_rows(rows)
@@ -75,6 +85,8 @@ def explain(x: Any, w: Any = None, platform: str | None = None, *, rows: int = 1
     for text, places in groups.items():
         lines = [f"{where}  {count} layer{'s' if count > 1 else ''}" for where, count in places.items()]
         paragraphs.append("\n".join([*lines, *(f"    {line}" for line in text.splitlines())]))
+    if isinstance(x, Decoder):
+        paragraphs += explain_attention(x, cache, rows, where)
     return "\n\n".join([head, *paragraphs])
 
 
