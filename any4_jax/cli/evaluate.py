@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from any4_jax.cli.caches import add_cache, cache_from
+from any4_jax.cli.caches import add_cache, cache_for, cache_from
 from any4_jax.cli.errors import CommandLineError, WorkError
 from any4_jax.cli.numbers import at_least, count
 from any4_jax.cli.output import progress, table
@@ -51,6 +51,7 @@ def run(args: argparse.Namespace) -> int:
     if args.text is not None:
         sources[args.text] = read_text(args.text)
     model = open_model(args.model, args.inputs)
+    cache = cache_for(model, args, cache)
     against = None if args.against is None else open_model(args.against)
     opened = [model] if against is None else [model, against]
     seqlen = args.seqlen or min(SEQLEN, *(each.config.max_position_embeddings for each in opened))

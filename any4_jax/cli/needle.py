@@ -6,7 +6,7 @@ import io
 from collections.abc import Sequence
 from typing import Any
 
-from any4_jax.cli.caches import add_cache, cache_from
+from any4_jax.cli.caches import add_cache, cache_for, cache_from
 from any4_jax.cli.numbers import between, count
 from any4_jax.cli.output import progress, table
 from any4_jax.cli.sources import MODEL_HELP, add_inputs, open_model, read_text
@@ -69,6 +69,7 @@ def run(args: argparse.Namespace) -> int:
     cache = cache_from(args)
     text = essays() if args.text is None else read_text(args.text)
     model = open_model(args.model, args.inputs)
+    cache = cache_for(model, args, cache)
     context = model.config.max_position_embeddings
     lengths = args.lengths or sorted({int(share * (context - _ANSWER)) for share in _SHARES})
     depths = [percent / 100 for percent in args.depths]
@@ -78,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
     if args.csv is not None:
         write_whole(args.csv, _csv(trials))
     if args.png is not None:
-        heat_map(trials, args.png, args.model if cache is None else f"{args.model}, {args.cache} cache")
+        heat_map(trials, args.png, args.model if args.cache is None else f"{args.model}, {args.cache} cache")
     return 0
 
 

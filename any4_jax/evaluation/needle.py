@@ -8,7 +8,7 @@ import numpy as np
 
 from any4_jax.evaluation.windows import Progress
 from any4_jax.generate import TextStream, generate_tokens
-from any4_jax.kv_cache import CacheFactory, DenseCache
+from any4_jax.kv_cache import CacheFactory
 from any4_jax.models.base import Decoder
 
 KEYS = ("47x291", "8a3605", "1294k8", "590p37", "68v423")
@@ -71,8 +71,8 @@ def needle(
       lengths: tokens of the prompts.
       depths: from 0 to 1.
       keys: what is hidden, each in prompts of its own.
-      cache: creates the caches, such as `kv_cache.Kivi(bits=2)`; None for the plain ones. Tokens of a prompt see each
-        other as the cache has it for a generation.
+      cache: creates the caches, such as `kv_cache.Kivi(bits=2)`; None for the model's own, which is the plain one
+        unless its checkpoint names another. Tokens of a prompt see each other as the cache has it for a generation.
       progress: called with (trials done, trials in total).
 
     Returns:
@@ -192,7 +192,7 @@ class _Prompts:
 
 def _answers(model: Decoder, rows: list[list[int]], new: int, cache: CacheFactory | None) -> list[str]:
     added: list[list[int]] = [[] for _ in rows]
-    for chunk in generate_tokens(model, rows, max_new_tokens=new, cache=DenseCache if cache is None else cache):
+    for chunk in generate_tokens(model, rows, max_new_tokens=new, cache=cache):
         for row, tokens in zip(added, chunk, strict=True):
             row += tokens
     tokenizer: Any = model.tokenizer
