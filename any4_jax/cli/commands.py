@@ -9,7 +9,19 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from any4_jax import __version__
-from any4_jax.cli import bench, chat, completion, demo, evaluate, explain, generate, inspect, needle, quantize
+from any4_jax.cli import (
+    bench,
+    calibrate,
+    chat,
+    completion,
+    demo,
+    evaluate,
+    explain,
+    generate,
+    inspect,
+    needle,
+    quantize,
+)
 from any4_jax.cli.errors import CommandLineError, sentence
 from any4_jax.cli.interrupts import INTERRUPTED, came, check, line
 from any4_jax.one_line import one_line
@@ -100,6 +112,7 @@ def parser_of(argv: Sequence[str]) -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"any4 {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     demo.add(commands, common)
+    calibrate.add(commands, common, argv)
     quantize.add(commands, common, argv)
     generate.add(commands, common)
     chat.add(commands, common)
