@@ -4,8 +4,9 @@ import argparse
 from typing import Any
 
 from any4_jax.cli.numbers import count
+from any4_jax.cli.output import tell
 from any4_jax.cli.sources import MODEL_HELP, open_any
-from any4_jax.surgery import explain
+from any4_jax.surgery import explained
 
 
 def add(commands: Any, common: argparse.ArgumentParser) -> None:
@@ -18,5 +19,18 @@ def add(commands: Any, common: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    print(explain(open_any(args.model), rows=args.rows))
+    found = explained(open_any(args.model), rows=args.rows)
+    print(found)
+    tell(
+        lambda: {
+            "model": args.model,
+            "rows": args.rows,
+            "platform": found.platform,
+            "groups": [
+                {"layers": [{"path": path, "count": count} for path, count in places.items()]}
+                | {"backends": text.splitlines()}
+                for text, places in found.layers.items()
+            ],
+        }
+    )
     return 0

@@ -1,6 +1,8 @@
 """Which kernel each layer of a model runs on, and why."""
 
+import dataclasses
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -13,6 +15,28 @@ from any4_jax.surgery.containers import container_of, recipe_of
 from any4_jax.surgery.coverage import coverage
 
 _NUMBER = re.compile(r"\b\d+\b")
+
+
+@dataclasses.dataclass(frozen=True)
+class Explanation:
+    """Which kernel each layer of a model uses; as a str, the text of `explain`.
+
+    Attributes:
+      platform: for which the kernels were chosen.
+      head: what holds for all layers, in words.
+      layers: by a text that tells of each backend, the layers of which it is true: path with shape, and their number.
+    """
+
+    platform: str
+    head: str
+    layers: Mapping[str, Mapping[str, int]]
+
+    def __str__(self) -> str:
+        paragraphs = []
+        for text, places in self.layers.items():
+            lines = [f"{where}  {count} layer{'s' if count > 1 else ''}" for where, count in places.items()]
+            paragraphs.append("\n".join([*lines, *(f"    {line}" for line in text.splitlines())]))
+        return "\n\n".join([self.head, *paragraphs])
 
 
 def explain(x: Any, w: Any = None, platform: str | None = None, *, rows: int = 1) -> str:
@@ -36,6 +60,11 @@ def explain(x: Any, w: Any = None, platform: str | None = None, *, rows: int = 1
     """
     if w is not None:
         return product.explain(x, w, platform)
+    return str(explained(x, platform, rows=rows))
+
+
+def explained(x: Any, platform: str | None = None, *, rows: int = 1) -> Explanation:
+    """What `explain` says of a model, in parts; the arguments and errors are the same."""
     check_rows(rows)
     container, dtype = container_of(x), _dtype(x)
     operators, matrices = container.operators(x), container.matrices(x, None, ())
@@ -71,11 +100,7 @@ def explain(x: Any, w: Any = None, platform: str | None = None, *, rows: int = 1
     head = f"platform {where}, inputs {jnp.dtype(dtype).name} [{rows}, K]"
     whole = coverage(x)
     head += f"\n{whole}" if whole.done else ""
-    paragraphs = []
-    for text, places in groups.items():
-        lines = [f"{where}  {count} layer{'s' if count > 1 else ''}" for where, count in places.items()]
-        paragraphs.append("\n".join([*lines, *(f"    {line}" for line in text.splitlines())]))
-    return "\n\n".join([head, *paragraphs])
+    return Explanation(where, head, groups)
 
 
 def _first(axes: int):
