@@ -124,6 +124,14 @@ class _Made(Schema):
     repaired: bool = False
 
 
+class _Cache(_Exact):
+    """The cache that a model carries, see `any4_jax.kv_cache.catalogue`."""
+
+    cache: str
+    fields: dict[str, Any]
+    tables: dict[str, dict[str, str]]
+
+
 class Content2(Schema):
     """A content of schema 2."""
 
@@ -133,6 +141,7 @@ class Content2(Schema):
     tree: _Tree
     recipe: _Recipe | None
     model: _Made | None
+    cache: _Cache | None = None
 
 
 class Decoder1(Schema):

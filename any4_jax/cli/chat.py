@@ -5,7 +5,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from any4_jax.cli.caches import add_cache, cache_from
+from any4_jax.cli.caches import add_cache, cache_for, cache_from
 from any4_jax.cli.errors import WorkError
 from any4_jax.cli.numbers import count
 from any4_jax.cli.output import tell
@@ -13,7 +13,6 @@ from any4_jax.cli.sampling import add_sampling, as_found, check_sampling, write
 from any4_jax.cli.sources import MODEL_HELP, add_inputs, decoded, given_text, open_model
 from any4_jax.generate import Chat
 from any4_jax.generate.session import MOST_SLOTS
-from any4_jax.kv_cache import DenseCache
 
 RESET, QUIT = "/reset", "/quit"
 
@@ -44,12 +43,12 @@ def add(commands: Any, common: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     check_sampling(args)
-    cache = cache_from(args) or DenseCache
+    cache = cache_from(args)
     system = None if args.system is None else given_text(args.system, "the system message")
     model = open_model(args.model, args.inputs)
     if model.tokenizer is None or model.tokenizer.chat_template is None:
         raise WorkError(f"{args.model} has no chat template, which says who speaks; use any4 generate to continue text")
-    chat, refused = Chat(model, system=system, slots=args.context, cache=cache), 0
+    chat, refused = Chat(model, system=system, slots=args.context, cache=cache_for(model, args, cache)), 0
     for line in _lines():
         if line == QUIT:
             break

@@ -6,13 +6,13 @@ from typing import Any
 
 import numpy as np
 
-from any4_jax.benchmarks import files
-from any4_jax.cli.caches import add_cache, cache_from
+from any4_jax.cli.caches import add_cache, cache_for, cache_from
 from any4_jax.cli.errors import CommandLineError, WorkError
 from any4_jax.cli.numbers import at_least, count
 from any4_jax.cli.output import as_json, progress, table, tell
 from any4_jax.cli.sources import MODEL_HELP, add_inputs, open_model, read_text
 from any4_jax.evaluation import Divergence, Perplexity, divergence, perplexity
+from any4_jax.whole_file import check_target, write_whole
 
 SEQLEN = 2048
 
@@ -48,12 +48,13 @@ def run(args: argparse.Namespace) -> int:
     if not args.tasks and args.text is None:
         raise CommandLineError("nothing to measure on; give --text FILE, --tasks wikitext-2, or both")
     if args.out is not None:
-        files.check_target(args.out)
+        check_target(args.out)
     cache = cache_from(args)
     sources = {task: TASKS[task]() for task in args.tasks}
     if args.text is not None:
         sources[args.text] = read_text(args.text)
     model = open_model(args.model, args.inputs)
+    cache = cache_for(model, args, cache)
     against = None if args.against is None else open_model(args.against)
     opened = [model] if against is None else [model, against]
     seqlen = args.seqlen or min(SEQLEN, *(each.config.max_position_embeddings for each in opened))
@@ -95,7 +96,7 @@ def run(args: argparse.Namespace) -> int:
     content |= {"results": results}
     tell(lambda: content)
     if args.out is not None:
-        files.write_whole(args.out, as_json(content) + "\n")
+        write_whole(args.out, as_json(content) + "\n")
     return 0
 
 

@@ -4,7 +4,7 @@ import argparse
 import sys
 from typing import Any
 
-from any4_jax.cli.caches import add_cache, cache_from
+from any4_jax.cli.caches import add_cache, cache_for, cache_from
 from any4_jax.cli.errors import CommandLineError, WorkError
 from any4_jax.cli.numbers import count
 from any4_jax.cli.output import tell
@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
     model = open_model(args.model, args.inputs)
     answers = model.tokenizer is not None and model.tokenizer.chat_template is not None and not args.raw
     ids = _ids(model, args.model, text, system, answers)
-    written = write(model, ids, args, cache, args.n or 1)
+    written = write(model, ids, args, cache_for(model, args, cache), args.n or 1)
     tell(lambda: {"model": args.model, "prompt": text} | as_found(written))
     if not written.tokens:
         advice = "try --raw, which continues the text" if answers else "try another prompt"

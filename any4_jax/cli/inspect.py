@@ -31,7 +31,10 @@ def run(args: argparse.Namespace) -> int:
     sizes = {name: math.prod(a.shape) * jnp.dtype(a.dtype).itemsize for name, a in manifest.arrays.items()}
     writer = ", ".join(f"{name} {version}" for name, version in manifest.library.items())
     print(f"{args.checkpoint}: {_subject(content)}, written by {writer}")
-    print(f"checksums: all {len(manifest.files)} files are as they were written, {len(sizes)} arrays\n")
+    print(f"checksums: all {len(manifest.files)} files are as they were written, {len(sizes)} arrays")
+    if cache := content.get("cache"):
+        print(f"cache: {cache['cache']}, {', '.join(f'{name} {value}' for name, value in cache['fields'].items())}")
+    print()
 
     recipe = (content.get("recipe") or {}).get("linears", {})
     layers = [_layer(place, operator, content, recipe) for place, operator in _operators(content, manifest).items()]

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from any4_jax import checkpoint, models
 from any4_jax.checkpoint.partial import PartialStore
+from any4_jax.cli.caches import add_cache, cache_from
 from any4_jax.cli.errors import CommandLineError, WorkError
 from any4_jax.cli.interrupts import AGAIN, Interrupted
 from any4_jax.cli.methods import add_method, method_from
@@ -25,7 +26,7 @@ from any4_jax.data import pieces
 from any4_jax.methods import CATALOGUE
 from any4_jax.methods.spec import method_to_json
 from any4_jax.surgery import quantize_inputs, quantized_leaves
-from any4_jax.walk import quantize_model, save_search_results
+from any4_jax.walk import calibrate_cache, quantize_model, save_search_results
 
 SEQLEN = 2048
 
@@ -82,12 +83,18 @@ def add(commands: Any, common: argparse.ArgumentParser, argv: Sequence[str]) -> 
         "left in OUT.partial are reused",
     )
     add_inputs(parser, "the checkpoint's")
+    add_cache(parser, unset="none, which is dense")
     add_method(parser, argv)
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    calibrated = args.calibrate != "none"
+    calibrated, cache = args.calibrate != "none", cache_from(args)
+    learning = hasattr(cache, "calibrated")
+    if learning and not calibrated:
+        raise CommandLineError(
+            f"got --cache {args.cache}, which learns from a text, with --calibrate none; name a text, or leave it out"
+        )
     if not calibrated and (args.samples or args.seqlen):
         raise CommandLineError("got --samples or --seqlen with --calibrate none; name a text, or leave them out")
     found = results_of(args)
@@ -95,7 +102,7 @@ def run(args: argparse.Namespace) -> int:
     check_output(args.out)
     if is_checkpoint(args.model):
         raise WorkError(f"{args.model} is quantized already; give the float model that it was made from")
-    text = calibration_text(args.calibrate) if calibrated and found is None else None
+    text = calibration_text(args.calibrate) if calibrated and (found is None or learning) else None
     rules = [
         (pattern, None if name is None else method_from(args, name, **bits, **given(name, found)))
         for pattern, name, bits in args.rules
@@ -111,13 +118,16 @@ def run(args: argparse.Namespace) -> int:
             data: Any = text
             if text is not None and args.samples is not None:
                 data = pieces(model.tokenizer.encode(text), args.samples, seqlen)
+            if learning:
+                with progress("calibrate the cache", "block") as bar:
+                    cache = calibrate_cache(model, cache, data, seqlen=seqlen, progress=bar)
             print(expected(model, method, rules), file=sys.stderr)
             with progress("quantize", "linear") as bar:
                 step = _telling(finished, bar)
                 model = quantize_model(
                     model,
                     method,
-                    data=data,
+                    data=data if found is None else None,
                     stats=found,
                     rules=rules,
                     seqlen=seqlen,
@@ -128,7 +138,7 @@ def run(args: argparse.Namespace) -> int:
                 save_search_results(model, args.search_results)
             if args.inputs is not None:
                 model = quantize_inputs(model)
-            checkpoint.save(args.out, model)
+            checkpoint.save(args.out, model, cache=cache)
             finished.clear()
     except KeyboardInterrupt:
         raise Interrupted(_after(partial, args)) from None

@@ -14,7 +14,7 @@ from any4_jax.cli.numbers import between, count, natural
 from any4_jax.generate import generate_tokens
 from any4_jax.generate.streaming import TextStream
 from any4_jax.generate.text import STREAM_CHUNK
-from any4_jax.kv_cache import CacheFactory, DenseCache
+from any4_jax.kv_cache import CacheFactory
 from any4_jax.models import Decoder
 
 _OF_SAMPLING = ("top_k", "top_p", "min_p", "seed", "n")
@@ -123,11 +123,10 @@ def write(
 
     Args:
       model, prompt, args, n: what is continued, and how often; see `add_sampling` for args.
-      cache: creates the caches; None for the plain ones.
+      cache: creates the caches; None for the model's own.
       tokens: in place of `generate_tokens` for the model, the prompts and the cache: from its settings to chunks.
     """
     if tokens is None:
-        cache = DenseCache if cache is None else cache
         tokens = functools.partial(generate_tokens, model, [prompt] * n, cache=cache)
     emit = (lambda piece: print(piece, end="", flush=True)) if n == 1 else (lambda piece: None)
     texts = [TextStream(model.tokenizer.decode, prompt, emit, args.stop) for _ in range(n)]

@@ -80,7 +80,8 @@ def perplexity(
       windows: how many windows to use, from the first on, at least 1; None takes all.
       progress: called with (windows done, windows in total).
       cache: a cache to read keys and values from, such as `kv_cache.Kivi(bits=2)`: what each token sees has the errors
-        that it would have if the tokens came one by one. None takes the model as it is.
+        that it would have if the tokens came one by one. None takes the model as it is, with the cache that its
+        checkpoint names, if any.
 
     Raises:
       ValueError: the text is too short for the windows, `seqlen` is below 2, `windows` below 1, a window exceeds the

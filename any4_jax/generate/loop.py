@@ -19,7 +19,7 @@ from any4_jax.generate.chunk import Chunk
 from any4_jax.generate.penalties import Counts, Penalties
 from any4_jax.generate.prompts import TokenIds, checked_rows, end_ids
 from any4_jax.generate.sampling import ALTERNATIVES, Sampler, Scores
-from any4_jax.kv_cache import Cache, CacheFactory, DenseCache, traceable
+from any4_jax.kv_cache import Cache, CacheFactory, DenseCache, default_cache, traceable
 from any4_jax.models.base import Decoder
 from any4_jax.models.program import Program
 
@@ -62,7 +62,7 @@ def generate_chunks(
     seed: int | None = None,
     eos: int | Sequence[int] | None = None,
     logprobs: int | None = None,
-    cache: CacheFactory = DenseCache,
+    cache: CacheFactory | None = None,
     chunk: int = CHUNK,
 ) -> Iterator[Chunk]:
     """Yields a `Chunk` of the new tokens of every row as they are decoded; see `generate_tokens`.
@@ -101,6 +101,8 @@ def generate_chunks(
     for row, first, target in zip(rows, start, tokens, strict=True):
         target[first:] = row
 
+    cache = default_cache(model) if cache is None else cache
+    cache = DenseCache if cache is None else cache
     program, leaves = Program.of(model)
     # The last token needs no slot, and surplus steps have theirs.
     slots = _round_up(length + _round_up(max_new_tokens - 1, chunk), CACHE_BUCKET)

@@ -43,7 +43,7 @@ class PairRope(Rope, Protocol):
 
 def is_pair_rope(rope: Rope | None) -> TypeGuard[PairRope]:
     """Whether a kernel may rotate by the rope's factors: it has some, and no subclass of it rotates otherwise."""
-    return isinstance(rope, PairRope) and _written_for(type(rope), "factors", "rotate")
+    return isinstance(rope, PairRope) and written_for(type(rope), "factors", "rotate")
 
 
 def rotate_pairs(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
@@ -67,8 +67,9 @@ class Cache(Protocol):
     """The keys and values of one block: an immutable pytree whose shapes never change.
 
     A cache may define `append_attend` too, with the arguments and results of the function of that name, where it does
-    both at once in less time. It may define `with_slots(slots)`, which gives the same tokens in a cache of more slots:
-    then a text that grows in turns begins with few.
+    both at once in less time, and `choice(queries, keys, settings)`: the `Choice` among kernels that this makes, and
+    the problem that it asks them about, for `explain`. It may define `with_slots(slots)`, which gives the same tokens
+    in a cache of more slots: then a text that grows in turns begins with few.
     """
 
     def append(self, keys: jax.Array, values: jax.Array, positions: jax.Array, rope: Rope | None) -> Self:
@@ -125,13 +126,13 @@ def append_attend(
     Raises:
         ValueError: as in `Cache.append`.
     """
-    if _written_for(type(cache), "append_attend", "append", "attend"):
+    if written_for(type(cache), "append_attend", "append", "attend"):
         return cast(Any, cache).append_attend(queries, keys, values, positions, rope, settings)
     cache = cache.append(keys, values, positions, rope)
     return cache.attend(queries, positions, rope, settings), cache
 
 
-def _written_for(kind: type, name: str, *others: str) -> bool:
+def written_for(kind: type, name: str, *others: str) -> bool:
     """Whether a class has a method `name` that stands for its own `others`: no subclass since has overridden these."""
     order = kind.__mro__
 
