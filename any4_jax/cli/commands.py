@@ -24,6 +24,7 @@ from any4_jax.cli import (
 )
 from any4_jax.cli.errors import CommandLineError, sentence
 from any4_jax.cli.interrupts import INTERRUPTED, came, check, line
+from any4_jax.cli.output import only_json
 from any4_jax.one_line import one_line
 
 DONE, FAILED, WRONG = 0, 1, 2
@@ -43,7 +44,8 @@ def run(argv: Sequence[str]) -> int:
         import_named(argv)
         args = parser_of(argv).parse_args(argv)
         debug = getattr(args, "debug", False)
-        code = args.run(args)
+        with only_json(getattr(args, "json", False)):
+            code = args.run(args)
         check()
         return code
     except SystemExit as stop:  # how argparse ends, also after --help
@@ -96,6 +98,12 @@ def parser_of(argv: Sequence[str]) -> argparse.ArgumentParser:
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument(
         "--debug", action="store_true", default=argparse.SUPPRESS, help="show the traceback of an error"
+    )
+    common.add_argument(
+        "--json",
+        action="store_true",
+        default=argparse.SUPPRESS,
+        help="print the results as a JSON object, and nothing else, to stdout",
     )
     common.add_argument(
         "--import",

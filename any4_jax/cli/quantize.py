@@ -18,11 +18,12 @@ from any4_jax.cli.errors import CommandLineError, WorkError
 from any4_jax.cli.interrupts import AGAIN, Interrupted
 from any4_jax.cli.methods import add_method, method_from
 from any4_jax.cli.options import checked
-from any4_jax.cli.output import Progress, megabytes, progress
+from any4_jax.cli.output import Progress, megabytes, progress, tell
 from any4_jax.cli.search_results import add_search_results, given, results_of
 from any4_jax.cli.sizes import expected, where_the_bits_go
 from any4_jax.cli.sources import MODEL_HELP, add_inputs, calibration_text, check_output, is_checkpoint
 from any4_jax.methods import CATALOGUE
+from any4_jax.methods.spec import method_to_json
 from any4_jax.surgery import quantize_inputs, quantized_leaves
 from any4_jax.walk import calibrate_cache, quantize_model, save_search_results
 
@@ -131,11 +132,24 @@ def run(args: argparse.Namespace) -> int:
     leaves = quantized_leaves(model)
     stored = sum(leaf.nbytes for leaf in leaves.values())
     weights = sum(math.prod(leaf.shape) for leaf in leaves.values())
+    seconds = time.perf_counter() - begin
     print(
         f"{len(leaves)} layers quantized: {8 * stored / weights:.3f} bits per weight, "
-        f"{megabytes(stored)} MB, {time.perf_counter() - begin:.1f} s; wrote {args.out}"
+        f"{megabytes(stored)} MB, {seconds:.1f} s; wrote {args.out}"
     )
     print(where_the_bits_go(leaves.values()))
+    tell(
+        lambda: {
+            "model": args.model,
+            "checkpoint": args.out,
+            "method": method_to_json(method),
+            "layers": len(leaves),
+            "weights": weights,
+            "bytes": stored,
+            "bits_per_weight": 8 * stored / weights if weights else None,
+            "seconds": seconds,
+        }
+    )
     return 0
 
 
