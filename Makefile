@@ -25,13 +25,16 @@ CORE := $(patsubst %,tests/test_%.py,matmul llama checkpoint_model linen nnx pal
 PIP := -m pip --disable-pip-version-check --quiet --quiet
 
 # Without a GPU the CUDA library is only loaded: machine code for one architecture is enough, where all take a minute
-# more, and so is code that is hardly optimised, which takes a third off the rest. As little is made of XLA's entry
-# points, which run once a product, and of code for vectors that this processor hasn't.
-LIGHT := _handler _handlers $(if $(shell test -r /proc/cpuinfo && ! grep -q -w avx512bw /proc/cpuinfo && echo none), \
-	_avx512 _avx512vnni _avx512vbmi)
+# more, and so is code that is hardly optimised, which takes half of the rest, or two thirds with an older nvcc. As
+# little is made of XLA's entry points, which run once a product, and of the code for other processors: for vectors that
+# this one hasn't, and, where it has vectors, for those without.
+FAST_NVCC := $(if $(shell nvcc --help 2>/dev/null | grep -e --Ofast-compile),-Ofc=max -Xcompiler=-O0,-Xcicc=-O1 -Xptxas=-O1)
+has = $(shell test -r /proc/cpuinfo && { grep -q -w $(1) /proc/cpuinfo && echo yes || echo no; })
+LIGHT := _handler _handlers $(if $(filter no,$(call has,avx512bw)),_avx512 _avx512vnni _avx512vbmi) \
+	$(if $(filter yes,$(call has,avx2)),_portable)
 space := $(subst ,, )
 ONE_GPU := $(if $(shell nvidia-smi -L 2>/dev/null),,-C cmake.define.CMAKE_CUDA_ARCHITECTURES=90 \
-	-C "cmake.define.CMAKE_CUDA_FLAGS=-Xcicc=-O1 -Xptxas=-O1" \
+	-C "cmake.define.CMAKE_CUDA_FLAGS=$(FAST_NVCC)" \
 	-C "cmake.define.ANY4_LIGHT=$(subst $(space),;,$(strip $(LIGHT)))")
 
 # $(call find_python,NAMES,LEAST): prints the first interpreter of at least that sys.hexversion, from PATH, then
@@ -106,10 +109,12 @@ clean:
 	@.venv/bin/python $(PIP) install $(ONE_GPU) -e .
 	@touch $@
 
-# Without bytecode, of which tests need little, this takes a minute less. Without the native libraries, because lint
+# An older pip takes twice the time to choose and unpack seventy packages. Without bytecode, of which tests need little,
+# this takes a minute less. Without the native libraries, because lint
 # doesn't need them and .venv-newest tests the XLA backends, which the first run seldom uses.
 %/dev.stamp: $(INSTALL_INPUTS) | %/bin/python
 	@echo "installing any4_jax and its development tools into $*"
+	@$*/bin/python $(PIP) install --no-compile --upgrade pip
 	@$*/bin/python $(PIP) install --no-compile -C wheel.cmake=false -e '.[dev]'
 	@rm -f $*/demo.stamp
 	@touch $@

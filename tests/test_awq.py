@@ -113,6 +113,18 @@ def test_at_ratio_0_the_result_is_the_inner_methods(inner) -> None:
         assert_same(made.results[name].operator, quantize(jnp.asarray(w), inner, gathered))
 
 
+@pytest.mark.parametrize("search", [Int(2, group_size=K), NF4()], ids=lambda method: method.name)
+def test_what_is_clipped_suits_the_inner_methods_codes_and_not_those_of_the_search(search) -> None:
+    """Few levels are worth more clipping, which is too much for many: with 8 bits hardly any. A method of which there
+    are no such codes leaves the judgement to the inner one."""
+    wide = dataclasses.replace(INT, bits=8)
+    free, clipped = (
+        sum(float(one.notes["error"]) for one in applied(AWQ(wide, search=search, ratios=1, clips=n)).results.values())
+        for n in (0, 10)
+    )
+    assert clipped <= 1.01 * free
+
+
 @dataclasses.dataclass(frozen=True)
 class Seen(Int):
     """Notes what it is given."""

@@ -9,14 +9,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from equality import assert_same
 from family_goldens import golden
 from flax import nnx
+from toy_methods import EvenInputs
 
 import any4_jax as a4
+from any4_jax.methods.apply import apply_site
+from any4_jax.methods.base import SiteWeights
 from any4_jax.models.base import PRECISION
 from any4_jax.models.experts import MoE
 from any4_jax.models.layers import Layers
 from any4_jax.nn.nnx import Any4Linear
+from any4_jax.weights import ScaleInput
 
 HIDDEN, INNER, COUNT, TOP = 16, 24, 6, 2
 
@@ -103,3 +108,26 @@ def test_statistics_are_those_of_the_tokens_that_reach_an_expert() -> None:
             own = (inputs[expert] if inputs.ndim == 4 else inputs)[reached]
             got = gathered.of_expert(expert)[a4.statistics.Moments()]
             np.testing.assert_allclose(got.second_moment, (own.astype(np.float64) ** 2).mean(0), rtol=1e-4)
+
+
+def test_a_site_method_takes_each_expert_for_a_site() -> None:
+    """It sees the matrices that read the input of one expert, the statistics of its tokens, and keeps its factors."""
+    wanted, method = golden("mixtral"), EvenInputs(a4.methods.Int(8, group_size=4, scale_dtype="float32"))
+    model, path = wanted.model(), "layers.0.mlp.experts."
+    rules = [(r"layers\.0\.mlp\.experts\..*", method)]
+    made = a4.quantize_model(model, None, data=wanted.tokens, rules=rules)
+    stats = a4.calibrate(model, wanted.tokens, method)
+    old, new = (each.layers[0].mlp.experts for each in (model, made))
+    for names in (("gate_proj", "up_proj"), ("down_proj",)):
+        for expert in range(4):
+            own = {name: getattr(old, name).kernel[expert].T for name in names}
+            seen = stats[path + names[0]].of_expert(expert)
+            alone = apply_site(SiteWeights(own, foldable=False), method, seen, "expert")
+            for name, result in alone.results.items():
+                found = jax.tree.map(lambda leaf, expert=expert: leaf[expert], getattr(new, name).weight)
+                assert_same(found, ScaleInput(result.operator, alone.input_scale))
+    notes = {path: dict(noted) for path, _, noted in made.recipe.linears}
+    assert notes[path + "up_proj"]["input_scale"] == "kept, each expert has its own"
+    assert len(notes[path + "up_proj"]["largest"]) == 4
+    logits = np.asarray(model(wanted.tokens))
+    np.testing.assert_allclose(made(wanted.tokens), logits, atol=0.02 * np.abs(logits).max())

@@ -27,7 +27,10 @@ def test_shapes_dtypes_and_size(method) -> None:
     bits = getattr(method, "bits", 4)
     assert q.shape == (N, K) and q.bits == bits and q.group_size == group_size
     assert q.lut.shape == ((N if getattr(method, "per_row", True) and method in LEARNED else 1), 2**bits)
-    assert q.lut.dtype == method.table_dtype and q.scales.dtype == method.scale_dtype
+    assert (
+        q.lut.dtype == getattr(method, "stored_table_dtype", method.table_dtype)
+        and q.scales.dtype == method.scale_dtype
+    )
     assert q.scales.shape == (N, -(-K // group_size))
     assert (np.diff(np.asarray(q.lut, np.float32), axis=1) >= 0).all()
     assert int(q.unpacked_codes().max()) < 2**bits

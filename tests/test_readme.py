@@ -137,6 +137,7 @@ def test_the_yes_and_no_of_the_first_table_is_what_the_kernels_say() -> None:
     import jax.numpy as jnp
 
     import any4_jax as a4
+    from any4_jax.product.backends.base import dtypes_of
     from cuda_ffi import lut_product_cuda
     from pallas_kernels import lut_product
 
@@ -154,8 +155,7 @@ def test_the_yes_and_no_of_the_first_table_is_what_the_kernels_say() -> None:
     for name, methods in cases.items():
         for method in methods:
             q = jax.eval_shape(lambda w, m=method: a4.quantize(w, m), jax.ShapeDtypeStruct((256, 256), jnp.float32))
-            offsets = None if q.offsets is None else q.offsets.dtype
-            operands = (jnp.bfloat16, q.bits, q.group_size, 256, q.lut.dtype, q.scales.dtype, offsets)
+            operands = (jnp.bfloat16, q.bits, q.group_size, 256, *dtypes_of(q))
             able = [kernel.why_not(*operands) is None for kernel in (lut_product_cuda, lut_product)]
             assert table[name] == ["yes" if can else "-" for can in able] + ["yes", "yes"], method
 

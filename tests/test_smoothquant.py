@@ -141,8 +141,10 @@ def logits(model, tokens=TOKENS) -> np.ndarray:
     return np.asarray(model(tokens))
 
 
-def test_smoothing_alone_changes_nothing(model) -> None:
-    new = a4.quantize_model(model, SmoothQuant(inner=Exact()), data=TOKENS)
+@pytest.mark.parametrize("sequential", [False, True])
+def test_smoothing_alone_changes_nothing(model, sequential: bool) -> None:
+    """All factors are folded, also where the inner method looks at the model as quantized so far."""
+    new = a4.quantize_model(model, SmoothQuant(inner=Exact(sequential=sequential)), data=TOKENS)
     assert not any(isinstance(w, ScaleInput) for w in quantized_leaves(new).values())
     assert not np.allclose(new.layers[0].input_layernorm.scale[...], model.layers[0].input_layernorm.scale[...])
     unrounded = map_operators(new, lambda path, w: w.inner)
@@ -239,9 +241,12 @@ def test_fields_that_contradict_each_other_are_refused(method: SmoothQuant, gath
 
 def test_the_command_line_gives_all_fields() -> None:
     argv = ["--method", "smoothquant", "--inner-bits", "6", "--input-bits", "6", "--search", "20", "--alpha", "0.55"]
+    argv += ["--order", "by_site"]
     parser = argparse.ArgumentParser()
     add_method(parser, argv)
-    assert method_from(parser.parse_args(argv)) == SmoothQuant(inner=W6, input_bits=6, search=20, alpha=0.55)
+    assert method_from(parser.parse_args(argv)) == SmoothQuant(
+        inner=W6, input_bits=6, search=20, alpha=0.55, order="by_site"
+    )
     # The help tells the defaults of the inner method that is there, not those of its class.
     for inner, told in ((None, "width of a code. (default: 8)"), ("gptq", "width of a code. (default: 4)")):
         parser = argparse.ArgumentParser(formatter_class=lambda prog: argparse.HelpFormatter(prog, width=999))

@@ -160,7 +160,8 @@ def read_bytes(model: Decoder) -> int:
 
 
 def _kind(method: AnyMethod) -> str:
-    """The method's name with its number of bits, such as "int8", and its tables' dtype where that is integers."""
+    """The method's name with its number of bits, such as "int8", and the dtype of learned tables if it isn't int8."""
     bits = getattr(method, "bits", None)
     name = method.name if bits is None else f"{method.name.rstrip('0123456789')}{bits}"
-    return f"{name}, int8 tables" if getattr(method, "table_dtype", None) == "int8" else name
+    tables = getattr(method, "stored_table_dtype", "int8")
+    return name if tables == "int8" else f"{name}, {tables} tables"

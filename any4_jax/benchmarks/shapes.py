@@ -62,14 +62,14 @@ CONFIGS = {
 METHODS: dict[str, Method | None] = {
     "bfloat16": None,
     "any4": Any4(),
-    "any4-int8": Any4(table_dtype="int8"),
+    "any4-bfloat16": Any4(table_dtype="bfloat16"),
     "any3": Any4(bits=3),
     "nf4": NF4(),
     "int4": Int(bits=4),
     "int8": Int(bits=8),
 }
-"""What the linears of a random model are stored in; None is the float kind. Groups have 128 weights. Tables of
-"any4-int8" hold integers of 8 bits."""
+"""What the linears of a random model are stored in; None is the float kind. Groups have 128 weights. Learned tables are
+integers of 8 bits, those of "any4-bfloat16" bfloat16."""
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3, 4, 5, 6, 7, 8))

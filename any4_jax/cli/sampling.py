@@ -1,10 +1,11 @@
 """The flags of sampling, and writing tokens as text while they come."""
 
 import argparse
+import functools
 import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from any4_jax.cli.errors import CommandLineError
@@ -89,19 +90,30 @@ class Written:
 
 
 def write(
-    model: Decoder, prompt: list[int], args: argparse.Namespace, cache: CacheFactory | None = None, n: int = 1
+    model: Decoder,
+    prompt: list[int],
+    args: argparse.Namespace,
+    cache: CacheFactory | None = None,
+    n: int = 1,
+    tokens: Callable[..., Iterator[list[list[int]]]] | None = None,
 ) -> Written:
     """Generates `n` texts after the prompt, and prints them to stdout, a single one as it comes.
 
     The speed goes to stderr at the end. What is returned is the first text, and the number of all tokens.
+
+    Args:
+      model, prompt, args, n: what is continued, and how often; see `add_sampling` for args.
+      cache: creates the caches; None for the plain ones.
+      tokens: in place of `generate_tokens` for the model, the prompts and the cache: from its settings to chunks.
     """
+    if tokens is None:
+        cache = DenseCache if cache is None else cache
+        tokens = functools.partial(generate_tokens, model, [prompt] * n, cache=cache)
     emit = (lambda piece: print(piece, end="", flush=True)) if n == 1 else (lambda piece: None)
     texts = [TextStream(model.tokenizer.decode, prompt, emit, args.stop) for _ in range(n)]
     clock, warm = [time.perf_counter()], 0
     try:
-        for chunk in generate_tokens(
-            model,
-            [prompt] * n,
+        for chunk in tokens(
             max_new_tokens=args.max_new_tokens,
             temperature=args.temperature,
             top_k=args.top_k,
@@ -111,11 +123,10 @@ def write(
             frequency_penalty=args.frequency_penalty,
             presence_penalty=args.presence_penalty,
             seed=args.seed,
-            cache=DenseCache if cache is None else cache,
             chunk=STREAM_CHUNK,
         ):
-            for text, tokens in zip(texts, chunk, strict=True):
-                text.extend(tokens)
+            for text, new in zip(texts, chunk, strict=True):
+                text.extend(new)
             clock.append(time.perf_counter())
             if len(clock) == 3:
                 warm = _tokens(texts)

@@ -7,7 +7,7 @@ every row writes to the same cache slot (see `kv_cache.base`).
 import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -71,20 +71,28 @@ def generate_chunks(
     program of its own. The other arguments and the errors are those of `generate`; the checks run at the first `next`.
     """
     rows = checked_rows(model, prompts)
-    max_new_tokens = integer("max_new_tokens", max_new_tokens, 0)
-    chunk = integer("chunk", chunk, 1, CHUNK)
-    if logprobs is not None:
-        logprobs = integer("logprobs", logprobs, 0, ALTERNATIVES)
+    asked = Asked.of(
+        model,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        frequency_penalty=frequency_penalty,
+        presence_penalty=presence_penalty,
+        seed=seed,
+        eos=eos,
+        logprobs=logprobs,
+        chunk=chunk,
+    )
+    max_new_tokens, chunk, logprobs, sampler, ends = asked
     longest, context = max(map(len, rows)), model.config.max_position_embeddings
     if longest + max_new_tokens > context:
         raise ValueError(
             f"a prompt of {longest} tokens and {max_new_tokens} new ones exceed the model's context "
             f"of {context}; shorten the prompt or lower max_new_tokens"
         )
-    penalties = Penalties.of(repetition_penalty, frequency_penalty, presence_penalty)
-    scored = logprobs is not None
-    sampler = Sampler.of(model.config.vocab_size, temperature, top_k, top_p, min_p, seed, penalties, scored)
-    ends = end_ids(model, eos)
     if max_new_tokens == 0:
         return
     length = _round_up(longest, PROMPT_BUCKET)
@@ -115,6 +123,54 @@ def generate_chunks(
         if not early:
             state, *following = more(state)
         out, count, steps = following, count + steps, min(chunk, rest)
+
+
+class Asked(NamedTuple):
+    """The arguments of a generation, checked.
+
+    Attributes:
+        limit: the most new tokens.
+        chunk, logprobs: as in `generate_chunks`.
+        sampler: chooses the tokens.
+        ends: int32 [n], the ids that end a row.
+    """
+
+    limit: int
+    chunk: int
+    logprobs: int | None
+    sampler: Sampler
+    ends: np.ndarray
+
+    @classmethod
+    def of(
+        cls,
+        model: Decoder,
+        *,
+        max_new_tokens: int,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        repetition_penalty: float = 1.0,
+        frequency_penalty: float = 0.0,
+        presence_penalty: float = 0.0,
+        seed: int | None = None,
+        eos: int | Sequence[int] | None = None,
+        logprobs: int | None = None,
+        chunk: int = CHUNK,
+    ) -> "Asked":
+        """Those of `generate_chunks`.
+
+        Raises:
+            TypeError, ValueError: as in `generate`.
+        """
+        limit, chunk = integer("max_new_tokens", max_new_tokens, 0), integer("chunk", chunk, 1, CHUNK)
+        if logprobs is not None:
+            logprobs = integer("logprobs", logprobs, 0, ALTERNATIVES)
+        penalties = Penalties.of(repetition_penalty, frequency_penalty, presence_penalty)
+        limits = temperature, top_k, top_p, min_p, seed
+        sampler = Sampler.of(model.config.vocab_size, *limits, penalties, logprobs is not None)
+        return cls(limit, chunk, logprobs, sampler, end_ids(model, eos))
 
 
 @jax.tree_util.register_dataclass

@@ -79,7 +79,7 @@ def generate(
             or would be ignored because the temperature is 0; or the logits are NaN.
     """
     prompts = Prompts.of(model, prompt)
-    stops = _stop_strings(stop)
+    stops = stop_strings(stop)
     n = integer("n", n, 1)
     if n > 1 and temperature == 0:
         raise ValueError(f"n is {n}, and with temperature 0 all {n} would be equal; set a temperature above 0")
@@ -155,7 +155,13 @@ class _Collected:
         return self._tokens if text is None else text
 
 
-def _stop_strings(stop: Any) -> tuple[str, ...]:
+def stop_strings(stop: Any) -> tuple[str, ...]:
+    """The texts of an argument `stop`.
+
+    Raises:
+        TypeError: it is neither a text nor several.
+        ValueError: one is empty.
+    """
     strings = (stop,) if isinstance(stop, str) else stop
     if not isinstance(strings, Sequence) or not all(isinstance(string, str) for string in strings):
         raise TypeError(f"stop is {stop!r}, and a text or a list of texts is needed; to end at ids, use eos")

@@ -67,7 +67,8 @@ class Cache(Protocol):
     """The keys and values of one block: an immutable pytree whose shapes never change.
 
     A cache may define `append_attend` too, with the arguments and results of the function of that name, where it does
-    both at once in less time.
+    both at once in less time. It may define `with_slots(slots)`, which gives the same tokens in a cache of more slots:
+    then a text that grows in turns begins with few.
     """
 
     def append(self, keys: jax.Array, values: jax.Array, positions: jax.Array, rope: Rope | None) -> Self:

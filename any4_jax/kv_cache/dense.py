@@ -77,6 +77,15 @@ class DenseCache:
         mixed, *new = step(queries, keys, values, *held, positions, self.start, rope=rope, settings=settings)
         return mixed, self._holding(*new)
 
+    def with_slots(self, slots: int) -> Self:
+        """The same tokens in a cache of more slots."""
+        more = slots - self.values.shape[1]
+        keys, values = (
+            jnp.pad(self.keys, ((0, 0), (0, 0), (0, more))),
+            jnp.pad(self.values, ((0, 0), (0, more), (0, 0))),
+        )
+        return self._holding(keys, values, self.length)
+
     def _holding(self, keys: jax.Array, values: jax.Array, length: jax.Array) -> Self:
         """This cache with other keys, values and length."""
         return dataclasses.replace(self, keys=keys, values=values, length=length)

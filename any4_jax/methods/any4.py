@@ -70,6 +70,7 @@ class Any4(Fields):
       scale_dtype: the dtype in which scales and offsets are stored.
       table_dtype: the dtype in which tables are stored. Those of "int8" hold integers from -127 to 127, for which the
         group scales are so much smaller; they take half the bytes of bfloat16, and no gradient trains them later.
+        "auto" is "int8", or "bfloat16" without scales (group_size=None) or with those of float16, whose range is short.
     """
 
     name: ClassVar[str] = "any4"
@@ -91,7 +92,7 @@ class Any4(Fields):
     scale_search: Index = 2
     sequential: bool = False
     scale_dtype: scaling.StoredDtype = "bfloat16"
-    table_dtype: scaling.TableDtype = "bfloat16"
+    table_dtype: Literal["auto", scaling.TableDtype] = "auto"
 
     @classmethod
     def paper(cls, **fields) -> "Any4":
@@ -142,6 +143,13 @@ class Any4(Fields):
             return self.sample_weight
         return "second_moment" if gathered else None
 
+    @property
+    def stored_table_dtype(self) -> scaling.TableDtype:
+        """`table_dtype`, with "auto" replaced by what it means."""
+        if self.table_dtype != "auto":
+            return self.table_dtype
+        return "bfloat16" if self.group_size is None or self.scale_dtype == "float16" else "int8"
+
     def format(self) -> formats.Format:
         """A learned table and the rule that scales groups onto it."""
         if self.group_size is None:
@@ -153,7 +161,7 @@ class Any4(Fields):
         importance = self._importance(gathered, k)
         group_size = k if self.group_size is None else min(self.group_size, k)
         # The solvers square weights, and rows that share a table must share a unit.
-        sized = self.table_dtype if self.group_size is None else self.scale_dtype
+        sized = self.stored_table_dtype if self.group_size is None else self.scale_dtype
         unit = scaling.unit(w, jnp.dtype(sized), axis=1 if self.per_row else None)
         even = w / unit
         table = None if self.per_row else self._matrix_table(even, importance, group_size)
@@ -200,7 +208,7 @@ class Any4(Fields):
 
         def first(w: jax.Array) -> scaling.GroupScales:
             made = self._first_scales(w, group_size)
-            if self.table_dtype != "int8":
+            if self.stored_table_dtype != "int8":
                 return made
             # What integers stood for isn't kept with them: here the largest is as large as the row's scaled weights.
             # The searches that follow narrow that, by as much as the weights reach beyond what stands for them.
@@ -212,7 +220,7 @@ class Any4(Fields):
             start = Fit(lut, *first(w))
             found = refit(w, importance, start, group_size, searches=searches, max_rounds=rounds, entries=kept)
             return scaling.GroupScales(found.scales, found.offsets)
-        if self.table_dtype == "int8":
+        if self.stored_table_dtype == "int8":
             return clipped_scales(first, w, importance, lut, group_size=group_size, uniform=False)
         return first(w)
 
@@ -237,13 +245,13 @@ class Any4(Fields):
 
     def _fitted(self, w: jax.Array, importance: jax.Array, start: Fit, group_size: int, entries: slice) -> Fit:
         """What is stored of a start whose table is float32; `entries` are those that a refit may change."""
-        dtype = jnp.dtype(self.table_dtype)
+        dtype = jnp.dtype(self.stored_table_dtype)
         if not self.refit or self.group_size is None:
             return stored(start, dtype)
         improve = functools.partial(
             refit, w, importance, group_size=group_size, max_rounds=self.max_iter, entries=entries
         )
-        if self.table_dtype == "int8" and self.per_row:
+        if self.stored_table_dtype == "int8" and self.per_row:
             # Integers move in steps, and are soon stuck. An exact table leads further, and they go on from there.
             exact = improve(start, searches=self.scale_search)
             return improve(stored(exact, dtype), searches=0)

@@ -10,10 +10,11 @@ from pydantic import Field
 from any4_jax import scaling, weights
 from any4_jax.methods.base import Method, Order, SiteResult, SiteWeights, scope_of
 from any4_jax.methods.clipping import STEPS, clipped_weights
-from any4_jax.methods.fields import Fields
+from any4_jax.methods.fields import Fields, takes
 from any4_jax.methods.rtn import Int
 from any4_jax.schema import Count
 from any4_jax.statistics import Gathered, Moments, Sample, Statistic
+from any4_jax.weights.operator import parts
 
 Clips = Annotated[int, Field(ge=0, le=STEPS)]
 
@@ -39,7 +40,9 @@ class AWQ(Fields):
     Attributes:
       inner: any method of one matrix.
       search: the method for which the ratio and the clipping are searched; None means the inner one. Another, quicker
-        one will do for one that learns. For the search the matrices of a site are one, row under row.
+        one will do for one that learns. The clipping is searched for it with the bits and the group size of the inner
+        method's codes, since the fewer levels there are the more has to be clipped; for the inner one if it can't have
+        them. For the search the matrices of a site are one, row under row.
       ratios: R, for the ratios 0, 1/R, ... (R - 1)/R; 1 for no scaling.
       clips: shares of the largest magnitude that are tried: 1, 0.95, 0.9 and so on; 0 or 1 for no clipping.
       shared: give the repeats of a channel (query heads) their mean E|x|, where their factor can be folded then. Else
@@ -93,11 +96,12 @@ class AWQ(Fields):
         scaled = gathered.scaled(1 / factor)
         target = outputs.w * factor
         if self.clips > 1:
+            judge = self._judge(target, scaled)
             target = clipped_weights(
-                lambda w: weights.dequantize(self._searched.apply(w, scaled).operator),
+                lambda w: weights.dequantize(judge.apply(w, scaled).operator),
                 target,
                 x / factor,
-                group_size=self._group_size(target, scaled),
+                group_size=_codes_of(judge, target, scaled)["group_size"],
                 steps=self.clips,
             )
         results = {}
@@ -131,10 +135,25 @@ class AWQ(Fields):
         _, ratio, plain = jax.lax.fori_loop(0, self.ratios, attempt, start)
         return ratio, plain
 
-    def _group_size(self, w: jax.Array, gathered: Gathered) -> int:
-        """The weights in a group of what the method searched for gives; the whole row, if it has no groups."""
-        made = jax.eval_shape(lambda w, seen: self._searched.apply(w, seen).operator, w, gathered)
-        return getattr(made, "group_size", w.shape[1])
+    def _judge(self, w: jax.Array, gathered: Gathered) -> Method:
+        """The method for which the clipping is searched: `search` with the codes of the inner method."""
+        wanted = _codes_of(self.inner, w, gathered)
+        judge: Any = self._searched
+        fits = {name: value for name, value in wanted.items() if takes(type(judge), name, value)}
+        if self.search is not None and fits:
+            judge = dataclasses.replace(judge, **fits)
+        return judge if _codes_of(judge, w, gathered) == wanted else self.inner
+
+
+def _codes_of(method: Method, w: jax.Array, gathered: Gathered) -> dict[str, Any]:
+    """The bits and the group size of what a method makes of weights [N, K]; without codes None and the whole row."""
+    made = jax.eval_shape(lambda w, seen: method.apply(w, seen).operator, w, gathered)
+    coded: Any = next((part for part in parts(made) if hasattr(part, "group_size")), None)
+    return (
+        {"bits": None, "group_size": w.shape[1]}
+        if coded is None
+        else {"bits": coded.bits, "group_size": coded.group_size}
+    )
 
 
 def factors(size: jax.Array, ratio: jax.Array) -> jax.Array:

@@ -19,6 +19,8 @@ _REACH = 6.0
 magnitude."""
 MOST_SHIFT = 7
 """The largest shift of an input, so that what is multiplied by 2^7 stays in the range of float16."""
+_EVEN = 1e-4
+"""By how much a logarithm may miss an integer and count as it. What is clipped then is less than what float16 drops."""
 
 
 class Floats(NamedTuple):
@@ -86,11 +88,13 @@ class Problem(NamedTuple):
       matrix: int32 [N], which matrix each row is of.
       matrices: how many there are (static).
       x: float32 [T, K], a sample of the inputs; None weighs all inputs alike.
+      counts: float32 [T], for how many tokens each of the sample stands; None without one.
       y: float32 [T, N], what the float weights make of it.
       largest: float32 [K], the largest magnitude of each input over all tokens; None where inputs aren't rounded.
       weights, inputs: the formats to choose among.
       multipliers: float32 [C], of the bias; 1 is the first.
       shifted: whether each input has a bias of its own (static).
+      nearest: whether that bias is rounded to the nearest integer, and not so that no input is clipped (static).
       dtype: in which the scales of weights are stored (static).
     """
 
@@ -99,12 +103,14 @@ class Problem(NamedTuple):
     matrix: jax.Array
     matrices: int
     x: jax.Array | None
+    counts: jax.Array | None
     y: jax.Array | None
     largest: jax.Array | None
     weights: Floats
     inputs: Floats
     multipliers: jax.Array
     shifted: bool
+    nearest: bool
     dtype: Any
 
     def decoded(self, coded: Coded) -> jax.Array:
@@ -122,17 +128,24 @@ class Problem(NamedTuple):
         weights w and inputs x in place of the problem's; those of the weights themselves without inputs."""
         if x is None or self.y is None:
             return jnp.square(self.w - w).sum(axis=1) * self.shares
-        return jnp.square(self.y - outputs(x, w)).sum(axis=0) * self.shares
+        return energies(self.y - outputs(x, w), self.counts) * self.shares
 
     def of_matrices(self, errors: jax.Array) -> jax.Array:
         """Sums over each matrix's rows: [..., N] to [..., matrices]."""
         return _of_matrices(errors, self.matrix, self.matrices)
 
 
-def shares_of(w: jax.Array, y: jax.Array | None, units: jax.Array, matrix: jax.Array, count: int) -> jax.Array:
-    """`Problem.shares` for rows over units, float32 [N, 1]."""
+def energies(y: jax.Array, counts: jax.Array | None) -> jax.Array:
+    """Sums of squares over tokens, each of which stands for `counts`, float32 [T]: y [T, N] -> [N]."""
+    squares = jnp.square(y)
+    return (squares if counts is None else counts[:, None] * squares).sum(axis=0)
+
+
+def shares_of(w: jax.Array, energy: jax.Array | None, units: jax.Array, matrix: jax.Array, count: int) -> jax.Array:
+    """`Problem.shares` for rows over units, float32 [N, 1], whose outputs have an energy, float32 [N]; of the weights
+    themselves without one."""
     sizes = jnp.square((units / units.max())[:, 0])
-    energy = jnp.square(w).sum(axis=1) if y is None else jnp.square(y).sum(axis=0)
+    energy = jnp.square(w).sum(axis=1) if energy is None else energy
     whole = _of_matrices(energy * sizes, matrix, count)
     return sizes / _above_zero(whole)[matrix]
 
@@ -209,8 +222,10 @@ def _shifts(problem: Problem, scale: jax.Array, one: Floats) -> jax.Array:
     if not problem.shifted:
         return jnp.zeros(problem.largest.shape, jnp.int32)
     most = jnp.minimum((1 << one.exponent) - 1, MOST_SHIFT)
-    own = jnp.round(-jnp.log2(problem.largest / one.tops))  # infinite for an input that is always zero
-    return jnp.clip(own - jnp.round(-jnp.log2(scale)), 0, most).astype(jnp.int32)
+    own = -jnp.log2(problem.largest / one.tops)  # infinite for an input that is always zero
+    common = -jnp.log2(scale)
+    finer = jnp.round(own) - jnp.round(common) if problem.nearest else jnp.floor(own - common + _EVEN)
+    return jnp.clip(finer, 0, most).astype(jnp.int32)
 
 
 def _candidate(extreme: jax.Array, one: Floats, multiplier: jax.Array) -> jax.Array:

@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
@@ -101,6 +101,11 @@ def quantize_matrix(matrix: Matrix, method: Method, gathered: Gathered | None, p
     for i, one in enumerate(array.reshape(-1, *array.shape[-2:])):
         own = gathered.of_expert(i) if gathered is not None and gathered.stack else gathered
         each.append(apply_method(one, method, own, transposed=matrix.transposed, path=f"{path}[{i}]"))
+    return stacked(each, stack)
+
+
+def stacked(each: Sequence[Result], stack: tuple[int, ...]) -> Result:
+    """The results of the matrices of a stack [*L, N, K], in sequence, as the one of the stack."""
     operator = jax.tree.map(
         lambda *arrays: jnp.stack(arrays).reshape(*stack, *arrays[0].shape), *(one.operator for one in each)
     )

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from pydantic import Field
 
 from any4_jax import weights
-from any4_jax.methods.base import Method, SiteResult, SiteWeights
+from any4_jax.methods.base import Method, Order, SiteResult, SiteWeights
 from any4_jax.methods.fields import Fields
 from any4_jax.methods.rtn import Int
 from any4_jax.product.quantized_input import quantize_input
@@ -96,6 +96,9 @@ class SmoothQuant(Fields):
         clipped. That one depends on the largest inputs, and size="max" with alpha=0.75 suits it better.
       symmetric: round inputs without a zero point; "tensor" needs that, and so do the kernels for "group".
       sample_tokens: S, the tokens on which `search` measures the error.
+      order: of a sequential inner method. With "at_once" its statistics are of the blocks before as quantized, so that
+        factors can be folded into the linears of the same block. With "by_site" they are of the sites before too, and
+        only factors before which there is a norm are folded.
     """
 
     name: ClassVar[str] = "smoothquant"
@@ -108,6 +111,7 @@ class SmoothQuant(Fields):
     per: Literal["token", "group", "tensor"] = "token"
     symmetric: bool = False
     sample_tokens: Count = 512
+    order: Order = "at_once"
 
     @property
     def sequential(self) -> bool:

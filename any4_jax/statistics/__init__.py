@@ -12,6 +12,7 @@ from any4_jax.statistics.gathered import (
     update,
 )
 from any4_jax.statistics.hessian import Hessian, HessianSum
+from any4_jax.statistics.largest import Largest, LargestTokens
 from any4_jax.statistics.moments import AbsMax, Moments, MomentSums
 from any4_jax.statistics.sample import Sample, SampledTokens
 
@@ -23,6 +24,8 @@ __all__ = [
     "Gathered",
     "Hessian",
     "HessianSum",
+    "Largest",
+    "LargestTokens",
     "MomentSums",
     "Moments",
     "Sample",

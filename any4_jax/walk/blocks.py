@@ -1,6 +1,7 @@
 """A block of a decoder during a walk: the `any4_jax.methods.Block` that methods get."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -11,7 +12,7 @@ from flax import nnx
 from any4_jax import statistics
 from any4_jax.methods.apply import apply_site
 from any4_jax.methods.base import SCALED, AnyMethod, BlockResult, Result, SiteWeights, scope_of
-from any4_jax.methods.matrices import Job, Matrix, quantize_matrices
+from any4_jax.methods.matrices import Job, Matrix, quantize_matrices, stacked
 from any4_jax.models.base import Decoder, Site
 from any4_jax.models.fold import is_foldable, rescaled, scale_channels
 from any4_jax.statistics import Gathered, Statistic, is_paired
@@ -162,23 +163,54 @@ class WalkedBlock:
         method: Any = self.assigned[paths[0]]
         found = self.kept.results.get(unit)
         if found is None:
-            stacks = [path for path in paths if len(contents[f"{path}.kernel"].shape) != 2]
-            if stacks:
-                raise ValueError(
-                    f"{self.path}.{stacks[0]} is a stack of matrices, {method.name} takes single ones; give it a "
-                    "method of one matrix by a rule"
-                )
-            weights = {path: jnp.asarray(contents[f"{path}.kernel"], jnp.float32).T for path in paths}
-            foldable = is_foldable(self.module_of(contents), site)
-            made = apply_site(SiteWeights(weights, site.repeat, site.width, foldable), method, stats, unit)
-            changed, told = self._placed(contents, site, made.results, made.input_scale)
-            found = Result(changed, {path: {**result.notes, **told} for path, result in made.results.items()})
+            stack = contents[f"{paths[0]}.kernel"].shape[:-2]
+            apply = self._applied_to_stack if stack else self._applied
+            found = apply(contents, site, unit, method, paths, stats)
             self.kept.put(unit, found)
         for path in paths:
             self.count(f"{self.path}.{path}")
         changed = dict(found.operator)
         folded = changed.pop(_FOLDED, None)
         return BlockResult({**contents, **changed}, found.notes), folded
+
+    def _applied(
+        self, contents: Contents, site: Site, unit: str, method: Any, paths: list[str], stats: Gathered | None
+    ) -> Result:
+        """What a site method changes in the contents, and the notes on each linear."""
+        weights = {path: jnp.asarray(contents[f"{path}.kernel"], jnp.float32).T for path in paths}
+        foldable = is_foldable(self.module_of(contents), site)
+        made = apply_site(SiteWeights(weights, site.repeat, site.width, foldable), method, stats, unit)
+        changed, told = self._placed(contents, site, made.results, made.input_scale)
+        return Result(changed, {path: {**result.notes, **told} for path, result in made.results.items()})
+
+    def _applied_to_stack(
+        self, contents: Contents, site: Site, unit: str, method: Any, paths: list[str], stats: Gathered | None
+    ) -> Result:
+        """The same for stacks of as many matrices each. Experts are sites of their own: each has the statistics of its
+        own tokens, and keeps its own factors, for the layer before them all can't hold those."""
+        kernels = {path: contents[f"{path}.kernel"] for path in paths}
+        ((*stack, _, _), *others) = (kernel.shape for kernel in kernels.values())
+        if any([*shape[:-2]] != stack for shape in others):
+            raise ValueError(
+                f"{self.path}.{site.name} has matrices of the shapes {[*map(tuple, (stack, *others))]}, and "
+                f"{method.name} takes stacks of as many matrices each; give them a method of one matrix by a rule"
+            )
+        flat = {path: kernel.reshape(-1, *kernel.shape[-2:]) for path, kernel in kernels.items()}
+        each: dict[str, list[Result]] = {path: [] for path in paths}
+        for i in range(math.prod(stack)):
+            weights = {path: jnp.asarray(kernel[i], jnp.float32).T for path, kernel in flat.items()}
+            own = stats.of_expert(i) if stats is not None and stats.stack else stats
+            made = apply_site(SiteWeights(weights, foldable=False), method, own, f"{unit}[{i}]")
+            for path, result in made.results.items():
+                if made.input_scale is not None:
+                    result = dataclasses.replace(result, operator=ScaleInput(result.operator, made.input_scale))
+                    result = dataclasses.replace(
+                        result, notes={**result.notes, SCALED: "kept, each expert has its own"}
+                    )
+                each[path].append(result)
+        results = {path: stacked(made, tuple(stack)) for path, made in each.items()}
+        changed = {f"{path}.kernel": result.operator for path, result in results.items()}
+        return Result(changed, {path: result.notes for path, result in results.items()})
 
     def _placed(
         self, contents: Contents, site: Site, results: Mapping[str, Result], scale: jax.Array | None

@@ -47,8 +47,8 @@ def _tables(g: int) -> list[Case]:
         Case(f"any4, int8 tables, int8 inputs by {per}", dataclasses.replace(rounded, per=per))
         for per in ("group", "token")
     ]
-    return inputs + [
-        Case(f"{name}, {dtype} tables", dataclasses.replace(method, table_dtype=dtype))
+    stored = [
+        (name, f"{dtype} tables", dataclasses.replace(method, table_dtype=dtype))
         for name, method in (
             ("any4", Any4(group_size=g)),
             ("any3", Any4(bits=3, group_size=g)),
@@ -57,6 +57,12 @@ def _tables(g: int) -> list[Case]:
         )
         for dtype in ("bfloat16", "int8")
     ]
+    nearest = [Case(f"{name}, {tables}", method) for name, tables, method in stored]
+    return (
+        inputs
+        + nearest
+        + [on_text(f"GPTQ {name}, {tables}", GPTQ(inner=method)) for name, tables, method in stored if method.refit]
+    )
 
 
 def _group_size(g: int) -> list[Case]:
