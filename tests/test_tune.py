@@ -163,11 +163,11 @@ def test_data_is_needed_before_anything_is_done() -> None:
 def test_the_blocks_of_a_decoder_are_trained_by_one_program() -> None:
     """Each block's error falls, and the model comes closer to the float one."""
     model = random_llama()
-    tokens = np.random.default_rng(0).integers(0, 128, (16, 24), dtype=np.int32)
+    tokens = np.random.default_rng(0).integers(0, 128, (32, 24), dtype=np.int32)
     start = Int(bits=3, group_size=16)
     programs = tune_loop._train._cache_size()
     new = quantize_model(
-        model, Tune(start, steps=60, batch=4, learning_rate=0.01, rounding=True), data=tokens, batch_size=4
+        model, Tune(start, steps=60, batch=4, learning_rate=0.004, rounding=True), data=tokens, batch_size=4
     )
     assert tune_loop._train._cache_size() == programs + 1
     notes = {path: dict(notes) for path, _, notes in new.recipe.linears}

@@ -13,7 +13,7 @@ from any4_jax.walk.records import Contents, contents_of, with_contents
 
 
 @dataclasses.dataclass(frozen=True)
-class _Shapes:
+class Shapes:
     """A tree of arrays without their values, which can be hashed."""
 
     treedef: Any
@@ -42,13 +42,13 @@ class BlockProgram:
 
     block: Callable[..., Any]
     graphdef: Any
-    state: _Shapes
-    cache: _Shapes
+    state: Shapes
+    cache: Shapes
 
     @classmethod
     def of(cls, block: Callable[..., Any], module: nnx.Module, cache: Any) -> Self:
         graphdef, state = nnx.split(module)
-        return cls(block, graphdef, _Shapes.of(state), _Shapes.of(cache))
+        return cls(block, graphdef, Shapes.of(state), Shapes.of(cache))
 
     def __call__(self, contents: Contents, x: jax.Array) -> jax.Array:
         module = nnx.merge(self.graphdef, self.state.tree())
