@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from any4_jax import __version__
-from any4_jax.cli import bench, chat, completion, demo, evaluate, explain, generate, inspect, quantize
+from any4_jax.cli import bench, chat, completion, demo, evaluate, explain, generate, inspect, quantize, tune
 from any4_jax.cli.errors import CommandLineError, sentence
 from any4_jax.cli.interrupts import INTERRUPTED, came, check, line
 from any4_jax.one_line import one_line
@@ -101,6 +101,7 @@ def parser_of(argv: Sequence[str]) -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     demo.add(commands, common)
     quantize.add(commands, common, argv)
+    tune.add(commands, common)
     generate.add(commands, common)
     chat.add(commands, common)
     evaluate.add(commands, common)

@@ -57,7 +57,14 @@ def run(args: argparse.Namespace) -> int:
     print(coverage(contents(content, abstract(manifest))))
     for line in _settings(recipe.values()):
         print(line)
+    for each in (content.get("recipe") or {}).get("training", ()):
+        told = "".join(f" {name}={_short(value)}" for name, value in each["settings"].items())
+        print(f"trained ({each['by']}) on {each['tokens']} tokens" + (f":{told}" if told else ""))
     return 0
+
+
+def _short(value: Any) -> Any:
+    return f"{value:.4g}" if isinstance(value, float) else value
 
 
 def _operators(content: Mapping[str, Any], manifest: Manifest) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """`tune`: trains a quantized model on the float model's predictions."""
 
+import dataclasses
 import hashlib
 from typing import Any
 
@@ -7,10 +8,12 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from any4_jax.data.passages import sketch
+from any4_jax.methods.base import Note
 from any4_jax.methods.matrices import Finished, Progress, digest_arrays
 from any4_jax.methods.tune_steps import drawn
 from any4_jax.models.base import Decoder
-from any4_jax.surgery import copy_module, quantized_leaves, replace_module
+from any4_jax.surgery import Recipe, Training, copy_module, quantized_leaves, recipe_of, replace_module
 from any4_jax.tuning.loop import Keeping, Rows, targets_of, train
 from any4_jax.tuning.student import at_rest, blocks_of, stacks_of
 from any4_jax.walk.batches import token_batches
@@ -62,7 +65,12 @@ def tune(
       seed: of the order of the rows.
       mesh: devices among which the rows of a step are split, along the first axis; None takes one device.
       progress: called with (steps done, steps, a text with the divergence) after each step.
-      finished: where the state is kept now and then, for a run that was killed; see `quantize_model`.
+      finished: where the state is kept eight times on the way, for a run that was killed; see `quantize_model`.
+
+    Returns:
+      A new model. The last entry of its recipe's `training` has the settings, the held-out divergence before and after
+      ("kl_before", "kl_after", in nats per token), the step at which it was least ("best_step"), and a sketch of the
+      text, by which `any4_jax.evaluation` refuses to judge the model on it.
 
     Raises:
       TypeError: one of the models is no decoder.
@@ -90,9 +98,23 @@ def tune(
     rows = Rows(tokens, counted, targets_of(teacher, tokens, batch))
     best = train(model, teacher, stacks, moves, rows, draw, learning_rate, mesh=mesh, progress=progress, kept=kept)
     new: Any = copy_module(model)
-    for path, block in blocks_of(model, stacks, best.moves).items():
-        replace_module(new, path, block)
+    if int(best.step):
+        for path, block in blocks_of(model, stacks, best.moves).items():
+            replace_module(new, path, block)
+    settings = {"steps": steps, "batch": batch, "seqlen": tokens.shape[1], "learning_rate": learning_rate}
+    settings |= {"norms": norms, "held_out": held_out, "seed": seed}
+    reached = {"kl_before": float(best.start), "kl_after": float(best.error), "best_step": int(best.step)}
+    new.recipe = _recorded(
+        model, settings | reached, [row[counts] for row, counts in zip(tokens, counted, strict=True)]
+    )
     return new
+
+
+def _recorded(model: Decoder, settings: dict[str, Note], rows: list[np.ndarray]) -> Recipe:
+    """How the model was quantized, and that it was trained."""
+    earlier = recipe_of(model) or Recipe((), ())
+    training = Training("end to end", tuple(sorted(settings.items())), sum(map(len, rows)), sketch(rows))
+    return dataclasses.replace(earlier, training=(*earlier.training, training))
 
 
 def _rows(batches: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
