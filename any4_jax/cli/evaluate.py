@@ -40,6 +40,11 @@ def add(commands: Any, common: argparse.ArgumentParser) -> None:
     add_inputs(parser, "measure the model while its")
     add_cache(parser, skipped=("exact_prompt",))
     parser.add_argument("--windows", type=count, metavar="N", help="use only the first N windows")
+    parser.add_argument(
+        "--allow-training-text",
+        action="store_true",
+        help="measure on a text even if the model was trained on passages of it, which is refused otherwise",
+    )
     parser.add_argument("--out", metavar="FILE", help="write the results here as JSON")
     parser.set_defaults(run=run)
 
@@ -62,11 +67,12 @@ def run(args: argparse.Namespace) -> int:
     results: dict[str, dict[str, Any]] = {}
     for name, text in sources.items():
         with progress(name, "window") as bar:
+            settings: dict[str, Any] = {"seqlen": seqlen, "windows": args.windows, "progress": bar, "cache": cache}
+            settings["allow_training_text"] = args.allow_training_text
             if against is None:
-                found = perplexity(model, text, seqlen=seqlen, windows=args.windows, progress=bar, cache=cache)
-                results[name] = _of_perplexity(found)
+                results[name] = _of_perplexity(perplexity(model, text, **settings))
             else:
-                both = divergence(against, model, text, seqlen=seqlen, windows=args.windows, progress=bar, cache=cache)
+                both = divergence(against, model, text, **settings)
                 results[name] = _of_perplexity(both.model) | {"against": _of_divergence(both)}
     header = ["text", "perplexity", "error", "nats/token", f"windows of {seqlen}"]
     rows = [
