@@ -14,6 +14,7 @@ from any4_jax.methods.base import (
     SiteResult,
     SiteWeights,
 )
+from any4_jax.methods.bcq import BCQ
 from any4_jax.methods.fields import Fields
 from any4_jax.methods.fpq import FPQ
 from any4_jax.methods.gptq import GPTQ
@@ -27,6 +28,7 @@ from any4_jax.methods.zeroquant import ZeroQuant
 __all__ = [
     "AF4",
     "AWQ",
+    "BCQ",
     "CATALOGUE",
     "FP4",
     "FPQ",
