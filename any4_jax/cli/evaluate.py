@@ -1,16 +1,18 @@
 """`any4 eval`: the perplexity of a model or checkpoint, and how far it is from another one."""
 
 import argparse
-import json
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+import numpy as np
 
 from any4_jax.cli.caches import add_cache, cache_for, cache_from
 from any4_jax.cli.errors import CommandLineError, WorkError
 from any4_jax.cli.numbers import at_least, count
-from any4_jax.cli.output import progress, table
+from any4_jax.cli.output import as_json, progress, table, tell
 from any4_jax.cli.sources import MODEL_HELP, add_inputs, open_model, read_text
 from any4_jax.evaluation import Divergence, Perplexity, divergence, perplexity
+from any4_jax.whole_file import check_target, write_whole
 
 SEQLEN = 2048
 
@@ -25,8 +27,9 @@ def add(commands: Any, common: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--against",
         metavar="MODEL",
-        help="also tell how far the predictions are from those of this model, such as the float one: the mean "
-        "KL(MODEL || CKPT_OR_MODEL), and how often both find the same token likeliest",
+        help="also tell how far the predictions are from those of this model, such as the float one: the mean and the "
+        "99th percentile of KL(MODEL || CKPT_OR_MODEL), how often both find the same token likeliest, and how often "
+        "one of them alone is right (flips)",
     )
     parser.add_argument(
         "--seqlen",
@@ -44,8 +47,8 @@ def add(commands: Any, common: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     if not args.tasks and args.text is None:
         raise CommandLineError("nothing to measure on; give --text FILE, --tasks wikitext-2, or both")
-    if args.out is not None and not Path(args.out).absolute().parent.is_dir():
-        raise WorkError(f"{args.out} can't be written because its folder is missing; create it first")
+    if args.out is not None:
+        check_target(args.out)
     cache = cache_from(args)
     sources = {task: TASKS[task]() for task in args.tasks}
     if args.text is not None:
@@ -77,18 +80,37 @@ def run(args: argparse.Namespace) -> int:
         for name, r in results.items()
     ]
     if against is not None:
-        header += ["KL nats/token", "error", "top-1 agreement"]
+        header += ["KL nats/token", "error", "99%", "top-1 agreement", "flips"]
         for row, r in zip(rows, results.values(), strict=True):
             compared = r["against"]
             row += [f"{compared['kl_nats_per_token']:.5f}", f"{compared['kl_standard_error']:.5f}"]
-            row += [f"{compared['top1_agreement']:.2%}"]
+            row += [f"{compared['kl_99_percent_nats']:.5f}", f"{compared['top1_agreement']:.2%}"]
+            row += [f"{compared['flips']:.2%}"]
     print(table(header, rows))
+    if against is not None:
+        print(f"\nKL in nats per token at these positions of a window, and over all of its {seqlen - 1}:")
+        print(table(*_by_position({name: r["against"]["position_kl_nats"] for name, r in results.items()})))
+    content = {"model": args.model} | ({} if args.inputs is None else {"inputs": args.inputs})
+    content |= {} if against is None else {"against": args.against}
+    content |= {} if cache is None else {"cache": str(cache)}
+    content |= {"results": results}
+    tell(lambda: content)
     if args.out is not None:
-        models = {"model": args.model} | ({} if args.inputs is None else {"inputs": args.inputs})
-        models |= {} if against is None else {"against": args.against}
-        models |= {} if cache is None else {"cache": str(cache)}
-        Path(args.out).write_text(json.dumps(models | {"results": results}, indent=2) + "\n")
+        write_whole(args.out, as_json(content) + "\n")
     return 0
+
+
+def _by_position(found: Mapping[str, Sequence[float]]) -> tuple[list[str], list[list[str]]]:
+    """A table of mean KLs over ranges of positions that double, and over all."""
+    length = max(map(len, found.values()))
+    starts = [0, *(2**power for power in range(4, length.bit_length()) if 2**power < length)]
+    ends = [*starts[1:], length]
+    header = ["text", *(f"{start + 1}-{end}" for start, end in zip(starts, ends, strict=True)), "all"]
+    rows = []
+    for name, values in found.items():
+        parts = [*(values[start:end] for start, end in zip(starts, ends, strict=True)), values]
+        rows.append([name, *(f"{np.mean(part):.5f}" for part in parts)])
+    return header, rows
 
 
 def _of_perplexity(measured: Perplexity) -> dict[str, Any]:
@@ -106,11 +128,17 @@ def _of_divergence(measured: Divergence) -> dict[str, Any]:
     return {
         "kl_nats_per_token": measured.kl,
         "kl_standard_error": measured.bootstrap(),
+        "kl_99_percent_nats": measured.kl_quantile(0.99),
         "top1_agreement": measured.top1,
+        "flips": measured.flips,
+        "flips_lost": measured.lost,
+        "flips_won": measured.won,
         "perplexity": measured.reference.value,
         "nats_per_token": measured.reference.nll,
         "window_kl_nats_per_token": measured.window_kl.tolist(),
         "window_top1_agreement": measured.window_top1.tolist(),
+        "position_kl_nats": measured.position_kl.tolist(),
+        "position_top1_agreement": measured.position_top1.tolist(),
     }
 
 

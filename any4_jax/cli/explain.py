@@ -5,10 +5,11 @@ from typing import Any
 
 from any4_jax.cli.caches import add_cache, cache_from
 from any4_jax.cli.numbers import count
+from any4_jax.cli.output import tell
 from any4_jax.cli.sources import MODEL_HELP, open_any
 from any4_jax.kv_cache import KVQuant
 from any4_jax.models import Decoder
-from any4_jax.surgery import explain
+from any4_jax.surgery import explained
 
 
 def add(commands: Any, common: argparse.ArgumentParser) -> None:
@@ -27,5 +28,19 @@ def run(args: argparse.Namespace) -> int:
         # Kernels don't depend on what it learned.
         config = model.config
         cache = cache.stand_in(config.num_hidden_layers, config.num_key_value_heads, config.head_dim)
-    print(explain(model, rows=args.rows, cache=cache))
+    found = explained(model, rows=args.rows, cache=cache)
+    print(found)
+    tell(
+        lambda: {
+            "model": args.model,
+            "rows": args.rows,
+            "platform": found.platform,
+            "groups": [
+                {"layers": [{"path": path, "count": count} for path, count in places.items()]}
+                | {"backends": text.splitlines()}
+                for text, places in found.layers.items()
+            ],
+            "attention": found.attention,
+        }
+    )
     return 0

@@ -2,13 +2,14 @@
 
 import argparse
 import csv
+import dataclasses
 import io
 from collections.abc import Sequence
 from typing import Any
 
 from any4_jax.cli.caches import add_cache, cache_for, cache_from
 from any4_jax.cli.numbers import between, count
-from any4_jax.cli.output import progress, table
+from any4_jax.cli.output import progress, table, tell
 from any4_jax.cli.sources import MODEL_HELP, add_inputs, open_model, read_text
 from any4_jax.data import essays
 from any4_jax.evaluation.heat_map import check_matplotlib, heat_map
@@ -76,6 +77,7 @@ def run(args: argparse.Namespace) -> int:
     with progress("needle", "text") as bar:
         trials = needle(model, text, lengths=lengths, depths=depths, keys=args.keys, cache=cache, progress=bar)
     print(_table(trials))
+    tell(lambda: {"model": args.model, "trials": [dataclasses.asdict(trial) for trial in trials]})
     if args.csv is not None:
         write_whole(args.csv, _csv(trials))
     if args.png is not None:

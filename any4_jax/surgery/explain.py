@@ -1,6 +1,8 @@
 """Which kernel each layer of a model runs on, and why."""
 
+import dataclasses
 import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,6 +18,30 @@ from any4_jax.surgery.containers import container_of, recipe_of
 from any4_jax.surgery.coverage import coverage
 
 _NUMBER = re.compile(r"\b\d+\b")
+
+
+@dataclasses.dataclass(frozen=True)
+class Explanation:
+    """Which kernel each layer of a model uses; as a str, the text of `explain`.
+
+    Attributes:
+      platform: for which the kernels were chosen.
+      head: what holds for all layers, in words.
+      layers: by a text that tells of each backend, the layers of which it is true: path with shape, and their number.
+      attention: a text for each kind of attention over the cache, if the model has one.
+    """
+
+    platform: str
+    head: str
+    layers: Mapping[str, Mapping[str, int]]
+    attention: Sequence[str]
+
+    def __str__(self) -> str:
+        paragraphs = []
+        for text, places in self.layers.items():
+            lines = [f"{where}  {count} layer{'s' if count > 1 else ''}" for where, count in places.items()]
+            paragraphs.append("\n".join([*lines, *(f"    {line}" for line in text.splitlines())]))
+        return "\n\n".join([self.head, *paragraphs, *self.attention])
 
 
 def explain(
@@ -42,10 +68,17 @@ def explain(
       ValueError, TypeError: as `matmul` does, or `platform` is none of these, `rows` is no count, or there is no dense
         layer in the model, or `cache` is given for what has none.
     """
-    if cache is not None and (w is not None or not isinstance(x, Decoder)):
-        raise ValueError(f"got a cache for a {type(x).__name__}, need a Decoder, which has caches; leave the cache out")
-    if w is not None:
-        return product.explain(x, w, platform)
+    if w is None:
+        return str(explained(x, platform, rows=rows, cache=cache))
+    if cache is not None:
+        raise ValueError(_no_cache(x))
+    return product.explain(x, w, platform)
+
+
+def explained(x: Any, platform: str | None = None, *, rows: int = 1, cache: CacheFactory | None = None) -> Explanation:
+    """What `explain` says of a model, in parts; the arguments and errors are the same."""
+    if cache is not None and not isinstance(x, Decoder):
+        raise ValueError(_no_cache(x))
     check_rows(rows)
     container, dtype = container_of(x), _dtype(x)
     operators, matrices = container.operators(x), container.matrices(x, None, ())
@@ -81,13 +114,11 @@ def explain(
     head = f"platform {where}, inputs {jnp.dtype(dtype).name} [{rows}, K]"
     whole = coverage(x)
     head += f"\n{whole}" if whole.done else ""
-    paragraphs = []
-    for text, places in groups.items():
-        lines = [f"{where}  {count} layer{'s' if count > 1 else ''}" for where, count in places.items()]
-        paragraphs.append("\n".join([*lines, *(f"    {line}" for line in text.splitlines())]))
-    if isinstance(x, Decoder):
-        paragraphs += explain_attention(x, cache, rows, where)
-    return "\n\n".join([head, *paragraphs])
+    return Explanation(where, head, groups, explain_attention(x, cache, rows, where) if isinstance(x, Decoder) else ())
+
+
+def _no_cache(x: Any) -> str:
+    return f"got a cache for a {type(x).__name__}, need a Decoder, which has caches; leave the cache out"
 
 
 def _first(axes: int):
