@@ -111,7 +111,7 @@ def parser_of(argv: Sequence[str]) -> argparse.ArgumentParser:
     quantize.add(commands, common, argv)
     generate.add(commands, common)
     chat.add(commands, common)
-    evaluate.add(commands, common)
+    evaluate.add(commands, common, argv)
     needle.add(commands, common)
     inspect.add(commands, common)
     explain.add(commands, common)
