@@ -126,7 +126,7 @@ def parser_of(argv: Sequence[str]) -> argparse.ArgumentParser:
     tune.add(commands, common)
     generate.add(commands, common)
     chat.add(commands, common)
-    evaluate.add(commands, common)
+    evaluate.add(commands, common, argv)
     needle.add(commands, common)
     inspect.add(commands, common)
     explain.add(commands, common)
