@@ -1,7 +1,21 @@
-"""Evaluation: perplexity, the divergence from another model, their errors, and needles found in long texts."""
+"""Evaluation: perplexity, divergence from another model, errors of both; errors by layer; needles in long texts."""
 
 from any4_jax.evaluation.divergence import Divergence, divergence
+from any4_jax.evaluation.layer_errors import Deviation, LayerError, LayerErrors, layer_errors
 from any4_jax.evaluation.needle import Trial, needle
 from any4_jax.evaluation.perplexity import Difference, Perplexity, paired_difference, perplexity
 
-__all__ = ["Difference", "Divergence", "Perplexity", "Trial", "divergence", "needle", "paired_difference", "perplexity"]
+__all__ = [
+    "Deviation",
+    "Difference",
+    "Divergence",
+    "LayerError",
+    "LayerErrors",
+    "Perplexity",
+    "Trial",
+    "divergence",
+    "layer_errors",
+    "needle",
+    "paired_difference",
+    "perplexity",
+]
