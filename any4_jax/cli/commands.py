@@ -15,6 +15,7 @@ from any4_jax.cli import (
     chat,
     completion,
     demo,
+    diff,
     evaluate,
     explain,
     generate,
@@ -128,6 +129,7 @@ def parser_of(argv: Sequence[str]) -> argparse.ArgumentParser:
     chat.add(commands, common)
     evaluate.add(commands, common, argv)
     needle.add(commands, common)
+    diff.add(commands, common)
     inspect.add(commands, common)
     explain.add(commands, common)
     bench.add(commands, common, argv)
