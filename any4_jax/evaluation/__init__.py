@@ -1,5 +1,5 @@
-"""Evaluation: perplexity, the divergence from another model, errors of both and by layer, the texts of published tables,
-and needles found in long texts."""
+"""Evaluation: perplexity, the divergence from another model, errors of both and by layer, the texts of published
+tables, and needles found in long texts."""
 
 from any4_jax.evaluation.corpora import CORPORA, Corpus, Tokens, bos_rule, read_corpus
 from any4_jax.evaluation.divergence import Divergence, divergence
