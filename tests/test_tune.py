@@ -44,7 +44,6 @@ def leaves(contents) -> dict[str, QuantizedTensor]:
 ANY3 = Any4(bits=3, group_size=16)
 CASES = [
     (Tune(ANY3, steps=60, rounding=True, learning_rate=0.01), "lut scales offsets codes"),
-    (Tune(Any4(bits=2, group_size=16, symmetric=True, table_dtype="int8"), steps=40), "lut scales"),
     (Tune(Int(bits=3, group_size=16), steps=60, batch=3, rounding=True, held_out=0.4), "scales offsets codes"),
     (Tune(FP4(group_size=16), steps=40, norms=True), "lut scales norm"),
     (Tune(SmoothQuant(MX4(group_size=16)), steps=40, learning_rate=0.02), "lut"),
@@ -68,6 +67,21 @@ def test_what_is_trained_moves_and_the_held_out_error_falls(method, moved: str) 
         assert (np.diff(np.asarray(new.lut, np.float32)) >= 0).all()
         assert jax.tree.map(lambda a: (a.shape, a.dtype), new) == jax.tree.map(lambda a: (a.shape, a.dtype), old)
     assert (made.contents["norm.scale"] is rest.contents["norm.scale"]) == ("norm" not in moved)
+
+
+def test_tables_of_integers_lose_nothing_at_their_rounding() -> None:
+    """They are trained as float32 and rounded in each step, so that the best is the best of what is stored."""
+    rng = np.random.default_rng(2)
+    matrices = {path: rng.standard_t(4, (5, 40)).astype(np.float32) for path in MATRICES}
+    x = rng.normal(size=(24, 12, 20)) @ rng.normal(size=(20, 40)) + rng.normal(size=(24, 12, 40))
+    after = {}
+    for dtype in ("int8", "float32"):
+        method = Tune(dataclasses.replace(ANY3, table_dtype=dtype), steps=60)
+        made = apply_block(Linears.of(method, matrices, x), method, "a")
+        assert {str(leaf.lut.dtype) for leaf in leaves(made.contents).values()} == {dtype}
+        assert made.notes["a"]["error_after"] < 0.5 * made.notes["a"]["error_before"]
+        after[dtype] = made.notes["a"]["error_after"]
+    assert after["int8"] < 1.1 * after["float32"]
 
 
 def test_nothing_gets_worse_and_an_exact_start_stays() -> None:
