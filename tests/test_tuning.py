@@ -88,7 +88,8 @@ def test_a_training_that_leads_astray_leaves_the_model_as_it_was(teacher, studen
 
 
 def test_a_killed_training_goes_on_to_the_same_bytes(tmp_path, teacher, student, tuned, tokens, monkeypatch) -> None:
-    done, keep = [], Keeping.keep
+    """On a mesh too."""
+    done, keep, mesh = [], Keeping.keep, jax.make_mesh((1,), ("data",))
 
     def killed(self, state) -> None:
         keep(self, state)
@@ -97,8 +98,8 @@ def test_a_killed_training_goes_on_to_the_same_bytes(tmp_path, teacher, student,
 
     def again(**changes):
         with PartialStore(tmp_path / "kept") as finished:
-            arguments = SETTINGS | {"progress": lambda at, *_: done.append(at), "finished": finished} | changes
-            return a4.tune(student, teacher, tokens, **arguments)
+            arguments = {"progress": lambda at, *_: done.append(at), "finished": finished, "mesh": mesh}
+            return a4.tune(student, teacher, tokens, **SETTINGS | arguments | changes)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(Keeping, "keep", killed)

@@ -113,7 +113,7 @@ def train(
             if kept is not None and 0 < at < steps:
                 kept.keep(state)
         if at == steps:
-            return state.best
+            return state.best if mesh is None else jax.device_get(state.best)
         state, loss = _step(runs, heads, steps, constant, state, taken(draw.order[at]), rate)
         if progress is not None:
             progress(at + 1, steps, f"KL {float(loss):.4f}, held out {float(state.best.error):.4f}")
@@ -121,6 +121,8 @@ def train(
 
 def _placing(mesh: Mesh | None) -> Callable[..., Any]:
     """(arrays, rows) -> the arrays on the devices of a mesh, split along their first axis if they are rows."""
+    # Models are written for axes along which XLA places arrays by itself.
+    mesh = None if mesh is None else Mesh(mesh.devices, mesh.axis_names)
 
     def place(tree: Any, *, rows: bool) -> Any:
         if mesh is None:
