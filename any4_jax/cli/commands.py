@@ -23,6 +23,7 @@ from any4_jax.cli import (
     inspect,
     needle,
     quantize,
+    tune,
 )
 from any4_jax.cli.errors import CommandLineError, sentence
 from any4_jax.cli.interrupts import INTERRUPTED, came, check, line
@@ -124,9 +125,10 @@ def parser_of(argv: Sequence[str]) -> argparse.ArgumentParser:
     demo.add(commands, common)
     calibrate.add(commands, common, argv)
     quantize.add(commands, common, argv)
+    tune.add(commands, common)
     generate.add(commands, common)
     chat.add(commands, common)
-    evaluate.add(commands, common)
+    evaluate.add(commands, common, argv)
     needle.add(commands, common)
     analyze.add(commands, common, argv)
     diff.add(commands, common)

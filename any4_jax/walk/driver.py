@@ -92,6 +92,7 @@ def walk(decoder: Decoder, plan: Plan) -> Walked:
             inputs=hidden,
             masks=masks,
             caches=caches.of(index),
+            last=index == len(decoder.blocks) - 1,
             float_inputs=floats,
             given=plan.given,
             watch=plan.watch,
