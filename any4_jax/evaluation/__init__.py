@@ -1,4 +1,4 @@
-"""Evaluation: perplexity, the divergence from another model, errors of both, errors by layer, what methods do to layers,
+"""Evaluation: perplexity, the divergence from another model, errors of both, errors by layer, what methods do to each,
 the texts of published tables, and needles found in long texts."""
 
 from any4_jax.evaluation.analysis import Analysis, analyze
