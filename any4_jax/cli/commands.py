@@ -10,6 +10,7 @@ from typing import NoReturn
 
 from any4_jax import __version__
 from any4_jax.cli import (
+    analyze,
     bench,
     calibrate,
     chat,
@@ -129,6 +130,7 @@ def parser_of(argv: Sequence[str]) -> argparse.ArgumentParser:
     chat.add(commands, common)
     evaluate.add(commands, common, argv)
     needle.add(commands, common)
+    analyze.add(commands, common, argv)
     diff.add(commands, common)
     inspect.add(commands, common)
     explain.add(commands, common)

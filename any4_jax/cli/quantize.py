@@ -16,7 +16,7 @@ from any4_jax.cli.caches import add_cache, cache_from
 from any4_jax.cli.calibration import add_pieces, add_statistics, pieces_of, statistics_of
 from any4_jax.cli.errors import CommandLineError, WorkError
 from any4_jax.cli.interrupts import Interrupted, going_on
-from any4_jax.cli.methods import add_method, method_from
+from any4_jax.cli.methods import add_method, method_from, short_name
 from any4_jax.cli.options import checked
 from any4_jax.cli.output import Progress, megabytes, progress, tell
 from any4_jax.cli.search_results import add_search_results, given, results_of
@@ -175,10 +175,9 @@ def _rule(text: str) -> tuple[str, str | None, dict[str, int]]:
     pattern, separator, name = text.rpartition("=")
     if separator and name == "none":
         return pattern, None, {}
-    if separator and name in CATALOGUE:
-        return pattern, name, {}
-    if separator and name[:-1] == "int" and name[-1] in "2345678":
-        return pattern, "int", {"bits": int(name[-1])}
+    found = short_name(name) if separator else None
+    if found is not None:
+        return pattern, *found
     raise argparse.ArgumentTypeError(
         f"got {text!r}, need REGEX=METHOD with METHOD one of {', '.join(sorted(CATALOGUE))}, int2 to int8, none"
     )

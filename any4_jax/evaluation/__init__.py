@@ -1,6 +1,7 @@
-"""Evaluation: perplexity, the divergence from another model, errors of both and by layer, the texts of published
-tables, and needles found in long texts."""
+"""Evaluation: perplexity, the divergence from another model, errors of both, errors by layer, what methods do to each,
+the texts of published tables, and needles found in long texts."""
 
+from any4_jax.evaluation.analysis import Analysis, analyze
 from any4_jax.evaluation.corpora import CORPORA, Corpus, Tokens, bos_rule, read_corpus
 from any4_jax.evaluation.divergence import Divergence, divergence
 from any4_jax.evaluation.layer_errors import Deviation, LayerError, LayerErrors, layer_errors
@@ -8,6 +9,7 @@ from any4_jax.evaluation.needle import Trial, needle
 from any4_jax.evaluation.perplexity import Difference, Perplexity, paired_difference, perplexity
 
 __all__ = [
+    "Analysis",
     "CORPORA",
     "Corpus",
     "Deviation",
@@ -18,6 +20,7 @@ __all__ = [
     "Perplexity",
     "Tokens",
     "Trial",
+    "analyze",
     "bos_rule",
     "divergence",
     "layer_errors",
