@@ -207,7 +207,7 @@ def test_pictures_and_a_page_that_needs_nothing_else(told, analysis, monkeypatch
     assert told[0]["row"] == (PATH, 2)
     assert all((tmp_path / name).read_bytes().startswith(b"\x89PNG") for name in ("map.png", "row.png"))
     int3, nf4, _ = drawn[0].axes
-    assert [axes.get_title() for axes in (int3, nf4)] == ["int3", "nf4"]
+    assert [axes.get_title() for axes in (int3, nf4)] == ["int3, 5.12 bits", "nf4, 5.11 bits"]
     assert [label.get_text() for label in int3.get_xticklabels()] == ["up_proj", "down_proj"]
     shown = [each.methods["nf4"].output.sqnr for each in analysis.layers]
     assert [text.get_text() for text in nf4.texts] == [f"{level:.0f}" for level in shown]
