@@ -86,9 +86,8 @@ def run(args: argparse.Namespace) -> int:
         analysis = analyze(model, methods, data, layers=args.layers, row=row, seqlen=seqlen, progress=bar)
     layers = analysis.layers
     print(_table(layers))
-    print(
-        "\nSQNR of the weights (W) and of the outputs (out) for " + ("normal inputs" if text is None else "that text")
-    )
+    inputs = "normal inputs" if text is None else f"the inputs that {_BUNDLED.get(args.text, args.text)} gives"
+    print(f"\nW, out: signal-to-noise ratios (SQNR) of the weights, and of the outputs for {inputs}")
     for label, found in summary(layers).items():
         print(
             f"{label}: {found['bits_per_weight']:.3f} bits per weight; SQNR of weights {found['weights_sqnr_db']:.2f} "

@@ -77,7 +77,8 @@ def _row(each: LayerAnalysis) -> list[str]:
     cells += [f"{w.kurtosis:.2f}", f"{w.entropy:.2f}"]
     for loss in each.methods.values():
         kinds = (loss.weights, loss.uniform, loss.normal, loss.calibrated)
-        cells += [f"{loss.code_entropy:.2f}", *(_db(kind.sqnr) for kind in kinds if kind is not None)]
+        carried = "-" if math.isnan(loss.code_entropy) else f"{loss.code_entropy:.2f}"
+        cells += [carried, *(_db(kind.sqnr) for kind in kinds if kind is not None)]
     return cells
 
 
