@@ -3,8 +3,10 @@
 A run that was killed leaves whole files: what it had measured isn't measured again.
 """
 
+import dataclasses
 import hashlib
 import json
+import math
 import sys
 from collections.abc import Mapping
 from datetime import UTC, datetime
@@ -15,6 +17,8 @@ from typing import Any
 from any4_jax.cli.errors import WorkError
 from any4_jax.cli.output import as_json
 from any4_jax.cli.sources import is_checkpoint
+from any4_jax.methods import CATALOGUE
+from any4_jax.surgery import quantized_leaves
 from any4_jax.whole_file import check_target, write_whole
 
 MANIFEST = "any4.json"
@@ -113,6 +117,27 @@ class Run:
 def fingerprint(model: str) -> str | None:
     """What tells a checkpoint from another at the same path: the hash of its manifest; None for other models."""
     return hashlib.sha256((Path(model) / MANIFEST).read_bytes()).hexdigest() if is_checkpoint(model) else None
+
+
+def facts_of(model: Any) -> dict[str, Any]:
+    """What tables tell of a model: its method, and what its quantized layers take."""
+    leaves = quantized_leaves(model)
+    if not leaves:
+        return {"method": "float"}
+    entries = model.recipe.linears if model.recipe is not None else ()
+    stored, weights = (
+        sum(leaf.nbytes for leaf in leaves.values()),
+        sum(math.prod(leaf.shape) for leaf in leaves.values()),
+    )
+    names = sorted({_words(method) for _, method, _ in entries})
+    return {"method": " + ".join(names), "bits_per_weight": 8 * stored / weights, "quantized_bytes": stored}
+
+
+def _words(method: Any) -> str:
+    """A method's name, with those of the methods that it holds: gptq(any4)."""
+    held = (getattr(method, field.name) for field in dataclasses.fields(method))
+    inner = [_words(each) for each in held if getattr(each, "name", None) in CATALOGUE]
+    return f"{method.name}({', '.join(inner)})" if inner else method.name
 
 
 def _read(path: Path) -> dict[str, Any] | None:

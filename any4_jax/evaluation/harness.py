@@ -11,6 +11,7 @@ import numpy as np
 from any4_jax.evaluation.cached import reading
 from any4_jax.evaluation.coders import Coder
 from any4_jax.evaluation.scoring import BATCH_TOKENS, bucket, log_likelihoods, rolling
+from any4_jax.evaluation.windows import Progress
 from any4_jax.generate import TextStream, generate_tokens
 from any4_jax.kv_cache import CacheFactory, DenseCache
 from any4_jax.models import Decoder
@@ -40,9 +41,10 @@ class Judged:
         context: int | None = None,
         batch_tokens: int = BATCH_TOKENS,
         cache: CacheFactory | None = None,
+        progress: Progress | None = None,
     ) -> None:
         """See `harness_model`."""
-        self._model, self._cache, self._batch_tokens = model, cache, batch_tokens
+        self._model, self._cache, self._batch_tokens, self._progress = model, cache, batch_tokens, progress
         self.coder = Coder(getattr(model, "tokenizer", None) if tokenizer is None else tokenizer)
         own = getattr(getattr(model, "config", None), "max_position_embeddings", None)
         if context is None and own is None:
@@ -80,7 +82,7 @@ class Judged:
         groups: dict[Any, list[int]] = {}
         for number, each in enumerate(settings):
             groups.setdefault(_asked(each), []).append(number)
-        results = [""] * len(prompts)
+        results, done = [""] * len(prompts), 0
         for asked, numbers in groups.items():
             until, new, sampling = asked
             room = self.context - new
@@ -96,10 +98,19 @@ class Judged:
                 drawn = dict(sampling) | ({"seed": batch[0]} if sampling else {})
                 for number, text in zip(batch, self._answers(rows, length, until, new, drawn), strict=True):
                     results[number] = text
+                done += len(batch)
+                if self._progress is not None:
+                    self._progress(done, len(prompts))
         return results
 
     def _scored(self, requests: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[Any]:
-        return log_likelihoods(self._logits, requests, context=self.context, batch_tokens=self._batch_tokens)
+        return log_likelihoods(
+            self._logits,
+            requests,
+            context=self.context,
+            batch_tokens=self._batch_tokens,
+            progress=self._progress,
+        )
 
     def _answers(
         self, rows: list[list[int]], length: int, until: Sequence[str], new: int, sampling: dict[str, Any]
@@ -163,6 +174,7 @@ def harness_model(model: Any, tokenizer: Any = None, **settings: Any) -> Any:
       context: the most tokens of an input; None takes the model's.
       batch_tokens: inputs are batched up to this many tokens.
       cache: see `perplexity`.
+      progress: called with (inputs done, inputs in total), which begin anew with each kind of question.
 
     Raises:
       ImportError: lm_eval is not installed.
