@@ -55,8 +55,8 @@ def run(args: argparse.Namespace) -> int:
     method = checked(method_from(args), True)
     if scope_of(method) == "block":
         raise CommandLineError(
-            f"got --method {args.method}, which runs whole blocks on a text as it quantizes, and statistics are no text; "
-            "leave it out"
+            f"got --method {args.method}, which runs whole blocks on a text as it quantizes, and statistics are no "
+            "text; leave it out"
         )
     check_target(args.out)
     if is_checkpoint(args.model):

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from any4_jax.evaluation.weight_stats import WeightStats, code_entropy
-from any4_jax.methods import Method, quantize
+from any4_jax.methods import Int, Method, quantize
 from any4_jax.methods.base import scope_of
 from any4_jax.methods.matrices import Matrix, quantize_matrix
 from any4_jax.models.base import Decoder
@@ -173,7 +173,9 @@ def linears_of(model: Any, layers: str = r".*") -> dict[str, Matrix]:
     if not matrices:
         raise ValueError(f"got a {type(model).__name__} without float linears, and one is needed; pass the float model")
     paths = matching(matrices, layers)
-    linears = list(resolve(paths, _ANY, None, {path for path in paths if matrices[path].by_name})) or paths
+    by_name = {path for path in paths if matrices[path].by_name}
+    # Which layers are taken doesn't depend on the method.
+    linears = list(resolve(paths, Int(), None, by_name)) or paths
     places = {path: place for place, path in enumerate(_in_order(model))}
     return {path: matrices[path] for path in sorted(linears, key=lambda path: places.get(path, len(places)))}
 
@@ -183,10 +185,6 @@ def _in_order(model: Any) -> list[str]:
     count = len(model.blocks) if isinstance(model, Decoder) else 0
     sites = ((model.block_path(index), site) for index in range(count) for site in model.sites(index))
     return [f"{path}.{linear}" for path, site in sites for linear in site.linears]
-
-
-_ANY: Any = object()
-"""Stands for any method: which layers one would take doesn't depend on it."""
 
 
 def _rows(matrix: Matrix) -> jax.Array:
@@ -228,7 +226,7 @@ def _loss(w: jax.Array, operator: Any, gathered: Gathered | None) -> MethodLoss:
     tokens = 0
     for index, one in enumerate(stack):
         leaf = jax.tree.map(lambda array, at=index: array[at], parts)
-        d = dequantize(leaf if w.ndim > 2 else operator) - one.astype(jnp.float32)
+        d = dequantize(leaf) - one.astype(jnp.float32)
         sums += np.asarray(_moments(jnp.stack([d, one.astype(jnp.float32)])), np.float64).sum(axis=-1)
         if gathered is not None:
             seen = gathered.of_expert(index)[SAMPLE] if gathered.stack else gathered[SAMPLE]
