@@ -21,7 +21,7 @@ from any4_jax.statistics import Gathered, Sample
 from any4_jax.surgery import container_of, resolve
 from any4_jax.surgery.rules import matching
 from any4_jax.walk.calibrate import Data, calibrate
-from any4_jax.weights import QuantizedTensor, dequantize
+from any4_jax.weights import QuantizedTensor, dequantize, from_codes
 
 SAMPLE = Sample(512)
 """The inputs that calibrated errors are measured on: of so many tokens of the text."""
@@ -212,10 +212,10 @@ def _levels(
 
 
 def _values(leaf: QuantizedTensor) -> np.ndarray:
-    """The values of a leaf [1, K] of one group, float64 [2**bits]."""
-    lut, scale = (np.asarray(each, np.float64).reshape(-1) for each in (leaf.lut, leaf.scales))
-    offset = 0.0 if leaf.offsets is None else np.asarray(leaf.offsets, np.float64).reshape(-1)[0]
-    return lut * scale[0] + offset
+    """The values of a leaf [1, K] of one group, float64 [2**bits]: what it gives for each of its codes."""
+    codes = jnp.arange(2**leaf.bits, dtype=jnp.uint8)[None]
+    every = from_codes(codes, leaf.lut, leaf.scales, leaf.offsets, bits=leaf.bits, group_size=codes.shape[-1])
+    return np.asarray(dequantize(every)[0], np.float64)
 
 
 def _loss(w: jax.Array, operator: Any, gathered: Gathered | None) -> MethodLoss:
