@@ -94,12 +94,12 @@ void LutProducts(const Product* products, int64_t count, const void* x, int64_t 
     };
     type == Type::kFloat32 ? of(static_cast<const float*>(x)) : of(static_cast<const uint16_t*>(x));
   };
-  const auto multiply = [&](const Weight& weight, int64_t begin, int64_t end, int64_t rows, const Output& output,
+  const auto multiply = [&](const Product& product, int64_t begin, int64_t end, int64_t rows, const Output& output,
                             char* scratch) {
     Input of_pass = input;
     of_pass.rows = rows;
     const bool few = (rows <= 2 || rows == 4) && input.whole_lanes;
-    (few ? kernel.few : kernel.many)(weight, of_pass, begin, end, output, reinterpret_cast<float*>(scratch));
+    (few ? kernel.few : kernel.many)(product.weight, of_pass, begin, end, output, reinterpret_cast<float*>(scratch));
   };
   const int64_t scratch_bytes = ScratchFloats(shape, input) * static_cast<int64_t>(sizeof(float));
   ForProducts(products, count, m, type, {kInputRows, kDecodedRows, kTaskRows, scratch_bytes}, executor, arrange,

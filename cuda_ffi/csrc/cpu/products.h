@@ -29,7 +29,7 @@ struct Passes {
 
 // For each pass over the weights, with at most passes.input_rows rows of x, [first, first + rows):
 //   arrange(first, row) once for each `row` below `rows`, on any thread; then
-//   multiply(weight, begin, end, rows, output, scratch) for ranges that together are all rows of all weights.
+//   multiply(product, begin, end, rows, output, scratch) for ranges that together are all rows of all weights.
 template <class Arrange, class Multiply>
 void ForProducts(const Product* products, int64_t count, int64_t m, Type type, const Passes& passes,
                  const Executor& executor, const Arrange& arrange, const Multiply& multiply) {
@@ -54,9 +54,9 @@ void ForProducts(const Product* products, int64_t count, int64_t m, Type type, c
     }
     ForTasks(executor, static_cast<int64_t>(tasks.size()), passes.scratch_bytes, [&](int64_t index, char* scratch) {
       const auto [product, begin] = tasks[index];
-      const Weight& weight = product->weight;
-      const Output output{static_cast<char*>(product->y) + first * weight.n * ItemBytes(type), weight.n, type};
-      multiply(weight, begin, std::min(begin + task_rows, weight.n), rows, output, scratch);
+      const int64_t n = product->weight.n;
+      const Output output{static_cast<char*>(product->y) + first * n * ItemBytes(type), n, type};
+      multiply(*product, begin, std::min(begin + task_rows, n), rows, output, scratch);
     });
   }
 }
