@@ -3,6 +3,7 @@
 A new operator is one file: see `any4_jax.weights.operator`.
 """
 
+from any4_jax.weights.binary import binary_planes, bit_planes
 from any4_jax.weights.contraction import Contraction, Layout, contraction
 from any4_jax.weights.low_rank import LowRank
 from any4_jax.weights.operator import (
@@ -41,6 +42,8 @@ __all__ = [
     "Sparse",
     "Sum",
     "Trained",
+    "binary_planes",
+    "bit_planes",
     "contraction",
     "dense_product",
     "dequantize",

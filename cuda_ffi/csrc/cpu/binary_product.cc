@@ -15,8 +15,7 @@ namespace {
 
 void BinaryProducts(const Product* products, int64_t count, int64_t planes, const void* x, int64_t m, Type type, Isa isa,
                     const Executor& executor) {
-  std::vector<Product> sums;
-  for (int64_t i = 0; i < count; ++i) sums.push_back(products[i * planes]);
+  const std::vector<Product> sums = FirstPlanes(products, count, planes);
   if (m == 0 || RowsOf(sums.data(), count) == 0) return;
   const Weight& shape = products[0].weight;
   const BinaryKernel& kernel =

@@ -19,6 +19,13 @@ inline int64_t RowsOf(const Product* products, int64_t count) {
   return n;
 }
 
+// The first of each `planes` consecutive weights, of which there are `count`; it has the y of their sum.
+inline std::vector<Product> FirstPlanes(const Product* products, int64_t count, int64_t planes) {
+  std::vector<Product> first;
+  for (int64_t i = 0; i < count; ++i) first.push_back(products[i * planes]);
+  return first;
+}
+
 // Sizes of the work.
 struct Passes {
   int64_t input_rows;     // of x, the most in one pass over the weights

@@ -111,7 +111,7 @@ ffi::Error OfFloats(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::RemainingArgs o
   for (const Product& product : *products) {
     if (product.weight.integers) return Invalid(kLutProduct, "lut is int8, and needs float32 or bfloat16");
   }
-  any4::LutProducts(products->data(), static_cast<int64_t>(products->size()), x.untyped_data(), x.dimensions()[0],
+  any4::LutProducts(products->data(), static_cast<int64_t>(products->size()), 1, x.untyped_data(), x.dimensions()[0],
                     *TypeOf(x), *chosen, any4::ExecutorOf(pool));
   return ffi::Error::Success();
 }
@@ -151,7 +151,7 @@ ffi::Error OfBytes(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer grid, 
 }
 
 ffi::Error OfPlanes(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::RemainingArgs operands, ffi::RemainingRets results,
-                    int64_t planes, int64_t group_size, std::string_view isa) {
+                    int64_t planes, int64_t group_size, bool tables, std::string_view isa) {
   const auto refuse = [](const std::string& message) { return Invalid(kBinaryProduct, message); };
   const auto chosen = any4::IsaNamed(isa);
   if (!chosen) return refuse(any4::LacksIsa(isa));
@@ -163,11 +163,12 @@ ffi::Error OfPlanes(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::RemainingArgs o
     if (product.weight.integers) return refuse("lut is int8, and needs float32 or bfloat16");
   }
   const int64_t m = x.dimensions()[0], k = x.dimensions()[1];
-  if (!any4::HasBinaryGroups(k, group_size)) {
-    return refuse("got group_size=" + std::to_string(group_size) + ", need a multiple of 32, or K");
+  if (tables && !any4::HasBinaryGroups(k, group_size)) {
+    return refuse("got group_size=" + std::to_string(group_size) + ", need a multiple of 32 for tables, or K");
   }
-  any4::BinaryProducts(products->data(), static_cast<int64_t>(results.size()), planes, x.untyped_data(), m, *TypeOf(x),
-                       *chosen, any4::ExecutorOf(pool));
+  const auto multiply = tables ? &any4::BinaryProducts : &any4::LutProducts;
+  multiply(products->data(), static_cast<int64_t>(results.size()), planes, x.untyped_data(), m, *TypeOf(x), *chosen,
+           any4::ExecutorOf(pool));
   return ffi::Error::Success();
 }
 
@@ -181,6 +182,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(any4_cpu_binary_product, OfPlanes,
                                   .RemainingRets()
                                   .Attr<int64_t>("planes")
                                   .Attr<int64_t>("group_size")
+                                  .Attr<bool>("tables")
                                   .Attr<std::string_view>("isa"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(any4_cpu_lut_product, OfFloats,
