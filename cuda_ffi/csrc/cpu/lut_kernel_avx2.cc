@@ -1,6 +1,6 @@
 // AVX2 and FMA: a permute looks up 8 codes among 8 floats, so a table of 16 takes two permutes and a blend. Larger
 // tables are gathered from memory.
-#include "binary_kernel.h"
+#include "lut_binary_kernel.h"
 #include "lut_kernel.h"
 
 #if defined(__AVX2__)
@@ -12,7 +12,7 @@ namespace avx2 {
 
 #include "lut_kernel_inl.h"
 
-#include "binary_kernel_inl.h"
+#include "lut_binary_kernel_inl.h"
 
 struct Vector {
   using Float = __m256;

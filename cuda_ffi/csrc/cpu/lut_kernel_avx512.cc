@@ -1,5 +1,5 @@
 // AVX-512 (F, BW, VL, DQ): a table of 16 floats is one register, and one permute looks up 16 codes.
-#include "binary_kernel.h"
+#include "lut_binary_kernel.h"
 #include "lut_kernel.h"
 
 #if defined(__AVX512F__)
@@ -11,7 +11,7 @@ namespace avx512 {
 
 #include "lut_kernel_inl.h"
 
-#include "binary_kernel_inl.h"
+#include "lut_binary_kernel_inl.h"
 
 struct Vector {
   using Float = __m512;

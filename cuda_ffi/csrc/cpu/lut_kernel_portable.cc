@@ -1,5 +1,5 @@
 // Plain C++ for every processor; compilers turn the loops over lanes into vectors of whatever length there is.
-#include "binary_kernel.h"
+#include "lut_binary_kernel.h"
 #include "lut_kernel.h"
 
 namespace any4 {
@@ -7,7 +7,7 @@ namespace portable {
 
 #include "lut_kernel_inl.h"
 
-#include "binary_kernel_inl.h"
+#include "lut_binary_kernel_inl.h"
 
 struct Vector {
   static constexpr int kLanes = 8;

@@ -5,9 +5,9 @@
 #include <string_view>
 #include <vector>
 
-#include "binary_product.h"
 #include "byte_product.h"
 #include "handler.h"
+#include "lut_binary.h"
 #include "lut_product.h"
 #include "xla/ffi/api/ffi.h"
 

@@ -1,4 +1,4 @@
-// What binary_product.cc and the code of each instruction set (lut_kernel_*.cc) share: products by tables of signed sums.
+// What lut_binary.cc and the code of each instruction set (lut_kernel_*.cc) share: products by tables of signed sums.
 //
 // The codes of a plane are single bits, so the part of a few inputs in a product is one of few sums +-x0 +-x1 ..., which
 // a table holds: entry p adds the inputs whose bits are set in p, and subtracts the others. LUT-GEMM (arXiv 2206.09557)

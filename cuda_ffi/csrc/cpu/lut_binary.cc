@@ -1,9 +1,9 @@
-#include "binary_product.h"
+#include "lut_binary.h"
 
 #include <algorithm>
 #include <vector>
 
-#include "binary_kernel.h"
+#include "lut_binary_kernel.h"
 #include "products.h"
 
 namespace any4 {

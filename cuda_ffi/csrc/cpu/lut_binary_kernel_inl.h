@@ -1,4 +1,4 @@
-// The product with binary planes, over a vector type V; see binary_kernel.h. It is included after lut_kernel_inl.h, and
+// The product with binary planes, over a vector type V; see lut_binary_kernel.h. It is included after lut_kernel_inl.h, and
 // the same holds for it.
 
 template <class V>
