@@ -9,11 +9,11 @@ from cuda_ffi.lut_product import Matrix, call_products
 TARGET = "any4_cpu_binary_product"
 
 MULTIPLE = 32
-"""Tables take groups of a multiple of so many inputs, or rows: none may end within a word of codes."""
+"""Tables take groups of a multiple of so many inputs, or rows: none may end within a word."""
 
 MOST_LOOKED_UP = 32
-"""The most rows of x times planes for which three planes or more are looked up. Each row of x is looked up in each plane
-by itself, where decoding makes one matrix of all planes. With two planes that never pays, whatever the number of rows."""
+"""The most rows of x times planes for which three planes or more are looked up. Each row of x is looked up in each
+plane by itself, where decoding makes one matrix of all planes. With two planes that doesn't pay, whatever the rows."""
 
 _FEW_PLANES = 2
 
