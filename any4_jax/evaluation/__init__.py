@@ -1,8 +1,9 @@
-"""Evaluation: perplexity, the divergence from another model, their errors, the texts of published tables, and needles
-found in long texts."""
+"""Evaluation: perplexity, the divergence from another model, their errors, the texts of published tables, tasks of
+lm-evaluation-harness, and needles found in long texts."""
 
 from any4_jax.evaluation.corpora import CORPORA, Corpus, Tokens, bos_rule, read_corpus
 from any4_jax.evaluation.divergence import Divergence, divergence
+from any4_jax.evaluation.harness import harness_model
 from any4_jax.evaluation.needle import Trial, needle
 from any4_jax.evaluation.perplexity import Difference, Perplexity, paired_difference, perplexity
 
@@ -16,6 +17,7 @@ __all__ = [
     "Trial",
     "bos_rule",
     "divergence",
+    "harness_model",
     "needle",
     "paired_difference",
     "perplexity",
