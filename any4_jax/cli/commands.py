@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from any4_jax import __version__
-from any4_jax.cli import bench, chat, completion, demo, evaluate, explain, generate, inspect, needle, quantize
+from any4_jax.cli import bench, chat, completion, demo, evaluate, explain, generate, inspect, needle, quantize, tables
 from any4_jax.cli.errors import CommandLineError, sentence
 from any4_jax.cli.interrupts import INTERRUPTED, came, check, line
 from any4_jax.cli.output import only_json
@@ -115,6 +115,7 @@ def parser_of(argv: Sequence[str]) -> argparse.ArgumentParser:
     needle.add(commands, common)
     inspect.add(commands, common)
     explain.add(commands, common)
+    tables.add(commands, common)
     bench.add(commands, common, argv)
     completion.add(commands, common)
     return parser

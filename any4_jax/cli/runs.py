@@ -24,6 +24,7 @@ from any4_jax.whole_file import check_target, write_whole
 MANIFEST = "any4.json"
 RESULTS, ARGS = "results.json", "args.json"
 SCHEMA = 1
+FACTS = ("method", "bits_per_weight", "quantized_bytes")
 
 
 class Run:
@@ -57,7 +58,8 @@ class Run:
                 check_target(self._file)
             return
         if not self._folder.is_dir():
-            check_target(self._folder)
+            above = next(parent for parent in self._folder.absolute().parents if parent.exists())
+            check_target(self._folder if self._folder.exists() else above / RESULTS)
             return
         check_target(self._folder / RESULTS)
         before = _read(self._folder / ARGS)
@@ -71,6 +73,7 @@ class Run:
         if not isinstance(results, dict):
             raise WorkError(f"{self._folder / RESULTS} has no results; remove it to measure anew")
         self.results = {} if again else results
+        self.facts = {name: found[name] for name in FACTS if found is not None and name in found}
 
     def has(self, task: str) -> bool:
         """Whether a task was measured before; says so on stderr."""
@@ -84,7 +87,7 @@ class Run:
         if self._file is None:
             return
         if self._folder is not None:
-            self._folder.mkdir(exist_ok=True)
+            self._folder.mkdir(parents=True, exist_ok=True)
             write_whole(self._folder / ARGS, as_json(self._args()) + "\n")
         write_whole(self._file, as_json(self.content()) + "\n")
 
