@@ -253,6 +253,7 @@ def test_eval_goes_on_where_it_was_killed(harness, tmp_path, capsys, monkeypatch
     assert list(json.loads((out / "results.json").read_text())["results"]) == ["hellaswag", "mmlu"]
     assert main([*argv, "hellaswag", "--again"]) == 0 and asked[1:] == [["hellaswag"]]
     before = (out / "results.json").read_text()
+    assert list(json.loads(before)["results"]) == ["hellaswag", "mmlu"]
     assert main(["eval", "tiny", "--limit", "8", "--shots", "0", "--out", str(out), "--tasks", "mmlu"]) == 1
     assert "holds results with limit 9, and this run has 8; give another folder" in capsys.readouterr().err
     assert (out / "results.json").read_text() == before

@@ -48,7 +48,7 @@ class Run:
           OSError: it can't be written.
           WorkError: the folder holds results of other settings, or what isn't such a folder's.
         """
-        self._settings, self._command = dict(settings), command
+        self._settings, self._command, self._anew = dict(settings), command, set[str]()
         self.facts: dict[str, Any] = {}
         self.results: dict[str, Any] = {}
         self._folder = Path(out) if out is not None and not out.endswith(".json") else None
@@ -72,14 +72,16 @@ class Run:
         results = {} if found is None else found.get("results")
         if not isinstance(results, dict):
             raise WorkError(f"{self._folder / RESULTS} has no results; remove it to measure anew")
-        self.results = {} if again else results
+        self.results = results
+        self._anew = set(results) if again else set()
         self.facts = {name: found[name] for name in FACTS if found is not None and name in found}
 
     def has(self, task: str) -> bool:
         """Whether a task was measured before; says so on stderr."""
-        if task in self.results:
-            print(f"{task}: measured before, see {self._file}; --again measures it anew", file=sys.stderr)
-        return task in self.results
+        if task not in self.results or task in self._anew:
+            return False
+        print(f"{task}: measured before, see {self._file}; --again measures it anew", file=sys.stderr)
+        return True
 
     def add(self, task: str, result: Mapping[str, Any]) -> None:
         """Keeps a result, and writes all."""
