@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, cast
 
 import jax
 import jax.numpy as jnp
@@ -244,3 +244,5 @@ def test_what_is_no_factory_is_refused(model: Llama) -> None:
         a4.generate(model, ROWS, cache=loose)
     with pytest.raises(TypeError, match="factory is a int, and an object with a method `create` is needed"):
         a4.generate(model, ROWS, cache=4)
+    with pytest.raises(TypeError, match="factory is the class Windowed, and an instance is needed; call the class"):
+        a4.generate(model, ROWS, cache=cast(Any, Windowed))

@@ -63,6 +63,8 @@ def plain_tokenizer(monkeypatch):
         (["eval", "tiny", "--text", "{short}", "--seqlen", "64"], 1, "longer text"),
         (["eval", "tiny", "--text", "{short}", "--seqlen", "513"], 1, "context of 512"),
         (["eval", "tiny", "--text", "{short}", "--out", "{missing}/results.json"], 1, "create it first"),
+        (["tune", "tiny", "{new}", "--teacher", "tiny", "--data", "essays"], 1, "tiny is no checkpoint; make one of"),
+        (["tune", "tiny", "{new}", "--teacher", "tiny"], 2, "--data"),
         (["inspect", "{full}"], 1, "any4.json"),
         (["inspect", "{missing}"], 1, "any4.json"),
         (["explain", "{missing}"], 1, "missing"),

@@ -38,8 +38,12 @@ def model() -> Any:
     ("cache", "head", "verdicts"),
     [
         (None, "DenseCache", ["cuda: taken", "cudnn: the scores are few enough", "xla: could, but 'cuda' comes first"]),
-        (Kivi(2), "Kivi(bits=2)", ["cuda: taken", "xla: could, but 'cuda' comes first"]),
-        (Kivi(rotated=False), "Kivi(rotated=False)", ["cuda: the cache holds keys before their", "xla: taken"]),
+        (Kivi(2), "Kivi(bits=2)", ["cuda: taken", "cpu: it runs on cpu", "xla: could, but 'cuda' comes first"]),
+        (
+            Kivi(rotated=False),
+            "Kivi(rotated=False)",
+            ["cuda: the cache holds keys before", "cpu: it runs on", "xla: taken"],
+        ),
         (KVQuant(3).stand_in(2, 1, 64), "KVQuant(bits=3)", ["xla: taken"]),
         (RoundedAttention(8), "RoundedAttention(", ["xla: taken"]),
     ],

@@ -178,6 +178,11 @@ def _attention(bench: CacheBench) -> Callable[..., Any]:
     config = shapes.CONFIGS[bench.shape]
     rope = Rope(config.head_dim, config.rope_theta)
 
+    # Traced once for all blocks.
+    @jax.jit
+    def attend(queries: jax.Array, keys: jax.Array, cache: Any, positions: jax.Array) -> Any:
+        return append_attend(cache, queries, keys, keys, positions, rope)
+
     def turn(caches: list[Any], leaves: Any) -> Any:
         shape = bench.batch, 1, config.num_attention_heads, config.head_dim
         queries = jax.random.normal(jax.random.key(0), shape, jnp.bfloat16)
@@ -187,7 +192,7 @@ def _attention(bench: CacheBench) -> Callable[..., Any]:
             queries, caches = carry
             done, positions = [], (caches[0].length - caches[0].start)[:, None]
             for cache in caches:
-                queries, cache = append_attend(cache, queries, keys, keys, positions, rope)
+                queries, cache = attend(queries, keys, cache, positions)
                 done.append(cache)
             return queries, done
 

@@ -9,7 +9,23 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from any4_jax import __version__
-from any4_jax.cli import bench, chat, completion, demo, evaluate, explain, generate, inspect, needle, quantize, tables
+from any4_jax.cli import (
+    analyze,
+    bench,
+    calibrate,
+    chat,
+    completion,
+    demo,
+    diff,
+    evaluate,
+    explain,
+    generate,
+    inspect,
+    needle,
+    quantize,
+    tables,
+    tune,
+)
 from any4_jax.cli.errors import CommandLineError, sentence
 from any4_jax.cli.interrupts import INTERRUPTED, came, check, line
 from any4_jax.cli.output import only_json
@@ -108,11 +124,15 @@ def parser_of(argv: Sequence[str]) -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"any4 {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     demo.add(commands, common)
+    calibrate.add(commands, common, argv)
     quantize.add(commands, common, argv)
+    tune.add(commands, common)
     generate.add(commands, common)
     chat.add(commands, common)
     evaluate.add(commands, common, argv)
     needle.add(commands, common)
+    analyze.add(commands, common, argv)
+    diff.add(commands, common)
     inspect.add(commands, common)
     explain.add(commands, common)
     tables.add(commands, common)

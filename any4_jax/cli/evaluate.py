@@ -63,6 +63,11 @@ def add(commands: Any, common: argparse.ArgumentParser, argv: Sequence[str]) -> 
         "--windows", type=count, metavar="N", help="use only the first N windows (default: all, or the data set's 256)"
     )
     parser.add_argument(
+        "--allow-training-text",
+        action="store_true",
+        help="measure on a text even if the model was trained on passages of it, which is refused otherwise",
+    )
+    parser.add_argument(
         "--out",
         metavar="DIR|FILE.json",
         help="write the results to DIR/results.json and the settings to DIR/args.json, or the results to one file; "
@@ -124,5 +129,5 @@ def _measure_texts(args: argparse.Namespace, names: Sequence[str], model: Any, c
     seqlen = args.seqlen or min(SEQLEN, *(each.config.max_position_embeddings for each in opened))
     # All are read before any is measured, so that a wrong name is told at once.
     for name, tokens in {name: tokens_of(name, args, opened, seqlen) for name in names}.items():
-        settings = dict(seqlen=seqlen, windows=args.windows, cache=cache)
+        settings = dict(seqlen=seqlen, windows=args.windows, cache=cache, allow_training_text=args.allow_training_text)
         kept.add(name, measure(name, tokens, model, against, **settings))

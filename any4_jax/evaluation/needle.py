@@ -71,8 +71,8 @@ def needle(
       lengths: tokens of the prompts.
       depths: from 0 to 1.
       keys: what is hidden, each in prompts of its own.
-      cache: creates the caches, such as `kv_cache.Kivi(bits=2)`; None for the model's own. Tokens of a prompt see each
-        other as the cache has it for a generation.
+      cache: creates the caches, such as `kv_cache.Kivi(bits=2)`; None for the model's own, which is the plain one
+        unless its checkpoint names another. Tokens of a prompt see each other as the cache has it for a generation.
       progress: called with (trials done, trials in total).
 
     Returns:

@@ -15,6 +15,7 @@ then keeps a steady scale, which quantizes better) and rotate them when it reads
 """
 
 import dataclasses
+import inspect
 from typing import Any, Protocol, Self, TypeGuard, cast, runtime_checkable
 
 import jax
@@ -195,13 +196,17 @@ def traceable(factory: CacheFactory) -> CacheFactory:
     """The factory in a form that a jitted function takes: its arrays are traced, all else is static.
 
     Raises:
-        TypeError: the factory has no `create`, or is neither a pytree nor hashable.
+        TypeError: the factory has no `create`, is a class whose `create` needs an instance, or is neither a pytree nor
+            hashable.
     """
     if not callable(getattr(factory, "create", None)):
         raise TypeError(
             f"the cache factory is a {type(factory).__name__}, and an object with a method `create` is needed; pass a "
             "cache class, such as DenseCache, or a CacheFactory"
         )
+    unbound = inspect.isfunction(inspect.getattr_static(factory, "create", None))
+    if isinstance(factory, type) and unbound:
+        raise TypeError(f"the cache factory is the class {factory.__name__}, and an instance is needed; call the class")
     if not jax.tree_util.all_leaves([factory]):
         return factory
     try:

@@ -44,7 +44,7 @@ def _supports(
     from cuda_ffi import kivi_attention, registration
 
     reason = kivi_attention.why_not(
-        queries.shape[2], cache.settings.group_size, _held(cache), queries.dtype, keys.dtype
+        queries.shape[2], cache.settings.group_size, held_by(cache), queries.dtype, keys.dtype
     )
     return reason or registration.why_not("cuda")
 
@@ -92,7 +92,7 @@ def _fused(structure: Any, settings: AttentionSettings) -> Callable[..., Any]:
             queries[:, 0],
             keys[:, 0],
             values[:, 0],
-            _held(cache),
+            held_by(cache),
             positions[:, 0],
             jnp.broadcast_to(cache.start, len(queries)).astype(jnp.int32),
             (factors[0][:, 0], factors[1][:, 0]) if factors else None,
@@ -106,7 +106,7 @@ def _fused(structure: Any, settings: AttentionSettings) -> Callable[..., Any]:
     return plain_elsewhere(launch, plainly)
 
 
-def _held(cache: "KiviCache") -> Any:
+def held_by(cache: "KiviCache") -> Any:
     """The arrays as the kernel names them."""
     from cuda_ffi.kivi_attention import Held
 

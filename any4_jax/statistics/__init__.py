@@ -1,6 +1,7 @@
 """What methods learn from the activations that enter a linear: a protocol, and the statistics that follow it."""
 
 from any4_jax.statistics.drift import Drift, DriftSum
+from any4_jax.statistics.files import CATALOGUE, load, save
 from any4_jax.statistics.gathered import (
     DEFAULT,
     Gathered,
@@ -17,6 +18,7 @@ from any4_jax.statistics.moments import AbsMax, Moments, MomentSums
 from any4_jax.statistics.sample import Sample, SampledTokens
 
 __all__ = [
+    "CATALOGUE",
     "DEFAULT",
     "AbsMax",
     "Drift",
@@ -34,6 +36,8 @@ __all__ = [
     "empty",
     "from_activations",
     "is_paired",
+    "load",
     "merge",
+    "save",
     "update",
 ]
