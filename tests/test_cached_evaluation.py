@@ -84,7 +84,7 @@ def test_flags_of_eval(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
     text.write_text("Once upon a time.")
     assert main(["eval", "tiny", "--text", str(text), "--out", str(out), *FLAGS]) == 0
     assert used == [BUILT]
-    assert '"cache": "Kivi(bits=2, ' in out.read_text()
+    assert '"cache": "kivi bits=2 group_size=64 value_bits=4"' in out.read_text()
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,7 @@ LAYERS = (
     ("models",),
     ("surgery", "generate"),
     ("walk", "training"),
+    ("tuning",),
     ("checkpoint", "evaluation", "benchmarks"),
     ("cli",),
     ("__main__",),

@@ -8,15 +8,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from equality import assert_same
-from method_table import EVERY, FIXED, LEARNED, K, N, dequantize, layer, run, stats
+from method_table import BINARY, EVERY, FIXED, LEARNED, ROWS_SHARE, SPARSE, K, N, dequantize, layer, run, stats
 
 from any4_jax import scaling
 from any4_jax.methods import CATALOGUE, MX4, NF4, Any4, Int, Method, quantize
 from any4_jax.methods.base import scope_of
 from any4_jax.methods.spec import method_from_json, method_to_json
+from any4_jax.weights import is_operator
 
 METHODS = [pytest.param(m, id=f"{m.name}-{i}") for i, m in enumerate(EVERY)]
 contract = pytest.mark.parametrize("method", METHODS)
+of_rows = pytest.mark.parametrize("method", [each for each in METHODS if each.values[0] not in ROWS_SHARE])
 
 
 @contract
@@ -24,13 +26,14 @@ def test_shapes_dtypes_and_size(method) -> None:
     whole = run(layer(), method)
     q, method = leaf(whole), getattr(method, "inner", method)
     group_size = min(getattr(method, "group_size", K), K)
-    bits = getattr(method, "bits", 4)
+    bits = 1 if method in BINARY else getattr(method, "bits", 4)
+    assert len(leaves(whole)) == (method.bits if method in BINARY else 1)
     assert q.shape == (N, K) and q.bits == bits and q.group_size == group_size
     assert q.lut.shape == ((N if getattr(method, "per_row", True) and method in LEARNED else 1), 2**bits)
-    assert (
-        q.lut.dtype == getattr(method, "stored_table_dtype", method.table_dtype)
-        and q.scales.dtype == method.scale_dtype
-    )
+    table_dtype = getattr(method, "stored_table_dtype", getattr(method, "table_dtype", "bfloat16"))
+    table_dtype = getattr(method, "stored_table_dtype", getattr(method, "table_dtype", "bfloat16"))
+    scales = (q.scales.inner if is_operator(q.scales) else q).scales
+    assert q.lut.dtype == table_dtype and scales.dtype == method.scale_dtype
     assert q.scales.shape == (N, -(-K // group_size))
     assert (np.diff(np.asarray(q.lut, np.float32), axis=1) >= 0).all()
     assert int(q.unpacked_codes().max()) < 2**bits
@@ -43,10 +46,12 @@ def test_two_runs_give_the_same_bits(method) -> None:
     assert_same(run(layer(), method), run(layer(), method))
 
 
-@contract
+@of_rows
 def test_row_order_changes_no_bit(method) -> None:
     order = np.random.default_rng(1).permutation(N)
     straight, shuffled = run(layer(), method), run(layer()[order], method)
+    if method in SPARSE:  # whose entries lie in blocks of rows
+        straight, shuffled = dequantize(straight), dequantize(shuffled)
     rows = jax.tree.map(lambda a: a[order] if a.shape[:1] == (N,) else a, straight)
     assert_same(shuffled, rows)
 
@@ -76,7 +81,7 @@ def test_powers_of_two_scale_the_matrix_exactly(method) -> None:
     coded = getattr(method, "inner", method)
     grouped = getattr(coded, "group_size", 16) is not None
     narrow = (coded.scale_dtype if grouped else coded.table_dtype) == "float16"
-    plain = leaf(run(w, method))
+    plain = leaves(run(w, method))
     for power in POWERS:
         factor = np.float32(2.0**power)
         if narrow and abs(power) > 9:
@@ -84,34 +89,44 @@ def test_powers_of_two_scale_the_matrix_exactly(method) -> None:
                 run(w * factor, method, path="a.b")
             continue
         try:
-            scaled = leaf(run(w * factor, method))
+            scaled = leaves(run(w * factor, method))
         except ValueError as error:
-            # Steps of 1/255 of a small group, scales of integers, and offsets close to zero leave the range before the
-            # weights do.
-            assert power == POWERS[0] and (plain.offsets is not None or plain.lut.dtype == jnp.int8), error
+            # Steps of 1/255 of a small group, scales of integers and of later planes, and offsets close to zero leave
+            # the range before the weights do.
+            early = plain[0].offsets is not None or plain[0].lut.dtype == jnp.int8 or len(plain) > 1
+            assert power == POWERS[0] and early, error
             assert re.search(
                 "(scales|offsets) would be too small for (bfloat16|float32); scale the weights", str(error)
             )
             continue
-        assert_same(
-            (scaled.codes, scaled.lut if grouped else scaled.scales),
-            (plain.codes, plain.lut if grouped else plain.scales),
-        )
+        assert_same(*([(q.codes, q.lut if grouped else q.scales) for q in each] for each in (scaled, plain)))
         values = [
-            [values_of(each, grouped) for each in (q.scales if grouped else q.lut, q.offsets)] for q in (plain, scaled)
+            [values_of(stored, grouped) for q in each for stored in (q.scales if grouped else q.lut, q.offsets)]
+            for each in (plain, scaled)
         ]
         for ours, theirs in zip(*values, strict=True):
             np.testing.assert_array_equal(theirs, None if ours is None else ours * factor, err_msg=str(power))
 
 
 def leaf(q):
-    """The coded matrix of a result whose input may be permuted, scaled or rounded."""
-    return leaf(q.inner) if hasattr(q, "inner") else q
+    """The coded matrix of a result, or the first of several."""
+    return leaves(q)[0]
+
+
+def leaves(q):
+    """The coded matrices of a result, whose input may be permuted, scaled or rounded, and which may have outliers."""
+    if hasattr(q, "inner"):
+        return leaves(q.inner)
+    if hasattr(q, "terms"):
+        return [one for term in q.terms for one in leaves(term)]
+    return [q] if hasattr(q, "lut") else []
 
 
 def values_of(stored, grouped: bool):
     if stored is None:
         return None
+    if is_operator(stored):
+        return np.asarray(dequantize(stored))
     return np.asarray(scaling.scale_values(stored) if grouped else stored, np.float32)
 
 
@@ -173,13 +188,13 @@ def test_weights_at_the_ends_of_float32_are_finite() -> None:
             assert np.isfinite(back).all() and np.abs(back - w).max() < 0.4, method
 
 
-@contract
+@of_rows
 def test_zero_and_constant_rows_and_groups(method) -> None:
     w, q = layer(), run(layer(), method)
     back = np.asarray(dequantize(q))
     # Groups that are scaled as they come hold what compensates the errors of others.
     group_size = leaf(q).group_size
-    zeros = 16 // group_size * group_size * getattr(method, "static_groups", True)
+    zeros = 16 // group_size * group_size * getattr(method, "static_groups", method not in SPARSE)
     assert not back[2].any() and not back[7, :zeros].any()
     # A row that is constant is none once its inputs are scaled; that is nothing to groups of one weight.
     constant = scope_of(method) == "matrix" or group_size == 1

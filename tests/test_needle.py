@@ -139,7 +139,7 @@ def test_a_heat_map_without_matplotlib_is_refused_before_the_work(knowing, monke
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert main(["needle", "small", "--png", f"{tmp_path}/map.png"]) == 1
     said = capsys.readouterr().err
-    assert said.count("\n") == 1 and "needs the package matplotlib" in said and "'any4_jax[plot]'" in said
+    assert said.count("\n") == 1 and "picture needs the package matplotlib" in said and "'any4_jax[plot]'" in said
     assert not knowing
     assert main(["needle", "small", "--png", f"{tmp_path}/none/map.png"]) == 1
 

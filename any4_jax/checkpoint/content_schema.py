@@ -106,9 +106,19 @@ class _Linear(_Method):
 _Rules = tuple[tuple[str, _Method | None], ...]
 
 
+class _Training(Schema):
+    """What trained a model, and on what; `passages` is a sketch of the text."""
+
+    by: str
+    settings: dict[str, Any]
+    tokens: int
+    passages: Annotated[str, Field(pattern=r"^([0-9a-f]{16})*$")]
+
+
 class _Recipe(Schema):
     rules: _Rules
     linears: dict[str, _Linear]
+    training: tuple[_Training, ...] = ()
 
 
 class _Recipe1(Schema):

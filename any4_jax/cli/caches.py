@@ -7,7 +7,7 @@ from collections.abc import Collection
 from typing import Any
 
 from any4_jax.cli.errors import CommandLineError, WorkError
-from any4_jax.cli.options import add_fields, build, given
+from any4_jax.cli.options import add_fields, build, given, given_values
 from any4_jax.data import pieces, texts
 from any4_jax.kv_cache import CATALOGUE, CacheFactory, DenseCache, default_cache
 from any4_jax.models import Decoder
@@ -58,6 +58,15 @@ def cache_from(args: argparse.Namespace) -> Any:
     if kind is None:
         return None if args.cache is None else DenseCache
     return build(kind, args, _PREFIX)
+
+
+def cache_words(args: argparse.Namespace) -> str | None:
+    """The cache that the command line asks for, as words of one: "kivi bits=2"; None without --cache."""
+    kind = CATALOGUE.get(args.cache)
+    if kind is None:
+        return args.cache
+    values = given_values(kind, args, _PREFIX)
+    return " ".join([args.cache, *(f"{name}={values[name]}" for name in sorted(values))])
 
 
 def cache_for(model: Decoder, args: argparse.Namespace, cache: Any) -> CacheFactory | None:

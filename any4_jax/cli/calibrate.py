@@ -14,7 +14,7 @@ from any4_jax.cli.calibration import add_pieces, pieces_of
 from any4_jax.cli.errors import WorkError
 from any4_jax.cli.methods import add_method, method_from
 from any4_jax.cli.options import checked
-from any4_jax.cli.output import megabytes, progress
+from any4_jax.cli.output import megabytes, progress, tell
 from any4_jax.cli.sources import MODEL_HELP, calibration_text, is_checkpoint, open_model
 from any4_jax.statistics import Gathered, Hessian, Moments
 from any4_jax.walk import calibrate
@@ -62,11 +62,23 @@ def run(args: argparse.Namespace) -> int:
         also = (Hessian(),) if args.hessian else ()
         stats = calibrate(model, data, method, also=also, seqlen=seqlen, progress=bar)
     statistics.save(args.out, stats)
+    seconds = time.perf_counter() - begin
     inputs = {id(gathered): gathered for gathered in stats.values()}.values()
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(list(inputs)))
     print(
         f"{len(stats)} layers read {len(inputs)} inputs, of {_tokens(inputs):,} tokens each: {megabytes(size)} MB, "
-        f"{time.perf_counter() - begin:.1f} s; wrote {args.out}"
+        f"{seconds:.1f} s; wrote {args.out}"
+    )
+    tell(
+        lambda: {
+            "model": args.model,
+            "statistics": args.out,
+            "layers": len(stats),
+            "inputs": len(inputs),
+            "tokens": _tokens(inputs),
+            "bytes": size,
+            "seconds": seconds,
+        }
     )
     print(f"next: any4 quantize {args.model} CKPT --statistics {args.out}", file=sys.stderr)
     return 0

@@ -10,17 +10,20 @@ from typing import NoReturn
 
 from any4_jax import __version__
 from any4_jax.cli import (
+    analyze,
     bench,
     calibrate,
     chat,
     completion,
     demo,
+    diff,
     evaluate,
     explain,
     generate,
     inspect,
     needle,
     quantize,
+    tune,
 )
 from any4_jax.cli.errors import CommandLineError, sentence
 from any4_jax.cli.interrupts import INTERRUPTED, came, check, line
@@ -122,10 +125,13 @@ def parser_of(argv: Sequence[str]) -> argparse.ArgumentParser:
     demo.add(commands, common)
     calibrate.add(commands, common, argv)
     quantize.add(commands, common, argv)
+    tune.add(commands, common)
     generate.add(commands, common)
     chat.add(commands, common)
-    evaluate.add(commands, common)
+    evaluate.add(commands, common, argv)
     needle.add(commands, common)
+    analyze.add(commands, common, argv)
+    diff.add(commands, common)
     inspect.add(commands, common)
     explain.add(commands, common)
     bench.add(commands, common, argv)

@@ -71,6 +71,9 @@ def run(args: argparse.Namespace) -> int:
     print(coverage(contents(content, abstract(manifest))))
     for line in _settings(recipe.values()):
         print(line)
+    for each in (content.get("recipe") or {}).get("training", ()):
+        told = "".join(f" {name}={_short(value)}" for name, value in each["settings"].items())
+        print(f"trained ({each['by']}) on {each['tokens']} tokens" + (f":{told}" if told else ""))
     return 0
 
 
@@ -81,6 +84,10 @@ def _layer(place: str, operator: Any, content: Mapping[str, Any], recipe: Mappin
     method += "".join(f" + LoRA rank {update.a.shape[-2]}" for update in added)
     lora = sum(update.nbytes for update in added)
     return Layer(_shown(place, content), method, tuple(operator.shape), operator.nbytes, lora)
+
+
+def _short(value: Any) -> Any:
+    return f"{value:.4g}" if isinstance(value, float) else value
 
 
 def _operators(content: Mapping[str, Any], manifest: Manifest) -> dict[str, Any]:

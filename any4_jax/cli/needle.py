@@ -12,7 +12,8 @@ from any4_jax.cli.numbers import between, count
 from any4_jax.cli.output import progress, table, tell
 from any4_jax.cli.sources import MODEL_HELP, add_inputs, open_model, read_text
 from any4_jax.data import essays
-from any4_jax.evaluation.heat_map import check_matplotlib, heat_map
+from any4_jax.evaluation.drawing import check_matplotlib
+from any4_jax.evaluation.heat_map import heat_map
 from any4_jax.evaluation.needle import KEYS, Trial, needle, shares
 from any4_jax.whole_file import check_target, write_whole
 

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,6 +16,8 @@ from tqdm import tqdm
 from any4_jax.cli.interrupts import check
 
 SECONDS_BETWEEN_LINES = 10
+# A list of numbers over several lines; in JSON, no text has a line break of its own.
+_NUMBERS = re.compile(r"\[\n\s+([-+.\deE,\snul]*?)\s*\]")
 # Where --json prints; None without it.
 _JSON: ContextVar[TextIO | None] = ContextVar("json", default=None)
 
@@ -41,8 +44,10 @@ def tell(content: Callable[[], Mapping[str, Any]], indent: int | None = 2) -> No
 
 
 def as_json(content: Any, indent: int | None = 2) -> str:
-    """A value as JSON. What is no finite number, which JSON can't hold, is null."""
-    return json.dumps(_finite(content), indent=indent, allow_nan=False, ensure_ascii=False)
+    """A value as JSON, its lists of numbers on one line each. What is no finite number, which JSON can't hold, is
+    null."""
+    text = json.dumps(_finite(content), indent=indent, allow_nan=False, ensure_ascii=False)
+    return _NUMBERS.sub(lambda found: f"[{' '.join(found[1].split())}]", text)
 
 
 def _finite(value: Any) -> Any:

@@ -15,8 +15,8 @@ from any4_jax.checkpoint.partial import PartialStore
 from any4_jax.cli.caches import add_cache, cache_from
 from any4_jax.cli.calibration import add_pieces, add_statistics, pieces_of, statistics_of
 from any4_jax.cli.errors import CommandLineError, WorkError
-from any4_jax.cli.interrupts import AGAIN, Interrupted
-from any4_jax.cli.methods import add_method, method_from
+from any4_jax.cli.interrupts import Interrupted, going_on
+from any4_jax.cli.methods import add_method, method_from, short_name
 from any4_jax.cli.options import checked
 from any4_jax.cli.output import Progress, megabytes, progress, tell
 from any4_jax.cli.search_results import add_search_results, given, results_of
@@ -99,8 +99,7 @@ def run(args: argparse.Namespace) -> int:
     ]
 
     begin = time.perf_counter()
-    # abspath removes a trailing slash, which would put the folder inside OUT.
-    partial = os.path.abspath(args.out) + ".partial"
+    partial = partial_of(args.out)
     try:
         with PartialStore(partial, resume=args.resume) as finished:
             model = models.load(args.model)
@@ -128,7 +127,7 @@ def run(args: argparse.Namespace) -> int:
             checkpoint.save(args.out, model, cache=cache)
             finished.clear()
     except KeyboardInterrupt:
-        raise Interrupted(_after(partial, args)) from None
+        raise Interrupted(going_on(args.out, partial, resume=args.resume)) from None
     leaves = quantized_leaves(model)
     stored = sum(leaf.nbytes for leaf in leaves.values())
     weights = sum(math.prod(leaf.shape) for leaf in leaves.values())
@@ -153,12 +152,10 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _after(partial: str, args: argparse.Namespace) -> str:
-    """What running the command again does after an interrupt."""
-    if not os.path.isdir(partial):
-        return AGAIN
-    without = "" if args.resume else "without --no-resume "
-    return f"run it again {without}to continue with what {args.out.rstrip('/')}.partial keeps"
+def partial_of(out: str) -> str:
+    """The folder where a run with this output keeps what it has finished."""
+    # abspath removes a trailing slash, which would put the folder inside OUT.
+    return os.path.abspath(out) + ".partial"
 
 
 def _telling(finished: PartialStore, bar: Progress) -> Callable[[int, int, str], None]:
@@ -178,10 +175,9 @@ def _rule(text: str) -> tuple[str, str | None, dict[str, int]]:
     pattern, separator, name = text.rpartition("=")
     if separator and name == "none":
         return pattern, None, {}
-    if separator and name in CATALOGUE:
-        return pattern, name, {}
-    if separator and name[:-1] == "int" and name[-1] in "2345678":
-        return pattern, "int", {"bits": int(name[-1])}
+    found = short_name(name) if separator else None
+    if found is not None:
+        return pattern, *found
     raise argparse.ArgumentTypeError(
         f"got {text!r}, need REGEX=METHOD with METHOD one of {', '.join(sorted(CATALOGUE))}, int2 to int8, none"
     )

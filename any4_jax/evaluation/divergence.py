@@ -108,6 +108,7 @@ def divergence(
     windows: int | None = None,
     progress: Progress | None = None,
     cache: CacheFactory | None = None,
+    allow_training_text: bool = False,
 ) -> Divergence:
     """How far the predictions of `model` are from those of `reference` on a text.
 
@@ -120,12 +121,13 @@ def divergence(
       model: the quantized one, with the same tokens.
       text_or_ids, seqlen, windows, progress: as in `perplexity`; seqlen=None heeds the shorter of the two contexts.
       cache: as in `perplexity`, for `model` alone.
+      allow_training_text: as in `perplexity`.
 
     Raises:
       ValueError: as `perplexity` does, or the two have different vocabularies.
       TypeError: as `perplexity` does.
     """
-    rows = cut((reference, model), text_or_ids, seqlen, windows)
+    rows = cut((reference, model), text_or_ids, seqlen, windows, allow_training_text=allow_training_text)
     run, found = reading(model, cache), np.empty((5, len(rows), rows.shape[1] - 1), np.float32)
     for index, batch in batches(rows, progress):
         tokens = jnp.asarray(batch)

@@ -64,11 +64,13 @@ def generate_chunks(
     logprobs: int | None = None,
     cache: CacheFactory | None = None,
     chunk: int = CHUNK,
+    prompt_length: int = 0,
 ) -> Iterator[Chunk]:
     """Yields a `Chunk` of the new tokens of every row as they are decoded; see `generate_tokens`.
 
     The first chunk has one token per row, each other at most `chunk`, which is 1 to 16; on GPUs and TPUs each size is a
-    program of its own. The other arguments and the errors are those of `generate`; the checks run at the first `next`.
+    program of its own. Prompts are padded to `prompt_length` tokens at least, so that those of many lengths share a
+    program. The other arguments and the errors are those of `generate`; the checks run at the first `next`.
     """
     rows = checked_rows(model, prompts)
     asked = Asked.of(
@@ -95,7 +97,7 @@ def generate_chunks(
         )
     if max_new_tokens == 0:
         return
-    length = _round_up(longest, PROMPT_BUCKET)
+    length = _round_up(max(longest, prompt_length), PROMPT_BUCKET)
     tokens = np.zeros((len(rows), length), np.int32)
     start = np.asarray([length - len(row) for row in rows], np.int32)
     for row, first, target in zip(rows, start, tokens, strict=True):

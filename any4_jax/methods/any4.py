@@ -68,7 +68,7 @@ class Any4(Fields):
       sequential: gather statistics from the model as quantized so far.
       scale_dtype: in which scales and offsets are stored.
       table_dtype: in which tables are stored. Those of "int8" hold integers from -127 to 127, and group scales are so
-        much smaller; they take half the bytes of bfloat16, and no gradient trains them later. "auto" is "int8", or
+        much smaller; they take half the bytes of bfloat16, and only `Tune` and `tune` train them. "auto" is "int8", or
         "bfloat16" without scales (group_size=None) or with those of float16, whose range is short.
     """
 

@@ -24,8 +24,9 @@ from any4_jax.weights.quantize_input import QuantizeInput
 from any4_jax.weights.quantized_tensor import QuantizedTensor, encode, from_codes
 from any4_jax.weights.scale_input import ScaleInput
 from any4_jax.weights.slice import Slice, leaf_of, take
-from any4_jax.weights.sparse import Sparse
+from any4_jax.weights.sparse import Sparse, nonzeros, padded_alike, trimmed
 from any4_jax.weights.sum import Sum
+from any4_jax.weights.transposed import Transposed
 
 __all__ = [
     "Contraction",
@@ -41,6 +42,7 @@ __all__ = [
     "Sparse",
     "Sum",
     "Trained",
+    "Transposed",
     "contraction",
     "dense_product",
     "dequantize",
@@ -48,11 +50,14 @@ __all__ = [
     "from_codes",
     "is_operator",
     "leaf_of",
+    "nonzeros",
     "operator",
     "operator_types",
+    "padded_alike",
     "parts",
     "places",
     "product",
     "take",
     "take_rows",
+    "trimmed",
 ]
