@@ -38,11 +38,10 @@ class Case:
 
 
 CASES = [
-    Case(),
+    Case(rope=Rope(64, 10000.0, YARN), settings=AttentionSettings(scale=0.3)),
     Case(factory=KVQuant(3, recent=0, sinks=2, outliers=0.05), size=32, groups=1, shared=3, rope=Rope(32, 10000.0)),
     Case(factory=KVQuant(2, sinks=0), size=128, groups=4, rope=Rope(128, 500000.0), dtype=jnp.bfloat16),
     Case(factory=KVQuant(3, recent=16, outliers=0.0), rope=None, settings=AttentionSettings(window=150, softcap=3.0)),
-    Case(rope=Rope(64, 10000.0, YARN), settings=AttentionSettings(scale=0.3)),
 ]
 
 

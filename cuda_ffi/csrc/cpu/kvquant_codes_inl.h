@@ -33,7 +33,7 @@ inline void Unpack(int64_t bits, const uint8_t* low, const uint8_t* high, int64_
   if (high == nullptr) return;
   for (int64_t i = 0; i < size / 8; ++i) {
     // Each byte of the product keeps one bit; with 0x7F more, any that isn't zero reaches the highest.
-    const uint64_t one = (high[i] * 0x0101010101010101 & 0x8040201008040201) + 0x7F7F7F7F7F7F7F7F;
+    const uint64_t one = (uint64_t{high[i]} * 0x0101010101010101 & 0x8040201008040201) + 0x7F7F7F7F7F7F7F7F;
     uint64_t wide;
     __builtin_memcpy(&wide, codes + i * 8, sizeof wide);
     wide |= (one >> 7 & 0x0101010101010101) << 2;
