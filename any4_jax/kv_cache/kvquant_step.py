@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from any4_jax.choice import Backend, Choice
 from any4_jax.kv_cache.base import Rope, is_linear_rope, is_pair_rope, rotated
 from any4_jax.kv_cache.nonuniform import TokenCodes
-from any4_jax.kv_cache.plain import plain_elsewhere
+from any4_jax.kv_cache.plain import append_then_attend, plain_elsewhere
 from any4_jax.kv_cache.settings import PLAIN, AttentionSettings
 
 if TYPE_CHECKING:
@@ -37,20 +37,6 @@ def step(
         lambda option: functools.partial(option.run, rope=rope, settings=settings), *problem, name=name
     )
     return run(*operands)
-
-
-def _plain(
-    cache: "KVQuantCache",
-    queries: jax.Array,
-    keys: jax.Array,
-    values: jax.Array,
-    positions: jax.Array,
-    *,
-    rope: Rope | None,
-    settings: AttentionSettings,
-) -> tuple[jax.Array, "KVQuantCache"]:
-    cache = cache.append(keys, values, positions, rope)
-    return cache.attend(queries, positions, rope, settings), cache
 
 
 def _supports(
@@ -144,4 +130,4 @@ def held_by(cache: "KVQuantCache") -> Any:
 
 
 # (the cache, queries, new keys, rope, settings) is the problem that they support or not.
-BACKENDS = Choice((Backend("cpu", _supports, _run), Backend("xla", lambda *problem: None, _plain)))
+BACKENDS = Choice((Backend("cpu", _supports, _run), Backend("xla", lambda *problem: None, append_then_attend)))

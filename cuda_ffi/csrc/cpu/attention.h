@@ -7,7 +7,7 @@
 
 namespace any4 {
 
-// Tokens whose scores are computed at a time.
+// Tokens whose scores are computed at a time; a multiple of what a register of codes holds.
 constexpr int64_t kAttentionChunk = 256;
 
 // What attention over some of the tokens gives for one head, followed by `size` sums of weighted values. Both kinds of

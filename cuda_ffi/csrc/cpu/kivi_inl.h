@@ -9,6 +9,8 @@
 namespace any4 {
 namespace {
 
+static_assert(kAttentionChunk % (kRegister * 16) == 0, "a chunk is whole registers of 2-bit codes");
+
 struct KiviSpace {
   float* queries;  // [shared, size]
   float* scores;   // [shared, kAttentionChunk]; then weights
