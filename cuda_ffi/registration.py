@@ -26,6 +26,7 @@ TARGETS: dict[str, dict[str, str]] = {
     "cpu": {
         "any4_cpu_lut_product": "any4_cpu_lut_product",
         "any4_cpu_byte_product": "any4_cpu_byte_product",
+        "any4_cpu_binary_product": "any4_cpu_binary_product",
         "any4_cpu_kmeans": "any4_cpu_kmeans",
         "any4_cpu_refit": "any4_cpu_refit",
         "any4_cpu_compensation": "any4_cpu_compensation",

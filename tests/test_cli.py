@@ -59,7 +59,6 @@ def plain_tokenizer(monkeypatch):
         (["generate", "tiny", "--prompt", "Once", "--max-new-tokens", "9999"], 1, "512"),
         (["generate", "tiny", "--prompt", "Once", "--temperature", "hot"], 2, "got 'hot', need a number"),
         (["eval", "tiny"], 2, "--text FILE"),
-        (["eval", "tiny", "--tasks", "wikitext-3"], 2, "got the task 'wikitext-3', need some of"),
         (["eval", "tiny", "--text", "{missing}"], 1, "missing"),
         (["eval", "tiny", "--text", "{short}", "--seqlen", "64"], 1, "longer text"),
         (["eval", "tiny", "--text", "{short}", "--seqlen", "513"], 1, "context of 512"),

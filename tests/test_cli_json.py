@@ -1,13 +1,17 @@
 """`--json`: stdout is one JSON object that holds what the command prints for people, and nothing else."""
 
+import argparse
+import inspect
 import io
 import json
 import math
+from collections.abc import Iterator
 
 import pytest
 
 import any4_jax as a4
 from any4_jax.cli import main
+from any4_jax.cli.commands import parser_of
 from any4_jax.cli.output import as_json
 from any4_jax.cli.stored_sizes import Layer, compared, histogram, size_table
 from any4_jax.data import stories
@@ -84,6 +88,24 @@ def test_completion_and_errors(capsys) -> None:
     assert main(["inspect", "nowhere", "--json"]) == 1
     streams = capsys.readouterr()
     assert streams.out == "" and streams.err.startswith("any4: error: nowhere")
+
+
+def commands(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
+    """The parsers of the commands that have none below them."""
+    below = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+    for action in below:
+        for inner in action.choices.values():
+            yield from commands(inner)
+    if not below:
+        yield parser
+
+
+def test_no_command_is_silent() -> None:
+    found = {parser.prog: inspect.getmodule(parser.get_default("run")) for parser in commands(parser_of([]))}
+    assert {"any4 eval", "any4 bench gemm", "any4 tables", "any4 tune"} <= set(found)
+    for name, module in found.items():
+        # `finish` is how benchmarks end; it tells their results.
+        assert {"tell", "finish"} & set(vars(module)), name
 
 
 def test_numbers_that_json_lacks_are_null() -> None:

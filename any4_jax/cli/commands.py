@@ -23,6 +23,7 @@ from any4_jax.cli import (
     inspect,
     needle,
     quantize,
+    tables,
     tune,
 )
 from any4_jax.cli.errors import CommandLineError, sentence
@@ -134,6 +135,7 @@ def parser_of(argv: Sequence[str]) -> argparse.ArgumentParser:
     diff.add(commands, common)
     inspect.add(commands, common)
     explain.add(commands, common)
+    tables.add(commands, common)
     bench.add(commands, common, argv)
     completion.add(commands, common)
     return parser

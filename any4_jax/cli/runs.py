@@ -24,6 +24,7 @@ from any4_jax.whole_file import check_target, write_whole
 MANIFEST = "any4.json"
 RESULTS, ARGS = "results.json", "args.json"
 SCHEMA = 1
+FACTS = ("method", "bits_per_weight", "quantized_bytes")
 
 
 class Run:
@@ -47,7 +48,7 @@ class Run:
           OSError: it can't be written.
           WorkError: the folder holds results of other settings, or what isn't such a folder's.
         """
-        self._settings, self._command = dict(settings), command
+        self._settings, self._command, self._anew = dict(settings), command, set[str]()
         self.facts: dict[str, Any] = {}
         self.results: dict[str, Any] = {}
         self._folder = Path(out) if out is not None and not out.endswith(".json") else None
@@ -57,7 +58,8 @@ class Run:
                 check_target(self._file)
             return
         if not self._folder.is_dir():
-            check_target(self._folder)
+            above = next(parent for parent in self._folder.absolute().parents if parent.exists())
+            check_target(self._folder if self._folder.exists() else above / RESULTS)
             return
         check_target(self._folder / RESULTS)
         before = _read(self._folder / ARGS)
@@ -70,13 +72,16 @@ class Run:
         results = {} if found is None else found.get("results")
         if not isinstance(results, dict):
             raise WorkError(f"{self._folder / RESULTS} has no results; remove it to measure anew")
-        self.results = {} if again else results
+        self.results = results
+        self._anew = set(results) if again else set()
+        self.facts = {name: found[name] for name in FACTS if found is not None and name in found}
 
     def has(self, task: str) -> bool:
         """Whether a task was measured before; says so on stderr."""
-        if task in self.results:
-            print(f"{task}: measured before, see {self._file}; --again measures it anew", file=sys.stderr)
-        return task in self.results
+        if task not in self.results or task in self._anew:
+            return False
+        print(f"{task}: measured before, see {self._file}; --again measures it anew", file=sys.stderr)
+        return True
 
     def add(self, task: str, result: Mapping[str, Any]) -> None:
         """Keeps a result, and writes all."""
@@ -84,7 +89,7 @@ class Run:
         if self._file is None:
             return
         if self._folder is not None:
-            self._folder.mkdir(exist_ok=True)
+            self._folder.mkdir(parents=True, exist_ok=True)
             write_whole(self._folder / ARGS, as_json(self._args()) + "\n")
         write_whole(self._file, as_json(self.content()) + "\n")
 

@@ -10,7 +10,7 @@ from any4_jax.checkpoint.partial import PartialStore
 from any4_jax.cli.errors import WorkError
 from any4_jax.cli.interrupts import Interrupted, going_on
 from any4_jax.cli.numbers import between, count, natural
-from any4_jax.cli.output import progress
+from any4_jax.cli.output import progress, tell
 from any4_jax.cli.quantize import partial_of
 from any4_jax.cli.sources import MODEL_HELP, calibration_text, check_output, is_checkpoint, open_model
 from any4_jax.data import pieces
@@ -106,10 +106,12 @@ def run(args: argparse.Namespace) -> int:
     recipe = recipe_of(model)
     assert recipe is not None  # tune records what it did
     training = recipe.training[-1]
-    told = dict(training.settings)
+    told, seconds = dict(training.settings), time.perf_counter() - begin
     print(
         f"KL from the float model on held-out rows: {told['kl_before']:.4f} nats per token before, "
         f"{told['kl_after']:.4f} after {told['best_step']} of {args.steps} steps; trained on {training.tokens} tokens, "
-        f"{time.perf_counter() - begin:.1f} s; wrote {args.out}"
+        f"{seconds:.1f} s; wrote {args.out}"
     )
+    names = {"checkpoint": args.checkpoint, "teacher": args.teacher, "out": args.out}
+    tell(lambda: names | told | {"tokens": training.tokens, "seconds": seconds})
     return 0

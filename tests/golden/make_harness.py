@@ -2,9 +2,9 @@
 
     python tests/golden/make_harness.py
 
-It needs lm_eval[hf], transformers 4 and torch. harness.json holds, in float32 on a CPU, for each context and continuation
-the log-likelihood in nats and whether it is the likeliest one, the log-likelihood of whole texts in windows of 64 tokens,
-and the answers to prompts with the settings that a task would give.
+It needs lm_eval[hf], transformers 4 and torch. harness.json holds, in float32 on a CPU, for each context and
+continuation the log-likelihood in nats and whether it is the likeliest one, the log-likelihood of whole texts in
+windows of 64 tokens, and the answers to prompts with the settings that a task would give.
 """
 
 import json
@@ -34,12 +34,13 @@ PAIRS = [
     (STORIES[:3000], STORIES[3000:3400]),
 ]
 TEXTS = ["Tom had a red ball.", STORIES[:700], STORIES[700:1500]]
+STOP = {"max_gen_toks": 24, "do_sample": False}
 ANSWERS = [
-    (CONTEXT, {"until": ["."], "max_gen_toks": 40, "do_sample": False}),
-    ("Tom and Sue went to the", {"until": ["."], "max_gen_toks": 40, "do_sample": False}),
+    ("Once upon a time, there was a little", STOP | {"until": ["."]}),
+    ("Tom and Sue went to the", STOP | {"until": ["."]}),
     ("One day, a boy", {"until": [" the", "\n"], "max_gen_toks": 24, "temperature": 0.0}),
-    ("The end", {"until": [], "max_gen_toks": 16}),
-    (STORIES, {"until": ["."], "max_gen_toks": 40, "do_sample": False}),
+    ("The end", {"until": [], "max_gen_toks": 24}),
+    (STORIES, STOP | {"until": ["."]}),
 ]
 
 
