@@ -31,6 +31,7 @@ TARGETS: dict[str, dict[str, str]] = {
         "any4_cpu_refit": "any4_cpu_refit",
         "any4_cpu_compensation": "any4_cpu_compensation",
         "any4_cpu_kivi_attention": "any4_cpu_kivi_attention",
+        "any4_cpu_kvquant_attention": "any4_cpu_kvquant_attention",
     },
     "cuda": {
         "any4_cuda_lut_product": "any4_cuda_lut_product",
