@@ -114,7 +114,7 @@ def test_flags_of_quantize(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
     assert "cache: kvquant, bits 2, outliers 0.01, recent 4" in capsys.readouterr().out
     flags = ["--method", "nf4", "--cache", "kvquant", "--calibrate", "none"]
     assert main(["quantize", "any", out, *flags]) == 2
-    assert "got --cache kvquant, which learns from a text, and there is none; name one by --calibrate" in capsys.readouterr().err
+    assert "which learns from a text, and there is none; name one by --calibrate" in capsys.readouterr().err
     # The checkpoint's is taken if it has what is asked for; there is no tokenizer to learn another one with.
     assert main(["eval", out, "--text", __file__, "--cache", "kvquant", "--cache-bits", "3"]) == 1
     assert "has no tokenizer, and --cache kvquant has to learn from a text" in capsys.readouterr().err
