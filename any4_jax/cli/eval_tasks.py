@@ -25,8 +25,8 @@ def add_harness(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--allow-code",
         action="store_true",
-        help="run the code that the model writes for humaneval and mbpp: in a process with a time limit, but with your "
-        "rights, so use a machine where nothing can be harmed",
+        help="run the code that the model writes for humaneval and mbpp: without a network, with limits on time, "
+        "memory and files, and with your rights to read files; on Linux",
     )
 
 
