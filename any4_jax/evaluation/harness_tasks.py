@@ -109,8 +109,8 @@ class Tasks:
             except ValueError as error:
                 if _UNSAFE in str(error):
                     raise ValueError(
-                        f"{task} runs code that the model writes, which is refused by default; allow it where no file "
-                        "is secret"
+                        f"{task} runs code that the model writes, which is refused by default; allow it (allow_code, "
+                        "--allow-code) where no file is secret"
                     ) from error
                 raise
             except (ConnectionError, OSError) as error:
