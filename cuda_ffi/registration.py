@@ -26,10 +26,12 @@ TARGETS: dict[str, dict[str, str]] = {
     "cpu": {
         "any4_cpu_lut_product": "any4_cpu_lut_product",
         "any4_cpu_byte_product": "any4_cpu_byte_product",
+        "any4_cpu_binary_product": "any4_cpu_binary_product",
         "any4_cpu_kmeans": "any4_cpu_kmeans",
         "any4_cpu_refit": "any4_cpu_refit",
         "any4_cpu_compensation": "any4_cpu_compensation",
         "any4_cpu_kivi_attention": "any4_cpu_kivi_attention",
+        "any4_cpu_kvquant_attention": "any4_cpu_kvquant_attention",
     },
     "cuda": {
         "any4_cuda_lut_product": "any4_cuda_lut_product",

@@ -67,6 +67,7 @@ def test_errors_start_where_a_weight_is_changed(small, errors) -> None:
     for path in paths[paths.index(CHANGED) + 1 :] + ["layers.2"]:
         assert at[path].total.noise > 0 and at[path].own.noise == 0
     assert errors.worst.path == "layers.1" and errors.worst.own.sqnr == errors.worst.total.sqnr > 0
+    assert dataclasses.replace(errors, embedding=Deviation(noise=1.0)).first == "embedding"
     assert errors.embedding.sqnr == math.inf and errors.embedding.count == errors.tokens * small.config.hidden_size
 
 

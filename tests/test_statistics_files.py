@@ -139,5 +139,7 @@ def test_the_commands_write_them_and_quantize_with_them(monkeypatch, tmp_path: P
         assert main([*argv, *flags]) == 2
         assert f"got --statistics and {flags[0]}, and they say the same twice" in capsys.readouterr().err
     assert main([*argv, "--cache", "kvquant"]) == 2
+    assert main(["calibrate", "small", f"{file}", "--method", "tune"]) == 2
+    assert "got --method tune, which runs whole blocks on a text" in capsys.readouterr().err
     assert main(["calibrate", "small", f"{tmp_path}/none/stats"]) == 1
     assert "its folder is missing; create it first" in capsys.readouterr().err

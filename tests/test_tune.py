@@ -184,6 +184,8 @@ def test_the_blocks_of_a_decoder_are_trained_by_one_program() -> None:
     notes = {path: dict(notes) for path, _, notes in new.recipe.linears}
     assert len(notes) == 14 and all(found["error_after"] < 0.9 * found["error_before"] for found in notes.values())
     assert not np.isclose(notes["layers.0.mlp.up_proj"]["error_after"], notes["layers.1.mlp.up_proj"]["error_after"])
+    (record,) = new.recipe.training
+    assert (record.by, record.tokens) == ("tune", tokens.size)
     plain = quantize_model(model, start)
     errors = [np.square(np.asarray(one(tokens)) - np.asarray(model(tokens))).mean() for one in (new, plain)]
     assert errors[0] < 0.8 * errors[1]

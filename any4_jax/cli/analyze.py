@@ -13,10 +13,13 @@ from any4_jax.cli.output import progress, table, tell
 from any4_jax.cli.sources import MODEL_HELP, calibration_text, is_checkpoint, open_model
 from any4_jax.evaluation.analysis import Analysis, LayerAnalysis, analyze
 from any4_jax.evaluation.analysis_plots import heat_maps, row_plot
-from any4_jax.evaluation.analysis_report import html, summary
+from any4_jax.evaluation.analysis_report import html
+from any4_jax.evaluation.analysis_summary import summary
 from any4_jax.evaluation.drawing import check_matplotlib, write_png
 from any4_jax.methods.base import scope_of
 from any4_jax.whole_file import check_target, write_whole
+
+_BUNDLED = {"prompt": "the bundled prompt", "essays": "the bundled essays"}
 
 
 def add(commands: Any, common: argparse.ArgumentParser, argv: Sequence[str]) -> None:
@@ -83,9 +86,8 @@ def run(args: argparse.Namespace) -> int:
         analysis = analyze(model, methods, data, layers=args.layers, row=row, seqlen=seqlen, progress=bar)
     layers = analysis.layers
     print(_table(layers))
-    print(
-        "\nSQNR of the weights (W) and of the outputs (out) for " + ("normal inputs" if text is None else "that text")
-    )
+    inputs = "normal inputs" if text is None else f"the inputs that {_BUNDLED.get(args.text, args.text)} gives"
+    print(f"\nW, out: signal-to-noise ratios (SQNR) of the weights, and of the outputs for {inputs}")
     for label, found in summary(layers).items():
         print(
             f"{label}: {found['bits_per_weight']:.3f} bits per weight; SQNR of weights {found['weights_sqnr_db']:.2f} "
@@ -100,7 +102,7 @@ def run(args: argparse.Namespace) -> int:
     _draw_row(args, analysis)
     if args.html is not None:
         title = f"{args.model}: {', '.join(methods)}"
-        write_whole(args.html, html(analysis, title, None if text is None else args.text))
+        write_whole(args.html, html(analysis, title, None if text is None else _BUNDLED.get(args.text, args.text)))
     return 0
 
 

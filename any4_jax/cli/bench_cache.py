@@ -9,7 +9,7 @@ from any4_jax.cli.bench_shared import add_common, check, counts, finish, heading
 from any4_jax.cli.numbers import count
 from any4_jax.cli.output import progress, table
 
-DEFAULT = ("dense", "kivi-4", "kivi-2")
+DEFAULT = ("dense", "kivi-4", "kivi-2", "kvquant-4")
 COLUMNS = {
     "cache": "cache",
     "kernel": "kernel",

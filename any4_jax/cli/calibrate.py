@@ -11,11 +11,12 @@ import numpy as np
 
 from any4_jax import statistics
 from any4_jax.cli.calibration import add_pieces, pieces_of
-from any4_jax.cli.errors import WorkError
+from any4_jax.cli.errors import CommandLineError, WorkError
 from any4_jax.cli.methods import add_method, method_from
 from any4_jax.cli.options import checked
 from any4_jax.cli.output import megabytes, progress, tell
 from any4_jax.cli.sources import MODEL_HELP, calibration_text, is_checkpoint, open_model
+from any4_jax.methods.base import scope_of
 from any4_jax.statistics import Gathered, Hessian, Moments
 from any4_jax.walk import calibrate
 from any4_jax.whole_file import check_target
@@ -52,6 +53,11 @@ def add(commands: Any, common: argparse.ArgumentParser, argv: Sequence[str]) -> 
 
 def run(args: argparse.Namespace) -> int:
     method = checked(method_from(args), True)
+    if scope_of(method) == "block":
+        raise CommandLineError(
+            f"got --method {args.method}, which runs whole blocks on a text as it quantizes, and statistics are no "
+            "text; leave it out"
+        )
     check_target(args.out)
     if is_checkpoint(args.model):
         raise WorkError(f"{args.model} is quantized already; give the float model that it was made from")

@@ -18,7 +18,7 @@ def add_pieces(parser: argparse.ArgumentParser) -> None:
         "--samples",
         type=count,
         metavar="N",
-        help="calibrate on N pieces of --seqlen tokens, spread evenly over the text (default: on all of it)",
+        help="read N pieces of --seqlen tokens, spread evenly over the text (default: all of it)",
     )
     parser.add_argument(
         "--seqlen",

@@ -155,6 +155,7 @@ def compensate(
         own_groups = jax.lax.dynamic_slice_in_dim(groups, start, block)
         near = decode(*jax.tree.map(lambda of_all: of_all[:, own_groups], (scales, offsets)))
         levels = Levels(table, near.scales.T, None if near.offsets is None else near.offsets.T)
+        found: tuple[Any, ...]
         if outliers is None:
             found = (*choose(own, wanted, corner, levels, uniform=uniform, backend=backend), None)
         else:
@@ -167,7 +168,7 @@ def compensate(
         )
         return columns, scales, offsets
 
-    limits = None if outliers is None else jnp.pad(outliers.limits, (0, more), constant_values=jnp.inf)
+    limits: Any = None if outliers is None else jnp.pad(outliers.limits, (0, more), constant_values=jnp.inf)
     dtypes = (jnp.uint8, jnp.float32, None if outliers is None else outliers.dtype)
     nothing = tuple(None if dtype is None else jnp.zeros(targets.shape, dtype) for dtype in dtypes)
     state = nothing, grid.scales, grid.offsets

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from any4_jax.evaluation.weight_stats import WeightStats, code_entropy
-from any4_jax.methods import Method, quantize
+from any4_jax.methods import Int, Method, quantize
 from any4_jax.methods.base import scope_of
 from any4_jax.methods.matrices import Matrix, quantize_matrix
 from any4_jax.models.base import Decoder
@@ -21,7 +21,7 @@ from any4_jax.statistics import Gathered, Sample
 from any4_jax.surgery import container_of, resolve
 from any4_jax.surgery.rules import matching
 from any4_jax.walk.calibrate import Data, calibrate
-from any4_jax.weights import QuantizedTensor, dequantize
+from any4_jax.weights import QuantizedTensor, dequantize, from_codes
 
 SAMPLE = Sample(512)
 """The inputs that calibrated errors are measured on: of so many tokens of the text."""
@@ -173,7 +173,9 @@ def linears_of(model: Any, layers: str = r".*") -> dict[str, Matrix]:
     if not matrices:
         raise ValueError(f"got a {type(model).__name__} without float linears, and one is needed; pass the float model")
     paths = matching(matrices, layers)
-    linears = list(resolve(paths, _ANY, None, {path for path in paths if matrices[path].by_name})) or paths
+    by_name = {path for path in paths if matrices[path].by_name}
+    # Which layers are taken doesn't depend on the method.
+    linears = list(resolve(paths, Int(), None, by_name)) or paths
     places = {path: place for place, path in enumerate(_in_order(model))}
     return {path: matrices[path] for path in sorted(linears, key=lambda path: places.get(path, len(places)))}
 
@@ -183,10 +185,6 @@ def _in_order(model: Any) -> list[str]:
     count = len(model.blocks) if isinstance(model, Decoder) else 0
     sites = ((model.block_path(index), site) for index in range(count) for site in model.sites(index))
     return [f"{path}.{linear}" for path, site in sites for linear in site.linears]
-
-
-_ANY: Any = object()
-"""Stands for any method: which layers one would take doesn't depend on it."""
 
 
 def _rows(matrix: Matrix) -> jax.Array:
@@ -214,10 +212,10 @@ def _levels(
 
 
 def _values(leaf: QuantizedTensor) -> np.ndarray:
-    """The values of a leaf [1, K] of one group, float64 [2**bits]."""
-    lut, scale = (np.asarray(each, np.float64).reshape(-1) for each in (leaf.lut, leaf.scales))
-    offset = 0.0 if leaf.offsets is None else np.asarray(leaf.offsets, np.float64).reshape(-1)[0]
-    return lut * scale[0] + offset
+    """The values of a leaf [1, K] of one group, float64 [2**bits]: what it gives for each of its codes."""
+    codes = jnp.arange(2**leaf.bits, dtype=jnp.uint8)[None]
+    every = from_codes(codes, leaf.lut, leaf.scales, leaf.offsets, bits=leaf.bits, group_size=codes.shape[-1])
+    return np.asarray(dequantize(every)[0], np.float64)
 
 
 def _loss(w: jax.Array, operator: Any, gathered: Gathered | None) -> MethodLoss:
@@ -228,7 +226,7 @@ def _loss(w: jax.Array, operator: Any, gathered: Gathered | None) -> MethodLoss:
     tokens = 0
     for index, one in enumerate(stack):
         leaf = jax.tree.map(lambda array, at=index: array[at], parts)
-        d = dequantize(leaf if w.ndim > 2 else operator) - one.astype(jnp.float32)
+        d = dequantize(leaf) - one.astype(jnp.float32)
         sums += np.asarray(_moments(jnp.stack([d, one.astype(jnp.float32)])), np.float64).sum(axis=-1)
         if gathered is not None:
             seen = gathered.of_expert(index)[SAMPLE] if gathered.stack else gathered[SAMPLE]

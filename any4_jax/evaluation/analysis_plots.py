@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from any4_jax.evaluation.analysis import LayerAnalysis, RowLevels
+from any4_jax.evaluation.analysis_summary import summary
 from any4_jax.evaluation.drawing import COLOURS, SCALE, new_figure
 
 _NUMBER = re.compile(r"(?:^|\.)(\d+)\.")
@@ -38,12 +39,13 @@ def heat_maps(layers: Sequence[LayerAnalysis]) -> Any:
                 grid[numbers.index(number), kinds.index(kind)] = each.methods[method].output.sqnr
     shown = np.where(np.isfinite(grids), grids, np.nan)
     low, high = np.nanmin(shown), np.nanmax(shown)
+    bits = summary(layers)
     tall = 0.26 if len(numbers) <= _MOST_NUMBERS else 0.1
     figure = new_figure(1.8 + 0.45 * max(len(kinds), 4) * len(methods), 2.1 + tall * max(len(numbers), 6))
     axes = figure.subplots(1, len(methods), sharey=True, squeeze=False)[0]
     for each, grid, method in zip(axes, shown, methods, strict=True):
         picture = each.imshow(grid, cmap=SCALE, vmin=low, vmax=high, aspect="auto", interpolation="nearest")
-        each.set_title(method, fontsize="medium")
+        each.set_title(f"{method}, {bits[method]['bits_per_weight']:.2f} bits", fontsize="medium")
         each.set_xticks(range(len(kinds)), _short(kinds), rotation=90, fontsize="small")
         each.set_facecolor("0.85")
         if len(numbers) <= _MOST_NUMBERS:

@@ -2,12 +2,13 @@
 
 import base64
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from html import escape
 from typing import Any
 
-from any4_jax.evaluation.analysis import Analysis, LayerAnalysis, MethodLoss
+from any4_jax.evaluation.analysis import Analysis, LayerAnalysis
 from any4_jax.evaluation.analysis_plots import block_and_kind, heat_maps, row_plot
+from any4_jax.evaluation.analysis_summary import summary
 from any4_jax.evaluation.drawing import as_png
 
 _STYLE = """
@@ -21,23 +22,11 @@ th:first-child, td:first-child { text-align: left }
 thead th { border-bottom: 2px solid #999; vertical-align: bottom }
 """
 
-
-def summary(layers: Sequence[LayerAnalysis]) -> dict[str, dict[str, float]]:
-    """For each method, means over the layers: bits per weight by their numbers of weights, the SQNR of weights and
-    outputs in dB over the layers that have an error, and the number of layers whose output is nearest by it."""
-    weights = [math.prod(each.weights.shape) for each in layers]
-    found = {}
-    for label in layers[0].methods:
-        losses = [each.methods[label] for each in layers]
-        bits = sum(n * loss.bits_per_weight for n, loss in zip(weights, losses, strict=True)) / sum(weights)
-        best = sum(_nearest(each.methods) == label for each in layers)
-        found[label] = {
-            "bits_per_weight": bits,
-            "weights_sqnr_db": _mean([loss.weights.sqnr for loss in losses]),
-            "output_sqnr_db": _mean([loss.output.sqnr for loss in losses]),
-            "nearest_in_layers": best,
-        }
-    return found
+_NOTE = (
+    "<p>Kurtosis is 0 for normal weights, and larger where a few are far out. Entropy is that of the weights in 256 "
+    "equal bins, in bits; code bits are what the codes carry of their width. Uniform inputs are from 0 to 1, normal "
+    "ones have mean 0 and variance 1.</p>"
+)
 
 
 def html(analysis: Analysis, title: str, text: str | None) -> str:
@@ -52,14 +41,14 @@ def html(analysis: Analysis, title: str, text: str | None) -> str:
       ImportError: there is no matplotlib.
     """
     layers = analysis.layers
-    inputs = "normal inputs" if text is None else f"the inputs that each layer has for {text}"
+    inputs = "normal inputs" if text is None else f"the inputs that each layer has when the model reads {text}"
     parts = [
         f"<h1>{escape(title)}</h1>",
         f"<p>{len(layers)} layers, each quantized by each method apart from the others. SQNR is the signal-to-noise "
-        f"ratio in decibels: 6 dB more is half the error. Outputs are those for {escape(inputs)}.</p>",
+        f"ratio in decibels: 6 dB more is an error half as large. Outputs are those for {escape(inputs)}.</p>",
         "<h2>Methods</h2>",
         _table(
-            ["method", "bits per weight", "SQNR of weights", "SQNR of outputs", "nearest in"],
+            ["method", "bits per weight", "SQNR of weights (dB)", "SQNR of outputs (dB)", "nearest in"],
             [
                 [label, f"{s['bits_per_weight']:.3f}", _db(s["weights_sqnr_db"]), _db(s["output_sqnr_db"])]
                 + [f"{s['nearest_in_layers']:.0f} layers"]
@@ -75,7 +64,7 @@ def html(analysis: Analysis, title: str, text: str | None) -> str:
     for label in layers[0].methods:
         head += [f"{label}: {name}" for name in ("code bits", "weights dB", "uniform dB", "normal dB")]
         head += [] if text is None else [f"{label}: text dB"]
-    parts += ["<h2>Every layer</h2>", _table(head, [_row(each) for each in layers])]
+    parts += ["<h2>Every layer</h2>", _NOTE, _table(head, [_row(each) for each in layers])]
     start = "<!doctype html>\n<html lang=en><head><meta charset=utf-8><meta name=viewport content='width=device-width'>"
     return f"{start}\n<title>{escape(title)}</title><link rel=icon href='data:,'><style>{_STYLE}</style></head>\n" + (
         "<body>\n" + "\n".join(parts) + "\n</body></html>\n"
@@ -88,17 +77,9 @@ def _row(each: LayerAnalysis) -> list[str]:
     cells += [f"{w.kurtosis:.2f}", f"{w.entropy:.2f}"]
     for loss in each.methods.values():
         kinds = (loss.weights, loss.uniform, loss.normal, loss.calibrated)
-        cells += [f"{loss.code_entropy:.2f}", *(_db(kind.sqnr) for kind in kinds if kind is not None)]
+        carried = "-" if math.isnan(loss.code_entropy) else f"{loss.code_entropy:.2f}"
+        cells += [carried, *(_db(kind.sqnr) for kind in kinds if kind is not None)]
     return cells
-
-
-def _nearest(methods: Mapping[str, MethodLoss]) -> str:
-    return max(methods, key=lambda label: methods[label].output.sqnr)
-
-
-def _mean(levels: Sequence[float]) -> float:
-    finite = [level for level in levels if math.isfinite(level)]
-    return sum(finite) / len(finite) if finite else math.inf
 
 
 def _db(level: float) -> str:

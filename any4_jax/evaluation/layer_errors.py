@@ -101,8 +101,9 @@ class LayerErrors:
 
     @property
     def first(self) -> str | None:
-        """The path of the first linear whose output differs; None if none does."""
-        return next((each.path for each in self.linears if each.total.noise), None)
+        """The path of the first linear whose output differs, or "embedding" if that does; None if nothing does."""
+        differing = (each.path for each in self.linears if each.total.noise)
+        return "embedding" if self.embedding.noise else next(differing, None)
 
     @property
     def worst(self) -> LayerError:

@@ -35,7 +35,10 @@ class Rope(Protocol):
 
 @runtime_checkable
 class PairRope(Rope, Protocol):
-    """A rope that is `rotate_pairs` with the factors of its own: a kernel that rotates asks for these."""
+    """A rope that is `rotate_pairs` with the factors of its own: a kernel that rotates asks for these.
+
+    It may have an attribute `is_linear`, true where its angles are proportional to the position, whatever the text.
+    """
 
     def factors(self, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
         """(cos, sin), float32 [B, T, D/2], of positions int32 [B, T]."""
@@ -45,6 +48,11 @@ class PairRope(Rope, Protocol):
 def is_pair_rope(rope: Rope | None) -> TypeGuard[PairRope]:
     """Whether a kernel may rotate by the rope's factors: it has some, and no subclass of it rotates otherwise."""
     return isinstance(rope, PairRope) and written_for(type(rope), "factors", "rotate")
+
+
+def is_linear_rope(rope: Rope | None) -> bool:
+    """Whether a kernel may put angles together from those of other positions, or there are none."""
+    return rope is None or (is_pair_rope(rope) and bool(getattr(rope, "is_linear", False)))
 
 
 def rotate_pairs(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
@@ -68,9 +76,9 @@ class Cache(Protocol):
     """The keys and values of one block: an immutable pytree whose shapes never change.
 
     A cache may define `append_attend` too, with the arguments and results of the function of that name, where it does
-    both at once in less time, and `choice(queries, keys, settings)`: the `Choice` among kernels that this makes, and
-    the problem that it asks them about, for `explain`. It may define `with_slots(slots)`, which gives the same tokens
-    in a cache of more slots: then a text that grows in turns begins with few.
+    both at once in less time, and `choice(queries, keys, rope, settings)`: the `Choice` among kernels that this makes,
+    and the problem that it asks them about, for `explain`. It may define `with_slots(slots)`, which gives the same
+    tokens in a cache of more slots: then a text that grows in turns begins with few.
     """
 
     def append(self, keys: jax.Array, values: jax.Array, positions: jax.Array, rope: Rope | None) -> Self:

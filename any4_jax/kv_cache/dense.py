@@ -79,7 +79,7 @@ class DenseCache:
         return mixed, self._holding(*new)
 
     def choice(
-        self, queries: jax.Array, keys: jax.Array, settings: AttentionSettings
+        self, queries: jax.Array, keys: jax.Array, rope: Rope | None, settings: AttentionSettings
     ) -> tuple[Choice[Backend], tuple[Any, ...]]:
         """See `Cache`."""
         return BACKENDS, (queries, keys, self.keys, self.values, settings)

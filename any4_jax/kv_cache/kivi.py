@@ -90,7 +90,7 @@ class KiviCache:
         return reader.attend(queries, positions, judges, settings), cache
 
     def choice(
-        self, queries: jax.Array, keys: jax.Array, settings: AttentionSettings
+        self, queries: jax.Array, keys: jax.Array, rope: Rope | None, settings: AttentionSettings
     ) -> tuple[Choice[Backend], tuple[Any, ...]]:
         """See `Cache`."""
         return BACKENDS, (self, queries, keys, settings)

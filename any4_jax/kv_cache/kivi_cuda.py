@@ -10,26 +10,11 @@ import jax.numpy as jnp
 from any4_jax.choice import Backend
 from any4_jax.kv_cache.base import Rope, is_pair_rope, rotate_pairs, rotated
 from any4_jax.kv_cache.codes import Codes
-from any4_jax.kv_cache.plain import plain_elsewhere
+from any4_jax.kv_cache.plain import append_then_attend, plain_elsewhere
 from any4_jax.kv_cache.settings import AttentionSettings
 
 if TYPE_CHECKING:
     from any4_jax.kv_cache.kivi import KiviCache
-
-
-def plain(
-    cache: "KiviCache",
-    queries: jax.Array,
-    keys: jax.Array,
-    values: jax.Array,
-    positions: jax.Array,
-    *,
-    rope: Rope | None,
-    settings: AttentionSettings,
-) -> tuple[jax.Array, "KiviCache"]:
-    """The step by XLA, which the kernels must match."""
-    cache = cache.append(keys, values, positions, rope)
-    return cache.attend(queries, positions, rope, settings), cache
 
 
 def _supports(
@@ -81,7 +66,7 @@ def _fused(structure: Any, settings: AttentionSettings) -> Callable[..., Any]:
         cache, factors = jax.tree.unflatten(structure, rest[:count]), rest[count:]
         if factors:
             queries, keys = (rotate_pairs(x, *factors) for x in (queries, keys))
-        return plain(cache, queries, keys, values, positions, rope=None, settings=settings)
+        return append_then_attend(cache, queries, keys, values, positions, rope=None, settings=settings)
 
     def launch(queries, keys, values, positions, *rest):
         from cuda_ffi import kivi_attention

@@ -8,7 +8,8 @@ import jax
 from any4_jax.choice import Backend, Choice
 from any4_jax.kv_cache.base import Rope
 from any4_jax.kv_cache.kivi_cpu import CPU
-from any4_jax.kv_cache.kivi_cuda import CUDA, plain
+from any4_jax.kv_cache.kivi_cuda import CUDA
+from any4_jax.kv_cache.plain import append_then_attend
 from any4_jax.kv_cache.settings import PLAIN, AttentionSettings
 
 if TYPE_CHECKING:
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 C = TypeVar("C", bound="KiviCache")
 
 # (the cache, queries, new keys, settings) is the problem that they support or not.
-BACKENDS = Choice((CUDA, CPU, Backend("xla", lambda *problem: None, plain)))
+BACKENDS = Choice((CUDA, CPU, Backend("xla", lambda *problem: None, append_then_attend)))
 
 
 def step(

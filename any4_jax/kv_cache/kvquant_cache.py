@@ -1,15 +1,17 @@
 """What KVQuant keeps of one block, and attention over it; `any4_jax.kv_cache.kvquant` says how it is stored."""
 
 import dataclasses
-from typing import Self
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
 
+from any4_jax.choice import Backend, Choice
 from any4_jax.kv_cache.attention import BLOCK_SLOTS
 from any4_jax.kv_cache.base import Rope, rotated
 from any4_jax.kv_cache.blocks import Part, ReadBlock, attention_over
 from any4_jax.kv_cache.by_token import leaving
+from any4_jax.kv_cache.kvquant_step import BACKENDS, step
 from any4_jax.kv_cache.nonuniform import Levels, TokenCodes, decode_keys, decode_values, encode_keys, encode_values
 from any4_jax.kv_cache.plain import check_fits
 from any4_jax.kv_cache.ring import Arrival, Recent, with_first
@@ -80,13 +82,23 @@ class KVQuantCache:
     ) -> tuple[jax.Array, Self]:
         """`append`, then attention of the new tokens: each sees what it would see if they came one by one.
 
+        One token a row is a `kvquant_step.step`, by the first of its `BACKENDS` that can.
+
         Raises:
             ValueError: T exceeds the number of slots.
         """
+        if keys.shape[1] == 1:
+            return step(self, queries, keys, values, positions, rope=rope, settings=settings)
         recent = self._arriving(keys, values)
         cache = self._with(*recent)
         reader = _Reader(cache, *recent, rope, recent[0].arrival.before, keys.shape[1])
         return reader.attend(queries, positions, positions, settings), cache
+
+    def choice(
+        self, queries: jax.Array, keys: jax.Array, rope: Rope | None, settings: AttentionSettings
+    ) -> tuple[Choice[Backend], tuple[Any, ...]]:
+        """See `Cache`."""
+        return BACKENDS, (self, queries, keys, rope, settings)
 
     def _arriving(self, keys: jax.Array, values: jax.Array) -> tuple[Recent, Recent]:
         check_fits(keys.shape[1], self.slots)

@@ -15,9 +15,6 @@ from any4_jax.methods.fields import Fields
 from any4_jax.schema import Count, Index
 from any4_jax.statistics import Gathered, Moments, Statistic
 
-SIGNS = (-1.0, 1.0)
-"""The table of a plane."""
-
 _CHUNK_ROWS = 64
 """Rows worked on at a time, for every matrix the same number: see any4.py."""
 
@@ -30,7 +27,8 @@ class BCQ(Fields):
     """Binary-coding quantization: W[n, k] = sum_i a_i[n, k // G] * b_i[n, k], with b_i in {-1, +1}.
 
     Scales start greedily, one plane after another; then rounds of least squares alternate between the signs that are
-    nearest for the scales, and the scales that are best for the signs. All of it is in float32, residuals too. At the
+    nearest for the scales, and the scales that are best for the signs. That is as published, but for two things: all of
+    it is in float32, where the published code keeps residuals in the weights' dtype, and zero has the sign +1. At the
     end the scales are rounded as they are stored, and each weight takes the nearest level of those.
 
     The result is a `Sum` of `bits` leaves of 1 bit. Each is a QuantizedTensor with the table (-1, 1) and the scales of
@@ -74,16 +72,12 @@ class BCQ(Fields):
     def apply(self, w: jax.Array, gathered: Gathered | None) -> Result:
         n, k = w.shape
         group_size = min(self.group_size, k)
-        importance = jnp.ones(k) if self.sample_weight is None else gathered[Moments()].second_moment  # type: ignore[index]
-        # Inputs that never differ from zero still get the nearest of the levels that the others have.
-        floor = jnp.maximum(importance.max() * _NEGLIGIBLE, jnp.finfo(jnp.float32).tiny)
-        counted = jnp.pad(jnp.maximum(importance, floor) / jnp.maximum(importance.max(), floor), (0, -k % group_size))
-        h = counted.reshape(-1, group_size)
+        h = jnp.pad(self._importance(gathered, k), (0, -k % group_size)).reshape(-1, group_size)
         chunks = -(-n // _CHUNK_ROWS)
         padded = jnp.pad(w, ((0, chunks * _CHUNK_ROWS - n), (0, 0)), mode="edge").reshape(chunks, _CHUNK_ROWS, k)
         made = jax.lax.map(lambda rows: self._coded(rows, h), padded)
         patterns, scales, offsets = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:])[:n], made)
-        table = jnp.asarray([SIGNS], jnp.bfloat16)
+        table = jnp.asarray([[-1, 1]], jnp.bfloat16)
         planes = [
             weights.from_codes(
                 (patterns[:, :k] >> i) & 1,
@@ -97,6 +91,15 @@ class BCQ(Fields):
             for i in range(self.bits)
         ]
         return Result(weights.Sum(tuple(planes)))
+
+    def _importance(self, gathered: Gathered | None, k: int) -> jax.Array:
+        """How much each input counts, float32 [K], at most 1 and never zero: a group of inputs that are always zero
+        has scales too."""
+        if self.sample_weight is None or gathered is None:
+            return jnp.ones(k)
+        importance = gathered[Moments()].second_moment
+        floor = jnp.maximum(importance.max() * _NEGLIGIBLE, jnp.finfo(jnp.float32).tiny)
+        return jnp.maximum(importance, floor) / jnp.maximum(importance.max(), floor)
 
     def _coded(self, w: jax.Array, h: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array | None]:
         """For some rows [R, K]: patterns uint8 [R, groups * G], and scales [R, groups, q] and offsets [R, groups] as

@@ -156,8 +156,10 @@ class SpQR(Fields):
         scales, offsets = self._operator(grid.scales, self.scale_bits, unit), None
         if grid.offsets is not None:
             offsets = self._operator(grid.offsets, self.offset_bits, unit)
-        fields = {"bits": leaf.bits, "group_size": leaf.group_size, "uniform": leaf.uniform}
-        return weights.from_codes(codes, leaf.lut, scales, offsets, **fields), kept
+        coded = weights.from_codes(
+            codes, leaf.lut, scales, offsets, bits=leaf.bits, group_size=leaf.group_size, uniform=leaf.uniform
+        )
+        return coded, kept
 
     def _coding(self, bits: int) -> Coding:
         return Coding(bits, self.coded_rows, getattr(self.inner, "scale_dtype", "bfloat16"))

@@ -27,6 +27,8 @@ from any4_jax.weights import (
     QuantizedTensor,
     QuantizeInput,
     Slice,
+    Sum,
+    binary_planes,
     dense_product,
     dequantize,
     is_operator,
@@ -154,8 +156,8 @@ def _differentiable(kernel: Backend) -> Callable[..., jax.Array]:
     return functools.partial(coded_product, backend=kernel.name)
 
 
-Coded = QuantizedTensor | Slice | QuantizeInput
-"""What backends multiply by: a leaf, one of a stack, or one of these behind rounded inputs."""
+Coded = QuantizedTensor | Slice | QuantizeInput | Sum
+"""What backends multiply by: a leaf, one of a stack, one of these behind rounded inputs, or a sum of binary planes."""
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
@@ -172,6 +174,8 @@ def operand(kernel: Backend, w: Coded) -> Coded:
     """What `kernel.run` reads of a weight: the slice itself where it can, else the matrix taken out of the stack."""
     if isinstance(w, QuantizeInput):
         return dataclasses.replace(w, inner=operand(kernel, w.inner))
+    if isinstance(w, Sum):
+        return Sum(tuple(operand(kernel, term) for term in w.terms))
     return w.matrix() if isinstance(w, Slice) and not kernel.takes_slices else w
 
 
@@ -209,6 +213,13 @@ def _is_none(node: Any) -> bool:
 @product.register(Slice)
 def _(w, x, backend=None):
     return planned(x, w, backend)
+
+
+@product.register
+def _(w: Sum, x, backend=None):
+    if binary_planes(w) is not None:
+        return planned(x, w, backend)
+    return functools.reduce(jnp.add, [product(term, x, backend) for term in w.terms])
 
 
 @product.register

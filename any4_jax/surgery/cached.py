@@ -42,6 +42,7 @@ class _Step:
     cache: Cache
     queries: Any
     keys: Any
+    rope: Rope | None = dataclasses.field(metadata=dict(static=True))
     settings: AttentionSettings = dataclasses.field(metadata=dict(static=True))
 
     def told(self, kind: str, slots: int, platform: str) -> str:
@@ -49,7 +50,7 @@ class _Step:
         settings = "".join(f", {each}" for each in _given(self.settings))
         shape = f"{heads} heads on {self.keys.shape[2]}, {size} channels, {slots} tokens{settings}"
         head = f"attention over {kind}  [{shape}]"
-        text = kv_cache.explain(self.cache, self.queries, self.keys, self.settings, platform=platform)
+        text = kv_cache.explain(self.cache, self.queries, self.keys, self.rope, self.settings, platform=platform)
         return "\n".join([head, *(f"    {line}" for line in text.splitlines())])
 
 
@@ -77,7 +78,7 @@ class _Watched:
         rope: Rope | None,
         settings: AttentionSettings = PLAIN,
     ) -> tuple[jax.Array, Any]:
-        told = _Step(self.cache, queries, keys, settings)
+        told = _Step(self.cache, queries, keys, rope, settings)
         self.note.steps.append(jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), told))
         return jnp.zeros_like(queries), self
 

@@ -114,7 +114,10 @@ def train(
                 kept.keep(state)
         if at == steps:
             return state.best if mesh is None else jax.device_get(state.best)
-        state, loss = _step(runs, heads, steps, constant, state, taken(draw.order[at]), rate)
+        moves, moments, loss = _step(
+            runs, heads, steps, constant, state.moves, state.moments, state.at, taken(draw.order[at]), rate
+        )
+        state = State(state.at + 1, moves, moments, state.best)
         if progress is not None:
             progress(at + 1, steps, f"KL {float(loss):.4f}, held out {float(state.best.error):.4f}")
 
@@ -170,19 +173,26 @@ def _judged(runs: tuple[Run, ...], heads: Heads, constant: Any, moves: Any, rows
     return _nats(runs, heads, constant, moves, rows, once)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=(4, 5))
 def _step(
-    runs: tuple[Run, ...], heads: Heads, steps: int, constant: Any, state: State, rows: Any, rate: jax.Array
-) -> tuple[State, jax.Array]:
-    """The state after one more step, and the divergence before it on the step's rows."""
+    runs: tuple[Run, ...],
+    heads: Heads,
+    steps: int,
+    constant: Any,
+    moves: Any,
+    moments: Any,
+    at: jax.Array,
+    rows: Any,
+    rate: jax.Array,
+) -> tuple[Any, Any, jax.Array]:
+    """(moves, moments) after one more step, and the divergence before it on the step's rows."""
 
     def loss(moves: Any) -> jax.Array:
         nats, tokens = _nats(runs, heads, constant, moves, rows, None)
         return nats / jnp.maximum(tokens, 1.0)
 
-    value, slope = jax.value_and_grad(loss)(state.moves)
-    moves, moments = stepped(state.moves, slope, state.moments, state.at, steps, rate)
-    return State(state.at + 1, moves, moments, state.best), value
+    value, slope = jax.value_and_grad(loss)(moves)
+    return *stepped(moves, slope, moments, at, steps, rate), value
 
 
 @dataclasses.dataclass(frozen=True)

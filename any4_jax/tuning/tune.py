@@ -47,9 +47,10 @@ def tune(
     The default is a gentle pass. With larger steps, the loss on the training text falls further, and the model drifts
     away from the float one on other texts.
 
-    On the device are both models, a second copy of the blocks' codes, four float32 arrays of what is trained, and the
-    inputs of all blocks for a batch, which a backward pass runs again block by block. What enters the float model's
-    head is computed once for all rows, and is kept on the host: R * T * E numbers.
+    On the device are both models, a second copy of the blocks' codes, what is trained five times in float32 (with the
+    gradient, Adam's moments and the best so far), and the inputs of all blocks for a batch, which a backward pass runs
+    again block by block. What enters the float model's head is computed once for all rows, and is kept on the host:
+    R * T * E numbers.
 
     Args:
       model: a quantized decoder.

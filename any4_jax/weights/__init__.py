@@ -3,6 +3,7 @@
 A new operator is one file: see `any4_jax.weights.operator`.
 """
 
+from any4_jax.weights.binary import binary_planes, bit_planes
 from any4_jax.weights.contraction import Contraction, Layout, contraction
 from any4_jax.weights.low_rank import LowRank
 from any4_jax.weights.operator import (
@@ -24,7 +25,7 @@ from any4_jax.weights.quantize_input import QuantizeInput
 from any4_jax.weights.quantized_tensor import QuantizedTensor, encode, from_codes
 from any4_jax.weights.scale_input import ScaleInput
 from any4_jax.weights.slice import Slice, leaf_of, take
-from any4_jax.weights.sparse import Sparse, nonzeros, padded_alike, trimmed
+from any4_jax.weights.sparse import Sparse, nonzeros, padded_alike, trimmed, with_room
 from any4_jax.weights.sum import Sum
 from any4_jax.weights.transposed import Transposed
 
@@ -43,6 +44,8 @@ __all__ = [
     "Sum",
     "Trained",
     "Transposed",
+    "binary_planes",
+    "bit_planes",
     "contraction",
     "dense_product",
     "dequantize",
@@ -60,4 +63,5 @@ __all__ = [
     "take",
     "take_rows",
     "trimmed",
+    "with_room",
 ]

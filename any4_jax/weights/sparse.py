@@ -1,6 +1,5 @@
 """A matrix of few entries, such as the outliers beside a coded one (SpQR, arXiv 2306.03078)."""
 
-import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -88,6 +87,17 @@ def padded_alike(trees: Sequence[Any]) -> list[Any]:
     return [jax.tree.unflatten(structure, nodes) for nodes in zip(*alike, strict=True)]
 
 
+def with_room(tree: Any) -> Any:
+    """A tree with every Sparse in it padded to the next sixteenth of what its matrix could hold, so that one program
+    serves matrices of about as many entries."""
+    return jax.tree.map(lambda w: _with_room(w) if isinstance(w, Sparse) else w, tree, is_leaf=_is_sparse)
+
+
+def _with_room(w: Sparse) -> Sparse:
+    step = -(-math.prod(w.shape[-2:]) // w.values.shape[-2] // 16)
+    return _resized(w, -(-w.values.shape[-1] // step) * step, jnp.int32)
+
+
 def _is_sparse(node: Any) -> bool:
     return isinstance(node, Sparse)
 
@@ -96,18 +106,19 @@ def _cut(w: Sparse) -> Sparse:
     if any(isinstance(array, jax.core.Tracer) for array in (w.ends, w.columns, w.values)):
         return w
     most = int(np.max(w.ends, initial=0))
-    ends = jnp.asarray(w.ends, _index_dtype(most + 1))
-    return dataclasses.replace(w, ends=ends, columns=w.columns[..., :most], values=w.values[..., :most])
+    return _resized(w, most, _index_dtype(most + 1))
 
 
 def _alike(each: Sequence[Sparse]) -> list[Sparse]:
-    size = max(w.values.shape[-1] for w in each)
-    dtype = jnp.result_type(*(w.ends for w in each))
+    size, dtype = max(w.values.shape[-1] for w in each), jnp.result_type(*(w.ends for w in each))
+    return [_resized(w, size, dtype) for w in each]
 
-    def padded(array: jax.Array) -> jax.Array:
-        return jnp.pad(array, [(0, 0)] * (array.ndim - 1) + [(0, size - array.shape[-1])])
 
-    return [Sparse(w.ends.astype(dtype), padded(w.columns), padded(w.values), w.k) for w in each]
+def _resized(w: Sparse, size: int, ends_dtype: Any) -> Sparse:
+    """The matrix with `size` places in each block. In numpy, since jax would compile a program for each size."""
+    axes = [(0, 0)] * (w.values.ndim - 1) + [(0, max(size - w.values.shape[-1], 0))]
+    columns, values = (jnp.asarray(np.pad(np.asarray(a)[..., :size], axes)) for a in (w.columns, w.values))
+    return Sparse(jnp.asarray(np.asarray(w.ends).astype(ends_dtype)), columns, values, w.k)
 
 
 def _rows(w: Sparse) -> jax.Array:

@@ -10,12 +10,9 @@
 #include <algorithm>
 #include <cstdint>
 
-#include "numbers.h"
+#include "attention.h"
 
 namespace any4 {
-
-// Tokens whose scores are computed at a time; a multiple of what one register of codes holds, for every instruction set.
-constexpr int64_t kKiviChunk = 256;
 
 // Arrays that are `void` have the element type `type`; pairs are rows times groups.
 struct KiviStep {
@@ -49,21 +46,12 @@ struct KiviStep {
   int64_t exact_values(int64_t row) const { return std::max<int64_t>(own(row) - residual + 1, 0); }
 };
 
-// What attention over some of the tokens gives for one head, followed by `size` sums of weighted values. Both kinds of
-// sums are divided by exp(highest).
-struct KiviPart {
-  float highest;  // of the scores
-  float total;    // of the weights
-};
-
 struct KiviKernel {
   int64_t (*scratch_bytes)(const KiviStep& step);
   // The heads of a pair over those of the tokens [begin, end) that are seen, of which there is one; begin is a multiple of
-  // kKiviChunk. found: [shared, sizeof(KiviPart) / 4 + size]. `scratch` is aligned to 64 bytes.
+  // kAttentionChunk. found: [shared, kAttentionSums + size]. `scratch` is aligned to 64 bytes.
   void (*attend)(const KiviStep& step, int64_t pair, int64_t begin, int64_t end, float* found, char* scratch);
-  // The mixture of a head from `count` such parts, whose first is its own, into a row of the results. No parts, or such as
-  // saw no token, give zeros.
-  void (*combine)(const KiviStep& step, const float* found, int64_t count, int64_t head, const Output& out);
+  CombineParts* combine;
 };
 
 // Null if the library was built without that instruction set.

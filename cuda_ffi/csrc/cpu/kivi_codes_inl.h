@@ -5,27 +5,40 @@
 // where they are in their words: masked, they are multiplied by a power of two too many, which the sums lose at the end.
 #pragma once
 
-#include "lanes_inl.h"
-
-#ifdef __AVX2__
-#include <immintrin.h>
-#endif
+#include "attention_inl.h"
 
 namespace any4 {
 namespace {
 
 typedef uint32_t WordRegister __attribute__((vector_size(4 * kRegister)));
 
-#include "numbers_inl.h"
-
 // Where lanes find their numbers among a few that follow one another.
 struct Places {
   int32_t of[kRegister];
 };
 
-// Lane j is from[places.of[j]], or zero if that isn't below `count`, which is at most kRegister.
+#if defined(__AVX2__) && !defined(__AVX512F__)
+// The first `count` of eight, then zeros. Most counts are 1, 2 or 4, which one instruction loads; what goes through memory
+// waits for it.
+inline __attribute__((always_inline)) __m128i FewHalves(const uint16_t* from, int count) {
+  if (count == 1) return _mm_cvtsi32_si128(*from);
+  if (count == 4) return _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from));
+  if (count == 2) {
+    int32_t two;
+    __builtin_memcpy(&two, from, sizeof two);
+    return _mm_cvtsi32_si128(two);
+  }
+  uint16_t some[8] = {};
+  __builtin_memcpy(some, from, count * sizeof(uint16_t));
+  return _mm_loadu_si128(reinterpret_cast<const __m128i*>(some));
+}
+#endif
+
+// Lane j is from[places.of[j]], or zero if that isn't below `count`, which is at most kRegister. `alike`: all lanes are
+// from[0].
 template <class T>
-inline __attribute__((always_inline)) FloatRegister Few(const T* from, const Places& places, int count) {
+inline __attribute__((always_inline)) FloatRegister Few(const T* from, const Places& places, int count, bool alike) {
+  if (alike) return ToFloat(*from) - FloatRegister{};
 #if defined(__AVX512F__)
   const __mmask16 mask = static_cast<__mmask16>((1u << count) - 1);
   __m512 few;
@@ -37,16 +50,21 @@ inline __attribute__((always_inline)) FloatRegister Few(const T* from, const Pla
   return (FloatRegister)_mm512_permutexvar_ps(_mm512_loadu_si512(places.of), few);
 #else
 #if defined(__AVX2__)
+  const __m256i of = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(places.of));
+  __m256 few;
   if constexpr (sizeof(T) == 4) {
-    const __m256i mask =
-        _mm256_cmpgt_epi32(_mm256_set1_epi32(count), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
-    const __m256i of = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(places.of));
-    return (FloatRegister)_mm256_permutevar8x32_ps(_mm256_maskload_ps(from, mask), of);
+    const __m256i first = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    few = _mm256_maskload_ps(from, _mm256_cmpgt_epi32(_mm256_set1_epi32(count), first));
+  } else {
+    const __m256i narrow = _mm256_cvtepu16_epi32(FewHalves(from, count));
+    few = _mm256_castsi256_ps(_mm256_slli_epi32(narrow, 16));
   }
-#endif
+  return (FloatRegister)_mm256_permutevar8x32_ps(few, of);
+#else
   FloatRegister lanes;
   for (int j = 0; j < kRegister; ++j) lanes[j] = places.of[j] < count ? ToFloat(from[places.of[j]]) : 0.0f;
   return lanes;
+#endif
 #endif
 }
 
@@ -85,19 +103,20 @@ void AddProducts(const CodePanel<T>& panel, int64_t rows, const float* factors, 
                  int64_t out_pitch) {
   constexpr int kCodes = 32 / kBits, kAtOnce = 8;
   const int lanes = static_cast<int>(std::min<int64_t>(panel.words, kRegister / panel.together));
+  const bool alike = panel.groups * panel.together == 1;
   FloatRegister sums[kHeads][kAtOnce] = {}, base[kHeads] = {};
   for (int64_t r = 0; r < rows; r += panel.together) {
     const int here = static_cast<int>(std::min<int64_t>(rows - r, panel.together));
     const uint8_t* const from = panel.codes + r * panel.stride;
     const WordRegister words = Words(from, here * panel.words);
     __builtin_prefetch(from + panel.ahead);
-    const FloatRegister step = Few(panel.steps + r * panel.pitch, panel.group, here * panel.groups);
-    const FloatRegister least = Few(panel.lowest + r * panel.pitch, panel.group, here * panel.groups);
+    const FloatRegister step = Few(panel.steps + r * panel.pitch, panel.group, here * panel.groups, alike);
+    const FloatRegister least = Few(panel.lowest + r * panel.pitch, panel.group, here * panel.groups, alike);
     FloatRegister weights[kHeads];
 #pragma GCC unroll 4
     for (int h = 0; h < kHeads; ++h) {
       const float* const own = factors + h * factors_pitch + r;
-      const FloatRegister factor = panel.together == 1 ? *own - FloatRegister{} : Few(own, panel.row, here);
+      const FloatRegister factor = Few(own, panel.row, here, panel.together == 1);
       weights[h] = factor * step;
       base[h] += factor * least;
     }

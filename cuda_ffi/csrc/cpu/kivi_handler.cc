@@ -1,33 +1,24 @@
 // XLA's entry point to attention over a KIVI cache: it checks what Python passed, and shares the tokens among XLA's
 // threads.
 #include <algorithm>
-#include <initializer_list>
 #include <string>
 #include <string_view>
 
+#include "attention_parts.h"
 #include "handler.h"
 #include "isa.h"
 #include "kivi.h"
-#include "rows.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace {
 
 namespace ffi = xla::ffi;
+using any4::Has;
 using Any = ffi::AnyBuffer;
 using Bytes = ffi::Buffer<ffi::U8>;
 
-// Tokens of a task. It doesn't depend on the number of threads, so results don't.
-constexpr int64_t kTokens = 4 * any4::kKiviChunk;
-
 ffi::Error Invalid(const std::string& message) {
   return ffi::Error::InvalidArgument("any4_cpu_kivi_attention: " + message);
-}
-
-template <class Buffer>
-bool Has(const Buffer& buffer, std::initializer_list<int64_t> shape) {
-  const auto dimensions = buffer.dimensions();
-  return std::equal(dimensions.begin(), dimensions.end(), shape.begin(), shape.end());
 }
 
 ffi::Error Attend(ffi::ThreadPool pool, Any queries, Any keys, Any values, Bytes key_codes, Any key_steps,
@@ -66,7 +57,7 @@ ffi::Error Attend(ffi::ThreadPool pool, Any queries, Any keys, Any values, Bytes
   if ((step.key_bits != 4 && step.key_bits != 2) || (step.value_bits != 4 && step.value_bits != 2)) {
     return Invalid("need 4 or 2 bits");
   }
-  const int64_t rows = step.rows, groups = step.groups, size = step.size, pairs = rows * groups;
+  const int64_t rows = step.rows, groups = step.groups, size = step.size;
   const int64_t key_groups = step.key_positions / group_size;
   if (!Has(keys, {rows, groups, step.residual, size}) || !Has(values, {rows, groups, step.residual, size}) ||
       !Has(key_codes, {rows, groups, size, step.key_positions / 8 * step.key_bits}) ||
@@ -77,26 +68,14 @@ ffi::Error Attend(ffi::ThreadPool pool, Any queries, Any keys, Any values, Bytes
       !Has(*mixed, {rows, step.heads, size})) {
     return Invalid("the shapes of its operands don't fit together");
   }
-  int64_t last = -1;
   for (int64_t row = 0; row < rows; ++row) {
-    last = std::max(last, step.own(row));
     if (step.own(row) < 0) continue;
     if (step.exact_keys(row) > step.key_positions || step.exact_values(row) > step.value_positions) {
       return Invalid("a position is beyond what the cache has room for");
     }
   }
   const auto& kernel = any4::KernelFor(*isa, any4::PortableKivi(), any4::Avx2Kivi(), any4::Avx512Kivi());
-  const int64_t parts = last / kTokens + 1, pitch = 2 + size, shared = step.shared();
-  const auto found = any4::Allocate<float>(pairs * shared * parts * pitch);
-  const auto part = [&](int64_t pair, int64_t i) { return found.get() + (pair * parts + i) * shared * pitch; };
-  any4::ForTasks(any4::ExecutorOf(pool), pairs * parts, kernel.scratch_bytes(step), [&](int64_t i, char* scratch) {
-    const int64_t pair = i / parts, begin = i % parts * kTokens;
-    kernel.attend(step, pair, begin, begin + kTokens, part(pair, i % parts), scratch);
-  });
-  const any4::Output out{mixed->untyped_data(), size, *type};
-  for (int64_t head = 0; head < rows * step.heads; ++head) {
-    kernel.combine(step, part(head / shared, 0) + head % shared * pitch, parts, head, out);
-  }
+  any4::AttendInParts(any4::ExecutorOf(pool), step, kernel, {mixed->untyped_data(), size, *type});
   return ffi::Error::Success();
 }
 

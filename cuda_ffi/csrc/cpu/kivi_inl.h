@@ -1,10 +1,7 @@
 // Attention of the heads that share a key head over part of a row's tokens; each instruction set's file includes this one.
 #pragma once
 
-#include <cmath>
-#include <limits>
-
-#include "exp_inl.h"
+#include "attention_inl.h"
 #include "kivi.h"
 #include "kivi_codes_inl.h"
 #include "scratch.h"
@@ -12,17 +9,16 @@
 namespace any4 {
 namespace {
 
-constexpr int64_t kSums = sizeof(KiviPart) / sizeof(float), kMostChannels = 256;
-constexpr float kNothing = -std::numeric_limits<float>::infinity();
+static_assert(kAttentionChunk % (kRegister * 16) == 0, "a chunk is whole registers of 2-bit codes");
 
 struct KiviSpace {
   float* queries;  // [shared, size]
-  float* scores;   // [shared, kKiviChunk]; then weights
+  float* scores;   // [shared, kAttentionChunk]; then weights
   float* exact;    // [size], of one token
 
   KiviSpace(const KiviStep& step, Scratch& scratch)
       : queries(scratch.Take<float>(step.shared() * step.size)),
-        scores(scratch.Take<float>(step.shared() * kKiviChunk)),
+        scores(scratch.Take<float>(step.shared() * kAttentionChunk)),
         exact(scratch.Take<float>(step.size)) {}
 };
 
@@ -32,18 +28,6 @@ inline int64_t KiviBytes(const KiviStep& step) {
   return scratch.used();
 }
 
-inline FloatRegister LoadRegister(const float* from) {
-  FloatRegister value;
-  __builtin_memcpy(&value, from, sizeof value);
-  return value;
-}
-
-inline float SumOfRegister(const FloatRegister& lanes) {
-  float sum = 0;
-  for (int j = 0; j < kRegister; ++j) sum += lanes[j];
-  return sum;
-}
-
 template <class T>
 class PairAttention {
  public:
@@ -51,28 +35,27 @@ class PairAttention {
       : step_(step),
         pair_(pair),
         row_(pair / step.groups),
-        pitch_(kSums + step.size),
+        pitch_(kAttentionSums + step.size),
         found_(found),
         space_(space) {
     Widen(step.queries, step.type, (row_ * step.heads + pair % step.groups * step.shared()) * step.size,
           step.shared() * step.size, space.queries);
-    for (int64_t h = 0; h < step.shared(); ++h) {
-      float* const part = found + h * pitch_;
-      part[0] = kNothing;
-      for (int64_t i = 1; i < pitch_; ++i) part[i] = 0;
-    }
+    ClearParts(found, step.shared(), step.size);
   }
 
   // Of the tokens of a chunk from `first` on, those of [begin, end) are seen.
   void Chunk(int64_t first, int64_t begin, int64_t end) {
     const int64_t exact_keys = step_.exact_keys(row_), exact_values = step_.exact_values(row_);
-    for (int64_t i = 0; i < step_.shared() * kKiviChunk; ++i) space_.scores[i] = 0;
+    for (int64_t i = 0; i < step_.shared() * kAttentionChunk; ++i) space_.scores[i] = 0;
     if (begin < exact_keys) {
-      const int64_t count = std::min(first + kKiviChunk, exact_keys) - first;
+      const int64_t count = std::min(first + kAttentionChunk, exact_keys) - first;
       step_.key_bits == 4 ? CodedScores<4>(first, count) : CodedScores<2>(first, count);
     }
     for (int64_t t = std::max(begin, exact_keys); t < end; ++t) ExactScore(t, t - first);
-    for (int64_t h = 0; h < step_.shared(); ++h) Weigh(h, begin - first, end - first);
+    for (int64_t h = 0; h < step_.shared(); ++h) {
+      Weigh(space_.scores + h * kAttentionChunk, begin - first, end - first, step_.scale, step_.softcap, step_.size,
+            found_ + h * pitch_);
+    }
     if (begin < exact_values) {
       const int64_t stop = std::min(end, exact_values);
       step_.value_bits == 4 ? MixCodes<4>(first, begin, stop) : MixCodes<2>(first, begin, stop);
@@ -81,8 +64,7 @@ class PairAttention {
   }
 
  private:
-  float* Part(int64_t h) const { return found_ + h * pitch_; }
-  float* Mixed(int64_t h) const { return Part(h) + kSums; }
+  float* Mixed(int64_t h) const { return found_ + h * pitch_ + kAttentionSums; }
 
   // Rows are channels, columns tokens.
   template <int kBits>
@@ -103,9 +85,9 @@ class PairAttention {
         panel.group.of[j] = static_cast<int32_t>((from + j * kCodes) / step_.group_size - group);
       }
       panel.groups = panel.group.of[panel.words - 1] + 1;
-      panel.ahead = kKiviChunk * kBits / 8;
+      panel.ahead = kAttentionChunk * kBits / 8;
       AddAllProducts<kBits>(panel, step_.size, step_.shared(), space_.queries, step_.size,
-                            space_.scores + (from - first), kKiviChunk);
+                            space_.scores + (from - first), kAttentionChunk);
     }
   }
 
@@ -117,36 +99,8 @@ class PairAttention {
   void ExactScore(int64_t token, int64_t place) {
     const float* const key = Exact(step_.keys, token);
     for (int64_t h = 0; h < step_.shared(); ++h) {
-      FloatRegister sum = {};
-      for (int64_t c = 0; c < step_.size; c += kRegister) {
-        sum += LoadRegister(space_.queries + h * step_.size + c) * LoadRegister(key + c);
-      }
-      space_.scores[h * kKiviChunk + place] = SumOfRegister(sum);
+      space_.scores[h * kAttentionChunk + place] = Dot(space_.queries + h * step_.size, key, step_.size);
     }
-  }
-
-  // Turns the scores of a head in the places [begin, end) into weights, and all others into zeros.
-  void Weigh(int64_t h, int64_t begin, int64_t end) {
-    float* const scores = space_.scores + h * kKiviChunk;
-    for (int64_t i = 0; i < begin; ++i) scores[i] = kNothing;
-    for (int64_t i = end; i < kKiviChunk; ++i) scores[i] = kNothing;
-    float highest = Part(h)[0];
-    const float before = highest;
-    for (int64_t i = begin; i < end; ++i) {
-      scores[i] *= step_.scale;
-      if (step_.softcap > 0) scores[i] = step_.softcap * std::tanh(scores[i] / step_.softcap);
-      highest = scores[i] > highest ? scores[i] : highest;
-    }
-    FloatRegister total = {};
-    for (int64_t i = 0; i < kKiviChunk; i += kRegister) {
-      const FloatRegister weights = ExpOfNegative(LoadRegister(scores + i) - highest);
-      __builtin_memcpy(scores + i, &weights, sizeof weights);
-      total += weights;
-    }
-    const float fade = before == kNothing ? 0 : std::exp(before - highest);
-    Part(h)[0] = highest;
-    Part(h)[1] = Part(h)[1] * fade + SumOfRegister(total);
-    for (int64_t c = 0; c < step_.size; ++c) Mixed(h)[c] *= fade;
   }
 
   // Rows are tokens, columns channels.
@@ -174,7 +128,7 @@ class PairAttention {
         panel.group.of[j] = static_cast<int32_t>(j / panel.words * groups + group_of(j % panel.words));
       }
       panel.ahead = 16 * words;
-      AddAllProducts<kBits>(panel, end - begin, step_.shared(), space_.scores + (begin - first), kKiviChunk,
+      AddAllProducts<kBits>(panel, end - begin, step_.shared(), space_.scores + (begin - first), kAttentionChunk,
                             Mixed(0) + word * kCodes, pitch_);
     }
   }
@@ -182,7 +136,7 @@ class PairAttention {
   void MixExact(int64_t token, int64_t place) {
     const float* const value = Exact(step_.values, token);
     for (int64_t h = 0; h < step_.shared(); ++h) {
-      const float weight = space_.scores[h * kKiviChunk + place];
+      const float weight = space_.scores[h * kAttentionChunk + place];
       for (int64_t c = 0; c < step_.size; ++c) Mixed(h)[c] += weight * value[c];
     }
   }
@@ -197,9 +151,9 @@ template <class T>
 void AttendPart(const KiviStep& step, int64_t pair, int64_t begin, int64_t end, float* found, const KiviSpace& space) {
   const int64_t row = pair / step.groups;
   PairAttention<T> attention(step, pair, found, space);
-  begin = std::max(begin, step.first(row) / kKiviChunk * kKiviChunk), end = std::min(end, step.own(row) + 1);
-  for (int64_t first = begin; first < end; first += kKiviChunk) {
-    attention.Chunk(first, std::max(first, step.first(row)), std::min(first + kKiviChunk, end));
+  begin = std::max(begin, step.first(row) / kAttentionChunk * kAttentionChunk), end = std::min(end, step.own(row) + 1);
+  for (int64_t first = begin; first < end; first += kAttentionChunk) {
+    attention.Chunk(first, std::max(first, step.first(row)), std::min(first + kAttentionChunk, end));
   }
 }
 
@@ -209,21 +163,7 @@ inline void AttendTokens(const KiviStep& step, int64_t pair, int64_t begin, int6
   (step.type == Type::kFloat32 ? AttendPart<float> : AttendPart<uint16_t>)(step, pair, begin, end, found, space);
 }
 
-inline void CombineParts(const KiviStep& step, const float* found, int64_t count, int64_t head, const Output& out) {
-  const int64_t own = kSums + step.size, pitch = step.shared() * own;
-  float highest = kNothing, total = 0, mixed[kMostChannels] = {};
-  for (int64_t i = 0; i < count; ++i) highest = std::max(highest, found[i * pitch]);
-  for (int64_t i = 0; i < count; ++i) {
-    const float* const part = found + i * pitch;
-    if (part[0] == kNothing) continue;
-    const float share = std::exp(part[0] - highest);
-    total += part[1] * share;
-    for (int64_t c = 0; c < step.size; ++c) mixed[c] += part[kSums + c] * share;
-  }
-  for (int64_t c = 0; c < step.size; ++c) Store(out, head, c, total == 0 ? 0 : mixed[c] / total);
-}
-
-constexpr KiviKernel kKernel{KiviBytes, AttendTokens, CombineParts};
+constexpr KiviKernel kKernel{KiviBytes, AttendTokens, Combine};
 
 }  // namespace
 }  // namespace any4

@@ -46,11 +46,12 @@ void ArrangeRow(const T* x, int64_t k, int64_t lanes, int64_t codes, bool half, 
 
 }  // namespace
 
-void LutProducts(const Product* products, int64_t count, const void* x, int64_t m, Type type, Isa isa,
+void LutProducts(const Product* products, int64_t count, int64_t planes, const void* x, int64_t m, Type type, Isa isa,
                  const Executor& executor) {
-  if (m == 0 || RowsOf(products, count) == 0) return;
+  const std::vector<Product> sums_of = FirstPlanes(products, count, planes);
+  if (m == 0 || RowsOf(sums_of.data(), count) == 0) return;
   const bool any_offsets =
-      std::any_of(products, products + count, [](const Product& p) { return p.weight.offsets != nullptr; });
+      std::any_of(products, products + count * planes, [](const Product& p) { return p.weight.offsets != nullptr; });
   const Weight& shape = products[0].weight;
   const LutKernel& kernel =
       KernelFor(isa, PortableKernel(shape.bits), Avx2Kernel(shape.bits), Avx512Kernel(shape.bits));
@@ -94,15 +95,18 @@ void LutProducts(const Product* products, int64_t count, const void* x, int64_t 
     };
     type == Type::kFloat32 ? of(static_cast<const float*>(x)) : of(static_cast<const uint16_t*>(x));
   };
-  const auto multiply = [&](const Weight& weight, int64_t begin, int64_t end, int64_t rows, const Output& output,
+  const auto multiply = [&](const Product& product, int64_t begin, int64_t end, int64_t rows, const Output& output,
                             char* scratch) {
     Input of_pass = input;
     of_pass.rows = rows;
-    const bool few = (rows <= 2 || rows == 4) && input.whole_lanes;
-    (few ? kernel.few : kernel.many)(weight, of_pass, begin, end, output, reinterpret_cast<float*>(scratch));
+    auto* const floats = reinterpret_cast<float*>(scratch);
+    if (planes == 1 && (rows <= 2 || rows == 4) && input.whole_lanes) {
+      return kernel.few(product.weight, of_pass, begin, end, output, floats);
+    }
+    kernel.many(products + (&product - sums_of.data()) * planes, planes, of_pass, begin, end, output, floats);
   };
   const int64_t scratch_bytes = ScratchFloats(shape, input) * static_cast<int64_t>(sizeof(float));
-  ForProducts(products, count, m, type, {kInputRows, kDecodedRows, kTaskRows, scratch_bytes}, executor, arrange,
+  ForProducts(sums_of.data(), count, m, type, {kInputRows, kDecodedRows, kTaskRows, scratch_bytes}, executor, arrange,
               multiply);
 }
 
