@@ -11,6 +11,7 @@ from any4_jax.cli.output import progress, table
 from any4_jax.cli.runs import Run
 from any4_jax.evaluation.harness import harness_model
 from any4_jax.evaluation.harness_tasks import Tasks
+from any4_jax.evaluation.scoring import BATCH_TOKENS
 
 
 def add_harness(parser: argparse.ArgumentParser) -> None:
@@ -20,13 +21,21 @@ def add_harness(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--shots", type=natural, metavar="N", help="examples before each question (default: as the task has it)"
     )
+    group.add_argument(
+        "--batch-tokens",
+        type=count,
+        default=BATCH_TOKENS,
+        metavar="N",
+        help="inputs are batched up to N tokens; more are faster on a GPU, and take more memory (default: "
+        f"{BATCH_TOKENS})",
+    )
     group.add_argument("--chat", action="store_true", help="ask by the model's chat template")
     group.add_argument("--task-folder", metavar="DIR", help="YAML files of tasks of your own")
     group.add_argument(
         "--allow-code",
         action="store_true",
-        help="run the code that the model writes for humaneval and mbpp: in a process with a time limit, but with your "
-        "rights, so use a machine where nothing can be harmed",
+        help="run the code that the model writes for humaneval and mbpp: without a network, with limits on time, "
+        "memory and files, and with your rights to read files; on Linux",
     )
 
 
@@ -60,7 +69,7 @@ class Harness:
         args = self._args
         for task in tasks:
             with progress(task, "input") as bar:
-                adapter = harness_model(model, cache=cache, progress=bar)
+                adapter = harness_model(model, cache=cache, batch_tokens=args.batch_tokens, progress=bar)
                 kept.add(
                     task,
                     self._known.run(

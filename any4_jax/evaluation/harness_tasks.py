@@ -3,10 +3,11 @@
 import contextlib
 import difflib
 import logging
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from any4_jax.evaluation.code_runs import pass_at_k
 
 GROUPS: Mapping[str, tuple[str, ...]] = {
     "csqa": ("boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa"),
@@ -18,8 +19,8 @@ humaneval, mbpp, ...) need no entry."""
 
 _LOGGERS = ("lm_eval", "datasets", "evaluate")
 _SPLIT = "_stderr"
-# The package `evaluate` runs generated code only where this is set.
-_ALLOW = "HF_ALLOW_CODE_EVAL"
+_UNSAFE = "unsafe"
+"""A word of the sentences with which tasks are refused that run generated code."""
 
 
 class Tasks:
@@ -80,8 +81,8 @@ class Tasks:
           limit: only the first so many questions of each task; None for all.
           shots: examples before each question; None for the task's own number.
           chat: whether to ask by the model's chat template.
-          allow_code: whether code that the model writes may run. The harness runs it in a process of its own with a
-            time limit, but nothing keeps it from the files and the network of this user: use a machine without either.
+          allow_code: whether code that the model writes may run, as `code_runs.passes` does it: with limits and without
+            a network, but with this user's rights to read files.
 
         Returns:
           For JSON: "metrics", by name with "value", "error" (None where the harness has none) and "higher_is_better";
@@ -106,10 +107,10 @@ class Tasks:
                     confirm_run_unsafe_code=allow_code,
                 )
             except ValueError as error:
-                if "unsafe" in str(error) or _ALLOW in str(error):
+                if _UNSAFE in str(error):
                     raise ValueError(
-                        f"{task} runs code that the model writes, which is refused by default; allow it on a machine "
-                        "where nothing can be harmed"
+                        f"{task} runs code that the model writes, which is refused by default; allow it (allow_code, "
+                        "--allow-code) where no file is secret"
                     ) from error
                 raise
             except (ConnectionError, OSError) as error:
@@ -169,15 +170,33 @@ def _quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
+class _CodeEval:
+    """What the harness's tasks take for the metric "code_eval": programs run as `code_runs` does it, if at all."""
+
+    def __init__(self, allowed: bool) -> None:
+        self._allowed = allowed
+
+    def compute(self, references: Any, predictions: Any, k: Any = (1,)) -> Any:
+        if not self._allowed:
+            raise ValueError(f"{_UNSAFE}: it runs generated code")
+        return pass_at_k(references, predictions, k)
+
+
 @contextlib.contextmanager
 def _code(allowed: bool) -> Iterator[None]:
-    before = os.environ.get(_ALLOW)
+    """In the body, the metric that runs generated code is ours; that of `evaluate` is a script from the network."""
     try:
-        if allowed:
-            os.environ[_ALLOW] = "1"
+        import evaluate
+    except ImportError:  # then no task can ask for it
+        yield
+        return
+    load = evaluate.load
+
+    def ours(path: str, *args: Any, **given: Any) -> Any:
+        return _CodeEval(allowed) if path == "code_eval" else load(path, *args, **given)
+
+    evaluate.load = ours
+    try:
         yield
     finally:
-        if before is None:
-            os.environ.pop(_ALLOW, None)
-        else:
-            os.environ[_ALLOW] = before
+        evaluate.load = load
