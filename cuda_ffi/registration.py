@@ -30,6 +30,8 @@ TARGETS: dict[str, dict[str, str]] = {
         "any4_cpu_kmeans": "any4_cpu_kmeans",
         "any4_cpu_refit": "any4_cpu_refit",
         "any4_cpu_compensation": "any4_cpu_compensation",
+        "any4_cpu_kivi_attention": "any4_cpu_kivi_attention",
+        "any4_cpu_kvquant_attention": "any4_cpu_kvquant_attention",
     },
     "cuda": {
         "any4_cuda_lut_product": "any4_cuda_lut_product",
@@ -40,6 +42,7 @@ TARGETS: dict[str, dict[str, str]] = {
         "any4_cuda_refit": "any4_cuda_refit",
         "any4_cuda_compensation": "any4_cuda_compensation",
         "any4_cuda_attention": "any4_cuda_attention",
+        "any4_cuda_kivi_attention": "any4_cuda_kivi_attention",
     },
 }
 """The handlers in each kind of library: symbol -> name of XLA's target."""

@@ -15,6 +15,7 @@ def gptq(
     order: np.ndarray,
     damping: float,
     arrive: Callable[[int, np.ndarray], None] = lambda step, live: None,
+    limits: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray, float]:
     """(codes [N, K], quantized weights [N, K], loss), by the upper Cholesky factor of the inverse Hessian.
 
@@ -25,6 +26,7 @@ def gptq(
       order: the columns in sequence.
       damping: as in `GPTQ`.
       arrive: called before each step with the weights [N, K] as compensated so far, columns in sequence.
+      limits: for each step, the square of how far a weight may be from its level; one that is farther stays as it is.
     """
     live = w[:, order].astype(np.float64)
     h = hessian[np.ix_(order, order)].astype(np.float64)
@@ -36,6 +38,9 @@ def gptq(
         levels = np.asarray(levels_of(step), np.float64)
         codes[:, step] = np.abs(levels - live[:, step, None]).argmin(axis=1)
         found[:, step] = levels[np.arange(len(w)), codes[:, step]]
+        if limits is not None:
+            far = np.square(found[:, step] - live[:, step]) > limits[step]
+            found[:, step] = np.where(far, live[:, step], found[:, step])
         error = (live[:, step] - found[:, step]) / upper[step, step]
         loss += float(np.square(error).sum())
         live[:, step:] -= np.outer(error, upper[step, step:])

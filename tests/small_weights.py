@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from any4_jax import weights
-from any4_jax.weights import LowRank, PermuteInput, QuantizeInput, ScaleInput, Sparse, Sum
+from any4_jax.weights import LowRank, PermuteInput, QuantizeInput, ScaleInput, Sparse, Sum, Transposed
 
 dequantize = jax.jit(weights.dequantize, static_argnums=1)
 
@@ -38,11 +38,20 @@ def integer_tables(seed: int = 0):
 
 
 def nested(seed: int = 0):
-    """Scales that are quantized themselves."""
+    """Scales that are quantized themselves, along the rows and across them."""
     plain = leaf(4, seed, dtype=jnp.float32)
     table = jnp.linspace(0, 2, 256)[None]
     scales = weights.encode(plain.scales, table, jnp.ones((N, 1)), None, bits=8, group_size=K)
-    return dataclasses.replace(plain, scales=scales)
+    ones = jnp.ones((plain.offsets.shape[1], 2), jnp.bfloat16)
+    ramp = jnp.arange(-4.0, 4)[None]
+    offsets = weights.encode(plain.offsets.T, ramp, ones / 2, ones / 4, bits=3, group_size=4, uniform=True)
+    return dataclasses.replace(plain, scales=scales, offsets=Transposed(offsets))
+
+
+def spqr(seed: int = 0) -> PermuteInput:
+    """A coded matrix whose scales are coded, and outliers, behind inputs in another order."""
+    order = np.random.default_rng(seed).permutation(K)
+    return PermuteInput(Sum((nested(seed), sparse(seed))), jnp.asarray(order, jnp.int32))
 
 
 def low_rank(seed: int = 0, rank: int = 3) -> LowRank:
@@ -51,12 +60,26 @@ def low_rank(seed: int = 0, rank: int = 3) -> LowRank:
     return LowRank(jnp.asarray(a, jnp.float32), jnp.asarray(b, jnp.float32), jnp.float32(0.3))
 
 
+def entries(rows, columns, values, n: int, k: int, blocks: int = 1, padding: int = 0) -> Sparse:
+    """The matrix of entries whose rows ascend, with so many places of padding in its fullest block, which must be the
+    last; padding has columns and values too, which count for nothing."""
+    rows, columns, values = np.asarray(rows), np.asarray(columns), np.asarray(values)
+    counts = np.bincount(rows, minlength=n).reshape(blocks, -1)
+    size = counts.sum(axis=1).max() + padding
+    made = np.full((2, blocks, size), 3.0)
+    for block, count in enumerate(counts.sum(axis=1)):
+        mine = rows * blocks // n == block
+        made[:, block, :count] = columns[mine], values[mine]
+    ends = jnp.asarray(np.cumsum(counts, axis=1).reshape(n), jnp.int32)
+    return Sparse(ends, jnp.asarray(made[0], jnp.uint16), jnp.asarray(made[1], jnp.float32), k)
+
+
 def sparse(seed: int = 0) -> Sparse:
-    """Six entries, two of them in one place, and one of padding."""
+    """Six entries in two blocks of rows, two of them in one place, and padding."""
     rng = np.random.default_rng(seed)
-    rows, columns = (jnp.asarray([*rng.integers(0, size, 4), 1, 1, 0], jnp.int32) for size in (N, K))
-    values = jnp.asarray(rng.normal(size=7) * [1, 1, 1, 1, 1, 1, 0], jnp.float32)
-    return Sparse(rows, columns, values, N, K)
+    rows = np.sort([*rng.integers(0, N, 2), *rng.integers(0, 3, 2), 4, 4])
+    columns = np.where(rows == 4, 1, rng.integers(0, K, 6))
+    return entries(rows, columns, rng.normal(size=6), N, K, blocks=2, padding=1)
 
 
 def operator(name: str, seed: int = 0):
@@ -77,12 +100,12 @@ def operator(name: str, seed: int = 0):
         "LowRank": lambda: low_rank(seed),
         "Sum with LowRank": lambda: Sum((leaf(4, seed), low_rank(seed))),
         "Sparse": lambda: sparse(seed),
-        "Sum with Sparse": lambda: Sum((leaf(4, seed), sparse(seed))),
+        "SpQR": lambda: spqr(seed),
     }[name]()
 
 
 NAMES = ("dense", "1 bit", "3 bits", "4 bits", "int8 tables", "8 bits", "nested", "Sum", "ScaleInput", "PermuteInput")
-NAMES += ("LowRank", "Sum with LowRank", "Sparse", "Sum with Sparse")
+NAMES += ("LowRank", "Sum with LowRank", "Sparse", "SpQR")
 
 
 def rows(*shape: int, dtype=jnp.float32):

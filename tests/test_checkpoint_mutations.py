@@ -20,7 +20,7 @@ from any4_jax.checkpoint.contents import abstract, build, current
 from any4_jax.methods import Any4, Int, quantize
 from any4_jax.models.config import LlamaConfig, RopeScaling
 from any4_jax.models.llama import Llama
-from any4_jax.weights import LowRank, PermuteInput, QuantizeInput, ScaleInput, Sparse, Sum
+from any4_jax.weights import LowRank, PermuteInput, QuantizeInput, ScaleInput, Sum, nonzeros
 
 GOLDEN = Path(__file__).parent / "golden"
 LENGTH = 400
@@ -80,7 +80,7 @@ def weights(w: jax.Array) -> dict[str, Any]:
     return {
         "kernel": Sum((leaf, LowRank(jnp.ones((2, k)), jnp.ones((n, 2)), jnp.float32(1)))),
         "list": [ScaleInput(leaf, jnp.ones(k)), PermuteInput(leaf, jnp.arange(k))],
-        "few": Sparse(jnp.zeros(3, int), jnp.zeros(3, int), jnp.ones(3), n, k),
+        "few": nonzeros(w * (w > 2), blocks=2),
         "stack": jax.tree.map(lambda a: jnp.stack([a, a]), QuantizeInput(leaf, jnp.ones(16), 4, True, "token")),
         "bias": jnp.ones(n),
     }

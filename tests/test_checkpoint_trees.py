@@ -12,13 +12,14 @@ from flax import nnx
 from float_models import NF, LinenNet, NNXNet, X, assert_same_contents
 from jax.sharding import AbstractMesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from small_weights import entries
 
 import any4_jax as a4
 from any4_jax.checkpoint import store
 from any4_jax.checkpoint.into import placement
 from any4_jax.methods import Int, quantize
 from any4_jax.surgery import container_of
-from any4_jax.weights import ScaleInput, Sparse, Sum
+from any4_jax.weights import ScaleInput, Sum, nonzeros
 
 
 def shapes(**changes) -> dict:
@@ -72,11 +73,10 @@ def test_an_operator_where_no_dense_layer_is_does_not_fit(tmp_path) -> None:
 
 def test_matrices_of_few_entries_are_saved_and_loaded(tree, tmp_path) -> None:
     made, _ = tree
-    rows, columns = jnp.array([0, 7, 3, 3]), jnp.array([23, 0, 5, 5])
-    few = Sparse(rows, columns, jnp.array([0.5, -2, 1, 0], jnp.bfloat16), n=8, k=24)
+    few = entries([0, 3, 3, 7], [23, 5, 5, 0], [0.5, 1, 0, -2], 8, 24, padding=1)
     leaf = made["a"]["kernel"]
     stack = jax.tree.map(lambda *entries: jnp.stack(entries), few, few)
-    for operator in (few, Sum((leaf, few)), stack, jax.tree.map(lambda a: a[:0], few)):
+    for operator in (few, Sum((leaf, few)), stack, nonzeros(jnp.zeros((8, 24)))):
         contents = {"a": {"kernel": operator, "bias": made["a"]["bias"]}, "c": made["c"]}
         a4.save(tmp_path / "c", contents)
         loaded = a4.load(tmp_path / "c")

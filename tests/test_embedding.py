@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from small_weights import entries
 
 import any4_jax as a4
 from any4_jax.cli import main
@@ -13,7 +14,7 @@ from any4_jax.nn.nnx import Any4Embed
 from any4_jax.product import lookup
 from any4_jax.statistics import Moments
 from any4_jax.surgery import quantized_leaves
-from any4_jax.weights import LowRank, PermuteInput, ScaleInput, Sparse, Sum, dequantize, take
+from any4_jax.weights import LowRank, PermuteInput, ScaleInput, Sum, dequantize, take
 
 RULES = [("embed_tokens", Int(8, group_size=32))]
 
@@ -28,9 +29,7 @@ def operators(rng: np.random.Generator) -> dict:
         "planes": quantize(w, Int(5, group_size=16)),
         "e8m0": quantize(w, MX4()),
         "slice": take(jax.tree.map(lambda a: jnp.stack([a[::-1], a]), leaf), 1),
-        "sparse": Sparse(
-            jnp.asarray([3, 0, 3, 11]), jnp.asarray([1, 39, 1, 7]), jnp.asarray([1.0, 2.0, 3.0, 4.0]), 12, 40
-        ),
+        "sparse": entries([0, 3, 3, 11], [39, 1, 1, 7], [2.0, 1.0, 3.0, 4.0], 12, 40, padding=1),
         "array": w,
         "sum": Sum((leaf, low)),
         "scaled and permuted": ScaleInput(PermuteInput(leaf, jnp.arange(40)[::-1]), jnp.arange(40.0)),

@@ -13,7 +13,7 @@ from any4_jax.partition import combine, partition
 from any4_jax.product import BACKENDS, matmul
 from any4_jax.product.backends.base import arrays_of, dtypes_of
 from any4_jax.product.quantized_input import quantize_input
-from any4_jax.weights import QuantizeInput, take
+from any4_jax.weights import QuantizeInput, padded_alike, take
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -54,7 +54,7 @@ def test_vmap_over_x_and_scan_over_a_stack(name: str) -> None:
     folded = jax.jit(jax.vmap(matmul, (0, None)))(x, w)
     np.testing.assert_allclose(folded, jax.jit(matmul)(x, w), rtol=1e-5, atol=1e-5)
     layers = [operator(name, seed) for seed in range(3)]
-    stack = jax.tree.map(lambda *leaves: jnp.asarray(np.stack(leaves)), *layers)
+    stack = jax.tree.map(lambda *leaves: jnp.asarray(np.stack(leaves)), *padded_alike(layers))
     each = np.stack([reference(a, layer) for a, layer in zip(x, layers, strict=True)])
     _, scanned = jax.lax.scan(lambda _, both: (None, matmul(both[0], both[1])), None, (x, stack))
     np.testing.assert_allclose(scanned, each, rtol=1e-5, atol=1e-5)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from small_weights import entries
 
 from any4_jax import packing, weights
 from any4_jax.partition import combine, partition
@@ -17,7 +18,6 @@ from any4_jax.weights import (
     QuantizedTensor,
     QuantizeInput,
     ScaleInput,
-    Sparse,
     Sum,
 )
 
@@ -130,11 +130,10 @@ def operators(rng: np.random.Generator) -> dict:
     scattered = np.empty((N, K))
     scattered[:, np.asarray(permutation)] = law(a)
     few = np.zeros((N, K))
-    entries = [(1, 2, 0.5), (4, 12, -3.0), (1, 2, 0.25), (0, 0, 0.0)]
-    for row, column, value in entries:
+    places = [(0, 0, 0.0), (1, 2, 0.5), (1, 2, 0.25), (4, 12, -3.0)]
+    for row, column, value in places:
         few[row, column] += value
-    rows, columns, values = (jnp.asarray(column) for column in zip(*entries, strict=True))
-    sparse = Sparse(rows, columns, values, N, K)
+    sparse = entries(*zip(*places, strict=True), N, K, padding=2)
     return {
         "Sum": (Sum((a, b)), law(a) + law(b)),
         "Sparse": (sparse, few),
@@ -166,6 +165,33 @@ def test_a_stack_of_as_many_layers_as_rows(name: str) -> None:
     assert stacked.shape == (N, N, K)
     each = jnp.stack([dequantize(layer) for layer in layers])
     np.testing.assert_array_equal(dequantize(stacked), each)
+
+
+def test_few_entries_are_kept_by_rows_and_split_with_them(rng: np.random.Generator) -> None:
+    dense = np.where(rng.uniform(size=(24, K)) < 0.1, rng.normal(size=(24, K)), 0).astype(np.float32)
+    dense[:6] = 0
+    w = weights.nonzeros(jnp.asarray(dense), jnp.float32)
+    np.testing.assert_array_equal(dequantize(w), dense)
+    fullest = (dense.reshape(8, -1) != 0).sum(axis=1).max()
+    assert w.values.shape == w.columns.shape == (8, fullest) and w.ends.shape == (24,)
+    assert {w.ends.dtype, w.columns.dtype} == {np.dtype(np.uint16)}
+    half = weights.Sparse(w.ends[12:], w.columns[4:], w.values[4:], K)
+    np.testing.assert_array_equal(dequantize(half), dense[12:])
+    untrimmed = jax.jit(weights.nonzeros)(jnp.asarray(dense))
+    assert untrimmed.values.shape == (8, 3 * K) and untrimmed.values.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(dequantize(untrimmed), dequantize(weights.trimmed(untrimmed)))
+    assert weights.nonzeros(jnp.zeros((5, K))).nbytes == 2 * 5
+
+
+def test_a_transposed_leaf_has_its_groups_along_the_columns(rng: np.random.Generator) -> None:
+    a = leaf(3, rng)
+    turned = weights.Transposed(a)
+    assert turned.shape == (K, N)
+    np.testing.assert_array_equal(dequantize(turned), dequantize(a).T)
+    x = jnp.asarray(rng.normal(size=(2, N)), jnp.float32)
+    np.testing.assert_allclose(matmul(x, turned), x @ dequantize(a), rtol=1e-5, atol=1e-5)
+    axes = {place.name: place.axes for place, _ in weights.places(turned)}
+    assert axes["inner/scales"] == "*KN" and axes["inner/lut"] == "*K."
 
 
 def test_places_name_axes_in_terms_of_the_whole_matrix(rng: np.random.Generator) -> None:

@@ -25,6 +25,7 @@ from any4_jax.weights import (
     QuantizedTensor,
     QuantizeInput,
     ScaleInput,
+    Sparse,
     Sum,
     dequantize,
     is_operator,
@@ -106,6 +107,20 @@ def _(w: Sum) -> str | None:
     shapes = [tuple(getattr(term, "shape", ())) for term in w.terms]
     if not shapes or any(shape != shapes[0] for shape in shapes):
         return f"its terms have the shapes {shown([*map(list, shapes)])}, and one shape for all is needed"
+    return None
+
+
+@fault.register
+def _(w: Sparse) -> str | None:
+    n, blocks = w.ends.shape[-1], w.values.shape[-2]
+    if not 0 <= w.k <= _LARGEST:
+        return f"k is {w.k}, and 0 to {_LARGEST} is needed"
+    if blocks < 1 or n % blocks:
+        return f"values are {_described(w.values)}, and a number of blocks that divides N={n} is needed"
+    if w.columns.shape != w.values.shape:
+        return f"columns are {_described(w.columns)}, and {list(w.values.shape)} is needed"
+    if not all(jnp.issubdtype(index.dtype, jnp.integer) for index in (w.ends, w.columns)):
+        return f"ends are {_described(w.ends)} and columns {_described(w.columns)}, and integers are needed"
     return None
 
 

@@ -14,6 +14,7 @@ from any4_jax.methods import quantize
 from any4_jax.methods.base import AnyMethod, scope_of
 from any4_jax.models import Decoder
 from any4_jax.surgery import Rules, container_of, resolve
+from any4_jax.weights import Sparse, parts
 
 _WORDS = {"codes": "codes", "lut": "tables", "scales": "scales", "offsets": "offsets"}
 
@@ -64,4 +65,6 @@ def _nbytes(shape: tuple[int, ...], method: Any) -> int | None:
         stored = jax.eval_shape(lambda w, seen: quantize(w, method, seen), matrix, seen)
     except Exception:  # this is an estimate, which stops no work
         return None
+    if any(isinstance(part, Sparse) for part in parts(stored)):
+        return None  # how many entries will be found isn't known
     return stored.nbytes * math.prod(shape[:-2])

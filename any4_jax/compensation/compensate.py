@@ -12,13 +12,14 @@ Matrices are [K, N] inside, so that a column of weights lies in one piece.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from any4_jax import scaling
 from any4_jax.compensation.backends import choose
+from any4_jax.compensation.outliers import Outliers, solve_beside_outliers
 from any4_jax.compensation.xla import HIGHEST, Levels
 
 
@@ -27,26 +28,44 @@ class Grid(NamedTuple):
 
     Attributes:
       lut: [N or 1, 2**bits], ascending.
-      scales, offsets: [N, groups], as `scaling.normalize` takes them; offsets may be None.
+      scales, offsets: [N, groups], as `scaling.normalize` takes them, or with a `Rescale` as it stores them; offsets
+        may be None.
     """
 
     lut: jax.Array
-    scales: jax.Array
-    offsets: jax.Array | None
+    scales: Any
+    offsets: Any
+
+
+def as_stored(scales: jax.Array, offsets: jax.Array | None) -> scaling.GroupScales:
+    """Scales and offsets in float32, of arrays in their stored dtypes."""
+    return scaling.GroupScales(scaling.scale_values(scales), None if offsets is None else offsets.astype(jnp.float32))
 
 
 class Rescale(NamedTuple):
     """Scaling groups as they come.
 
     Attributes:
-      scale: (weights [N, G] of a group, their importance [G], tables) -> scale and offset [N, 1] in stored dtypes.
-      importance: float32 [K] for the columns in sequence.
+      scale: (weights [N, G] of a group, their importance [..., G], tables) -> its scales and offsets as they are
+        stored: a pair of arrays of the second axis 1, or of trees of such arrays; offsets may be None.
+      importance: float32 [..., K] for the columns in sequence.
       group_size: G; groups are runs of so many columns of the sequence.
+      decode: (scales, offsets) as stored, for any groups along the second axis -> float32 [N, groups] of each.
     """
 
-    scale: Callable[[jax.Array, jax.Array, jax.Array], scaling.GroupScales]
+    scale: Callable[[jax.Array, jax.Array, jax.Array], tuple[Any, Any]]
     importance: jax.Array
     group_size: int
+    decode: Callable[[Any, Any], scaling.GroupScales] = as_stored
+
+
+class Compensated(NamedTuple):
+    """Codes uint8 [N, K], the grid as it was used, and what is kept of outliers beside their codes, [N, K] in its
+    stored dtype with zeros elsewhere; None where there are no outliers to be."""
+
+    codes: jax.Array
+    grid: Grid
+    kept: jax.Array | None
 
 
 def compensate(
@@ -58,8 +77,9 @@ def compensate(
     block: int,
     uniform: bool,
     rescale: Rescale | None = None,
+    outliers: Outliers | None = None,
     backend: str | None = None,
-) -> tuple[jax.Array, Grid]:
+) -> Compensated:
     """The codes of the columns of w in sequence, each compensating the errors of those before.
 
     Args:
@@ -72,12 +92,16 @@ def compensate(
       uniform: whether the table is an arithmetic ramp, see `formats.nearest`.
       rescale: how each group is scaled again when its first column comes, from its weights as compensated so far; None
         keeps the scales of `grid`.
+      outliers: which weights are kept beside their codes, for which there is "xla" alone; None for none.
       backend: what works on a block, "cuda", "cpu" or "xla"; None for the first that works on the platform.
 
-    Returns:
-      (codes uint8 [N, K], the grid as it was used).
+    Raises:
+      ValueError: there is no such backend, or it can't run here or not beside outliers.
     """
+    if outliers is not None and backend not in (None, "xla"):
+        raise ValueError(f"got backend={backend!r} with outliers, beside which only 'xla' works; pass None or 'xla'")
     n, k = w.shape
+    decode = as_stored if rescale is None else rescale.decode
     group_size = 1 if rescale is None else rescale.group_size
     if rescale is None:
         block = min(block, k)
@@ -106,17 +130,18 @@ def compensate(
         # A short group repeats its last weight, which changes no extremum and has no importance.
         columns = start + jnp.arange(group_size)
         within = jnp.minimum(columns, k - 1)
-        importance = jnp.where(columns < k, rescale.importance[within], 0.0)
+        importance = jnp.where(columns < k, rescale.importance[..., within], 0.0)
         made = rescale.scale((live + moved)[within - start].T, importance, grid.lut)
         group = start // group_size
-        scales = jax.lax.dynamic_update_index_in_dim(scales, made.scales[:, 0], group, axis=1)
-        if offsets is not None:
-            offsets = jax.lax.dynamic_update_index_in_dim(offsets, made.offsets[:, 0], group, axis=1)
-        return scales, offsets
+        return jax.tree.map(
+            lambda all_groups, one: jax.lax.dynamic_update_slice_in_dim(all_groups, one, group, axis=1),
+            (scales, offsets),
+            tuple(made),
+        )
 
     def work_on_block(index, state):
         start = index * block
-        codes, errors, scales, offsets = state
+        (codes, errors, kept), scales, offsets = state
         if rescale is not None:
             scales, offsets = jax.lax.cond(
                 start % group_size == 0,
@@ -128,16 +153,24 @@ def compensate(
         corner = jax.lax.dynamic_slice(upper, (start, start), (block, block))
 
         own_groups = jax.lax.dynamic_slice_in_dim(groups, start, block)
-        grids = Levels(
-            table,
-            scaling.scale_values(scales[:, own_groups].T),
-            None if offsets is None else offsets[:, own_groups].T.astype(jnp.float32),
+        near = decode(*jax.tree.map(lambda of_all: of_all[:, own_groups], (scales, offsets)))
+        levels = Levels(table, near.scales.T, None if near.offsets is None else near.offsets.T)
+        found: tuple[Any, ...]
+        if outliers is None:
+            found = (*choose(own, wanted, corner, levels, uniform=uniform, backend=backend), None)
+        else:
+            mine = outliers._replace(limits=jax.lax.dynamic_slice_in_dim(limits, start, block))
+            found = solve_beside_outliers(own, wanted, corner, levels, mine, uniform=uniform)
+        columns = jax.tree.map(
+            lambda all_columns, new: jax.lax.dynamic_update_slice_in_dim(all_columns, new, start, axis=0),
+            (codes, errors, kept),
+            found,
         )
-        new_codes, new_errors = choose(own, wanted, corner, grids, uniform=uniform, backend=backend)
-        codes = jax.lax.dynamic_update_slice_in_dim(codes, new_codes, start, axis=0)
-        errors = jax.lax.dynamic_update_slice_in_dim(errors, new_errors, start, axis=0)
-        return codes, errors, scales, offsets
+        return columns, scales, offsets
 
-    state = jnp.zeros(targets.shape, jnp.uint8), jnp.zeros(targets.shape, jnp.float32), grid.scales, grid.offsets
-    codes, _, scales, offsets = jax.lax.fori_loop(0, (k + more) // block, work_on_block, state)
-    return codes[:k].T, Grid(grid.lut, scales, offsets)
+    limits: Any = None if outliers is None else jnp.pad(outliers.limits, (0, more), constant_values=jnp.inf)
+    dtypes = (jnp.uint8, jnp.float32, None if outliers is None else outliers.dtype)
+    nothing = tuple(None if dtype is None else jnp.zeros(targets.shape, dtype) for dtype in dtypes)
+    state = nothing, grid.scales, grid.offsets
+    (codes, _, kept), scales, offsets = jax.lax.fori_loop(0, (k + more) // block, work_on_block, state)
+    return Compensated(codes[:k].T, Grid(grid.lut, scales, offsets), None if kept is None else kept[:k].T)

@@ -45,13 +45,23 @@ def solve(
 
     def column(i, state):
         codes, errors = state
-        # The errors from column i on are still zero, so its own entry of the corner counts for nothing.
-        value = wanted[i] + jnp.matmul(corner[:, i], errors, precision=HIGHEST)
-        scale, offset = levels.scales[i], 0.0 if levels.offsets is None else levels.offsets[i]
-        u = jnp.where(scale == 0, 0.0, (value - offset) / jnp.where(scale == 0, 1.0, scale))
-        code = formats.nearest(u[:, None], levels.table, uniform=uniform)
-        found = jnp.take_along_axis(levels.table, code.astype(jnp.int32), axis=1)[:, 0] * scale + offset
-        return codes.at[i].set(code[:, 0]), errors.at[i].set(own[i] - found)
+        code, found = nearest_in_column(i, value_of_column(i, wanted, corner, errors), levels, uniform)
+        return codes.at[i].set(code), errors.at[i].set(own[i] - found)
 
     nothing = jnp.zeros(own.shape, jnp.uint8), jnp.zeros(own.shape, jnp.float32)
     return jax.lax.fori_loop(0, own.shape[0], column, nothing)
+
+
+def value_of_column(i: jax.Array, wanted: jax.Array, corner: jax.Array, errors: jax.Array) -> jax.Array:
+    """What the weights of column i are to be, [N], once the errors before it are compensated."""
+    # The errors from column i on are still zero, so its own entry of the corner counts for nothing.
+    return wanted[i] + jnp.matmul(corner[:, i], errors, precision=HIGHEST)
+
+
+def nearest_in_column(i: jax.Array, value: jax.Array, levels: Levels, uniform: bool) -> tuple[jax.Array, jax.Array]:
+    """The codes [N] of column i that are nearest to these values [N], and the levels [N] that they stand for."""
+    scale, offset = levels.scales[i], 0.0 if levels.offsets is None else levels.offsets[i]
+    u = jnp.where(scale == 0, 0.0, (value - offset) / jnp.where(scale == 0, 1.0, scale))
+    code = formats.nearest(u[:, None], levels.table, uniform=uniform)
+    found = jnp.take_along_axis(levels.table, code.astype(jnp.int32), axis=1)[:, 0] * scale + offset
+    return code[:, 0], found

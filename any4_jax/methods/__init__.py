@@ -22,6 +22,9 @@ from any4_jax.methods.lifts import on_block, on_site
 from any4_jax.methods.rtn import AF4, FP4, MX4, NF4, Int
 from any4_jax.methods.smoothquant import SmoothQuant
 from any4_jax.methods.spec import CATALOGUE
+from any4_jax.methods.spqr import SpQR
+from any4_jax.methods.tune import Tune
+from any4_jax.methods.zeroquant import ZeroQuant
 
 __all__ = [
     "AF4",
@@ -46,6 +49,9 @@ __all__ = [
     "SiteResult",
     "SiteWeights",
     "SmoothQuant",
+    "SpQR",
+    "Tune",
+    "ZeroQuant",
     "on_block",
     "on_site",
     "quantize",

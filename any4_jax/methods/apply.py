@@ -21,7 +21,7 @@ from any4_jax.methods.base import (
 from any4_jax.methods.checks import all_finite, check_gathered, check_result, check_type, checks, refuse_faults
 from any4_jax.partition import partition
 from any4_jax.statistics import Gathered
-from any4_jax.weights import is_operator
+from any4_jax.weights import is_operator, trimmed
 
 
 @functools.partial(jax.jit, static_argnames=("method", "transposed"))
@@ -70,7 +70,12 @@ def apply_method(
     check_gathered(w.shape[0] if transposed else w.shape[1], method, gathered, path)
     result, finite = _apply(w, gathered, method, transposed)
     refuse_faults(finite, path, [result])
-    return dataclasses.replace(result, faults={})
+    return _finished(result)
+
+
+def _finished(result: Result) -> Result:
+    """A result without faults; how many entries its sparse matrices have is only known out of jit."""
+    return dataclasses.replace(result, operator=trimmed(result.operator), faults={})
 
 
 def quantize(w: Any, method: Method, stats: Gathered | None = None, *, transposed: bool = False, path="the weight"):
@@ -104,8 +109,7 @@ def apply_site(site: SiteWeights, method: SiteMethod, gathered: Gathered | None,
     check_gathered(next(iter(site.weights.values())).shape[1], method, gathered, path)
     result, finite = _apply_site(site, gathered, method)
     refuse_faults(finite, path, result.results.values())
-    usable = {name: dataclasses.replace(one, faults={}) for name, one in result.results.items()}
-    return dataclasses.replace(result, results=usable)
+    return dataclasses.replace(result, results={name: _finished(one) for name, one in result.results.items()})
 
 
 def apply_block(block: Block, method: BlockMethod, path: str) -> BlockResult:

@@ -8,9 +8,10 @@ import jax.numpy as jnp
 from pydantic import Field
 
 from any4_jax import scaling, weights
-from any4_jax.compensation import Factor, Grid, Rescale, compensate, damped, factor, solve
+from any4_jax.compensation import Grid, Rescale, compensate
 from any4_jax.methods.any4 import Any4
 from any4_jax.methods.base import Method, Result
+from any4_jax.methods.columns import Columns, columns
 from any4_jax.methods.fields import Fields
 from any4_jax.refit import Fit
 from any4_jax.refit.hessian import improve
@@ -95,80 +96,50 @@ class GPTQ(Fields):
 
     def apply(self, w: jax.Array, gathered: Gathered | None) -> Result:
         assert gathered is not None  # `check` refuses to go on without
-        seen, k = gathered[Hessian()], w.shape[1]
-        hessian = damped(seen.mean, self._share(seen.count, k))
-        straight = jnp.arange(k, dtype=jnp.int32)
-        energy = jnp.diagonal(seen.mean)
-        order = jnp.argsort(energy, descending=True).astype(jnp.int32) if self.act_order else straight
-        factored = factor(hessian, order)
-        target = self._target(w, gathered, factored, order)
-        given = self.inner.apply(target, gathered)
-        leaf = self._leaf(given.operator)
-        moving = not self.static_groups and leaf.group_size < k
-        if moving:
-            leaf = self._with_groups_as_they_come(target, leaf, factored, order, energy)
-        else:
-            leaf = self._with_static_groups(target, leaf, hessian, factored, order)
-        # Codes under a Hessian that isn't positive definite are noise: a method around this one shall see it too.
-        operator: Any = jax.tree.map(lambda stored: _unless(factored.positive, stored), leaf)
+        drifts = self.asymmetric if Drift() in self.needs else 0.0
+        given = columns(w, gathered, act_order=self.act_order, damping=self.damping, asymmetric=drifts)
+        made = self.inner.apply(given.target, gathered)
+        leaf = one_leaf(made.operator, self.name, self.inner)
+        moving = not self.static_groups and leaf.group_size < w.shape[1]
+        leaf = (self._with_groups_as_they_come if moving else self._with_static_groups)(given, leaf)
+        operator: Any = jax.tree.map(given.usable, leaf)
         if self.act_order and moving:
-            operator = weights.PermuteInput(operator, order)
-        fault = (
-            f"the Hessian of {{}} tokens with damping={self.damping} is not positive definite, K={k} inputs need at "
-            f"least {k} tokens that differ, or damping; pass more data or a larger damping"
-        )
-        return Result(operator, dict(given.notes), {fault: (~factored.positive, seen.count)})
+            operator = weights.PermuteInput(operator, given.order)
+        return Result(operator, dict(made.notes), given.fault(self.damping))
 
-    def _share(self, tokens: jax.Array, k: int) -> jax.Array | float:
-        """`damping`, with None replaced by what it means for the number of tokens, int32 []."""
-        if self.damping is not None:
-            return self.damping
-        ratio = k / jnp.maximum(tokens, 1).astype(jnp.float32)
-        return jnp.square(1 + jnp.sqrt(ratio)) - 1
-
-    def _target(self, w: jax.Array, gathered: Gathered, factored: Factor, order: jax.Array) -> jax.Array:
-        """What is quantized in place of w, see `asymmetric`."""
-        if Drift() not in self.needs:
-            return w
-        unit = scaling.unit(w, jnp.float32)
-        lacking = jnp.matmul(w / unit, gathered[Drift()].mean, precision=jax.lax.Precision.HIGHEST)
-        return w + self.asymmetric * unit * solve(factored, lacking[:, order])[:, jnp.argsort(order)]
-
-    def _with_static_groups(
-        self, w: jax.Array, leaf: QuantizedTensor, hessian: jax.Array, factored: Factor, order: jax.Array
-    ) -> QuantizedTensor:
+    def _with_static_groups(self, given: Columns, leaf: QuantizedTensor) -> QuantizedTensor:
         """The leaf with codes that compensate each other, and refitted if that is asked for."""
+        w, order = given.target, given.order
         unit = scaling.unit(w, jnp.float32)
         offsets = None if leaf.offsets is None else _plain(leaf.offsets).astype(jnp.float32) / unit
         grid = Grid(leaf.lut, scaling.scale_values(_plain(leaf.scales)) / unit, offsets)
-        codes, _ = compensate(
+        codes = compensate(
             (w / unit)[:, order],
-            factored.upper,
+            given.factored.upper,
             grid,
             order // leaf.group_size,
             block=self.block,
             uniform=leaf.uniform,
-        )
-        codes, fit = codes[:, jnp.argsort(order)], Fit(leaf.lut, leaf.scales, leaf.offsets)
+        ).codes
+        codes, fit = codes[:, given.back], Fit(leaf.lut, leaf.scales, leaf.offsets)
         if self.refits:
-            fit, codes = self._refitted(w, hessian, fit, codes, leaf)
+            fit, codes = self._refitted(w, given.hessian, fit, codes, leaf)
         return _leaf_of(codes, fit, leaf)
 
-    def _with_groups_as_they_come(
-        self, w: jax.Array, leaf: QuantizedTensor, factored: Factor, order: jax.Array, energy: jax.Array
-    ) -> QuantizedTensor:
+    def _with_groups_as_they_come(self, given: Columns, leaf: QuantizedTensor) -> QuantizedTensor:
         """The leaf for columns in sequence, with groups of that sequence rather than of neighbours in the matrix."""
         inner: Any = self.inner
+        w, order = given.target, given.order
         scales, offsets = _plain(leaf.scales), None if leaf.offsets is None else _plain(leaf.offsets)
         unit = scaling.unit(w, scales.dtype)
-        codes, grid = compensate(
+        codes, grid, _ = compensate(
             (w / unit)[:, order],
-            factored.upper,
+            given.factored.upper,
             Grid(leaf.lut, scales, offsets),
             jnp.arange(w.shape[1], dtype=jnp.int32) // leaf.group_size,
             block=self.block,
             uniform=leaf.uniform,
-            rescale=Rescale(inner.scale_groups, energy[order], leaf.group_size),
+            rescale=Rescale(inner.scale_groups, given.energy[order], leaf.group_size),
         )
         stored = jax.tree.map(lambda each: scaling.in_units(each, unit), (grid.scales, grid.offsets))
         return _leaf_of(codes, Fit(leaf.lut, *stored), leaf)
@@ -194,18 +165,19 @@ class GPTQ(Fields):
         scales, offsets = jax.tree.map(lambda a: scaling.in_units(a, unit), (made.scales, made.offsets))
         return Fit(made.lut, scales, offsets), codes
 
-    def _leaf(self, operator: Any) -> QuantizedTensor:
-        if not isinstance(operator, QuantizedTensor):
-            raise ValueError(
-                f"got inner={self.inner.name}, which gives a {type(operator).__name__}, and gptq chooses the codes of "
-                "one QuantizedTensor; pass a method that gives one"
-            )
-        return operator
 
+def one_leaf(operator: Any, name: str, inner: Method) -> QuantizedTensor:
+    """The operator of an inner method, for the method `name` that chooses its codes.
 
-def _unless(good: jax.Array, stored: jax.Array) -> jax.Array:
-    """The stored array; NaN where it is floating and all is not `good`, bool []."""
-    return jnp.where(good, stored, jnp.nan) if jnp.issubdtype(stored.dtype, jnp.inexact) else stored
+    Raises:
+      ValueError: it is something else than one coded matrix.
+    """
+    if not isinstance(operator, QuantizedTensor):
+        raise ValueError(
+            f"got inner={inner.name}, which gives a {type(operator).__name__}, and {name} chooses the codes of "
+            "one QuantizedTensor; pass a method that gives one"
+        )
+    return operator
 
 
 def _plain(stored: Any) -> jax.Array:

@@ -15,7 +15,7 @@ import numpy as np
 from any4_jax.methods.apply import apply_method
 from any4_jax.methods.base import AnyMethod, Method, Result
 from any4_jax.statistics import Gathered
-from any4_jax.weights import Layout, contraction
+from any4_jax.weights import Layout, contraction, padded_alike
 
 Progress = Callable[[int, int, str], None]
 
@@ -107,7 +107,8 @@ def quantize_matrix(matrix: Matrix, method: Method, gathered: Gathered | None, p
 def stacked(each: Sequence[Result], stack: tuple[int, ...]) -> Result:
     """The results of the matrices of a stack [*L, N, K], in sequence, as the one of the stack."""
     operator = jax.tree.map(
-        lambda *arrays: jnp.stack(arrays).reshape(*stack, *arrays[0].shape), *(one.operator for one in each)
+        lambda *arrays: jnp.stack(arrays).reshape(*stack, *arrays[0].shape),
+        *padded_alike([one.operator for one in each]),
     )
     notes = {}
     for name in dict.fromkeys(name for one in each for name in one.notes):

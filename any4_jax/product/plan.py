@@ -189,12 +189,12 @@ def product_tangent(x: jax.Array, w: Coded, dx: jax.Array, dw: Any) -> jax.Array
     """The tangent [M, N] of a product, for the tangents of x [M, K] and of the weight [N, K].
 
     It is computed from the dense matrix. Under a checkpoint, a backward pass decodes that again instead of keeping it.
-    Behind rounded inputs it is that of XLA's product.
+    Behind rounded inputs it is that of the weight's product with them, where x passes the rounding straight through.
     """
     tables, codes = partition(w)
     d_tables = jax.tree.map(lambda table, tangent: None if table is None else tangent, tables, dw, is_leaf=_is_none)
     if isinstance(w, QuantizeInput):
-        reference = lambda x, tables: BACKENDS.options[-1].run(x, combine(tables, codes))  # noqa: E731
+        reference = lambda x, tables: _rounded(x, combine(tables, codes))  # noqa: E731
         return jax.jvp(reference, (x, tables), (dx, d_tables))[1]
     dense, d_dense = jax.jvp(lambda t: dequantize(combine(t, codes)), (tables,), (d_tables,))
     # In x's dtype throughout: its transpose multiplies in that dtype too, where accelerators are fast.

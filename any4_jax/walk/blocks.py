@@ -17,8 +17,9 @@ from any4_jax.models.base import Decoder, Site
 from any4_jax.models.fold import is_foldable, rescaled, scale_channels
 from any4_jax.statistics import Gathered, Statistic, is_paired
 from any4_jax.walk.capture import positions_of, run_block
+from any4_jax.walk.program import BlockProgram
 from any4_jax.walk.records import Captured, Contents, Kept, contents_of, site_units, with_contents
-from any4_jax.weights import ScaleInput, is_operator
+from any4_jax.weights import ScaleInput, Sparse, is_operator, parts, with_room
 
 _FOLDED = "/folded"
 """The name of a site's folded factor among what is kept of it; no array of a block has a name with a slash."""
@@ -26,7 +27,7 @@ _FOLDED = "/folded"
 
 @dataclasses.dataclass
 class WalkedBlock:
-    """See `any4_jax.methods.Block` for contents, assigned, sites, inputs and masks.
+    """See `any4_jax.methods.Block` for contents, assigned, sites, inputs, masks and last.
 
     Attributes:
       module: the block of the decoder, unchanged.
@@ -54,6 +55,7 @@ class WalkedBlock:
     inputs: list[jax.Array]
     masks: list[Any]
     caches: Callable[[int, int], Any]
+    last: bool
     float_inputs: list[jax.Array] | None
     given: Mapping[str, Gathered]
     watch: tuple[Statistic, ...]
@@ -64,6 +66,9 @@ class WalkedBlock:
 
     def reassigned(self, method: AnyMethod) -> "WalkedBlock":
         return dataclasses.replace(self, assigned=dict.fromkeys(self.assigned, method))
+
+    def program(self, batch: int, length: int) -> BlockProgram:
+        return BlockProgram.of(type(self.decoder).block, self.module, self.caches(batch, length))
 
     def run(self, contents: Contents, x: jax.Array) -> jax.Array:
         cache = self.caches(*x.shape[:2])
@@ -252,7 +257,9 @@ class WalkedBlock:
     def _run(
         self, contents: Contents, inputs: list[jax.Array], seen: dict[str, Gathered], outputs: bool
     ) -> tuple[list[jax.Array], dict[str, Gathered]]:
-        graphdef, state = nnx.split(self.module_of(contents))
+        # A number of outliers of its own would take each block a program of its own.
+        sparse = any(isinstance(part, Sparse) for value in contents.values() for part in parts(value))
+        graphdef, state = nnx.split(self.module_of(with_room(contents) if sparse else contents))
         paired = any(is_paired(statistic) for gathered in seen.values() for statistic in gathered)
         beside: list[tuple[Any, ...]] = [()] * len(inputs)
         if paired and self.float_inputs is not None and not self.keep_outputs:

@@ -25,8 +25,9 @@ from any4_jax.weights.quantize_input import QuantizeInput
 from any4_jax.weights.quantized_tensor import QuantizedTensor, encode, from_codes
 from any4_jax.weights.scale_input import ScaleInput
 from any4_jax.weights.slice import Slice, leaf_of, take
-from any4_jax.weights.sparse import Sparse
+from any4_jax.weights.sparse import Sparse, nonzeros, padded_alike, trimmed, with_room
 from any4_jax.weights.sum import Sum
+from any4_jax.weights.transposed import Transposed
 
 __all__ = [
     "Contraction",
@@ -42,6 +43,7 @@ __all__ = [
     "Sparse",
     "Sum",
     "Trained",
+    "Transposed",
     "binary_planes",
     "bit_planes",
     "contraction",
@@ -51,11 +53,15 @@ __all__ = [
     "from_codes",
     "is_operator",
     "leaf_of",
+    "nonzeros",
     "operator",
     "operator_types",
+    "padded_alike",
     "parts",
     "places",
     "product",
     "take",
     "take_rows",
+    "trimmed",
+    "with_room",
 ]

@@ -6,6 +6,8 @@ from typing import Any
 
 from ablation_case import OTHER, PROMPT, WHOLE_ROWS, Case, fixed, on_text, paper
 from ablation_inputs import awq, fpq, smoothquant
+from ablation_spqr import spqr
+from ablation_trained import tune
 
 from any4_jax.methods import BCQ, FP4, GPTQ, NF4, Any4, Int, SmoothQuant
 
@@ -212,5 +214,7 @@ STUDIES: Mapping[str, Callable[[int], list[Case]]] = {
     "bits-kl": _bits_kl,
     "smoothquant": smoothquant,
     "fpq": fpq,
+    "tune": tune,
+    "spqr": spqr,
 }
 """Name of a study -> its cases, as a function of the group size."""

@@ -7,6 +7,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from family_goldens import GOLDEN, VARIANTS, golden
 from safetensors.numpy import save_file
@@ -14,7 +16,7 @@ from safetensors.numpy import save_file
 import any4_jax as a4
 from any4_jax.models import from_tensors, read_config
 from any4_jax.models.tiny import random_tensors
-from any4_jax.weights import LowRank, PermuteInput, QuantizeInput, ScaleInput, Sparse, Sum
+from any4_jax.weights import LowRank, PermuteInput, QuantizeInput, ScaleInput, Sum, nonzeros
 from fuzz.containers import quantized
 
 LLAMA: dict[str, Any] = {
@@ -194,7 +196,7 @@ def _write_checkpoints(folder: Path) -> None:
     parts = {
         "kernel": Sum((leaf, LowRank(np.ones((2, 20), np.float32), np.ones((6, 2), np.float32), np.float32(1)))),
         "list": [ScaleInput(leaf, ones), PermuteInput(leaf, np.arange(20, dtype=np.int32))],
-        "few": Sparse(np.zeros(3, np.int32), np.zeros(3, np.int32), np.ones(3, np.float32), 6, 20),
+        "few": jax.tree.map(np.asarray, nonzeros(jnp.eye(6, 20), blocks=2)),
         "input": QuantizeInput(leaf, np.ones(16, np.float32), 4, True, "token"),
         "bias": ones,
     }
