@@ -43,12 +43,12 @@ inline cudaLaunchConfig_t ConfigOf(dim3 grid, int warps, int bytes, cudaLaunchAt
   return config;
 }
 
-// A kernel, the most threads of its blocks, how many tiles of how many slots it takes side by side, and the shared memory
-// for a number of warps; the rest of this file is the same for all.
+// A kernel, the most threads of its blocks, how many tiles of how many slots it takes side by side, how many warps a block
+// has beside those that take them, and the shared memory for a number of warps; the rest of this file is the same for all.
 template <typename T, int kSize>
 struct DenseForm {
   using Element = T;
-  static constexpr int kThreads = PartOf<kSize>::kThreads, kSide = 2, kSlots = kTile;
+  static constexpr int kThreads = PartOf<kSize>::kThreads, kSide = 2, kMore = 0, kSlots = kTile;
   static constexpr bool kSplits = false;
   static auto Kernel() { return AttendPart<T, kSize>; }
   static int SharedBytes(int warps) { return PartOf<kSize>::SharedBytes(warps); }
@@ -118,7 +118,7 @@ cudaError_t LaunchParts(const Step& step, const AttentionStep& token, int slots,
   // No more than there are tiles for.
   const int tiles = (slots + Form::kSlots * parts - 1) / (Form::kSlots * parts);
   const int wanted = (tiles + Form::kSide - 1) / Form::kSide * Form::kSide;
-  const int warps = std::min(room.warps, std::max(kFewWarps, wanted));
+  const int warps = std::min(room.warps, std::max(kFewWarps, wanted) + Form::kMore);
   cudaLaunchAttribute cluster{};
   cudaLaunchConfig_t config =
       ConfigOf(dim3(parts, token.rows * token.groups, chunks), warps, Form::SharedBytes(warps), &cluster);

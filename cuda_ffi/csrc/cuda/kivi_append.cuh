@@ -2,7 +2,7 @@
 // fill theirs.
 #pragma once
 
-#include "kivi_tile.cuh"
+#include "kivi_recent.cuh"
 
 namespace any4 {
 namespace {
@@ -26,21 +26,28 @@ struct Encoder {
   }
 };
 
-// By one warp: the value that leaves the ring becomes codes, also in the tile that the warp has fetched, if it holds it;
+template <typename T>
+__device__ uint32_t Bits(T x) {
+  return *reinterpret_cast<const uint16_t*>(&x);
+}
+
+// By one warp: the value that leaves the ring becomes codes, and in the warp's tile, if that holds it, what these stand for;
 // then the new key and value take its place in the rings.
 template <typename T, int kSize>
 __device__ void Append(const KiviStep& step, const Held& held, int64_t pair, const T* new_key, const T* new_value,
-                       const CodeTiles<T, kSize>* tile) {
+                       const RecentTiles<T, kSize>* tile) {
   constexpr int kOwn = kSize / 32;  // channels of a lane
   const int lane = threadIdx.x % 32;
   const int64_t place = (pair * step.token.slots + held.own % step.token.slots) * kSize + lane * kOwn;
   T* const keys = static_cast<T*>(step.token.keys) + place;
   T* const values = static_cast<T*>(step.token.values) + place;
   if (held.leaving() >= 0) {
+    // It has just arrived in the tile.
+    const T* const from = tile == nullptr ? values : tile->Channels(held.leaving() % kRecent, lane * kOwn);
     float x[kOwn], low, high;
 #pragma unroll
     for (int i = 0; i < kOwn; ++i) {
-      x[i] = static_cast<float>(values[i]);
+      x[i] = static_cast<float>(from[i]);
       low = i == 0 ? x[i] : fminf(low, x[i]), high = i == 0 ? x[i] : fmaxf(high, x[i]);
     }
     const int lanes = min(step.group_size, kSize) / kOwn, groups = 32 / lanes, width = kOwn * step.value_bits;
@@ -48,24 +55,23 @@ __device__ void Append(const KiviStep& step, const Held& held, int64_t pair, con
       low = fminf(low, __shfl_xor_sync(kAll, low, other)), high = fmaxf(high, __shfl_xor_sync(kAll, high, other));
     }
     const Encoder<T> encoder(low, high, step.value_bits);
-    uint32_t word = 0;
+    uint32_t codes[kOwn], word = 0;
 #pragma unroll
-    for (int i = 0; i < kOwn; ++i) word |= encoder.Code(x[i]) << i * step.value_bits;
+    for (int i = 0; i < kOwn; ++i) codes[i] = encoder.Code(x[i]), word |= codes[i] << i * step.value_bits;
+    if (tile != nullptr) {
+      const uint32_t one = Bits(encoder.step) * 0x10001, least = Bits(encoder.lowest) * 0x10001;
+      uint32_t* const to = reinterpret_cast<uint32_t*>(tile->Channels(held.leaving() % kRecent, lane * kOwn));
+#pragma unroll
+      for (int i = 0; i < kOwn; i += 2) to[i / 2] = Decoded<T, 4>(codes[i] | codes[i + 1] << 16, one, least);
+    }
     const int sharing = 32 / width;  // lanes that share a word
     word <<= lane % sharing * width;
     for (int other = 1; other < sharing; other *= 2) word |= __shfl_xor_sync(kAll, word, other);
     const int64_t at = pair * step.value_positions + held.leaving();
-    const int inside = held.leaving() % kTokens;
-    if (lane % sharing == 0) {
-      reinterpret_cast<uint32_t*>(step.value_codes)[at * width + lane / sharing] = word;
-      if (tile != nullptr) *tile->ValueWord(inside, lane / sharing) = word;
-    }
+    if (lane % sharing == 0) reinterpret_cast<uint32_t*>(step.value_codes)[at * width + lane / sharing] = word;
     if (lane % lanes == 0) {
       static_cast<T*>(step.value_steps)[at * groups + lane / lanes] = encoder.step;
       static_cast<T*>(step.value_lowest)[at * groups + lane / lanes] = encoder.lowest;
-      if (tile != nullptr) {
-        tile->ValueStep(inside, lane / lanes) = encoder.step, tile->ValueLeast(inside, lane / lanes) = encoder.lowest;
-      }
     }
   }
 #pragma unroll

@@ -8,7 +8,8 @@
 namespace any4 {
 namespace {
 
-// Grid: as that of AttendPart, with one chunk.
+// Grid: as that of AttendPart, with one chunk. The teams of a block take quads. Its last warp is of no team: the recent
+// tiles, which wait for one thing after another, go to the last warps of the blocks, one each, and then to the last but one.
 template <typename T, int kSize>
 __global__ void __launch_bounds__(KiviPart<kSize>::kThreads)
     AttendCodes(const __grid_constant__ KiviStep step, const bool clustered) {
@@ -30,60 +31,75 @@ __global__ void __launch_bounds__(KiviPart<kSize>::kThreads)
   if (clustered) sums.Announce();
 
   const Held held(step, row);
-  // The newest tile, most of whose tokens are exact, takes longest, and so is the first.
-  const int last_tile = held.own / kTokens;
-  const int count = held.own < 0 ? 0 : last_tile - held.first / kTokens + 1;
-  const CodeTiles<T, kSize> tiles(step, held, pair, stage);
-  const int stride = parts * warps;
-  int n = Of::kSide * (part + parts * (warp / Of::kSide)) + warp % Of::kSide;
-  const auto fetch_keys = [&](int n) {
-    if (n < count) tiles.FetchKeys(last_tile - n);
-    __pipeline_commit();
-  };
-  const auto fetch_values = [&](int n) {
-    if (n < count) tiles.FetchValues(last_tile - n);
-    __pipeline_commit();
-  };
   const Token<T, kSize> arriving(token, row, group, head, head + heads);
-  fetch_keys(n);
-  fetch_values(n);
+  constexpr int kQuad = Of::kSide * kTokens;
+  const int teams = warps / Of::kSide, team = warp / Of::kSide, side = warp % Of::kSide, first = held.first / kQuad;
+  const CodeTiles<T, kSize> tiles(step, held, pair,
+                                  reinterpret_cast<char*>(shared) + team * Of::kSide * Of::kTileBytes);
+  const int stop = held.tail > held.first ? (held.tail - 1) / kQuad + 1 : first;
+  int quad = team < teams ? first + part + parts * team : stop;
+  const auto fetch_keys = [&](int quad) {
+    if (quad < stop) step.key_bits == 4 ? tiles.template FetchKeys<4>(quad) : tiles.template FetchKeys<2>(quad);
+    __pipeline_commit();
+  };
+  const auto fetch_values = [&](int quad) {
+    const int tile = quad * Of::kSide + side;
+    if (quad < stop) step.value_bits == 4 ? tiles.template FetchValues<4>(tile) : tiles.template FetchValues<2>(tile);
+    __pipeline_commit();
+  };
+  const RecentTiles<T, kSize> recent(step, held, pair, stage);
+  int n = part + parts * (warps - 1 - warp);
+  const bool at_once = quad >= stop && n < recent.count();
+  if (at_once) {
+    recent.Fetch(recent.first() + n);
+  } else {
+    fetch_keys(quad);
+    fetch_values(quad);
+  }
   arriving.Store(queries, new_key, new_value);
   __syncthreads();
 
-  KiviRunning<T, kSize> running(queries);
-  for (; n < count; n += stride) {
-    const int tile = last_tile - n;
-    float scores[8][4] = {};
+  KiviRunning<T, kSize> running(token, queries);
+  for (; quad < stop; quad += parts * teams) {
+    const int tile = quad * Of::kSide + side, next = quad + parts * teams;
+    const bool counts = tiles.Counts(tile);
+    float scores[16];
+    __pipeline_wait_prior(1);
+    tiles.SyncTeam();
+    if (counts) {
+      step.key_bits == 4 ? running.template CodedProducts<4>(tiles, tile, scores)
+                         : running.template CodedProducts<2>(tiles, tile, scores);
+    }
+    tiles.SyncTeam();
+    fetch_keys(next);
     __pipeline_wait_prior(1);
     __syncwarp();
-    if (!tiles.HasKeys(tile)) {
-      running.ExactProducts(token, held, pair, new_key, tile, scores);
-    } else if (step.key_bits == 4) {
-      running.template CodedProducts<4>(tiles, tile, scores);
-    } else {
-      running.template CodedProducts<2>(tiles, tile, scores);
+    if (counts) {
+      const int from = tile * kTokens + threadIdx.x % 4 * 16;
+      running.Weigh(scores, held.first, held.tail - 1, [&](int i) { return from + i; });
+      step.value_bits == 4 ? running.template MixCodes<4>(tiles, scores) : running.template MixCodes<2>(tiles, scores);
     }
     __syncwarp();
-    fetch_keys(n + stride);
-    running.Weigh(token, held, tile, scores);
-    __pipeline_wait_prior(1);
-    __syncwarp();
-    if (tiles.HasValues(tile)) {
-      if (held.SeesLeaving() && held.leaving() / kTokens == tile) {
-        Append(step, held, pair, new_key, new_value, &tiles);
-        __syncwarp();
-      }
-      if (step.value_bits == 4) {
-        running.template MixCodes<4>(tiles, tile, held.coded, scores);
-      } else {
-        running.template MixCodes<2>(tiles, tile, held.coded, scores);
-      }
-    }
-    if ((tile + 1) * kTokens > held.coded) running.MixExact(token, held, pair, new_value, tile, scores);
-    __syncwarp();
-    fetch_values(n + stride);
+    fetch_values(next);
   }
-  if (part == 0 && warp == 0 && held.own >= 0 && !held.SeesLeaving()) {
+  if (!at_once && n < recent.count()) recent.Fetch(recent.first() + n);
+  for (; n < recent.count(); n += parts * warps) {
+    const int tile = recent.first() + n;
+    recent.Decode(tile);
+    __pipeline_wait_prior(0);
+    __syncwarp();
+    recent.Patch(tile, new_key, new_value);
+    if (held.SeesLeaving() && held.leaving() / kRecent == tile) Append(step, held, pair, new_key, new_value, &recent);
+    __syncwarp();
+    float scores[4];
+    running.RecentProducts(recent, scores);
+    const int from = tile * kRecent + threadIdx.x % 4 * 2;
+    running.Weigh(scores, recent.seen(), held.own, [&](int i) { return from + i / 2 * 8 + i % 2; });
+    running.MixRecent(recent, scores);
+    __syncwarp();
+    if (n + parts * warps < recent.count()) recent.Fetch(tile + parts * warps);
+  }
+  if (part == 0 && warp == warps - 1 && held.own >= 0 && !held.SeesLeaving()) {
     Append<T, kSize>(step, held, pair, new_key, new_value, nullptr);
   }
   __pipeline_wait_prior(0);

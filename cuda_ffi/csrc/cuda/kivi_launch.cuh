@@ -10,7 +10,7 @@ namespace {
 template <typename T, int kSize>
 struct KiviForm {
   using Element = T;
-  static constexpr int kThreads = KiviPart<kSize>::kThreads, kSide = KiviPart<kSize>::kSide, kSlots = kTokens;
+  static constexpr int kThreads = KiviPart<kSize>::kThreads, kSide = KiviPart<kSize>::kSide, kMore = 1, kSlots = kTokens;
   static constexpr bool kSplits = true;
   static auto Kernel() { return AttendCodes<T, kSize>; }
   static int SharedBytes(int warps) { return KiviPart<kSize>::SharedBytes(warps); }

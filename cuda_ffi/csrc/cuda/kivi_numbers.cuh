@@ -33,7 +33,10 @@ template <typename T, int kBits>
 __device__ __forceinline__ uint32_t Decoded(uint32_t codes, uint32_t steps, uint32_t lowest) {
   using N = Numbers<T>;
   constexpr uint32_t kMask = (1 << kBits) - 1;
-  const auto code = __hsub2(N::Of((codes & (kMask << 16 | kMask)) | N::kPattern), N::Base());
+  // As one instruction, which the compiler would make two.
+  uint32_t number;
+  asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(number) : "r"(codes), "n"(kMask << 16 | kMask), "r"(N::kPattern));
+  const auto code = __hsub2(N::Of(number), N::Base());
   const auto two = __hfma2(code, N::Of(steps), N::Of(lowest));
   return *reinterpret_cast<const uint32_t*>(&two);
 }
