@@ -27,6 +27,8 @@ TARGETS: dict[str, dict[str, str]] = {
         "any4_cpu_lut_product": "any4_cpu_lut_product",
         "any4_cpu_byte_product": "any4_cpu_byte_product",
         "any4_cpu_binary_product": "any4_cpu_binary_product",
+        "any4_cpu_sparse_product": "any4_cpu_sparse_product",
+        "any4_cpu_turned": "any4_cpu_turned",
         "any4_cpu_kmeans": "any4_cpu_kmeans",
         "any4_cpu_refit": "any4_cpu_refit",
         "any4_cpu_compensation": "any4_cpu_compensation",

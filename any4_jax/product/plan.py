@@ -27,6 +27,7 @@ from any4_jax.weights import (
     QuantizedTensor,
     QuantizeInput,
     Slice,
+    Sparse,
     Sum,
     binary_planes,
     dense_product,
@@ -146,7 +147,10 @@ def check_named(x: Any, w: Any, backend: str) -> None:
     """Raises ValueError where the name of a backend would have no effect, since no part of `w` gets to `planned`. Where
     a part does, `planned` itself refuses a backend that can't compute the product."""
     last, platform = BACKENDS.options[-1], _platform(x, w)
-    if BACKENDS.named(backend) is last or any(last.supports(x, part, platform) is None for part in parts(w)):
+    named = BACKENDS.named(backend)
+    reached = [part for part in parts(w) if last.supports(x, part, platform) is None]
+    # XLA multiplies by the entries beside what the named kernel takes, but not in place of it.
+    if named is last or any(type(part) is not Sparse or named.supports(x, part, platform) is None for part in reached):
         return
     if is_operator(w) or isinstance(w, jax.Array):
         BACKENDS.required(backend, x, w, platform=platform)
@@ -156,8 +160,9 @@ def _differentiable(kernel: Backend) -> Callable[..., jax.Array]:
     return functools.partial(coded_product, backend=kernel.name)
 
 
-Coded = QuantizedTensor | Slice | QuantizeInput | Sum
-"""What backends multiply by: a leaf, one of a stack, one of these behind rounded inputs, or a sum of binary planes."""
+Coded = QuantizedTensor | Slice | QuantizeInput | Sparse | Sum
+"""What backends multiply by: a leaf, one of a stack, one of these behind rounded inputs, entries, or a sum of binary
+planes."""
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
@@ -220,6 +225,18 @@ def _(w: Sum, x, backend=None):
     if binary_planes(w) is not None:
         return planned(x, w, backend)
     return functools.reduce(jnp.add, [product(term, x, backend) for term in w.terms])
+
+
+@product.register
+def _(w: Sparse, x, backend=None):
+    named = None if backend is None else BACKENDS.named(backend)
+    other = named is not None and named.supports(x, w, _platform(x, w)) is not None
+    return planned(x, w, BACKENDS.options[-1].name if other else backend, _of_entries)
+
+
+def _of_entries(kernel: Backend) -> Callable[..., jax.Array]:
+    """XLA's product is differentiated as it is, entry by entry, and the others' through the dense matrix."""
+    return kernel.run if kernel is BACKENDS.options[-1] else _differentiable(kernel)
 
 
 @product.register

@@ -25,7 +25,7 @@ from any4_jax.weights.quantize_input import QuantizeInput
 from any4_jax.weights.quantized_tensor import QuantizedTensor, encode, from_codes
 from any4_jax.weights.scale_input import ScaleInput
 from any4_jax.weights.slice import Slice, leaf_of, take
-from any4_jax.weights.sparse import Sparse, nonzeros, padded_alike, trimmed, with_room
+from any4_jax.weights.sparse import Sparse, nonzeros, padded_alike, sparse_product, trimmed, with_room
 from any4_jax.weights.sum import Sum
 from any4_jax.weights.transposed import Transposed
 
@@ -60,6 +60,7 @@ __all__ = [
     "parts",
     "places",
     "product",
+    "sparse_product",
     "take",
     "take_rows",
     "trimmed",

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from any4_jax.weights.operator import Operator, dense_product, dequantize, operator, product, take_rows
+from any4_jax.weights.operator import Operator, dense_product, dequantize, operator, take_rows
 
 BLOCKS = 8
 """Blocks of rows in what `nonzeros` makes, where so many divide N: among up to so many devices rows can be split. Each
@@ -145,8 +145,8 @@ def _(w: Sparse, dtype=jnp.float32) -> jax.Array:
     return matrices.reshape(*stack, n, k).astype(dtype)
 
 
-@product.register
-def _(w: Sparse, x, backend=None):
+def sparse_product(x: jax.Array, w: Sparse) -> jax.Array:
+    """x W^T [M, N] in x's dtype, for x [M, K] and W [N, K], in jax.numpy."""
     n, k = w.shape
     if x.shape[0] * w.values.size > n * k:
         # So many terms would take more room than the matrix, and more time than its product.

@@ -52,9 +52,10 @@ class Dtypes(NamedTuple):
     offsets: Any
 
 
-def arrays_of(w: QuantizedTensor, as_stored: bool = False) -> Arrays:
-    """The arrays of a leaf; a table of integers as floats, unless the kernel reads it `as_stored`."""
-    scales, offsets = (dequantize(a) if is_operator(a) else a for a in (w.scales, w.offsets))
+def arrays_of(w: QuantizedTensor, as_stored: bool = False, decode: Callable[[Any], jax.Array] = dequantize) -> Arrays:
+    """The arrays of a leaf; a table of integers as floats, unless the kernel reads it `as_stored`. `decode` gives the
+    values of scales or offsets that are operators."""
+    scales, offsets = (decode(a) if is_operator(a) else a for a in (w.scales, w.offsets))
     return Arrays(w.planes, w.lut if as_stored else w.lut.astype(_read_as(w.lut.dtype)), scales, offsets)
 
 

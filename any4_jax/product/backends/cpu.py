@@ -9,14 +9,23 @@ import jax.numpy as jnp
 
 from any4_jax.product.backends.base import Backend, arrays_of, why_no_codes
 from any4_jax.product.quantized_input import input_grid, why_no_bytes
-from any4_jax.weights import QuantizedTensor, QuantizeInput, binary_planes, leaf_of
+from any4_jax.weights import (
+    QuantizedTensor,
+    QuantizeInput,
+    Sparse,
+    Transposed,
+    binary_planes,
+    dequantize,
+    is_operator,
+    leaf_of,
+)
 
 
 def _supports(x: Any, w: Any, platform: str) -> str | None:
     if platform != "cpu":
         return f"it runs on cpu, not on {platform}"
     reason = None if binary_planes(w) else why_no_bytes(w) if isinstance(w, QuantizeInput) else why_no_codes(w)
-    if reason is not None:
+    if reason is not None and not isinstance(w, Sparse):
         return reason
     if x.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
         return f"x is {x.dtype}, it takes float32, bfloat16 and float16"
@@ -25,7 +34,11 @@ def _supports(x: Any, w: Any, platform: str) -> str | None:
     return registration.why_not("cpu")
 
 
-def _run(x: jax.Array, w: QuantizedTensor | QuantizeInput) -> jax.Array:
+def _run(x: jax.Array, w: QuantizedTensor | QuantizeInput | Sparse) -> jax.Array:
+    if isinstance(w, Sparse):
+        from cuda_ffi.sparse_product import sparse_product
+
+        return sparse_product(x, w.ends, w.columns, w.values)
     (y,) = _run_together(x, (w,))
     return y
 
@@ -39,7 +52,7 @@ def _run_together(x: jax.Array, ws: Sequence[QuantizedTensor | QuantizeInput]) -
     if sums:
         return _sums_of_planes(x, sums)
     leaves = [w.inner if isinstance(w, QuantizeInput) else w for w in ws]
-    matrices = [Matrix(*arrays_of(leaf, as_stored=isinstance(first, QuantizeInput))) for leaf in leaves]
+    matrices = [Matrix(*arrays_of(leaf, isinstance(first, QuantizeInput), _decoded)) for leaf in leaves]
     bits, group_size = leaves[0].bits, leaves[0].group_size
     if not isinstance(first, QuantizeInput):
         return lut_products(x, matrices, bits=bits, group_size=group_size)
@@ -53,6 +66,20 @@ def _sums_of_planes(x: jax.Array, sums: Sequence[Sequence[Any]]) -> tuple[jax.Ar
 
     matrices = [[Matrix(*arrays_of(plane)) for plane in planes] for planes in sums]
     return binary_products(x, matrices, group_size=sums[0][0].group_size)
+
+
+def _decoded(scales: Any) -> jax.Array:
+    """Scales or offsets [N, groups] that are coded themselves, in float32."""
+    from cuda_ffi.turned import BITS, RUN, turned_values
+
+    leaf = scales.inner if isinstance(scales, Transposed) else None
+    if not isinstance(leaf, QuantizedTensor) or not leaf.uniform or leaf.lut.shape[0] > 1 or leaf.offsets is None:
+        return dequantize(scales)
+    plain = all(not is_operator(a) and jnp.issubdtype(a.dtype, jnp.floating) for a in (leaf.scales, leaf.offsets))
+    if not plain or leaf.bits not in BITS or leaf.group_size % RUN != 0:
+        return dequantize(scales)
+    n, run = scales.shape[0], leaf.group_size
+    return turned_values(leaf.planes, leaf.lut, leaf.scales, leaf.offsets, n=n, group_size=run)
 
 
 def grid_of_all(x: jax.Array, w: QuantizeInput) -> jax.Array | None:

@@ -31,7 +31,7 @@ __device__ uint32_t Bits(T x) {
   return *reinterpret_cast<const uint16_t*>(&x);
 }
 
-// By one warp: the value that leaves the ring becomes codes, and in the warp's tile, if that holds it, what these stand for;
+// By one warp: the value that leaves the ring becomes codes, and what these stand for in the warp's tile, if that holds it;
 // then the new key and value take its place in the rings.
 template <typename T, int kSize>
 __device__ void Append(const KiviStep& step, const Held& held, int64_t pair, const T* new_key, const T* new_value,
@@ -42,12 +42,10 @@ __device__ void Append(const KiviStep& step, const Held& held, int64_t pair, con
   T* const keys = static_cast<T*>(step.token.keys) + place;
   T* const values = static_cast<T*>(step.token.values) + place;
   if (held.leaving() >= 0) {
-    // It has just arrived in the tile.
-    const T* const from = tile == nullptr ? values : tile->Channels(held.leaving() % kRecent, lane * kOwn);
     float x[kOwn], low, high;
 #pragma unroll
     for (int i = 0; i < kOwn; ++i) {
-      x[i] = static_cast<float>(from[i]);
+      x[i] = static_cast<float>(values[i]);
       low = i == 0 ? x[i] : fminf(low, x[i]), high = i == 0 ? x[i] : fmaxf(high, x[i]);
     }
     const int lanes = min(step.group_size, kSize) / kOwn, groups = 32 / lanes, width = kOwn * step.value_bits;
@@ -59,8 +57,10 @@ __device__ void Append(const KiviStep& step, const Held& held, int64_t pair, con
 #pragma unroll
     for (int i = 0; i < kOwn; ++i) codes[i] = encoder.Code(x[i]), word |= codes[i] << i * step.value_bits;
     if (tile != nullptr) {
-      const uint32_t one = Bits(encoder.step) * 0x10001, least = Bits(encoder.lowest) * 0x10001;
-      uint32_t* const to = reinterpret_cast<uint32_t*>(tile->Channels(held.leaving() % kRecent, lane * kOwn));
+      const uint32_t one = __byte_perm(Bits(encoder.step), 0, 0x1010), least = __byte_perm(Bits(encoder.lowest), 0, 0x1010);
+      const int channel = lane * kOwn;
+      uint32_t* const to =
+          reinterpret_cast<uint32_t*>(tile->Value(held.leaving() % kRecent, channel / 8)) + channel % 8 / 2;
 #pragma unroll
       for (int i = 0; i < kOwn; i += 2) to[i / 2] = Decoded<T, 4>(codes[i] | codes[i + 1] << 16, one, least);
     }

@@ -8,8 +8,8 @@
 namespace any4 {
 namespace {
 
-// Grid: as that of AttendPart, with one chunk. The teams of a block take quads. Its last warp is of no team: the recent
-// tiles, which wait for one thing after another, go to the last warps of the blocks, one each, and then to the last but one.
+// Grid: as that of AttendPart, with one chunk. The last warp of a block is of no group, and begins with recent tiles; of
+// these, as many warps of other blocks or of its own take one as there are.
 template <typename T, int kSize>
 __global__ void __launch_bounds__(KiviPart<kSize>::kThreads)
     AttendCodes(const __grid_constant__ KiviStep step, const bool clustered) {
@@ -32,12 +32,11 @@ __global__ void __launch_bounds__(KiviPart<kSize>::kThreads)
 
   const Held held(step, row);
   const Token<T, kSize> arriving(token, row, group, head, head + heads);
+  const CodeTiles<T, kSize> tiles(step, held, pair, reinterpret_cast<char*>(shared) + warp / Of::kSide * Of::kSide * Of::kTileBytes);
   constexpr int kQuad = Of::kSide * kTokens;
-  const int teams = warps / Of::kSide, team = warp / Of::kSide, side = warp % Of::kSide, first = held.first / kQuad;
-  const CodeTiles<T, kSize> tiles(step, held, pair,
-                                  reinterpret_cast<char*>(shared) + team * Of::kSide * Of::kTileBytes);
+  const int teams = warps / Of::kSide, first = held.first / kQuad, side = warp % Of::kSide;
   const int stop = held.tail > held.first ? (held.tail - 1) / kQuad + 1 : first;
-  int quad = team < teams ? first + part + parts * team : stop;
+  int quad = warp < teams * Of::kSide ? first + part + parts * (warp / Of::kSide) : stop;
   const auto fetch_keys = [&](int quad) {
     if (quad < stop) step.key_bits == 4 ? tiles.template FetchKeys<4>(quad) : tiles.template FetchKeys<2>(quad);
     __pipeline_commit();
@@ -85,7 +84,6 @@ __global__ void __launch_bounds__(KiviPart<kSize>::kThreads)
   if (!at_once && n < recent.count()) recent.Fetch(recent.first() + n);
   for (; n < recent.count(); n += parts * warps) {
     const int tile = recent.first() + n;
-    recent.Decode(tile);
     __pipeline_wait_prior(0);
     __syncwarp();
     recent.Patch(tile, new_key, new_value);

@@ -27,20 +27,15 @@ class RecentTiles {
 
   __device__ uint4* Key(int row, int piece) const { return keys_ + row * kRow + (piece ^ (row & 7)); }
   __device__ uint4* Value(int row, int piece) const { return values_ + row * kRow + (piece ^ (row & 7)); }
-  // The values of a token from a channel on, within a piece.
-  __device__ T* Channels(int row, int channel) const {
-    return reinterpret_cast<T*>(Value(row, channel / 8)) + channel % 8;
-  }
 
   __device__ void Fetch(int tile) const {
-    if (!HasCodes(tile)) FetchRows(step_.token.keys, tile, keys_);
+    if (tile * kRecent >= held_.whole) {
+      FetchRows(step_.token.keys, tile, keys_);
+    } else if ((tile + 1) * kRecent <= step_.key_positions) {
+      step_.key_bits == 4 ? DecodeKeys<4>(tile) : DecodeKeys<2>(tile);
+    }
     FetchRows(step_.token.values, tile, values_);
     __pipeline_commit();
-  }
-  // The keys that Fetch leaves out.
-  __device__ void Decode(int tile) const {
-    if (!HasCodes(tile) || (tile + 1) * kRecent > step_.key_positions) return;
-    step_.key_bits == 4 ? DecodeKeys<4>(tile) : DecodeKeys<2>(tile);
   }
 
   // The new token, which the rings may not hold yet, in place of the zeros that were fetched for it.
@@ -52,7 +47,6 @@ class RecentTiles {
   }
 
  private:
-  __device__ bool HasCodes(int tile) const { return tile * kRecent < held_.whole; }
   // From a ring. Tokens that aren't seen, and the new one, become zeros.
   __device__ void FetchRows(const void* ring, int tile, uint4* to) const {
     const int lane = threadIdx.x % 32, slots = step_.token.slots;
@@ -75,8 +69,7 @@ class RecentTiles {
     uint32_t codes[kOwn][2], steps[kOwn / 2], lowest[kOwn / 2];
 #pragma unroll
     for (int i = 0; i < kOwn; ++i) {
-      const uint8_t* const from =
-          step_.key_codes + (row + i) * (step_.key_positions / 8 * kBits) + tile * kRecent / 8 * kBits;
+      const uint8_t* const from = step_.key_codes + (row + i) * (step_.key_positions / 8 * kBits) + tile * kRecent / 8 * kBits;
       const int64_t at = (row + i) * groups + tile * kRecent / step_.group_size;
       if constexpr (kBits == 4) {
         const uint2 both = *reinterpret_cast<const uint2*>(from);
@@ -95,8 +88,8 @@ class RecentTiles {
       uint32_t* const to = reinterpret_cast<uint32_t*>(Key(token, channel / 8)) + channel % 8 / 2;
 #pragma unroll
       for (int i = 0; i < kOwn; i += 2) {
-        const uint32_t both = Paired<kBits>(codes[i][token / 8], codes[i + 1][token / 8], token % 8);
-        to[i / 2] = Decoded<T, kBits>(both, steps[i / 2], lowest[i / 2]);
+        to[i / 2] = Decoded<T, kBits>(Paired<kBits>(codes[i][token / 8], codes[i + 1][token / 8], token % 8), steps[i / 2],
+                                      lowest[i / 2]);
       }
     }
   }

@@ -58,8 +58,7 @@ struct KiviRunning {
 #pragma unroll 2
     for (int k = 0; k < kSteps; ++k) {
       const T* const from = queries + 16 * k + 2 * (threadIdx.x % 4);
-      const uint32_t query[2] = {*reinterpret_cast<const uint32_t*>(from), *reinterpret_cast<const uint32_t*>(from + 8)};
-      const uint32_t a[4] = {query[0], 0, query[1], 0};
+      const uint32_t a[4] = {*reinterpret_cast<const uint32_t*>(from), 0, *reinterpret_cast<const uint32_t*>(from + 8), 0};
       uint32_t keys[4];
       LoadMatrices(tiles.Key(number / 2 * 8 + r, 2 * k + number % 2), keys);
       MultiplyAdd<T>(sums[0], a, keys[0], keys[1]);
