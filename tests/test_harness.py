@@ -9,6 +9,7 @@ import pytest
 from short_models import shorten
 
 import any4_jax as a4
+from any4_jax.data import stories
 from any4_jax.evaluation import divergence, perplexity
 from any4_jax.evaluation.coders import Coder
 from any4_jax.evaluation.harness import Judged
@@ -43,6 +44,11 @@ def test_the_figures_are_those_of_the_harness_with_torch(model) -> None:
     assert {greedy for _, greedy in found} == {True, False}
     texts = Judged(model, context=64).score_texts([text for text, _ in GOLDEN["texts"]])
     np.testing.assert_allclose(texts, [value for _, value in GOLDEN["texts"]], rtol=1e-6)
+
+
+def test_perplexity_is_that_of_torch(model) -> None:
+    found = perplexity(model, stories(), seqlen=128, windows=6)
+    np.testing.assert_allclose(found.window_nll, GOLDEN["window_nats_per_token"], rtol=1e-5)
 
 
 def test_answers_are_those_of_the_harness_with_torch(model) -> None:

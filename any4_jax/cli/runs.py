@@ -64,7 +64,8 @@ class Run:
         check_target(self._folder / RESULTS)
         before = _read(self._folder / ARGS)
         if before is None:
-            if any(self._folder.iterdir()):
+            # A run that was killed may leave the beginning of a file, whose name is hidden.
+            if any(not path.name.startswith(".") for path in self._folder.iterdir()):
                 raise WorkError(f"{out} is not empty and holds no {ARGS}; give a new folder, or one of an earlier eval")
             return
         self._refuse_others(before.get("settings"))

@@ -4,7 +4,8 @@
 
 It needs lm_eval[hf], transformers 4 and torch. harness.json holds, in float32 on a CPU, for each context and
 continuation the log-likelihood in nats and whether it is the likeliest one, the log-likelihood of whole texts in
-windows of 64 tokens, and the answers to prompts with the settings that a task would give.
+windows of 64 tokens, and the answers to prompts with the settings that a task would give. The loss of windows of 128
+tokens is that of transformers alone.
 """
 
 import json
@@ -34,6 +35,7 @@ PAIRS = [
     (STORIES[:3000], STORIES[3000:3400]),
 ]
 TEXTS = ["Tom had a red ball.", STORIES[:700], STORIES[700:1500]]
+WINDOWS, SEQLEN = 6, 128
 STOP = {"max_gen_toks": 24, "do_sample": False}
 ANSWERS = [
     ("Once upon a time, there was a little", STOP | {"until": ["."]}),
@@ -55,7 +57,11 @@ def main() -> None:
     pairs = model.loglikelihood(instances("loglikelihood", PAIRS))
     texts = short.loglikelihood_rolling(instances("loglikelihood_rolling", [(text,) for text in TEXTS]))
     answers = model.generate_until(instances("generate_until", ANSWERS))
+    ids = model.tokenizer(STORIES, return_tensors="pt").input_ids[0, : WINDOWS * SEQLEN].reshape(WINDOWS, SEQLEN)
+    with torch.no_grad():
+        nats = [float(model.model(row[None], labels=row[None]).loss) for row in ids]
     content = {
+        "window_nats_per_token": nats,
         "pairs": [[*pair, *found] for pair, found in zip(PAIRS, pairs, strict=True)],
         "texts": list(zip(TEXTS, texts, strict=True)),
         "answers": [[*asked, text] for asked, text in zip(ANSWERS, answers, strict=True)],
