@@ -53,6 +53,7 @@ class RecentTiles {
 
  private:
   __device__ bool HasCodes(int tile) const { return tile * kRecent < held_.whole; }
+
   // From a ring. Tokens that aren't seen, and the new one, become zeros.
   __device__ void FetchRows(const void* ring, int tile, uint4* to) const {
     const int lane = threadIdx.x % 32, slots = step_.token.slots;
