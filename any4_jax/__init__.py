@@ -13,7 +13,8 @@ from any4_jax.partition import combine, partition
 from any4_jax.product import matmul, matmul_each
 from any4_jax.surgery import Axes, Einsum, explain, quantize_inputs
 from any4_jax.training import add_lora, trainable
-from any4_jax.walk import calibrate, quantize_model
+from any4_jax.tuning import tune
+from any4_jax.walk import calibrate, calibrate_cache, quantize_model
 from any4_jax.weights import QuantizedTensor, dequantize, take
 
 __version__ = "0.1.0"
@@ -24,6 +25,7 @@ __all__ = [
     "QuantizedTensor",
     "add_lora",
     "calibrate",
+    "calibrate_cache",
     "clustering",
     "combine",
     "data",
@@ -49,5 +51,6 @@ __all__ = [
     "take",
     "to_arrays",
     "trainable",
+    "tune",
     "weights",
 ]

@@ -104,6 +104,19 @@ class Choice(Generic[O]):
             "change the operands to what one of them supports"
         )
 
+    def verdicts(self, *problem: Any, platform: str) -> list[tuple[O, str]]:
+        """Each option with "taken", or the reason why it can't, or which other one comes first, in words.
+
+        Raises:
+          ValueError: as in `first`.
+        """
+        taken = self.first(*problem, platform=platform)
+        could = f"could, but {taken.name!r} comes first"
+        return [
+            (option, option.supports(*problem, platform) or ("taken" if option is taken else could))
+            for option in self.options
+        ]
+
     def choose(self, name: str | None, *problem: Any, arrays: tuple[Any, ...]) -> str | None:
         """The name of the option that a program of `arrays` uses. While they are traced it is None, and `lowered`
         decides for each platform.

@@ -54,6 +54,18 @@ def rounded(values: jax.Array, dtype) -> jax.Array:
     return jax.lax.reduce_precision(values, info.nexp, info.nmant).astype(dtype)
 
 
+@jax.custom_jvp
+def straight_through(stored: jax.Array, smooth: jax.Array) -> jax.Array:
+    """`stored`, with the derivative of `smooth`: a rounding that gradients pass as if it weren't there."""
+    return jnp.broadcast_to(stored, jnp.broadcast_shapes(stored.shape, smooth.shape))
+
+
+@straight_through.defjvp
+def _(primals, tangents):
+    value = straight_through(*primals)
+    return value, jnp.broadcast_to(tangents[1], value.shape).astype(value.dtype)
+
+
 def largest_integer(dtype) -> int:
     """The largest magnitude of a table of integers, for int8 127: as many lie below zero as above it."""
     return int(jnp.iinfo(dtype).max)

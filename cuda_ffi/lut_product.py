@@ -58,7 +58,8 @@ def lut_products(
 def call_products(
     target: str, x: jax.Array, matrices: Sequence[Matrix], *others: jax.Array, **attributes: Any
 ) -> tuple[jax.Array, ...]:
-    """y [M, N] of each matrix in x's dtype, from one of the handlers that read x and these matrices.
+    """y [M, N] of each matrix in x's dtype, from one of the handlers that read x and these matrices. With an attribute
+    `planes`, so many consecutive matrices have one y, that of their sum.
 
     Args:
       target: the handler's name.
@@ -93,13 +94,15 @@ def _readable(stored: jax.Array) -> jax.Array:
 
 
 @functools.cache
-def _call(target: str, others: int, attributes: tuple[tuple[str, Any], ...]) -> Callable[..., tuple[jax.Array, ...]]:
+def _call(target: str, others: int, fields: tuple[tuple[str, Any], ...]) -> Callable[..., tuple[jax.Array, ...]]:
     """The custom call on (x, *others, *operands) with its rule for vmap."""
-    passed = {name: np.int64(value) if type(value) is int else value for name, value in attributes}
+    attributes = dict(fields)
+    passed = {name: np.int64(value) if type(value) is int else value for name, value in fields}
 
     @fold_rows
     def call(x, *operands):
-        outs = [jax.ShapeDtypeStruct((x.shape[0], codes.shape[0]), x.dtype) for codes in operands[others::_OPERANDS]]
+        first = operands[others :: _OPERANDS * attributes.get("planes", 1)]
+        outs = [jax.ShapeDtypeStruct((x.shape[0], codes.shape[0]), x.dtype) for codes in first]
         return tuple(jax.ffi.ffi_call(target, outs)(x, *operands, **passed))
 
     return call

@@ -26,11 +26,14 @@ TARGETS: dict[str, dict[str, str]] = {
     "cpu": {
         "any4_cpu_lut_product": "any4_cpu_lut_product",
         "any4_cpu_byte_product": "any4_cpu_byte_product",
+        "any4_cpu_binary_product": "any4_cpu_binary_product",
         "any4_cpu_sparse_product": "any4_cpu_sparse_product",
         "any4_cpu_coded_product": "any4_cpu_coded_product",
         "any4_cpu_kmeans": "any4_cpu_kmeans",
         "any4_cpu_refit": "any4_cpu_refit",
         "any4_cpu_compensation": "any4_cpu_compensation",
+        "any4_cpu_kivi_attention": "any4_cpu_kivi_attention",
+        "any4_cpu_kvquant_attention": "any4_cpu_kvquant_attention",
     },
     "cuda": {
         "any4_cuda_lut_product": "any4_cuda_lut_product",
@@ -40,6 +43,7 @@ TARGETS: dict[str, dict[str, str]] = {
         "any4_cuda_refit": "any4_cuda_refit",
         "any4_cuda_compensation": "any4_cuda_compensation",
         "any4_cuda_attention": "any4_cuda_attention",
+        "any4_cuda_kivi_attention": "any4_cuda_kivi_attention",
     },
 }
 """The handlers in each kind of library: symbol -> name of XLA's target."""

@@ -10,7 +10,22 @@ import jax.numpy as jnp
 import numpy as np
 
 from any4_jax import statistics, weights
-from any4_jax.methods import AF4, AWQ, FP4, FPQ, GPTQ, MX4, NF4, Any4, Int, SiteWeights, SmoothQuant, SpQR, quantize
+from any4_jax.methods import (
+    AF4,
+    AWQ,
+    BCQ,
+    FP4,
+    FPQ,
+    GPTQ,
+    MX4,
+    NF4,
+    Any4,
+    Int,
+    SiteWeights,
+    SmoothQuant,
+    SpQR,
+    quantize,
+)
 from any4_jax.methods.apply import apply_site
 from any4_jax.methods.base import scope_of
 
@@ -47,10 +62,12 @@ SITES = [SmoothQuant(Int(bits=8, group_size=1), alpha=1.0, size="max")]
 SITES += [AWQ(Int(bits=3, group_size=16), ratios=5, clips=3)]
 # Rows are groups. The small search is of formats and biases.
 FLOATS = [FPQ(rounds=1, steps=2, low=0.9, high=1.1, tokens=16), FPQ(8, None, rounds=1, steps=1, tokens=16)]
+# Sums of leaves.
+BINARY = [BCQ(bits=3, group_size=16, rounds=4), BCQ(bits=2, rounds=4, offset=True, sample_weight="second_moment")]
 SPARSE = [SpQR(scale_bits=None, offset_bits=None), SpQR(NF4(group_size=16), coded_rows=5, act_order=False, block=8)]
 ROWS_SHARE = SPARSE[1:]
 """Whose rows share what is stored, and depend on each other."""
-EVERY = FIXED + LEARNED + COMPENSATED + SITES + FLOATS + SPARSE
+EVERY = FIXED + LEARNED + COMPENSATED + SITES + FLOATS + BINARY + SPARSE
 
 
 def layer(seed: int = 0) -> np.ndarray:

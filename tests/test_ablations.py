@@ -64,6 +64,7 @@ def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cases: dict[str, li
 
 
 STORIES = str(FOLDER.parent.parent / "any4_jax" / "data" / "stories.txt")
+ESSAYS = str(FOLDER.parent.parent / "any4_jax" / "data" / "essays.txt")
 
 
 def test_the_command_measures_and_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
@@ -101,6 +102,8 @@ def test_a_file_is_continued_with_the_same_settings_alone(tmp_path: Path, monkey
     monkeypatch.setattr(sys, "argv", ["quality_plot.py", "a.json", "a.json", "a.svg", "--study", "a"])
     runpy.run_path(str(FOLDER / "quality_plot.py"), run_name="__main__")
     assert Path("a.svg").read_text().count("<circle") == 4 + 1  # of the legend
+    with pytest.raises(SystemExit, match=r"stories.txt has passages of what is measured on; give texts that have none"):
+        command(tmp_path, monkeypatch, both, "--text", STORIES, "--calibration-text", STORIES)
     with pytest.raises(SystemExit, match="measured with another text"):
         command(tmp_path, monkeypatch, both, "--text", STORIES)
 
@@ -111,12 +114,12 @@ def test_a_method_in_a_walk_is_measured(tmp_path: Path, monkeypatch: pytest.Monk
         CASE.Case("GPTQ nf4", method, CASE.TEXT, samples=2, length=64),
         *(CASE.Case(f"{b} bits", SmoothQuant(alpha=None, input_bits=b), CASE.NONE) for b in (8, 3)),
     ]
-    result = command(tmp_path, monkeypatch, {"walk": cases}, "--text", STORIES, "--calibration-text", STORIES)
+    result = command(tmp_path, monkeypatch, {"walk": cases}, "--text", STORIES, "--calibration-text", ESSAYS)
     first, row, bytes_, few = result.rows
     assert bytes_["kl_nats"] < 0.1 * first["kl_nats"] < 0.1 * few["kl_nats"], "inputs are rounded where it is measured"
     assert few["error_q_proj"] is None
     assert (row["calibration"], row["method"]) == ("text, 2 x 64 tokens", repr(method))
-    assert result.settings["calibration_text"] == "stories.txt"
+    assert result.settings["calibration_text"] == "essays.txt"
     # The codes differ from the nearest ones, and the scales have 16 bits in place of 32.
     assert row["kl_nats"] != pytest.approx(first["kl_nats"], rel=0.01)
     assert row["bits_per_weight"] < first["bits_per_weight"]

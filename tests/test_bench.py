@@ -124,7 +124,7 @@ def test_what_is_no_json_is_refused(tmp_path: Path) -> None:
 def test_gemm_writes_every_product(stream, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = str(tmp_path / "r.json")
     argv = ["bench", "gemm", "--shapes", "64x64,32x72", "--m", "3", "--rotate-mb", "1", "--rounds", "2"]
-    argv += ["--inputs", "int8"]
+    argv += ["--inputs", "int8", "--binary"]
     assert main([*argv, "--group-size", "32", "--platform", "cpu", "--out", out]) == 0, capsys.readouterr().err
     result = read(out)
     assert result.command.endswith(
@@ -133,7 +133,7 @@ def test_gemm_writes_every_product(stream, tmp_path: Path, capsys: pytest.Captur
     assert (result.device.platform, result.settings["group_size"]) == ("cpu", 32)
     assert {(row["n"], row["k"], row["m"]) for row in result.rows} == {(64, 64, 3), (32, 72, 3)}
     products = {(row["product"], row["dtype"]) for row in result.rows}
-    names = (*gemm.DENSE, "4 bits on xla", "4 bits on xla, int8 inputs")
+    names = (*gemm.DENSE, "4 bits on xla", "4 bits on xla, int8 inputs", "4 bits on xla, binary planes")
     assert products >= {(name, dtype) for name in names for dtype in gemm.DTYPES}
     # The backend cpu is either among the products or said to be out, in words.
     assert ("4 bits on cpu", "float32") in products or any("the backend cpu: " in note for note in result.notes)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, cast
 
 import jax
 import jax.numpy as jnp
@@ -242,5 +242,7 @@ def test_what_is_no_factory_is_refused(model: Llama) -> None:
     loose = dataclasses.make_dataclass("Loose", ["windows"], namespace={"create": Windowed.create})((2, None))
     with pytest.raises(TypeError, match="factory is a Loose, which is neither a pytree nor hashable"):
         a4.generate(model, ROWS, cache=loose)
-    with pytest.raises(TypeError, match="factory is a NoneType, and an object with a method `create` is needed"):
-        a4.generate(model, ROWS, cache=None)
+    with pytest.raises(TypeError, match="factory is a int, and an object with a method `create` is needed"):
+        a4.generate(model, ROWS, cache=4)
+    with pytest.raises(TypeError, match="factory is the class Windowed, and an instance is needed; call the class"):
+        a4.generate(model, ROWS, cache=cast(Any, Windowed))

@@ -48,7 +48,9 @@ FLAGS = ["--cache", "kivi", "--cache-bits", "2", "--cache-value-bits", "4", "--c
 BUILT = Kivi(2, value_bits=4, group_size=64)
 
 
-@pytest.mark.parametrize(("flags", "wanted"), [([], DenseCache), (FLAGS, BUILT), (["--cache", "kivi"], Kivi())])
+@pytest.mark.parametrize(
+    ("flags", "wanted"), [([], None), (["--cache", "dense"], DenseCache), (FLAGS, BUILT), (["--cache", "kivi"], Kivi())]
+)
 def test_flags_of_generate_and_chat(
     flags: list[str], wanted: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -59,11 +61,12 @@ def test_flags_of_generate_and_chat(
         return iter([[[]]])
 
     monkeypatch.setattr("any4_jax.cli.sampling.generate_tokens", record)
+    monkeypatch.setattr("any4_jax.cli.chat.Chat", record)
     tokenizer = SimpleNamespace(chat_template="", encode_chat=lambda _: [1], encode=lambda _: [1], decode=lambda _: "")
     for command in ("generate", "chat"):
         model = SimpleNamespace(tokenizer=tokenizer)
         monkeypatch.setattr(f"any4_jax.cli.{command}.open_model", lambda *_, model=model: model)
-    monkeypatch.setattr("any4_jax.cli.chat._lines", lambda: iter(["Hello"]))
+    monkeypatch.setattr("any4_jax.cli.chat._lines", lambda: iter([]))
     assert main(["generate", "tiny", "--prompt", "Hello", *flags]) == 0
     assert main(["chat", "tiny", *flags]) == 0
     assert used == [wanted, wanted]
@@ -81,18 +84,24 @@ def test_flags_of_eval(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
     text.write_text("Once upon a time.")
     assert main(["eval", "tiny", "--text", str(text), "--out", str(out), *FLAGS]) == 0
     assert used == [BUILT]
-    assert '"cache": "Kivi(bits=2, ' in out.read_text()
+    assert '"cache": "kivi bits=2 group_size=64 value_bits=4"' in out.read_text()
 
 
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--cache-bits", "2"], "got --cache-bits without --cache kivi, whose field it is"),
+        (["--cache-bits", "2"], "got --cache-bits without --cache kvquant or --cache kivi, whose field it is"),
         (
             ["--cache", "kivi", "--cache-residual", "100"],
             "residual is 100, and a multiple of group_size, 32, is needed",
         ),
-        (["--cache", "kivi", "--cache-bits", "3"], "argument --cache-bits: got '3', need one of 4, 2"),
+        (["--cache", "kivi", "--cache-bits", "3"], "bits is 3, and 4 or 2 is needed"),
+        (
+            ["--cache", "kvquant", "--cache-residual", "64"],
+            "got --cache-residual without --cache kivi, whose field it is",
+        ),
+        (["--cache", "dense", "--cache-sinks", "2"], "got --cache-sinks without --cache kvquant, whose field it is"),
+        (["--cache", "kivi", "--cache-bits", "5"], "argument --cache-bits: got '5', need one of 4, 3, 2"),
         (["--cache", "soft"], "argument --cache: invalid choice: 'soft'"),
     ],
 )

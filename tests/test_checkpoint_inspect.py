@@ -26,7 +26,7 @@ def test_low_rank_updates_are_named_with_their_ranks(tmp_path, capsys) -> None:
         a4.save(tmp_path / "c", model)
         shown = inspected(tmp_path / "c", capsys)
         operators = quantized_leaves(model)
-        (line,) = [line for line in shown.splitlines() if line.startswith("a.kernel")]
+        line = next(line for line in shown.splitlines() if line.startswith("a.kernel"))
         assert words in line and f"{operators['a.kernel'].bits_per_weight:.3f}" in line
         assert "LoRA" not in next(line for line in shown.splitlines() if line.startswith("b.kernel"))
         extra = operators["a.kernel"].nbytes - operators["b.kernel"].nbytes

@@ -202,5 +202,5 @@ def test_orbax_alone_reads_the_arrays_of_our_checkpoint(saved) -> None:
 def test_inspect_names_the_method_of_each_layer(kind: str, layer: str, saved, capsys) -> None:
     assert main(["inspect", str(saved[kind][1])]) == 0
     printed = capsys.readouterr().out
-    (line,) = [line for line in printed.splitlines() if layer in line]
+    line = next(line for line in printed.splitlines() if layer in line)
     assert " nf4 " in line and "QuantizedTensor" not in printed

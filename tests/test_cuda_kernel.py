@@ -245,7 +245,7 @@ def test_what_it_declines_it_says(fields: dict[str, Any], words: str) -> None:
 @pytest.mark.parametrize("method", [methods.Any4(), methods.NF4(), methods.Int(4), methods.Int(8), methods.MX4()])
 def test_methods_run_on_it(method: Any) -> None:
     w = jax.eval_shape(lambda w: a4.quantize(w, method), jax.ShapeDtypeStruct((32, 256), jnp.float32))
-    assert explain(jax.ShapeDtypeStruct((1, 256), jnp.bfloat16), w, "cuda").splitlines()[0] == "cuda: taken"
+    assert explain(jax.ShapeDtypeStruct((1, 256), jnp.bfloat16), w, "cuda").splitlines()[0].startswith("cuda: taken")
 
 
 def test_operands_are_refused_before_anything_is_built() -> None:

@@ -23,7 +23,9 @@ def random_ids(count: int, seed: int = 0) -> np.ndarray:
 
 def test_a_model_does_not_diverge_from_itself() -> None:
     found = divergence(random_model(1), random_model(1), random_ids(100), seqlen=10)
-    assert (found.kl, found.top1, found.bootstrap()) == (0.0, 1.0, 0.0)
+    assert (found.kl, found.top1, found.bootstrap(), found.flips, found.kl_quantile(1)) == (0.0, 1.0, 0.0, 0.0, 0.0)
+    with pytest.raises(ValueError, match="0.99 is the 99th percentile"):
+        found.kl_quantile(99)
     np.testing.assert_array_equal(found.reference.window_nll, found.model.window_nll)
 
 
@@ -43,6 +45,15 @@ def test_equals_float64_by_hand(seqlen: int, dtype) -> None:
     np.testing.assert_allclose(found.window_kl, (np.exp(p) * (p - q)).sum(axis=-1).mean(axis=1), rtol=3e-6)
     np.testing.assert_allclose(found.window_top1, (p.argmax(-1) == q.argmax(-1)).mean(axis=1), rtol=1e-6)
     assert found.kl == found.window_kl.mean() and found.top1 == found.window_top1.mean()
+
+    by_token = np.maximum((np.exp(p) * (p - q)).sum(axis=-1), 0)
+    np.testing.assert_allclose(found.position_kl, by_token.mean(axis=0), rtol=3e-6)
+    np.testing.assert_allclose(found.position_top1, (p.argmax(-1) == q.argmax(-1)).mean(axis=0), rtol=1e-6)
+    for share in (0.5, 0.99, 1):
+        assert found.kl_quantile(share) == pytest.approx(np.quantile(by_token, share), rel=3e-6)
+    right = [each.argmax(-1) == rows[:, 1:] for each in (p, q)]
+    assert found.lost == (right[0] & ~right[1]).mean() and found.won == (right[1] & ~right[0]).mean()
+    assert found.flips == found.lost + found.won > 0
     # The other direction is another figure.
     assert abs(found.kl - (np.exp(q) * (q - p)).sum(axis=-1).mean()) > 0.1
 

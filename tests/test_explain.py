@@ -36,7 +36,7 @@ def test_a_backend_that_cannot_gives_its_reason(monkeypatch: pytest.MonkeyPatch)
 def test_explain(platform: str | None) -> None:
     w = Sum((leaf(4), leaf(1)))
     text = explain(jax.ShapeDtypeStruct((1, K), jnp.bfloat16), w, platform)
-    assert sum(line.endswith(": taken") for line in text.splitlines()) == 2
+    assert sum(": taken" in line for line in text.splitlines()) == 2
     assert (platform != "tpu") or text.splitlines().count("xla: taken") == 2
     assert explain(rows(1), jnp.ones((N, K))) == "no quantized leaf: a dense product in XLA"
 

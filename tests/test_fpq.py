@@ -52,6 +52,16 @@ def taken_apart(operator: Any) -> dict[str, Any]:
     return found
 
 
+def test_a_rare_token_is_not_clipped_because_the_sample_lacks_it() -> None:
+    rng = np.random.default_rng(5)
+    x, w = rng.standard_normal((2000, K)).astype(np.float32), rng.standard_normal((N, K)).astype(np.float32)
+    x[1234] *= 300
+    method = dataclasses.replace(BARE, bits=8, steps=40, high=1.2, tokens=16)
+    exact, made = x @ w.T, np.asarray(a4.matmul(jnp.asarray(x), run(method, w, x).operator))
+    errors = np.linalg.norm(made - exact, axis=1) / np.linalg.norm(exact, axis=1)
+    assert errors[1234] < 0.35
+
+
 # The published quantizer and search, in float64.
 
 

@@ -17,7 +17,7 @@ PACKAGES = ("any4_jax", "pallas_kernels", "cuda_ffi")
 # From the bottom up. A module imports modules of lower rows, and of its own package; never its own row.
 LAYERS = (
     ("one_line", "late"),
-    ("formats", "choice", "schema", "regular_file"),
+    ("formats", "choice", "schema", "regular_file", "whole_file"),
     ("scaling", "packing", "partition"),
     ("weights",),
     ("clustering", "refit", "compensation", "statistics", "product"),
@@ -28,6 +28,7 @@ LAYERS = (
     ("models",),
     ("surgery", "generate"),
     ("walk", "training"),
+    ("tuning",),
     ("checkpoint", "evaluation", "benchmarks"),
     ("cli",),
     ("__main__",),

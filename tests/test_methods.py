@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from equality import assert_same
-from method_table import EVERY, FIXED, LEARNED, ROWS_SHARE, SPARSE, K, N, dequantize, layer, run, stats
+from method_table import BINARY, EVERY, FIXED, LEARNED, ROWS_SHARE, SPARSE, K, N, dequantize, layer, run, stats
 
 from any4_jax import scaling
 from any4_jax.methods import CATALOGUE, MX4, NF4, Any4, Int, Method, quantize
@@ -26,11 +26,14 @@ def test_shapes_dtypes_and_size(method) -> None:
     whole = run(layer(), method)
     q, method = leaf(whole), getattr(method, "inner", method)
     group_size = min(getattr(method, "group_size", K), K)
-    bits = getattr(method, "bits", 4)
+    bits = 1 if method in BINARY else getattr(method, "bits", 4)
+    assert len(leaves(whole)) == (method.bits if method in BINARY else 1)
     assert q.shape == (N, K) and q.bits == bits and q.group_size == group_size
     assert q.lut.shape == ((N if getattr(method, "per_row", True) and method in LEARNED else 1), 2**bits)
-    assert q.lut.dtype == getattr(method, "stored_table_dtype", method.table_dtype)
-    assert (q.scales.inner if is_operator(q.scales) else q).scales.dtype == method.scale_dtype
+    table_dtype = getattr(method, "stored_table_dtype", getattr(method, "table_dtype", "bfloat16"))
+    table_dtype = getattr(method, "stored_table_dtype", getattr(method, "table_dtype", "bfloat16"))
+    scales = (q.scales.inner if is_operator(q.scales) else q).scales
+    assert q.lut.dtype == table_dtype and scales.dtype == method.scale_dtype
     assert q.scales.shape == (N, -(-K // group_size))
     assert (np.diff(np.asarray(q.lut, np.float32), axis=1) >= 0).all()
     assert int(q.unpacked_codes().max()) < 2**bits
@@ -78,7 +81,7 @@ def test_powers_of_two_scale_the_matrix_exactly(method) -> None:
     coded = getattr(method, "inner", method)
     grouped = getattr(coded, "group_size", 16) is not None
     narrow = (coded.scale_dtype if grouped else coded.table_dtype) == "float16"
-    plain = leaf(run(w, method))
+    plain = leaves(run(w, method))
     for power in POWERS:
         factor = np.float32(2.0**power)
         if narrow and abs(power) > 9:
@@ -86,31 +89,37 @@ def test_powers_of_two_scale_the_matrix_exactly(method) -> None:
                 run(w * factor, method, path="a.b")
             continue
         try:
-            scaled = leaf(run(w * factor, method))
+            scaled = leaves(run(w * factor, method))
         except ValueError as error:
-            # Steps of 1/255 of a small group, scales of integers, and offsets close to zero leave the range before the
-            # weights do.
-            assert power == POWERS[0] and (plain.offsets is not None or plain.lut.dtype == jnp.int8), error
+            # Steps of 1/255 of a small group, scales of integers and of later planes, and offsets close to zero leave
+            # the range before the weights do.
+            early = plain[0].offsets is not None or plain[0].lut.dtype == jnp.int8 or len(plain) > 1
+            assert power == POWERS[0] and early, error
             assert re.search(
                 "(scales|offsets) would be too small for (bfloat16|float32); scale the weights", str(error)
             )
             continue
-        assert_same(
-            (scaled.codes, scaled.lut if grouped else scaled.scales),
-            (plain.codes, plain.lut if grouped else plain.scales),
-        )
+        assert_same(*([(q.codes, q.lut if grouped else q.scales) for q in each] for each in (scaled, plain)))
         values = [
-            [values_of(each, grouped) for each in (q.scales if grouped else q.lut, q.offsets)] for q in (plain, scaled)
+            [values_of(stored, grouped) for q in each for stored in (q.scales if grouped else q.lut, q.offsets)]
+            for each in (plain, scaled)
         ]
         for ours, theirs in zip(*values, strict=True):
             np.testing.assert_array_equal(theirs, None if ours is None else ours * factor, err_msg=str(power))
 
 
 def leaf(q):
-    """The coded matrix of a result whose input may be permuted, scaled or rounded, and which may have outliers."""
+    """The coded matrix of a result, or the first of several."""
+    return leaves(q)[0]
+
+
+def leaves(q):
+    """The coded matrices of a result, whose input may be permuted, scaled or rounded, and which may have outliers."""
+    if hasattr(q, "inner"):
+        return leaves(q.inner)
     if hasattr(q, "terms"):
-        return q.terms[0]
-    return leaf(q.inner) if hasattr(q, "inner") else q
+        return [one for term in q.terms for one in leaves(term)]
+    return [q] if hasattr(q, "lut") else []
 
 
 def values_of(stored, grouped: bool):

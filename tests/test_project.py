@@ -57,7 +57,7 @@ def test_version_is_stated_once_in_each_place(pyproject: dict[str, Any]) -> None
 def test_packaging_table(pyproject: dict[str, Any]) -> None:
     assert pyproject["tool"]["scikit-build"]["wheel"]["packages"] == PACKAGES
     assert pyproject["tool"]["mypy"]["files"] == PACKAGES
-    assert set(pyproject["project"]["optional-dependencies"]) == {"cuda", "hf-flax", "eval", "dev"}
+    assert set(pyproject["project"]["optional-dependencies"]) == {"cuda", "hf-flax", "eval", "plot", "dev"}
     assert pyproject["project"]["scripts"] == {"any4": "any4_jax.cli:main"}
 
 

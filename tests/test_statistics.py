@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from any4_jax import statistics
-from any4_jax.statistics import AbsMax, Gathered, Hessian, Moments, Sample
+from any4_jax.statistics import AbsMax, Gathered, Hessian, Largest, Moments, Sample
 
 K = 6
 update = jax.jit(statistics.update)
@@ -111,6 +111,18 @@ def test_a_sample_is_even_over_the_tokens() -> None:
 def test_a_sample_of_few_tokens_ends_with_zeros() -> None:
     stats = statistics.merge(*(from_activations(x, statistics=(Sample(8),)) for x in tokens(2, 3)))
     assert (np.abs(np.asarray(stats[Sample(8)].x)).max(axis=1) > 0).tolist() == [True] * 6 + [False] * 2
+
+
+def test_the_largest_tokens_are_kept_however_they_are_batched() -> None:
+    x, mask = tokens(4, 40), np.arange(40) < np.array([[40], [31], [1], [12]])
+    largest = Largest(8)
+    running = statistics.empty(K, (largest,))
+    for part, kept in zip(x, mask, strict=True):
+        running = update(running, part, kept)
+    sizes = np.square(x[mask]).sum(axis=1)
+    for kept in (running, from_activations(x, mask, statistics=(largest,))):
+        np.testing.assert_array_equal(kept[largest].x, x[mask][np.argsort(-sizes)[:8]])
+        assert int(kept[largest].count) == mask.sum()
 
 
 def hessian(x: np.ndarray) -> np.ndarray:

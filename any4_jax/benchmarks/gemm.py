@@ -19,7 +19,7 @@ from any4_jax.benchmarks.machine import available_bytes, platform
 from any4_jax.benchmarks.timing import Candidate, StreamingRead, interleaved, significant, tree_bytes
 from any4_jax.product import BACKENDS, matmul
 from any4_jax.product.quantized_input import quantize_input
-from any4_jax.weights import QuantizedTensor, QuantizeInput, dequantize
+from any4_jax.weights import QuantizedTensor, QuantizeInput, Sum, dequantize, from_codes
 
 # [N, K] of the linears of a block. "-together" joins those with the same input into one matrix (q, k, v; o; gate, up;
 # down), and adds the head.
@@ -53,6 +53,7 @@ class Gemm:
       rounds: turns of each candidate.
       rounded: whether bytes are measured too: a weight of int8 tables, or of integers beyond 4 bits, whose inputs are
         rounded to int8, with a scale for each 32 and with one for each row.
+      binary: whether a sum of as many binary planes is measured too, a BCQ's weight.
       rotate_mb: total size, in units of 10**6 bytes, of the copies of its weight through which a candidate's calls
         rotate, so that weights come from memory and not from a cache.
     """
@@ -64,6 +65,7 @@ class Gemm:
     rounds: int = 15
     rotate_mb: int = 400
     rounded: bool = False
+    binary: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,6 +160,8 @@ def _products(config: Gemm, n: int, k: int, m: int, where: str, note: Callable[[
     if config.rounded:
         weights[", int8 inputs"] = _rounding(q, "group")
         weights[", int8 inputs by token"] = _rounding(q, "token")
+    if config.binary:
+        weights[", binary planes"] = _planes(q)
     able: dict[tuple[str, str], list[str]] = {}
     for (label, weight), backend, dtype in itertools.product(weights.items(), BACKENDS.options, DTYPES):
         reason = backend.supports(jax.ShapeDtypeStruct((m, k), dtype), weight, where)
@@ -187,7 +191,8 @@ def _products(config: Gemm, n: int, k: int, m: int, where: str, note: Callable[[
         products.append(_Product(DENSE[1], dtype, _dense, copies(exact.T), exact))
     for (name, label), dtypes in able.items():
         weight, dense = copies(weights[label]), dequantize(weights[label])
-        seen = functools.partial(quantize_input, w=weights[label]) if label else _Product.seen
+        rounded = isinstance(weights[label], QuantizeInput)
+        seen = functools.partial(quantize_input, w=weights[label]) if rounded else _Product.seen
         run = jax.jit(functools.partial(matmul, backend=name))
         for dtype in dtypes:
             products.append(_Product(f"{config.bits} bits on {name}{label}", dtype, run, weight, dense, seen))
@@ -200,6 +205,13 @@ def _rounding(q: QuantizedTensor, per: Literal["group", "token"]) -> QuantizeInp
     table = jnp.arange(2.0**q.bits)[None] if ramp else jnp.round(q.lut.astype(jnp.float32) / step).astype(jnp.int8)
     scales = q.scales if ramp else (q.scales * step).astype(q.scales.dtype)
     return QuantizeInput(dataclasses.replace(q, lut=table, scales=scales, uniform=ramp), None, 8, True, per)
+
+
+def _planes(q: QuantizedTensor) -> Sum:
+    """The bits of the codes as binary planes, whose scales halve from one to the next."""
+    table, codes = jnp.asarray([[-1, 1]], jnp.bfloat16), q.unpacked_codes()
+    form: dict[str, Any] = dict(bits=1, group_size=q.group_size, uniform=True)
+    return Sum(tuple(from_codes((codes >> i) & 1, table, q.scales / 2**i, None, **form) for i in range(q.bits)))
 
 
 def random_weight(n: int, k: int, bits: int, group_size: int) -> QuantizedTensor:

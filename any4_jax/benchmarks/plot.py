@@ -146,13 +146,25 @@ def decode_plot(rows: Sequence[Mapping[str, Any]], title: str) -> str:
         lines.setdefault(", ".join(words), []).append((row["prompt_tokens"], row["decode_tokens_per_s"]))
     contexts = sorted({row["prompt_tokens"] for row in rows})
     x_axis = Axis("tokens of the prompt", contexts[0], contexts[-1], contexts, logarithmic=True)
-    fastest = max(row["decode_tokens_per_s"] for row in rows)
-    power = 10.0 ** math.floor(math.log10(fastest))
-    step = next(digit * power / 10 for digit in (1, 2, 5, 10) if 10 * digit * power / 10 >= fastest)
-    ticks = [step * count for count in range(math.ceil(fastest / step) + 1)]
-    y_axis = Axis("tokens per second", 0, ticks[-1], ticks)
-    styles = {name: dataclasses.replace(_plain(i), dots="full") for i, name in enumerate(lines)}
-    return line_plot(lines, x_axis, y_axis, title, styles)
+    y_axis = _from_zero("tokens per second", max(row["decode_tokens_per_s"] for row in rows))
+    return line_plot(lines, x_axis, y_axis, title, _dotted(lines))
+
+
+def cache_plot(rows: Sequence[Mapping[str, Any]], title: str) -> str:
+    """An SVG plot of the milliseconds of a step against the tokens of the context (logarithmic), a line for each cache:
+    of the whole step where it was measured, else of attention alone.
+
+    Args:
+      rows: the rows of `any4 bench cache`, at least one.
+      title: the text above the plot.
+    """
+    kind, words = ("attention_ms", "ms of attention") if rows[0]["step_ms"] is None else ("step_ms", "ms of a step")
+    lines: dict[str, list[tuple[float, float]]] = {}
+    for row in rows:
+        lines.setdefault(row["cache"], []).append((row["context"], row[kind]))
+    contexts = sorted({row["context"] for row in rows})
+    x_axis = Axis("tokens of the context", contexts[0], contexts[-1], contexts, logarithmic=True)
+    return line_plot(lines, x_axis, _from_zero(words, max(row[kind] for row in rows)), title, _dotted(lines))
 
 
 def quality_plot(rows: Sequence[Mapping[str, Any]], title: str) -> str:
@@ -196,6 +208,18 @@ def quality_plot(rows: Sequence[Mapping[str, Any]], title: str) -> str:
     levels = levels[below - 1 : above + 1]
     y_axis = Axis("KL from the float model, nats per token", levels[0], levels[-1], levels, logarithmic=True)
     return line_plot({name: lines[name] for name in styles}, x_axis, y_axis, title, styles)
+
+
+def _from_zero(title: str, highest: float) -> Axis:
+    """An axis from 0 to a round number not below the highest value, which is above 0."""
+    power = 10.0 ** math.floor(math.log10(highest))
+    step = next(digit * power / 10 for digit in (1, 2, 5, 10) if 10 * digit * power / 10 >= highest)
+    ticks = [step * count for count in range(math.ceil(highest / step) + 1)]
+    return Axis(title, 0, ticks[-1], ticks)
+
+
+def _dotted(lines: Mapping[str, Any]) -> dict[str, Style]:
+    return {name: dataclasses.replace(_plain(i), dots="full") for i, name in enumerate(lines)}
 
 
 def _plain(number: int) -> Style:

@@ -101,8 +101,12 @@ def write(path: str | Path, result: Result) -> None:
     """
     path = Path(path)
     _check_for(path, result)
-    text = json.dumps({"schema": SCHEMA} | dataclasses.asdict(result), indent=1, allow_nan=False) + "\n"
-    write_whole(path, text)
+    write_whole(path, json.dumps(as_json(result), indent=1, allow_nan=False) + "\n")
+
+
+def as_json(result: Result) -> dict[str, Any]:
+    """A result as the JSON object that a file holds."""
+    return {"schema": SCHEMA} | dataclasses.asdict(result)
 
 
 def read(path: str | Path) -> Result:

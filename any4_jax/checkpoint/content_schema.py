@@ -106,9 +106,19 @@ class _Linear(_Method):
 _Rules = tuple[tuple[str, _Method | None], ...]
 
 
+class _Training(Schema):
+    """What trained a model, and on what; `passages` is a sketch of the text."""
+
+    by: str
+    settings: dict[str, Any]
+    tokens: int
+    passages: Annotated[str, Field(pattern=r"^([0-9a-f]{16})*$")]
+
+
 class _Recipe(Schema):
     rules: _Rules
     linears: dict[str, _Linear]
+    training: tuple[_Training, ...] = ()
 
 
 class _Recipe1(Schema):
@@ -124,6 +134,14 @@ class _Made(Schema):
     repaired: bool = False
 
 
+class _Cache(_Exact):
+    """The cache that a model carries, see `any4_jax.kv_cache.catalogue`."""
+
+    cache: str
+    fields: dict[str, Any]
+    tables: dict[str, dict[str, str]]
+
+
 class Content2(Schema):
     """A content of schema 2."""
 
@@ -133,6 +151,7 @@ class Content2(Schema):
     tree: _Tree
     recipe: _Recipe | None
     model: _Made | None
+    cache: _Cache | None = None
 
 
 class Decoder1(Schema):

@@ -9,6 +9,7 @@ The content of a manifest (schema 2) is a JSON object with these keys, whatever 
              operator with its fields, or {"array": its name}
     recipe   how the model was quantized, or null
     model    its "class", and for a Hugging Face model also "generation" and "repaired"; for a tree null
+    cache    for a decoder, the cache that it carries (any4_jax.kv_cache.catalogue); null or absent for none
 
 `any4_jax.checkpoint.schema1` converts contents of schema 1 to this form.
 """
@@ -28,6 +29,8 @@ from any4_jax.checkpoint.laws import check_operator
 from any4_jax.checkpoint.manifest import Manifest, shown
 from any4_jax.checkpoint.operators import recipe_from_spec, recipe_spec
 from any4_jax.checkpoint.trees import build_tree, describe_tree
+from any4_jax.kv_cache import DefaultCache, default_cache
+from any4_jax.kv_cache.catalogue import cache_from_json, cache_to_json
 from any4_jax.models import families, hf_flax, hf_identity
 from any4_jax.models.base import Decoder
 from any4_jax.surgery import Recipe, container_of, fitting, linen_modules, nnx_modules, recipe_of, trees
@@ -36,19 +39,29 @@ from any4_jax.weights import is_operator
 Take = Callable[[str], Any]
 
 
-def describe(model: Any, arrays: dict[str, Any]) -> dict[str, Any]:
+def describe(model: Any, arrays: dict[str, Any], cache: Any = None) -> dict[str, Any]:
     """The content that describes a model. Adds the model's arrays to `arrays`, named as `any4_jax.save` says.
 
+    Args:
+      model: see `any4_jax.save`.
+      arrays: gets the arrays.
+      cache: the factory that the model is to carry; None for its own, if it has one.
+
     Raises:
-      TypeError: the model is a Decoder whose class belongs to no family.
+      TypeError: the model is a Decoder whose class belongs to no family, or there is a cache for another model.
       ValueError: a key isn't a string, or holds "." or "/"; the model contains itself, or is nested too deeply; the
-        arrays of an operator don't belong together.
+        arrays of an operator don't belong together; the cache isn't in its catalogue.
     """
+    if cache is not None and not isinstance(model, Decoder):
+        raise TypeError(
+            f"got a cache for a {type(model).__name__}, and a Decoder is needed, which has caches; leave it out"
+        )
     check_nesting(model)
     tree, recipe = container_of(model).tree(model), recipe_of(model)
     content = _identity(model) | {
         "tree": describe_tree(tree, "", arrays),
         "recipe": None if recipe is None else recipe_spec(recipe),
+        "cache": cache_to_json(default_cache(model) if cache is None else cache, arrays),
     }
     check_operators(tree)
     return content
@@ -67,7 +80,7 @@ def build(content: Mapping[str, Any], take: Take, into: Any = None) -> Any:
     """
     tree, recipe = contents(content, take), recipe_in(content)
     if is_decoder(content):
-        return _decoder(content, tree, recipe, into)
+        return _carrying(_decoder(content, tree, recipe, into), content, take)
     if content["family"] == "hf_flax":
         into = _hf_flax(content, tree, into)
     return tree if into is None else container_of(into).fill(into, tree, recipe)
@@ -177,6 +190,15 @@ def _decoder(content: Mapping[str, Any], tree: Any, recipe: Recipe | None, into:
             f"its contents don't fit a {family.module.__name__} of its own config ({misfit.faults}), so it "
             "contradicts itself; save it again"
         ) from None
+
+
+def _carrying(model: Any, content: Mapping[str, Any], take: Take) -> Any:
+    """The decoder with the cache of a content, if there is one."""
+    spec, config = content.get("cache"), model.config
+    if spec is not None:
+        shape = len(model.blocks), config.num_key_value_heads, config.head_dim
+        model.cache = DefaultCache(cache_from_json(spec, take, *shape))
+    return model
 
 
 def _hf_flax(content: Mapping[str, Any], tree: Any, into: Any) -> Any:

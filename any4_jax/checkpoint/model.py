@@ -12,6 +12,7 @@ from any4_jax.checkpoint.arrays import ShardingRule
 from any4_jax.checkpoint.contents import abstract, build, contents, current, describe, names, taking
 from any4_jax.checkpoint.into import placement
 from any4_jax.checkpoint.manifest import Manifest
+from any4_jax.kv_cache import CacheFactory
 from any4_jax.models.hf_flax import is_hf_flax
 from any4_jax.models.tokenizer import Tokenizer
 from any4_jax.surgery import container_of, linen_modules, trees
@@ -19,7 +20,7 @@ from any4_jax.surgery import container_of, linen_modules, trees
 _TOKENIZER = "tokenizer/"
 
 
-def save(path: str | os.PathLike[str], model: Any) -> None:
+def save(path: str | os.PathLike[str], model: Any, *, cache: CacheFactory | None = None) -> None:
     """Write a checkpoint, which replaces the one at `path` as a whole or not at all.
 
     The manifest, any4.json, holds everything that `load` needs: the model's family and config, its tokenizer's files,
@@ -33,9 +34,12 @@ def save(path: str | os.PathLike[str], model: Any) -> None:
         saved), a Hugging Face Flax model, a Linen pair (module, variables or params), or a nested dict with string
         keys of arrays and operators. The `.tokenizer` of a decoder or a Hugging Face model is saved if it is a
         `Tokenizer` of this library.
+      cache: what `generate` and `evaluation` use with the loaded decoder where they are given no other: a `Kivi`, or a
+        calibrated `KVQuant`, whose levels are saved too. None keeps the model's own, `DenseCache` drops it.
 
     Raises:
-      TypeError: the model is none of these, or a Decoder whose class belongs to no family.
+      TypeError: the model is none of these, or a Decoder whose class belongs to no family; or there is a cache for
+        another model than a decoder.
       ValueError: a key or a module's name isn't a string, or holds "." or "/"; a tree contains itself, or is nested
         more than 64 deep; the arrays of an operator don't belong together.
       FileExistsError: `path` holds something other than a checkpoint.
@@ -47,7 +51,7 @@ def save(path: str | os.PathLike[str], model: Any) -> None:
             "module, variables) or a dict of arrays; convert it"
         )
     arrays: dict[str, Any] = {}
-    content = describe(model, arrays)
+    content = describe(model, arrays, cache)
     tokenizer = getattr(model, "tokenizer", None)
     files = tokenizer.files if isinstance(tokenizer, Tokenizer) else {}
     store.write(path, arrays, content, {_TOKENIZER + name: raw for name, raw in files.items()})

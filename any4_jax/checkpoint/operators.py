@@ -8,7 +8,7 @@ import jax
 
 from any4_jax.methods.matrices import plain_note
 from any4_jax.methods.spec import method_from_json, method_to_json
-from any4_jax.surgery import Recipe
+from any4_jax.surgery import Recipe, Training
 from any4_jax.weights import is_operator, operator_types
 
 
@@ -71,12 +71,15 @@ def operator_from_spec(spec: Any, take: Callable[[str], jax.Array], name: str = 
 
 
 def recipe_spec(recipe: Recipe) -> dict[str, Any]:
-    """How a model was quantized, as JSON: the rules, and the method, fields and notes of each linear."""
+    """How a model was quantized, as JSON: the rules, the method, fields and notes of each linear, and what trained it,
+    if anything did."""
+    training = [{**dataclasses.asdict(each), "settings": dict(each.settings)} for each in recipe.training]
     return {
         "rules": [[pattern, method_to_json(method)] for pattern, method in recipe.rules],
         "linears": {
             path: {**(method_to_json(method) or {}), "notes": dict(notes)} for path, method, notes in recipe.linears
         },
+        **({"training": training} if training else {}),
     }
 
 
@@ -88,17 +91,22 @@ def recipe_from_spec(spec: Mapping[str, Any]) -> Recipe:
         have.
     """
     rules = tuple((pattern, _method(entry, f"rule {pattern!r}")) for pattern, entry in spec["rules"])
-    linears = []
-    for path, entry in sorted(spec["linears"].items()):
-        # JSON turned the tuples of notes into lists.
-        notes = {name: plain_note(note) for name, note in entry["notes"].items()}
-        linears.append((path, _method(entry, path), tuple(sorted(notes.items()))))
-    recipe = Recipe(rules, tuple(linears))
+    linears = [(path, _method(entry, path), _notes(entry["notes"])) for path, entry in sorted(spec["linears"].items())]
+    training = tuple(
+        Training(each["by"], _notes(each["settings"]), each["tokens"], each["passages"])
+        for each in spec.get("training", ())
+    )
+    recipe = Recipe(rules, tuple(linears), training)
     try:
         hash(recipe)
     except TypeError as error:
         raise ValueError(f"its recipe has a note or a field of a kind that none has ({error}); save it again") from None
     return recipe
+
+
+def _notes(entry: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
+    # JSON turned the tuples of notes into lists.
+    return tuple(sorted((name, plain_note(note)) for name, note in entry.items()))
 
 
 def _method(entry: Any, where: str) -> Any:

@@ -5,8 +5,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from any4_jax.benchmarks import machine, quantize
+from any4_jax.cli.bench_cache import add_cache
 from any4_jax.cli.bench_decode import add_decode
 from any4_jax.cli.bench_gemm import add_gemm
+from any4_jax.cli.bench_report import add_report
 from any4_jax.cli.bench_shared import add_machine, check, finish
 from any4_jax.cli.methods import add_method, method_from
 from any4_jax.cli.numbers import count
@@ -23,6 +25,12 @@ def add(commands: Any, common: argparse.ArgumentParser, argv: Sequence[str]) -> 
     kinds = parser.add_subparsers(title="benchmarks", metavar="BENCHMARK", required=True)
     add_gemm(kinds.add_parser("gemm", parents=[common], help="one product, against dense ones", allow_abbrev=False))
     add_decode(kinds.add_parser("decode", parents=[common], help="tokens per second", allow_abbrev=False))
+    add_cache(
+        kinds.add_parser("cache", parents=[common], help="a step against the context, by cache", allow_abbrev=False)
+    )
+    add_report(
+        kinds.add_parser("report", parents=[common], help="recorded results as a page of drawings", allow_abbrev=False)
+    )
     _add_quantize(
         kinds.add_parser(
             "quantize", parents=[common], help="seconds to quantize a model's linears", allow_abbrev=False

@@ -8,6 +8,7 @@ from any4_jax.benchmarks import files, machine, schema
 from any4_jax.choice import PLATFORMS
 from any4_jax.cli.errors import CommandLineError
 from any4_jax.cli.numbers import count
+from any4_jax.cli.output import tell
 
 
 def add_common(parser: argparse.ArgumentParser, rounds: int) -> None:
@@ -57,6 +58,7 @@ def finish(
     draw: Callable[[], str] = lambda: "",
 ) -> int:
     """Prints the notes, and writes the results and then the drawing to the files that were given for them."""
+    tell(lambda: schema.as_json(result))
     for note in result.notes:
         print(f"note: {note}")
     if args.out is not None:

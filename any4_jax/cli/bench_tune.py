@@ -5,6 +5,7 @@ import json
 
 from any4_jax.benchmarks import files, tune
 from any4_jax.cli.errors import WorkError
+from any4_jax.cli.output import tell
 
 
 def run_tune(args: argparse.Namespace, shapes: tuple[tuple[int, int], ...], counts: tuple[int, ...]) -> int:
@@ -16,6 +17,7 @@ def run_tune(args: argparse.Namespace, shapes: tuple[tuple[int, int], ...], coun
             rows.append(row)
     except RuntimeError as error:
         raise WorkError(str(error)) from error
+    tell(lambda: {"rows": rows})
     if args.out is not None:
         text = ",\n".join(json.dumps(row) for row in rows)
         files.write_whole(args.out, f"[\n{text}\n]\n")

@@ -5,14 +5,14 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from any4_jax.cli.caches import add_cache, cache_from
+from any4_jax.cli.caches import add_cache, cache_for, cache_from
 from any4_jax.cli.errors import WorkError
 from any4_jax.cli.numbers import count
-from any4_jax.cli.sampling import add_sampling, check_sampling, write
+from any4_jax.cli.output import tell
+from any4_jax.cli.sampling import add_sampling, as_found, check_sampling, write
 from any4_jax.cli.sources import MODEL_HELP, add_inputs, decoded, given_text, open_model
 from any4_jax.generate import Chat
 from any4_jax.generate.session import MOST_SLOTS
-from any4_jax.kv_cache import DenseCache
 
 RESET, QUIT = "/reset", "/quit"
 
@@ -23,7 +23,8 @@ def add(commands: Any, common: argparse.ArgumentParser) -> None:
         parents=[common],
         help="talk to a model that has a chat template",
         description="A line of stdin is a message. What was said stays in the cache, so each answer reads the new "
-        f"message alone. {RESET} forgets what was said, but for the system message; {QUIT} ends, as does Ctrl-D.",
+        f"message alone. {RESET} forgets what was said, but for the system message; {QUIT} ends, as does Ctrl-D. With "
+        "--json, each answer is an object on a line of its own.",
         allow_abbrev=False,
     )
     parser.add_argument("model", metavar="CKPT_OR_MODEL", help=f"a checkpoint, {MODEL_HELP}")
@@ -42,12 +43,12 @@ def add(commands: Any, common: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     check_sampling(args)
-    cache = cache_from(args) or DenseCache
+    cache = cache_from(args)
     system = None if args.system is None else given_text(args.system, "the system message")
     model = open_model(args.model, args.inputs)
     if model.tokenizer is None or model.tokenizer.chat_template is None:
         raise WorkError(f"{args.model} has no chat template, which says who speaks; use any4 generate to continue text")
-    chat, refused = Chat(model, system=system, slots=args.context, cache=cache), 0
+    chat, refused = Chat(model, system=system, slots=args.context, cache=cache_for(model, args, cache)), 0
     for line in _lines():
         if line == QUIT:
             break
@@ -77,7 +78,8 @@ def _answered(chat: Chat, line: str, args: argparse.Namespace) -> bool:
 
     limit = min(args.max_new_tokens, room)
     written = write(session.model, ids, argparse.Namespace(**vars(args) | {"max_new_tokens": limit}), tokens=tokens)
-    chat.said(line, written.text)
+    chat.said(line, written.texts[0])
+    tell(lambda: {"message": line} | as_found(written), indent=None)
     if written.tokens == room < args.max_new_tokens:
         print(
             f"any4: the answer ends where the context of {session.slots} tokens is full; {RESET} forgets what was said",

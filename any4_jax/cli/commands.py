@@ -9,9 +9,26 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from any4_jax import __version__
-from any4_jax.cli import bench, chat, completion, demo, evaluate, explain, generate, inspect, quantize
+from any4_jax.cli import (
+    analyze,
+    bench,
+    calibrate,
+    chat,
+    completion,
+    demo,
+    diff,
+    evaluate,
+    explain,
+    generate,
+    inspect,
+    needle,
+    quantize,
+    tables,
+    tune,
+)
 from any4_jax.cli.errors import CommandLineError, sentence
 from any4_jax.cli.interrupts import INTERRUPTED, came, check, line
+from any4_jax.cli.output import only_json
 from any4_jax.one_line import one_line
 
 DONE, FAILED, WRONG = 0, 1, 2
@@ -31,7 +48,8 @@ def run(argv: Sequence[str]) -> int:
         import_named(argv)
         args = parser_of(argv).parse_args(argv)
         debug = getattr(args, "debug", False)
-        code = args.run(args)
+        with only_json(getattr(args, "json", False)):
+            code = args.run(args)
         check()
         return code
     except SystemExit as stop:  # how argparse ends, also after --help
@@ -86,6 +104,12 @@ def parser_of(argv: Sequence[str]) -> argparse.ArgumentParser:
         "--debug", action="store_true", default=argparse.SUPPRESS, help="show the traceback of an error"
     )
     common.add_argument(
+        "--json",
+        action="store_true",
+        default=argparse.SUPPRESS,
+        help="print the results as a JSON object, and nothing else, to stdout",
+    )
+    common.add_argument(
         "--import",
         dest="modules",
         action="append",
@@ -100,12 +124,18 @@ def parser_of(argv: Sequence[str]) -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"any4 {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     demo.add(commands, common)
+    calibrate.add(commands, common, argv)
     quantize.add(commands, common, argv)
+    tune.add(commands, common)
     generate.add(commands, common)
     chat.add(commands, common)
-    evaluate.add(commands, common)
+    evaluate.add(commands, common, argv)
+    needle.add(commands, common)
+    analyze.add(commands, common, argv)
+    diff.add(commands, common)
     inspect.add(commands, common)
     explain.add(commands, common)
+    tables.add(commands, common)
     bench.add(commands, common, argv)
     completion.add(commands, common)
     return parser

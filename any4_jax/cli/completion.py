@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Iterator
 from typing import Any
 
+from any4_jax.cli.output import tell
 from any4_jax.methods import CATALOGUE
 
 _BASH = """\
@@ -39,7 +40,9 @@ def add(commands: Any, common: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    print((_ZSH if args.shell == "zsh" else "") + script(), end="")
+    text = (_ZSH if args.shell == "zsh" else "") + script()
+    print(text, end="")
+    tell(lambda: {"shell": args.shell, "script": text})
     return 0
 
 

@@ -11,7 +11,7 @@ from any4_jax import checkpoint, models
 from any4_jax.cli.errors import WorkError
 from any4_jax.cli.numbers import count
 from any4_jax.cli.options import build
-from any4_jax.cli.output import megabytes, progress
+from any4_jax.cli.output import megabytes, progress, tell
 from any4_jax.cli.sources import check_output
 from any4_jax.data import assets, texts
 from any4_jax.evaluation import Perplexity, paired_difference, perplexity
@@ -149,6 +149,7 @@ def run(args: argparse.Namespace) -> int:
             f"{args.out} generates {again}, the model that was saved in it {results[-1].tokens}; report this"
         )
     steps.done("generate", f"the same {len(again)} tokens as before it was saved")
+    tell(lambda: {"model": subject.name, "checkpoint": args.out, "methods": [_told(each) for each in results]})
     print(f'\nDone in {time.perf_counter() - steps.begin:.0f} s. Try: any4 generate {args.out} --prompt "..."')
     return 0
 
@@ -206,6 +207,19 @@ def _line(result: _Result, base: _Result | None) -> str:
         f"{result.measured.value:.3f} +- {result.measured.bootstrap():.3f}",
         lost,
     )
+
+
+def _told(result: _Result) -> dict[str, Any]:
+    return {
+        "method": result.label,
+        "bits_per_weight": 8 * result.stored / result.weights,
+        "bytes": result.stored,
+        "seconds": result.seconds,
+        "perplexity": result.measured.value,
+        "standard_error": result.measured.bootstrap(),
+        "window_nats_per_token": result.measured.window_nll.tolist(),
+        "tokens": list(result.tokens),
+    }
 
 
 def _verdict(results: list[_Result]) -> str:

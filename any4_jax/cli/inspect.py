@@ -1,6 +1,7 @@
 """`any4 inspect`: what a checkpoint holds, after checking every byte of it."""
 
 import argparse
+import dataclasses
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -10,7 +11,8 @@ import jax.numpy as jnp
 from any4_jax import checkpoint
 from any4_jax.checkpoint import Manifest
 from any4_jax.checkpoint.contents import abstract, contents, current, is_described
-from any4_jax.cli.output import megabytes, table
+from any4_jax.cli.output import megabytes, table, tell
+from any4_jax.cli.stored_sizes import Layer, compared, histogram, size_table
 from any4_jax.surgery import coverage, quantized_leaves
 from any4_jax.weights import LowRank, Sum
 
@@ -29,35 +31,63 @@ def run(args: argparse.Namespace) -> int:
     sizes = {name: math.prod(a.shape) * jnp.dtype(a.dtype).itemsize for name, a in manifest.arrays.items()}
     writer = ", ".join(f"{name} {version}" for name, version in manifest.library.items())
     print(f"{args.checkpoint}: {_subject(content)}, written by {writer}")
-    print(f"checksums: all {len(manifest.files)} files are as they were written, {len(sizes)} arrays\n")
+    print(f"checksums: all {len(manifest.files)} files are as they were written, {len(sizes)} arrays")
+    if cache := content.get("cache"):
+        print(f"cache: {cache['cache']}, {', '.join(f'{name} {value}' for name, value in cache['fields'].items())}")
+    print()
 
     recipe = (content.get("recipe") or {}).get("linears", {})
-    rows, stored, weights, updates = [], 0, 0, 0
-    for place, operator in _operators(content, manifest).items():
-        named = next((name for name in _names(place) if name in recipe), None)
-        base, added = _split(operator)
-        method = type(base).__name__ if named is None else recipe[named]["method"]
-        method += "".join(f" + LoRA rank {update.a.shape[-2]}" for update in added)
-        updates += sum(update.nbytes for update in added)
-        shape = " x ".join(map(str, operator.shape))
-        rows.append(
-            [_shown(place, content), method, f"{operator.bits_per_weight:.3f}", shape, megabytes(operator.nbytes)]
-        )
-        stored += operator.nbytes
-        weights += math.prod(operator.shape)
-    if not rows:
-        print(f"no layer is quantized; parameters {megabytes(sum(sizes.values()))} MB")
+    layers = [_layer(place, operator, content, recipe) for place, operator in _operators(content, manifest).items()]
+    rest = sum(sizes.values()) - sum(layer.nbytes for layer in layers)
+    tell(
+        lambda: {
+            "checkpoint": args.checkpoint,
+            "family": content.get("family"),
+            "library": dict(manifest.library),
+            "files": len(manifest.files),
+            "arrays": len(sizes),
+            "layers": [dataclasses.asdict(layer) | {"bits_per_weight": layer.bits} for layer in layers],
+            "sizes": [dataclasses.asdict(size) for size in compared(layers)],
+            "other_bytes": rest,
+            "recipe": recipe,
+        }
+    )
+    if not layers:
+        print(f"no layer is quantized; parameters {megabytes(rest)} MB")
         return 0
+    rows = [
+        [layer.name, layer.method, f"{layer.bits:.3f}", " x ".join(map(str, layer.shape)), megabytes(layer.nbytes)]
+        for layer in layers
+    ]
     print(table(["layer", "method", "bits/weight", "shape", "MB"], rows))
+    print(f"\n{size_table(layers, rest)}\n\n{histogram(layers)}")
+    updates, weights = (sum(getattr(layer, name) for layer in layers) for name in ("lora_bytes", "weights"))
+    stored = sum(layer.nbytes for layer in layers)
     of_these = f" ({megabytes(updates)} MB of them LoRA)" if updates else ""
     print(
         f"\n{len(rows)} layers quantized: {8 * stored / weights:.3f} bits per weight, {megabytes(stored)} MB{of_these}"
-        f"; the other parameters {megabytes(sum(sizes.values()) - stored)} MB"
+        f"; the other parameters {megabytes(rest)} MB"
     )
     print(coverage(contents(content, abstract(manifest))))
     for line in _settings(recipe.values()):
         print(line)
+    for each in (content.get("recipe") or {}).get("training", ()):
+        told = "".join(f" {name}={_short(value)}" for name, value in each["settings"].items())
+        print(f"trained ({each['by']}) on {each['tokens']} tokens" + (f":{told}" if told else ""))
     return 0
+
+
+def _layer(place: str, operator: Any, content: Mapping[str, Any], recipe: Mapping[str, Any]) -> Layer:
+    named = next((name for name in _names(place) if name in recipe), None)
+    base, added = _split(operator)
+    method = type(base).__name__ if named is None else recipe[named]["method"]
+    method += "".join(f" + LoRA rank {update.a.shape[-2]}" for update in added)
+    lora = sum(update.nbytes for update in added)
+    return Layer(_shown(place, content), method, tuple(operator.shape), operator.nbytes, lora)
+
+
+def _short(value: Any) -> Any:
+    return f"{value:.4g}" if isinstance(value, float) else value
 
 
 def _operators(content: Mapping[str, Any], manifest: Manifest) -> dict[str, Any]:

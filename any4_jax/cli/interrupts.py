@@ -31,6 +31,20 @@ class _State:
     came = False
 
 
+def going_on(out: str, partial: str, *, resume: bool) -> str:
+    """What running a command again does after an interrupt.
+
+    Args:
+      out: its output.
+      partial: the folder where it keeps what it has finished.
+      resume: whether it was run without --no-resume.
+    """
+    if not os.path.isdir(partial):
+        return AGAIN
+    without = "" if resume else "without --no-resume "
+    return f"run it again {without}to continue with what {out.rstrip('/')}.partial keeps"
+
+
 def line(interrupt: BaseException) -> str:
     """The line that is shown for an interrupt."""
     return f"any4: interrupted; {str(interrupt) or AGAIN}"

@@ -58,6 +58,23 @@ def method_from(args: argparse.Namespace, name: str | None = None, **fixed: Any)
     return _described(args, cls, None, "", fixed)
 
 
+def short_name(name: str) -> tuple[str, dict[str, int]] | None:
+    """The catalogue's name of a method, and its bits if the name gives them ("int8"); None if there is no such one."""
+    if name in CATALOGUE:
+        return name, {}
+    if name[:-1] == "int" and name[-1] in "2345678":
+        return "int", {"bits": int(name[-1])}
+    return None
+
+
+def named_method(text: str) -> tuple[str, str, dict[str, int]]:
+    """The type of a flag whose value names a method: the name as given, and what `short_name` says of it."""
+    found = short_name(text)
+    if found is None:
+        raise argparse.ArgumentTypeError(f"got {text!r}, need one of {', '.join(sorted(CATALOGUE))}, int2 to int8")
+    return text, *found
+
+
 def _described(args: argparse.Namespace, cls: type, held: Any, prefix: str, fixed: dict[str, Any]) -> Any:
     """A method of class `cls` with the fields that were given; the others come from `held` if that is of the class,
     else from the defaults."""

@@ -72,8 +72,7 @@ def build(config: Any, args: argparse.Namespace, prefix: str = "", **fixed: Any)
     Raises:
       CommandLineError: the dataclass refuses the values.
     """
-    names = {_PREFIX + prefix + field.name: field.name for field in dataclasses.fields(config)}
-    given = {names[name]: value for name, value in vars(args).items() if name in names}
+    given = given_values(config, args, prefix)
     try:
         return config(**given | fixed) if isinstance(config, type) else dataclasses.replace(config, **given | fixed)
     except (ValueError, TypeError) as error:
@@ -82,8 +81,13 @@ def build(config: Any, args: argparse.Namespace, prefix: str = "", **fixed: Any)
 
 def given(config: type, args: argparse.Namespace, prefix: str = "") -> list[str]:
     """The flags of the dataclass `config` that are on the command line."""
-    names = (f"{prefix}{field.name}" for field in dataclasses.fields(config))
-    return [f"--{name.replace('_', '-')}" for name in names if _PREFIX + name in vars(args)]
+    return [f"--{prefix}{name}".replace("_", "-") for name in given_values(config, args, prefix)]
+
+
+def given_values(config: type, args: argparse.Namespace, prefix: str = "") -> dict[str, Any]:
+    """The values that the command line gives to fields of the dataclass `config`."""
+    names = {_PREFIX + prefix + field.name: field.name for field in dataclasses.fields(config)}
+    return {names[name]: value for name, value in vars(args).items() if name in names}
 
 
 def only_held(args: argparse.Namespace, cls: type) -> argparse.Namespace:

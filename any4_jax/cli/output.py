@@ -1,15 +1,61 @@
-"""The output of commands: aligned tables on stdout, progress on stderr."""
+"""The output of commands: aligned tables or JSON on stdout, progress on stderr."""
 
+import json
+import math
+import os
+import re
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
+from contextvars import ContextVar
+from typing import Any, TextIO
 
 from tqdm import tqdm
 
 from any4_jax.cli.interrupts import check
 
 SECONDS_BETWEEN_LINES = 10
+# A list of numbers over several lines; in JSON, no text has a line break of its own.
+_NUMBERS = re.compile(r"\[\n\s+([-+.\deE,\snul]*?)\s*\]")
+# Where --json prints; None without it.
+_JSON: ContextVar[TextIO | None] = ContextVar("json", default=None)
+
+
+@contextmanager
+def only_json(asked: bool) -> Iterator[None]:
+    """In the body, if asked, stdout gets what commands `tell` and nothing of what they print for people."""
+    if not asked:
+        yield
+        return
+    token = _JSON.set(sys.stdout)
+    try:
+        with open(os.devnull, "w", encoding="utf-8") as nowhere, redirect_stdout(nowhere):
+            yield
+    finally:
+        _JSON.reset(token)
+
+
+def tell(content: Callable[[], Mapping[str, Any]], indent: int | None = 2) -> None:
+    """Prints what a command found as a JSON object, if --json asks for it; without `indent`, on one line."""
+    file = _JSON.get()
+    if file is not None:
+        print(as_json(content(), indent), file=file, flush=True)
+
+
+def as_json(content: Any, indent: int | None = 2) -> str:
+    """A value as JSON, its lists of numbers on one line each. What is no finite number, which JSON can't hold, is
+    null."""
+    text = json.dumps(_finite(content), indent=indent, allow_nan=False, ensure_ascii=False)
+    return _NUMBERS.sub(lambda found: f"[{' '.join(found[1].split())}]", text)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

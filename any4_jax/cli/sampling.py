@@ -7,13 +7,14 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from any4_jax.cli.errors import CommandLineError
 from any4_jax.cli.numbers import between, count, natural
 from any4_jax.generate import generate_tokens
 from any4_jax.generate.streaming import TextStream
 from any4_jax.generate.text import STREAM_CHUNK
-from any4_jax.kv_cache import CacheFactory, DenseCache
+from any4_jax.kv_cache import CacheFactory
 from any4_jax.models import Decoder
 
 _OF_SAMPLING = ("top_k", "top_p", "min_p", "seed", "n")
@@ -83,10 +84,29 @@ def check_sampling(args: argparse.Namespace) -> None:
 
 @dataclass(frozen=True)
 class Written:
-    """What `write` wrote."""
+    """What `write` wrote.
 
-    text: str
+    Attributes:
+      texts: the continuations.
+      tokens: of all of them together.
+      seconds: in all.
+      rate: tokens per second after the programs were compiled; None if that is unknown, since there were too few.
+    """
+
+    texts: tuple[str, ...]
     tokens: int
+    seconds: float
+    rate: float | None
+
+
+def as_found(written: Written) -> dict[str, Any]:
+    """What was written, for --json."""
+    return {
+        "texts": written.texts,
+        "tokens": written.tokens,
+        "seconds": written.seconds,
+        "tokens_per_s": written.rate,
+    }
 
 
 def write(
@@ -99,15 +119,14 @@ def write(
 ) -> Written:
     """Generates `n` texts after the prompt, and prints them to stdout, a single one as it comes.
 
-    The speed goes to stderr at the end. What is returned is the first text, and the number of all tokens.
+    The speed goes to stderr at the end.
 
     Args:
       model, prompt, args, n: what is continued, and how often; see `add_sampling` for args.
-      cache: creates the caches; None for the plain ones.
+      cache: creates the caches; None for the model's own.
       tokens: in place of `generate_tokens` for the model, the prompts and the cache: from its settings to chunks.
     """
     if tokens is None:
-        cache = DenseCache if cache is None else cache
         tokens = functools.partial(generate_tokens, model, [prompt] * n, cache=cache)
     emit = (lambda piece: print(piece, end="", flush=True)) if n == 1 else (lambda piece: None)
     texts = [TextStream(model.tokenizer.decode, prompt, emit, args.stop) for _ in range(n)]
@@ -138,13 +157,13 @@ def write(
     whole = [text.finish() for text in texts]
     print("" if n == 1 else "\n".join(f"--- {i}\n{text}" for i, text in enumerate(whole, 1)))
     # The first two chunks include compiling the prefill and the loop, so the rate is that of the others.
-    total = _tokens(texts)
-    line = f"{total} tokens in {clock[-1] - clock[0]:.1f} s"
+    total, seconds, rate = _tokens(texts), clock[-1] - clock[0], None
+    line = f"{total} tokens in {seconds:.1f} s"
     if len(clock) > 3 and total > warm:
         rate = (total - warm) / (clock[-1] - clock[2])
         line += f": {clock[2] - clock[0]:.1f} s to compile and read the prompt, then {rate:.1f} tokens/s"
     print(line, file=sys.stderr)
-    return Written(whole[0], total)
+    return Written(tuple(whole), total, seconds, rate)
 
 
 def _tokens(texts: Sequence[TextStream]) -> int:

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from any4_jax.kv_cache import CacheFactory, as_decoded, traceable
+from any4_jax.kv_cache import CacheFactory, as_decoded, default_cache, traceable
 from any4_jax.models.base import Decoder
 from any4_jax.models.program import Program
 
@@ -19,12 +19,13 @@ def reading(model: Any, cache: CacheFactory | None) -> Callable[[jax.Array], jax
     same window is read from the cache.
 
     Args:
-      model: itself what is returned where `cache` is None.
-      cache: creates the caches.
+      model: itself what is returned where there is no cache.
+      cache: creates the caches; None takes the model's own, if its checkpoint names one.
 
     Raises:
       TypeError: there is a cache for a model that is no Decoder; or it is neither a pytree nor hashable.
     """
+    cache = default_cache(model) if cache is None else cache
     if cache is None:
         return model
     if not isinstance(model, Decoder):

@@ -66,6 +66,7 @@ def perplexity(
     windows: int | None = None,
     progress: Progress | None = None,
     cache: CacheFactory | None = None,
+    allow_training_text: bool = False,
 ) -> Perplexity:
     """The perplexity of `model` on a text.
 
@@ -80,15 +81,18 @@ def perplexity(
       windows: how many windows to use, from the first on, at least 1; None takes all.
       progress: called with (windows done, windows in total).
       cache: a cache to read keys and values from, such as `kv_cache.Kivi(bits=2)`: what each token sees has the errors
-        that it would have if the tokens came one by one. None takes the model as it is.
+        that it would have if the tokens came one by one. None takes the model as it is, with the cache that its
+        checkpoint names, if any.
+      allow_training_text: whether the text may have passages that the model was trained on, by `any4_jax.tune` or a
+        method that trains blocks.
 
     Raises:
       ValueError: the text is too short for the windows, `seqlen` is below 2, `windows` below 1, a window exceeds the
-        model's context, or a token is outside of its vocabulary.
+        model's context, a token is outside of its vocabulary, or the model was trained on passages of the text.
       TypeError: the ids are not one row of integers, a text is given for a model without a tokenizer, `seqlen` or
         `windows` is no integer, or there is a cache for a model that is no Decoder.
     """
-    rows = cut((model,), text_or_ids, seqlen, windows)
+    rows = cut((model,), text_or_ids, seqlen, windows, allow_training_text=allow_training_text)
     run, window_nll = reading(model, cache), np.empty(len(rows), np.float64)
     for index, batch in batches(rows, progress):
         tokens = jnp.asarray(batch)

@@ -6,6 +6,9 @@ from typing import Any
 import jax
 import numpy as np
 
+from any4_jax.data.passages import PASSAGE_TOKENS, in_common
+from any4_jax.surgery import recipe_of
+
 # Short windows are batched up to this many tokens: a program dequantizes the weights once per call, which would
 # dominate windows of a few hundred tokens.
 _BATCH_TOKENS = 2048
@@ -15,7 +18,14 @@ Progress = Callable[[int, int], None]
 """Called with (windows done, windows in total)."""
 
 
-def cut(models: Sequence[Any], text_or_ids: Any, seqlen: int | None, windows: int | None) -> np.ndarray:
+def cut(
+    models: Sequence[Any],
+    text_or_ids: Any,
+    seqlen: int | None,
+    windows: int | None,
+    *,
+    allow_training_text: bool = False,
+) -> np.ndarray:
     """The windows of a text, int32 [windows, seqlen], that all of the models can run on; see `perplexity`.
 
     Raises:
@@ -37,7 +47,22 @@ def cut(models: Sequence[Any], text_or_ids: Any, seqlen: int | None, windows: in
             f"the text has {len(ids)} tokens, which make {available} windows of {seqlen}, and "
             f"{max(wanted, 1)} are needed; give a longer text, fewer windows, or a smaller seqlen"
         )
-    return ids[: wanted * seqlen].reshape(wanted, seqlen)
+    taken = ids[: wanted * seqlen]
+    if not allow_training_text:
+        _refuse_training_text(models, taken)
+    return taken.reshape(wanted, seqlen)
+
+
+def _refuse_training_text(models: Sequence[Any], ids: np.ndarray) -> None:
+    for model in models:
+        recipe = recipe_of(model)
+        for training in recipe.training if recipe else ():
+            if in_common(training.passages, ids):
+                raise ValueError(
+                    f"got a text with passages of {PASSAGE_TOKENS} tokens that the model was trained on "
+                    f"({training.by}), and a measure needs text that is new to it; pass another text, or "
+                    "allow_training_text=True (any4 eval --allow-training-text)"
+                )
 
 
 def batches(rows: np.ndarray, progress: Progress | None) -> Iterator[tuple[np.ndarray, np.ndarray]]:

@@ -6,7 +6,7 @@ from typing import Any
 from any4_jax.generate.session import Session
 from any4_jax.generate.streaming import TextStream
 from any4_jax.generate.text import STREAM_CHUNK, stop_strings
-from any4_jax.kv_cache import CacheFactory, DenseCache
+from any4_jax.kv_cache import CacheFactory
 from any4_jax.models.base import Decoder
 
 _MARK = "the answer"
@@ -29,7 +29,12 @@ class Chat:
     """
 
     def __init__(
-        self, model: Decoder, *, system: str | None = None, slots: int | None = None, cache: CacheFactory = DenseCache
+        self,
+        model: Decoder,
+        *,
+        system: str | None = None,
+        slots: int | None = None,
+        cache: CacheFactory | None = None,
     ) -> None:
         """A conversation in which nothing was said.
 

@@ -19,7 +19,7 @@ from any4_jax.generate.chunk import Chunk
 from any4_jax.generate.penalties import Counts, Penalties
 from any4_jax.generate.prompts import TokenIds, checked_rows, end_ids
 from any4_jax.generate.sampling import ALTERNATIVES, Sampler, Scores
-from any4_jax.kv_cache import Cache, CacheFactory, DenseCache, traceable
+from any4_jax.kv_cache import Cache, CacheFactory, DenseCache, default_cache, traceable
 from any4_jax.models.base import Decoder
 from any4_jax.models.program import Program
 
@@ -62,13 +62,15 @@ def generate_chunks(
     seed: int | None = None,
     eos: int | Sequence[int] | None = None,
     logprobs: int | None = None,
-    cache: CacheFactory = DenseCache,
+    cache: CacheFactory | None = None,
     chunk: int = CHUNK,
+    prompt_length: int = 0,
 ) -> Iterator[Chunk]:
     """Yields a `Chunk` of the new tokens of every row as they are decoded; see `generate_tokens`.
 
     The first chunk has one token per row, each other at most `chunk`, which is 1 to 16; on GPUs and TPUs each size is a
-    program of its own. The other arguments and the errors are those of `generate`; the checks run at the first `next`.
+    program of its own. Prompts are padded to `prompt_length` tokens at least, so that those of many lengths share a
+    program. The other arguments and the errors are those of `generate`; the checks run at the first `next`.
     """
     rows = checked_rows(model, prompts)
     asked = Asked.of(
@@ -95,12 +97,14 @@ def generate_chunks(
         )
     if max_new_tokens == 0:
         return
-    length = _round_up(longest, PROMPT_BUCKET)
+    length = _round_up(max(longest, prompt_length), PROMPT_BUCKET)
     tokens = np.zeros((len(rows), length), np.int32)
     start = np.asarray([length - len(row) for row in rows], np.int32)
     for row, first, target in zip(rows, start, tokens, strict=True):
         target[first:] = row
 
+    cache = default_cache(model) if cache is None else cache
+    cache = DenseCache if cache is None else cache
     program, leaves = Program.of(model)
     # The last token needs no slot, and surplus steps have theirs.
     slots = _round_up(length + _round_up(max_new_tokens - 1, chunk), CACHE_BUCKET)

@@ -14,7 +14,7 @@ from any4_jax.generate.loop import Asked, Request, State, _decode
 from any4_jax.generate.penalties import Counts
 from any4_jax.generate.prompts import TokenIds, checked_rows
 from any4_jax.generate.sampling import Scores
-from any4_jax.kv_cache import Cache, CacheFactory, DenseCache, traceable
+from any4_jax.kv_cache import Cache, CacheFactory, DenseCache, default_cache, traceable
 from any4_jax.models.base import Decoder
 from any4_jax.models.program import Program
 
@@ -40,14 +40,14 @@ class Session:
             to the token at which the caller stopped to ask for more.
     """
 
-    def __init__(self, model: Decoder, *, slots: int | None = None, cache: CacheFactory = DenseCache) -> None:
+    def __init__(self, model: Decoder, *, slots: int | None = None, cache: CacheFactory | None = None) -> None:
         """An empty text.
 
         Args:
             model: whose arrays may change between turns, and then serve for what is new.
             slots: how many tokens the text may have. None means the model's context, but at most 32768. A `DenseCache`
                 takes memory as the text grows, others for so many from the beginning.
-            cache: creates the caches.
+            cache: creates the caches; None takes the model's own, as in `generate`.
 
         Raises:
             TypeError: `slots` is no integer, or `cache` is neither a pytree nor hashable.
@@ -58,7 +58,8 @@ class Session:
         self.model = model
         self.slots = min(context, MOST_SLOTS) if slots is None else integer("slots", slots, 1, context, advice)
         self.tokens: list[int] = []
-        self._factory = traceable(cache)
+        cache = default_cache(model) if cache is None else cache
+        self._factory = traceable(DenseCache if cache is None else cache)
         # None before the first token, and while a program has them: after an interrupt the text is read anew.
         self._caches: list[Cache] | None = None
         self._cached = self._held = self._turn = 0

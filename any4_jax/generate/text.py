@@ -9,7 +9,7 @@ from any4_jax.generate.decoding import Decode
 from any4_jax.generate.loop import CHUNK, generate_chunks
 from any4_jax.generate.prompts import Prompt, Prompts
 from any4_jax.generate.streaming import TextStream
-from any4_jax.kv_cache import CacheFactory, DenseCache
+from any4_jax.kv_cache import CacheFactory
 from any4_jax.models.base import Decoder
 
 # Streamed text comes in smaller chunks: a reader notices when 16 tokens come at once, but not 4. And after a stop
@@ -35,7 +35,7 @@ def generate(
     stop: str | Sequence[str] = (),
     logprobs: int | None = None,
     stream: Callable[[str], object] | None = None,
-    cache: CacheFactory = DenseCache,
+    cache: CacheFactory | None = None,
 ) -> Any:
     """Continues one prompt or several.
 
@@ -65,7 +65,8 @@ def generate(
             `Continuation`s with log-probabilities, alternatives and the reason for the end.
         stream: called with each piece of text as it is decoded; needs a single text or chat, and n = 1. The pieces
             together are the text that is returned.
-        cache: creates the key/value caches (see `kv_cache.CacheFactory`).
+        cache: creates the key/value caches (see `kv_cache.CacheFactory`); None takes the model's own, `model.cache`,
+            which is the plain one unless its checkpoint names another.
 
     Returns:
         The continuation, without the prompt, the end-of-text token or stop string and anything after it: str for a text

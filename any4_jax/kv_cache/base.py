@@ -15,6 +15,7 @@ then keeps a steady scale, which quantizes better) and rotate them when it reads
 """
 
 import dataclasses
+import inspect
 from typing import Any, Protocol, Self, TypeGuard, cast, runtime_checkable
 
 import jax
@@ -34,7 +35,10 @@ class Rope(Protocol):
 
 @runtime_checkable
 class PairRope(Rope, Protocol):
-    """A rope that is `rotate_pairs` with the factors of its own: a kernel that rotates asks for these."""
+    """A rope that is `rotate_pairs` with the factors of its own: a kernel that rotates asks for these.
+
+    It may have an attribute `is_linear`, true where its angles are proportional to the position, whatever the text.
+    """
 
     def factors(self, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
         """(cos, sin), float32 [B, T, D/2], of positions int32 [B, T]."""
@@ -43,7 +47,12 @@ class PairRope(Rope, Protocol):
 
 def is_pair_rope(rope: Rope | None) -> TypeGuard[PairRope]:
     """Whether a kernel may rotate by the rope's factors: it has some, and no subclass of it rotates otherwise."""
-    return isinstance(rope, PairRope) and _written_for(type(rope), "factors", "rotate")
+    return isinstance(rope, PairRope) and written_for(type(rope), "factors", "rotate")
+
+
+def is_linear_rope(rope: Rope | None) -> bool:
+    """Whether a kernel may put angles together from those of other positions, or there are none."""
+    return rope is None or (is_pair_rope(rope) and bool(getattr(rope, "is_linear", False)))
 
 
 def rotate_pairs(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
@@ -67,8 +76,9 @@ class Cache(Protocol):
     """The keys and values of one block: an immutable pytree whose shapes never change.
 
     A cache may define `append_attend` too, with the arguments and results of the function of that name, where it does
-    both at once in less time. It may define `with_slots(slots)`, which gives the same tokens in a cache of more slots:
-    then a text that grows in turns begins with few.
+    both at once in less time, and `choice(queries, keys, rope, settings)`: the `Choice` among kernels that this makes,
+    and the problem that it asks them about, for `explain`. It may define `with_slots(slots)`, which gives the same
+    tokens in a cache of more slots: then a text that grows in turns begins with few.
     """
 
     def append(self, keys: jax.Array, values: jax.Array, positions: jax.Array, rope: Rope | None) -> Self:
@@ -125,13 +135,13 @@ def append_attend(
     Raises:
         ValueError: as in `Cache.append`.
     """
-    if _written_for(type(cache), "append_attend", "append", "attend"):
+    if written_for(type(cache), "append_attend", "append", "attend"):
         return cast(Any, cache).append_attend(queries, keys, values, positions, rope, settings)
     cache = cache.append(keys, values, positions, rope)
     return cache.attend(queries, positions, rope, settings), cache
 
 
-def _written_for(kind: type, name: str, *others: str) -> bool:
+def written_for(kind: type, name: str, *others: str) -> bool:
     """Whether a class has a method `name` that stands for its own `others`: no subclass since has overridden these."""
     order = kind.__mro__
 
@@ -194,13 +204,17 @@ def traceable(factory: CacheFactory) -> CacheFactory:
     """The factory in a form that a jitted function takes: its arrays are traced, all else is static.
 
     Raises:
-        TypeError: the factory has no `create`, or is neither a pytree nor hashable.
+        TypeError: the factory has no `create`, is a class whose `create` needs an instance, or is neither a pytree nor
+            hashable.
     """
     if not callable(getattr(factory, "create", None)):
         raise TypeError(
             f"the cache factory is a {type(factory).__name__}, and an object with a method `create` is needed; pass a "
             "cache class, such as DenseCache, or a CacheFactory"
         )
+    unbound = inspect.isfunction(inspect.getattr_static(factory, "create", None))
+    if isinstance(factory, type) and unbound:
+        raise TypeError(f"the cache factory is the class {factory.__name__}, and an instance is needed; call the class")
     if not jax.tree_util.all_leaves([factory]):
         return factory
     try:

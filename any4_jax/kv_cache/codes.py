@@ -7,7 +7,7 @@ stored exactly. A group whose numbers are all equal, or as good as equal, has th
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,9 @@ from jax.typing import DTypeLike
 
 from any4_jax.packing import pack, unpack
 from any4_jax.scaling import expand, rounded, to_groups
+
+Slab = TypeVar("Slab", bound=Any)
+"""A pytree of arrays that all have the same leading axes, such as `Codes`."""
 
 
 class Codes(NamedTuple):
@@ -60,12 +63,12 @@ def decode(codes: Codes, bits: int, group_size: int, count: int) -> jax.Array:
 
 
 def update(
-    slab: Codes, new: Codes, place: Callable[[int], tuple[jax.Array | int, ...]], due: jax.Array | bool = True
-) -> Codes:
-    """The slab with new codes in place of some, written in place where it can be.
+    slab: Slab, new: Slab, place: Callable[[int], tuple[jax.Array | int, ...]], due: jax.Array | bool = True
+) -> Slab:
+    """The slab with new numbers in place of some, written in place where it can be.
 
     Args:
-        slab: of [B, Hkv, ...].
+        slab: of [B, Hkv, ...], or any number of heads.
         new: of [Hkv, ...], of one row.
         place: the indices in the slab at which an array whose last axis has this size begins.
         due: which of the new ones to write, broadcasts with their arrays.

@@ -1,17 +1,18 @@
 """The plain cache: rotated keys and values in the model's own dtype."""
 
 import dataclasses
-from typing import Self
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from any4_jax.choice import Backend, Choice
 from any4_jax.kv_cache.attention import attention
 from any4_jax.kv_cache.base import Rope, rotated
 from any4_jax.kv_cache.plain import appended
 from any4_jax.kv_cache.settings import PLAIN, AttentionSettings
-from any4_jax.kv_cache.step import step
+from any4_jax.kv_cache.step import BACKENDS, step
 
 
 @jax.tree_util.register_dataclass
@@ -76,6 +77,12 @@ class DenseCache:
         held = self.keys, self.values, self.length
         mixed, *new = step(queries, keys, values, *held, positions, self.start, rope=rope, settings=settings)
         return mixed, self._holding(*new)
+
+    def choice(
+        self, queries: jax.Array, keys: jax.Array, rope: Rope | None, settings: AttentionSettings
+    ) -> tuple[Choice[Backend], tuple[Any, ...]]:
+        """See `Cache`."""
+        return BACKENDS, (queries, keys, self.keys, self.values, settings)
 
     def with_slots(self, slots: int) -> Self:
         """The same tokens in a cache of more slots."""

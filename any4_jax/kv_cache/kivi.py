@@ -1,16 +1,19 @@
 """KIVI (arXiv:2402.02750): keys quantized by channel, values by token, and the newest tokens as they are."""
 
 import dataclasses
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from any4_jax.choice import Backend, Choice
 from any4_jax.kv_cache.attention import BLOCK_SLOTS
 from any4_jax.kv_cache.base import Rope, rotated
 from any4_jax.kv_cache.blocks import Part, ReadBlock, attention_over
+from any4_jax.kv_cache.codes import Codes
 from any4_jax.kv_cache.kivi_slabs import KeySlab, ValueSlab
+from any4_jax.kv_cache.kivi_step import BACKENDS, step
 from any4_jax.kv_cache.plain import check_fits
 from any4_jax.kv_cache.ring import Arrival, Recent
 from any4_jax.kv_cache.settings import PLAIN, AttentionSettings
@@ -73,16 +76,24 @@ class KiviCache:
     ) -> tuple[jax.Array, Self]:
         """`append`, then attention of the new tokens, to which others are exact as `Kivi.exact_prompt` says.
 
+        One token a row is a `kivi_step.step`, by the first of its `BACKENDS` that can.
+
         Raises:
             ValueError: T exceeds the number of slots.
         """
+        if keys.shape[1] == 1:
+            return step(self, queries, keys, values, positions, rope=rope, settings=settings)
         recent = self._arriving(keys, values, positions, rope)
         cache, tokens = self._with(*recent), keys.shape[1]
-        if tokens == 1:
-            return cache.attend(queries, positions, rope, settings), cache
         judges = None if self.settings.exact_prompt else positions
         reader = _Reader(cache, *recent, rope, recent[0].arrival.before, tokens)
         return reader.attend(queries, positions, judges, settings), cache
+
+    def choice(
+        self, queries: jax.Array, keys: jax.Array, rope: Rope | None, settings: AttentionSettings
+    ) -> tuple[Choice[Backend], tuple[Any, ...]]:
+        """See `Cache`."""
+        return BACKENDS, (self, queries, keys, settings)
 
     def _arriving(
         self, keys: jax.Array, values: jax.Array, positions: jax.Array, rope: Rope | None
@@ -96,13 +107,20 @@ class KiviCache:
         )
 
     def _with(self, keys: Recent, values: Recent) -> Self:
+        codes = self.keys.stored(keys).codes, self.values.stored(values).codes
+        return self.holding(*codes, keys.turned(), values.turned(), self.length + keys.new.shape[2])
+
+    def holding(
+        self, keys: Codes, values: Codes, recent_keys: jax.Array, recent_values: jax.Array, length: jax.Array
+    ) -> Self:
+        """This cache with other arrays; `start` stays."""
         return dataclasses.replace(
             self,
-            keys=self.keys.stored(keys),
-            values=self.values.stored(values),
-            recent_keys=keys.turned(),
-            recent_values=values.turned(),
-            length=self.length + keys.new.shape[2],
+            keys=dataclasses.replace(self.keys, codes=keys),
+            values=dataclasses.replace(self.values, codes=values),
+            recent_keys=recent_keys,
+            recent_values=recent_values,
+            length=length,
         )
 
 
@@ -252,11 +270,11 @@ class Kivi:
         self, block: int, batch: int, length: int, heads: int, head_dim: int, start: jax.Array, dtype: DTypeLike
     ) -> KiviCache:
         """An empty cache, the same for every block."""
-        # Blocks of equal size, of which no more are read than needed.
-        coded = max(length - self.residual, 1)
+        # Blocks of equal size, of which no more are read than needed. Kernels read groups in pairs.
+        coded, unit = max(length - self.residual, 1), 2 * self.group_size
         count = -(-coded // BLOCK_SLOTS)
-        size = -(-coded // (count * self.group_size)) * self.group_size
-        flushed = max(length // self.residual, 1) * self.residual
+        size = -(-coded // (count * unit)) * unit
+        flushed = -(-max(length // self.residual, 1) * self.residual // unit) * unit
         ring = jnp.zeros((batch, heads, self.residual, head_dim), dtype)
         shape, rest = (batch, heads, head_dim), (self.group_size, dtype)
         return KiviCache(

@@ -5,13 +5,13 @@ Rows have positions of their own, so they are written one after another, in plac
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from typing import Self
 
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from any4_jax.kv_cache.by_token import each_piece, leaving
 from any4_jax.kv_cache.codes import Codes, decode, encode, update
 from any4_jax.kv_cache.ring import Recent
 
@@ -53,7 +53,7 @@ class KeySlab:
 
             return jax.lax.cond(first + residual <= arrival.after, flush, lambda codes: codes, codes)
 
-        return dataclasses.replace(self, codes=_each(batch, flushes, store, self.codes))
+        return dataclasses.replace(self, codes=each_piece(batch, flushes, store, self.codes))
 
     def read(self, first: jax.Array, count: int) -> jax.Array:
         """float32 [B, Hkv, D, count] of the positions from `first` int32 [B] on, or [] for all rows alike."""
@@ -97,37 +97,13 @@ class ValueSlab:
 
     def stored(self, values: Recent) -> Self:
         """With the values that leave the ring: all but the newest R."""
-        batch, _, residual, _ = values.ring.shape
-        tokens = values.new.shape[2]
-        piece = min(tokens, residual, self.positions)
-        count = -(-tokens // piece)
-
-        def store(b: jax.Array, j: jax.Array, codes: Codes) -> Codes:
-            arrival = values.arrival.of_row(b)
-            begin, end = (jnp.maximum(n - residual, 0) for n in (arrival.before, arrival.after))
-            first = jnp.minimum(begin + j * piece, self.positions - piece)
-            positions = first + jnp.arange(piece, dtype=jnp.int32)
-            due = ((positions >= begin) & (positions < end))[:, None]
-            new = encode(values.of_row(b, positions), self.bits, self.group_size, codes.steps.dtype)
-
-            return update(codes, new, lambda size: (b, 0, first, 0), due)
-
-        return dataclasses.replace(self, codes=_each(batch, count, store, self.codes))
+        encoded = functools.partial(encode, bits=self.bits, group_size=self.group_size, dtype=self.codes.steps.dtype)
+        return dataclasses.replace(self, codes=leaving(self.codes, values, encoded))
 
     def read(self, first: jax.Array, count: int, channels: int) -> jax.Array:
         """float32 [B, Hkv, count, D] of the positions from `first` on; D is `channels`."""
         part = jax.tree.map(lambda slab: jax.lax.dynamic_slice_in_dim(slab, first, count, 2), self.codes)
         return decode(part, self.bits, self.group_size, channels)
-
-
-def _each(rows: int, pieces: int, store: Callable[[jax.Array, jax.Array, Codes], Codes], codes: Codes) -> Codes:
-    """`store(row, piece, codes)` for each piece of each row."""
-    return _loop(rows, lambda b, codes: _loop(pieces, functools.partial(store, b), codes), codes)
-
-
-def _loop(count: int, body: Callable[[jax.Array, Codes], Codes], codes: Codes) -> Codes:
-    """A loop, or its body alone if it runs once."""
-    return body(jnp.int32(0), codes) if count == 1 else jax.lax.fori_loop(0, count, body, codes)
 
 
 def _zeros(shape: tuple[int, ...], count: int, bits: int, group_size: int, dtype: DTypeLike) -> Codes:

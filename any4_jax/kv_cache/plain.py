@@ -1,16 +1,18 @@
-"""One step of a dense cache by XLA: new keys and values are written, and queries attend. The kernels must match it.
+"""Steps by XLA, which the kernels must match: new keys and values enter a cache, and queries attend.
 
 Letters as in `kv_cache.attention`. `kv_cache.base` defines slots and positions.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 
 from any4_jax.kv_cache.attention import attention
-from any4_jax.kv_cache.base import Rope, rotated
+from any4_jax.kv_cache.base import Cache, Rope, rotated
 from any4_jax.kv_cache.settings import AttentionSettings
+
+C = TypeVar("C", bound=Cache)
 
 Step = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
 """The mixed values [B, T, H, D], and the cache's keys [B * Hkv, D, S], values [B * Hkv, S, D] and length."""
@@ -62,6 +64,21 @@ def plain_step(
     keys, values = appended(keys, values, new_keys, new_values, length)
     mixed = attention(rotated(queries, positions, rope), keys, values, positions, start, settings)
     return mixed, keys, values, length + new_keys.shape[1]
+
+
+def append_then_attend(
+    cache: C,
+    queries: jax.Array,
+    keys: jax.Array,
+    values: jax.Array,
+    positions: jax.Array,
+    *,
+    rope: Rope | None,
+    settings: AttentionSettings,
+) -> tuple[jax.Array, C]:
+    """The step of a cache by its own two methods, which kernels of both must match."""
+    cache = cache.append(keys, values, positions, rope)
+    return cache.attend(queries, positions, rope, settings), cache
 
 
 def plain_elsewhere(run: Callable[..., Any], plain: Callable[..., Any]) -> Callable[..., Any]:

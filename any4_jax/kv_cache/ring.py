@@ -37,7 +37,7 @@ class Recent(NamedTuple):
     """Keys or values: those of the last R tokens and of those that arrive.
 
     Attributes:
-        ring: [B, Hkv, R, D], before the new ones come.
+        ring: [B, Hkv, R, D], before the new ones come; R may be 0.
         new: [B, Hkv, T, D].
         arrival: of these.
     """
@@ -57,6 +57,8 @@ class Recent(NamedTuple):
     def turned(self) -> jax.Array:
         """The ring with the new tokens in the places of the oldest."""
         residual, (before, after, padding) = self.ring.shape[2], self.arrival
+        if residual == 0:
+            return self.ring
         places = jnp.arange(residual, dtype=jnp.int32)
         newest = after[:, None] - 1
         # Of the positions p = place (mod R), the last that the row has; below `before` where the ring already holds it.
@@ -66,10 +68,21 @@ class Recent(NamedTuple):
         return jnp.where((positions >= before[:, None])[:, None, :, None], fresh, self.ring)
 
 
+def with_first(kept: jax.Array, new: jax.Array, arrival: Arrival) -> jax.Array:
+    """The first N tokens of each row, [B, Hkv, N, D] with position p in place p, once new ones [B, Hkv, T, D] came."""
+    positions = jnp.broadcast_to(jnp.arange(kept.shape[2], dtype=jnp.int32), (kept.shape[0], kept.shape[2]))
+    before, after = arrival.before[:, None], arrival.after[:, None]
+    index = positions - before + arrival.padding[:, None]
+    fresh = jax.vmap(lambda new, index: jnp.take(new, index, axis=1, mode="clip"))(new, index)
+    return jnp.where(((positions >= before) & (positions < after))[:, None, :, None], fresh, kept)
+
+
 def _exact(ring: jax.Array, new: jax.Array, positions: jax.Array, arrival: Arrival) -> jax.Array:
+    fresh = jnp.take(new, positions - arrival.before + arrival.padding, axis=1, mode="clip")
+    if ring.shape[1] == 0:
+        return fresh
     # Of negative positions, which have no meaning, the remainder is negative too.
     old = jnp.take(ring, jax.lax.rem(positions, jnp.int32(ring.shape[1])), axis=1, mode="clip")
-    fresh = jnp.take(new, positions - arrival.before + arrival.padding, axis=1, mode="clip")
     return jnp.where((positions < arrival.before)[:, None], old, fresh)
 
 

@@ -14,6 +14,7 @@ from any4_jax.methods.base import (
     SiteResult,
     SiteWeights,
 )
+from any4_jax.methods.bcq import BCQ
 from any4_jax.methods.fields import Fields
 from any4_jax.methods.fpq import FPQ
 from any4_jax.methods.gptq import GPTQ
@@ -22,10 +23,13 @@ from any4_jax.methods.rtn import AF4, FP4, MX4, NF4, Int
 from any4_jax.methods.smoothquant import SmoothQuant
 from any4_jax.methods.spec import CATALOGUE
 from any4_jax.methods.spqr import SpQR
+from any4_jax.methods.tune import Tune
+from any4_jax.methods.zeroquant import ZeroQuant
 
 __all__ = [
     "AF4",
     "AWQ",
+    "BCQ",
     "CATALOGUE",
     "FP4",
     "FPQ",
@@ -46,6 +50,8 @@ __all__ = [
     "SiteWeights",
     "SmoothQuant",
     "SpQR",
+    "Tune",
+    "ZeroQuant",
     "on_block",
     "on_site",
     "quantize",

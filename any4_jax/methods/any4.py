@@ -1,4 +1,4 @@
-"""any4 (arXiv 2507.04610): each row of a weight matrix learns its own table of 2, 4, 8 or 16 values."""
+"""any4 (arXiv 2507.04610): each row of a weight matrix learns its own table of 4, 8 or 16 values."""
 
 import dataclasses
 import functools
@@ -25,13 +25,12 @@ NotNegative = Annotated[Finite, Field(ge=0)]
 SampleWeight = Literal["auto", "second_moment", "mean_abs", "abs_mean"]
 
 _BINS = 1 << 14
-"""A table for a whole matrix is learned from this many bins of equal count. Sorting is exact; the solver then sees
-means and weights of neighbours that differ by a ten-thousandth of the range."""
+"""A table for a whole matrix is learned from this many bins of equal count: means and weights of sorted neighbours."""
 
 _CHUNK_ROWS, _CHUNK_ROWS_ON_GPU = 64, 1024
-"""Rows worked on at a time: a few float32 temporaries of this many rows, whatever the matrix's size. A GPU takes more,
-because each row has a block of threads, and a GPU runs hundreds of blocks. The numbers are the same for every matrix:
-for another number XLA may order sums and fuse products differently, and a row's bits must not depend on other rows."""
+"""Rows worked on at a time: a few float32 temporaries of each. A GPU takes more, since it runs hundreds of blocks of
+threads, one for a row. The numbers never depend on the matrix: with another XLA may order sums differently, and a row's
+bits must not depend on other rows."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,17 +59,17 @@ class Any4(Fields):
       sample_tokens: the number of tokens in the gradient's sample (statistics.Sample).
       tol: Lloyd's iteration stops at this squared shift, relative to the row's variance.
       seed: for the random starts; every row draws the same numbers.
-      keep_outliers: put the table's ends on the row's smallest and largest scaled weight; the refit leaves them there.
+      keep_outliers: put the table's ends on the row's smallest and largest scaled weight, also in the refit.
       bias_pow: cluster sign(u)|u|^bias_pow about the middle of the table, and transform back.
       refit: alternate between least-squares updates of table, scales and offsets, in their stored dtypes, and choosing
         the codes again, until the gain is small. A table shared by all rows stays as it is. Without scaling there is
-        nothing to alternate. A table for a row is refitted in float32 first where it is to be stored as integers.
+        nothing to alternate. A row's table is refitted in float32 first where it is to be stored as integers.
       scale_search: how many rounds of the refit begin with a search for each group's scale; 0 for none.
       sequential: gather statistics from the model as quantized so far.
-      scale_dtype: the dtype in which scales and offsets are stored.
-      table_dtype: the dtype in which tables are stored. Those of "int8" hold integers from -127 to 127, for which the
-        group scales are so much smaller; they take half the bytes of bfloat16, and no gradient trains them later.
-        "auto" is "int8", or "bfloat16" without scales (group_size=None) or with those of float16, whose range is short.
+      scale_dtype: in which scales and offsets are stored.
+      table_dtype: in which tables are stored. Those of "int8" hold integers from -127 to 127, and group scales are so
+        much smaller; they take half the bytes of bfloat16, and only `Tune` and `tune` train them. "auto" is "int8", or
+        "bfloat16" without scales (group_size=None) or with those of float16, whose range is short.
     """
 
     name: ClassVar[str] = "any4"
@@ -248,9 +247,8 @@ class Any4(Fields):
         dtype = jnp.dtype(self.stored_table_dtype)
         if not self.refit or self.group_size is None:
             return stored(start, dtype)
-        improve = functools.partial(
-            refit, w, importance, group_size=group_size, max_rounds=self.max_iter, entries=entries
-        )
+        limits = functools.partial(refit, group_size=group_size, max_rounds=self.max_iter, entries=entries)
+        improve = functools.partial(limits, w, importance)
         if self.stored_table_dtype == "int8" and self.per_row:
             # Integers move in steps, and are soon stuck. An exact table leads further, and they go on from there.
             exact = improve(start, searches=self.scale_search)

@@ -12,7 +12,7 @@ result stands for is `any4_jax.dequantize(result.operator)`.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Literal, Protocol, get_args, runtime_checkable
 
 import jax
@@ -173,6 +173,7 @@ class Block(Protocol):
       inputs: what enters the block, [B, T, E] for each batch: the outputs of the block before, of the quantized one
         where the method is sequential. Empty where there is no data.
       masks: bool [B, T] for each batch, False on padding.
+      last: whether it is the model's last block.
     """
 
     contents: Mapping[str, Any]
@@ -180,6 +181,12 @@ class Block(Protocol):
     sites: tuple[Any, ...]
     inputs: list[jax.Array]
     masks: list[Any]
+    last: bool
+
+    def program(self, batch: int, length: int) -> Callable[[Mapping[str, Any], jax.Array], jax.Array]:
+        """`run` for inputs [batch, length, E], as a function that can be a static argument of jit: those of blocks of
+        one structure are equal, so that what is compiled with it serves all of them."""
+        ...
 
     def run(self, contents: Mapping[str, Any], x: jax.Array) -> jax.Array:
         """The output [B, T, E] of the block with these contents for an input [B, T, E].

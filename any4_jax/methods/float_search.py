@@ -88,6 +88,7 @@ class Problem(NamedTuple):
       matrix: int32 [N], which matrix each row is of.
       matrices: how many there are (static).
       x: float32 [T, K], a sample of the inputs; None weighs all inputs alike.
+      counts: float32 [T], for how many tokens each of the sample stands; None without one.
       y: float32 [T, N], what the float weights make of it.
       largest: float32 [K], the largest magnitude of each input over all tokens; None where inputs aren't rounded.
       weights, inputs: the formats to choose among.
@@ -102,6 +103,7 @@ class Problem(NamedTuple):
     matrix: jax.Array
     matrices: int
     x: jax.Array | None
+    counts: jax.Array | None
     y: jax.Array | None
     largest: jax.Array | None
     weights: Floats
@@ -126,17 +128,24 @@ class Problem(NamedTuple):
         weights w and inputs x in place of the problem's; those of the weights themselves without inputs."""
         if x is None or self.y is None:
             return jnp.square(self.w - w).sum(axis=1) * self.shares
-        return jnp.square(self.y - outputs(x, w)).sum(axis=0) * self.shares
+        return energies(self.y - outputs(x, w), self.counts) * self.shares
 
     def of_matrices(self, errors: jax.Array) -> jax.Array:
         """Sums over each matrix's rows: [..., N] to [..., matrices]."""
         return _of_matrices(errors, self.matrix, self.matrices)
 
 
-def shares_of(w: jax.Array, y: jax.Array | None, units: jax.Array, matrix: jax.Array, count: int) -> jax.Array:
-    """`Problem.shares` for rows over units, float32 [N, 1]."""
+def energies(y: jax.Array, counts: jax.Array | None) -> jax.Array:
+    """Sums of squares over tokens, each of which stands for `counts`, float32 [T]: y [T, N] -> [N]."""
+    squares = jnp.square(y)
+    return (squares if counts is None else counts[:, None] * squares).sum(axis=0)
+
+
+def shares_of(w: jax.Array, energy: jax.Array | None, units: jax.Array, matrix: jax.Array, count: int) -> jax.Array:
+    """`Problem.shares` for rows over units, float32 [N, 1], whose outputs have an energy, float32 [N]; of the weights
+    themselves without one."""
     sizes = jnp.square((units / units.max())[:, 0])
-    energy = jnp.square(w).sum(axis=1) if y is None else jnp.square(y).sum(axis=0)
+    energy = jnp.square(w).sum(axis=1) if energy is None else energy
     whole = _of_matrices(energy * sizes, matrix, count)
     return sizes / _above_zero(whole)[matrix]
 

@@ -15,11 +15,14 @@ from any4_jax.methods.float_search import Coded, Inputs, Problem
 from any4_jax.methods.searched import Searched
 from any4_jax.methods.units import put_back
 from any4_jax.schema import Count, Index, Positive
-from any4_jax.statistics import AbsMax, Gathered, Sample, Statistic
+from any4_jax.statistics import AbsMax, Gathered, Largest, Sample, Statistic
+from any4_jax.statistics.largest import sizes
 from any4_jax.weights import QuantizedTensor, QuantizeInput, ScaleInput
 
 _TABLE = jnp.bfloat16
 """The dtype of tables: levels have 7 significant bits at most."""
+_LARGEST = 32
+"""How many of the largest tokens errors are measured on too: to clip these few can cost more than all else."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +54,7 @@ class FPQ(Fields):
       rounds: of the search. With 0 the largest level is the largest magnitude, in E2M1 for 4 bits and E4M3 for 8 unless
         `exponent_bits` tells another: the paper's MinMax.
       low, high, steps: what multiplies the bias: 1, and low + i * (high - low) / steps for i < steps.
-      tokens: S, how many are sampled to measure errors.
+      tokens: S, how many are sampled to measure errors, beside the 32 largest.
       scale_dtype: stored dtype of the scales of weights.
       sequential: gather statistics from the model as quantized so far.
       given: take formats, biases and shifts from an earlier search, which are passed as statistics (see
@@ -88,7 +91,7 @@ class FPQ(Fields):
     def needs(self) -> tuple[Statistic, ...]:
         if self.given:
             return (Searched(),)
-        return (Sample(self.tokens), *(() if self.input_bits is None else (AbsMax(),)))
+        return (Sample(self.tokens), *(() if self.input_bits is None else (Largest(_LARGEST), AbsMax())))
 
     def check(self, gathered: bool) -> None:
         for field, bits in (("bits", self.bits), ("input_bits", self.input_bits)):
@@ -159,20 +162,22 @@ class FPQ(Fields):
         units = scaling.unit(w, jnp.dtype(self.scale_dtype))
         matrix = jnp.concatenate([jnp.full(part.shape[0], i, jnp.int32) for i, part in enumerate(parts)])
         known: Any = {} if gathered is None else gathered
-        x = known[Sample(self.tokens)].x if Sample(self.tokens) in known else None
+        x, counts = self._tokens(known)
         largest = known[AbsMax()] if self.input_bits is not None and AbsMax() in known else None
         if largest is not None and site.foldable:
             # What repeats of a channel share can be folded.
             runs = largest.reshape(-1, site.repeat, site.width)
             largest = jnp.broadcast_to(runs.max(axis=1, keepdims=True), runs.shape).reshape(-1)
         y = None if x is None else float_search.outputs(x, w / units)
+        energy = None if y is None else float_search.energies(y, counts)
         grid = [self.low + i * (self.high - self.low) / self.steps for i in range(self.steps)]
         problem = Problem(
             w=w / units,
-            shares=float_search.shares_of(w / units, y, units, matrix, len(parts)),
+            shares=float_search.shares_of(w / units, energy, units, matrix, len(parts)),
             matrix=matrix,
             matrices=len(parts),
             x=x,
+            counts=counts,
             y=y,
             largest=largest,
             weights=float_search.floats(self.bits, self.exponent_bits),
@@ -183,6 +188,21 @@ class FPQ(Fields):
             dtype=jnp.dtype(self.scale_dtype),
         )
         return problem, units
+
+    def _tokens(self, known: Any) -> tuple[jax.Array | None, jax.Array | None]:
+        """Tokens [T, K] on which errors are measured, and for how many each stands, [T]."""
+        if Sample(self.tokens) not in known:
+            return None, None
+        drawn = known[Sample(self.tokens)]
+        if Largest(_LARGEST) not in known:
+            return drawn.x, None
+        largest = known[Largest(_LARGEST)]
+        # What is drawn and among the largest stands for itself, there. Two programs may add up its squares differently.
+        others = sizes(drawn.x) < sizes(largest.x).min() * (1 - 1e-5)
+        others &= jnp.arange(self.tokens) < drawn.count
+        share = jnp.maximum(drawn.count - _LARGEST, 0) / jnp.maximum(others.sum(), 1)
+        counts = jnp.concatenate([jnp.ones(_LARGEST, jnp.float32), jnp.where(others, share, 0.0)])
+        return jnp.concatenate([largest.x, drawn.x]), counts
 
     def _searched(self, problem: Problem, coded: Coded, inputs: Inputs | None) -> tuple[Coded, Inputs | None]:
         def search(_: Any, found: tuple[Coded, Inputs | None]) -> tuple[Coded, Inputs | None]:

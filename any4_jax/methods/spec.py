@@ -6,16 +6,18 @@ from typing import Any
 
 from any4_jax.methods.any4 import Any4
 from any4_jax.methods.awq import AWQ
+from any4_jax.methods.bcq import BCQ
 from any4_jax.methods.fpq import FPQ
 from any4_jax.methods.gptq import GPTQ
 from any4_jax.methods.lifts import unlifted
 from any4_jax.methods.rtn import AF4, FP4, MX4, NF4, Int
 from any4_jax.methods.smoothquant import SmoothQuant
 from any4_jax.methods.spqr import SpQR
+from any4_jax.methods.tune import Tune
+from any4_jax.methods.zeroquant import ZeroQuant
 
-CATALOGUE: dict[str, type] = {
-    cls.name: cls for cls in (Int, NF4, FP4, AF4, MX4, Any4, GPTQ, AWQ, SmoothQuant, FPQ, SpQR)
-}
+_SHIPPED = (Int, NF4, FP4, AF4, MX4, Any4, BCQ, GPTQ, AWQ, SmoothQuant, FPQ, SpQR, Tune, ZeroQuant)
+CATALOGUE: dict[str, type] = {cls.name: cls for cls in _SHIPPED}
 """Methods by name. Add your own under its `name`, and manifests and the command line will know it."""
 
 

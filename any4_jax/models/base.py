@@ -15,7 +15,7 @@ import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
-from any4_jax.kv_cache import Cache, CacheFactory, DenseCache
+from any4_jax.kv_cache import Cache, CacheFactory, DefaultCache, DenseCache
 from any4_jax.models.program import Program
 
 PRECISION = "highest"
@@ -99,6 +99,7 @@ class Decoder(nnx.Module):
         dtype: of activations, and of the cache unless another is asked for.
         tokenizer: a hashable tokenizer, or None; static.
         recipe: how it was quantized (any4_jax.surgery.Recipe), or None; static.
+        cache: the cache to use where no other is asked for (kv_cache.DefaultCache), or None for the plain one; static.
         layers: the blocks, a list of modules. Blocks of one structure share one compiled program.
     """
 
@@ -110,6 +111,7 @@ class Decoder(nnx.Module):
         self.dtype = jnp.dtype(dtype)
         self.tokenizer: Any = None
         self.recipe: Any = None
+        self.cache: DefaultCache | None = None
 
     @property
     def blocks(self) -> Sequence[nnx.Module]:

@@ -29,6 +29,11 @@ class Rope:
             return plain_frequencies(self.theta, self.head_dim)
         return self.scaling.frequencies(self.theta, self.head_dim, length)
 
+    @property
+    def is_linear(self) -> bool:
+        """Whether angles are proportional to the position, whatever the length of the text."""
+        return self.scaling is None or not self.scaling.by_length
+
     def factors(self, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
         """(cos, sin) of the angles of positions int32 [B, T], float32 [B, T, D/2]."""
         by_length = self.scaling is not None and self.scaling.by_length

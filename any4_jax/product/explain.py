@@ -64,11 +64,8 @@ def explained_platform(platform: str | None, operands: Any) -> str:
 
 
 def _lines(x: Any, w: Any, platform: str) -> list[str]:
-    taken = plan.BACKENDS.first(x, w, platform=platform)
     lines = []
-    for backend in plan.BACKENDS.options:
-        reason = backend.supports(x, w, platform)
-        verdict = reason or ("taken" if backend is taken else f"could, but {taken.name!r} comes first")
-        detail = backend.detail(x, w) if backend.detail and reason is None else None
+    for backend, verdict in plan.BACKENDS.verdicts(x, w, platform=platform):
+        detail = backend.detail(x, w) if backend.detail and backend.supports(x, w, platform) is None else None
         lines.append(f"{backend.name}: {verdict}" + (f" ({detail})" if detail else ""))
     return lines

@@ -28,6 +28,8 @@ from any4_jax.weights import (
     QuantizeInput,
     Slice,
     Sparse,
+    Sum,
+    binary_planes,
     dense_product,
     dequantize,
     is_operator,
@@ -158,8 +160,9 @@ def _differentiable(kernel: Backend) -> Callable[..., jax.Array]:
     return functools.partial(coded_product, backend=kernel.name)
 
 
-Coded = QuantizedTensor | Slice | QuantizeInput | Sparse
-"""What backends multiply by: a leaf, one of a stack, or one of these behind rounded inputs."""
+Coded = QuantizedTensor | Slice | QuantizeInput | Sparse | Sum
+"""What backends multiply by: a leaf, one of a stack, one of these behind rounded inputs, entries, or a sum of binary
+planes."""
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
@@ -176,6 +179,8 @@ def operand(kernel: Backend, w: Coded) -> Coded:
     """What `kernel.run` reads of a weight: the slice itself where it can, else the matrix taken out of the stack."""
     if isinstance(w, QuantizeInput):
         return dataclasses.replace(w, inner=operand(kernel, w.inner))
+    if isinstance(w, Sum):
+        return Sum(tuple(operand(kernel, term) for term in w.terms))
     return w.matrix() if isinstance(w, Slice) and not kernel.takes_slices else w
 
 
@@ -189,12 +194,12 @@ def product_tangent(x: jax.Array, w: Coded, dx: jax.Array, dw: Any) -> jax.Array
     """The tangent [M, N] of a product, for the tangents of x [M, K] and of the weight [N, K].
 
     It is computed from the dense matrix. Under a checkpoint, a backward pass decodes that again instead of keeping it.
-    Behind rounded inputs it is that of XLA's product.
+    Behind rounded inputs it is that of the weight's product with them, where x passes the rounding straight through.
     """
     tables, codes = partition(w)
     d_tables = jax.tree.map(lambda table, tangent: None if table is None else tangent, tables, dw, is_leaf=_is_none)
     if isinstance(w, QuantizeInput):
-        reference = lambda x, tables: BACKENDS.options[-1].run(x, combine(tables, codes))  # noqa: E731
+        reference = lambda x, tables: _rounded(x, combine(tables, codes))  # noqa: E731
         return jax.jvp(reference, (x, tables), (dx, d_tables))[1]
     dense, d_dense = jax.jvp(lambda t: dequantize(combine(t, codes)), (tables,), (d_tables,))
     # In x's dtype throughout: its transpose multiplies in that dtype too, where accelerators are fast.
@@ -213,6 +218,13 @@ def _is_none(node: Any) -> bool:
 @product.register(Slice)
 def _(w, x, backend=None):
     return planned(x, w, backend)
+
+
+@product.register
+def _(w: Sum, x, backend=None):
+    if binary_planes(w) is not None:
+        return planned(x, w, backend)
+    return functools.reduce(jnp.add, [product(term, x, backend) for term in w.terms])
 
 
 @product.register

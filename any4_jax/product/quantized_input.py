@@ -52,7 +52,8 @@ def why_no_bytes(w: QuantizeInput) -> str | None:
 
 
 def quantize_input(x: jax.Array, w: QuantizeInput) -> jax.Array:
-    """x [M, K] rounded onto the grid of `w`, in x's dtype."""
+    """x [M, K] rounded onto the grid of `w`, in x's dtype. Gradients pass straight through to x: the derivative of the
+    rounding itself is zero nearly everywhere, and nothing before it could be trained."""
     grouped = _grouped(x.astype(jnp.float32), w.per)
     if w.levels is not None:
         scale = _largest(grouped, w)
@@ -61,7 +62,8 @@ def quantize_input(x: jax.Array, w: QuantizeInput) -> jax.Array:
     else:
         q, scale, zero = _integer_input(grouped, w)
         rounded = (q - zero) * scale
-    return rounded.reshape(x.shape[0], math.prod(grouped.shape[1:]))[:, : x.shape[1]].astype(x.dtype)
+    rounded = rounded.reshape(x.shape[0], math.prod(grouped.shape[1:]))[:, : x.shape[1]].astype(x.dtype)
+    return scaling.straight_through(rounded, x)
 
 
 def product_of_rounded(x: jax.Array, w: QuantizeInput, product: Callable[..., jax.Array]) -> jax.Array:

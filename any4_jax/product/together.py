@@ -11,14 +11,14 @@ from any4_jax.product import plan
 from any4_jax.product.backends.base import Backend
 from any4_jax.product.matmul import matmul
 from any4_jax.product.quantized_input import why_no_bytes
-from any4_jax.weights import QuantizeInput, leaf_of
+from any4_jax.weights import QuantizeInput, binary_planes, leaf_of
 
 
 def matmul_each(x: jax.Array, ws: Sequence[Any]) -> tuple[jax.Array, ...]:
     """`matmul(x, w)` for each w, in one call where a kernel takes several weights at once, else one after the other.
 
     Weights share a call where they are QuantizedTensors [N, K], or slices of such, with the same bits and group size;
-    so do those that round x to the same integers (`QuantizeInput`).
+    so do sums of as many binary planes, and those that round x to the same integers (`QuantizeInput`).
     A call costs nearly as much for a small product as for a large one: when SmolLM2-135M decodes on 2 cores, seven
     calls a block become four.
 
@@ -51,8 +51,9 @@ def _recipe(w: Any) -> tuple[Any, ...] | None:
     rounding = None
     if isinstance(w, QuantizeInput) and w.scale is None and why_no_bytes(w) is None:
         rounding, w = (w.bits, w.symmetric, w.per), w.inner
-    leaf = leaf_of(w) if len(w.shape) == 2 else None
-    return None if leaf is None else (rounding, leaf.bits, leaf.group_size, leaf.shape[-1])
+    planes = binary_planes(w) or (w,)
+    leaf = leaf_of(planes[0]) if len(w.shape) == 2 else None
+    return None if leaf is None else (rounding, len(planes), leaf.bits, leaf.group_size, leaf.shape[-1])
 
 
 def _products(kernels: tuple[Backend, ...]) -> Callable[..., tuple[jax.Array, ...]]:

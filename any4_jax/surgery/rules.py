@@ -23,6 +23,23 @@ caller's names them."""
 
 
 @dataclasses.dataclass(frozen=True)
+class Training:
+    """How what is quantized was trained on the float model's outputs, and on what text.
+
+    Attributes:
+      by: the method that trained blocks, or "end to end".
+      settings: (key, value) pairs, of what was asked for and what was reached.
+      tokens: how many tokens of text there were.
+      passages: the `any4_jax.data.passages.sketch` of these.
+    """
+
+    by: str
+    settings: tuple[tuple[str, Note], ...]
+    tokens: int
+    passages: str
+
+
+@dataclasses.dataclass(frozen=True)
 class Recipe:
     """How a model was quantized: static, hashable, written to the manifest.
 
@@ -30,15 +47,18 @@ class Recipe:
       rules: (regex, method or None) of the last call of `quantize_model`, in the order in which they were tried.
       linears: (path, method, notes) of every quantized linear and embedding, in the order of paths; notes are
         (key, value) pairs.
+      training: what trained it, first to last.
     """
 
     rules: tuple[tuple[str, AnyMethod | None], ...]
     linears: tuple[tuple[str, AnyMethod, tuple[tuple[str, Note], ...]], ...]
+    training: tuple[Training, ...] = ()
 
     def __repr__(self) -> str:
         """How many linears each method quantized; the fields themselves are as long as the model has linears."""
         counts = Counter(method.name for _, method, _ in self.linears)
-        return f"Recipe({', '.join(f'{count} linears: {name}' for name, count in counts.items())})"
+        trained = [f"trained: {each.by}" for each in self.training]
+        return f"Recipe({', '.join([*(f'{count} linears: {name}' for name, count in counts.items()), *trained])})"
 
 
 def matching(paths: Iterable[str], pattern: str, quantized: Collection[str] = ()) -> list[str]:

@@ -17,6 +17,7 @@ from any4_jax.models.base import Decoder, Site
 from any4_jax.models.fold import is_foldable, rescaled, scale_channels
 from any4_jax.statistics import Gathered, Statistic, is_paired
 from any4_jax.walk.capture import positions_of, run_block
+from any4_jax.walk.program import BlockProgram
 from any4_jax.walk.records import Captured, Contents, Kept, contents_of, site_units, with_contents
 from any4_jax.weights import ScaleInput, Sparse, is_operator, parts, with_room
 
@@ -26,7 +27,7 @@ _FOLDED = "/folded"
 
 @dataclasses.dataclass
 class WalkedBlock:
-    """See `any4_jax.methods.Block` for contents, assigned, sites, inputs and masks.
+    """See `any4_jax.methods.Block` for contents, assigned, sites, inputs, masks and last.
 
     Attributes:
       module: the block of the decoder, unchanged.
@@ -54,6 +55,7 @@ class WalkedBlock:
     inputs: list[jax.Array]
     masks: list[Any]
     caches: Callable[[int, int], Any]
+    last: bool
     float_inputs: list[jax.Array] | None
     given: Mapping[str, Gathered]
     watch: tuple[Statistic, ...]
@@ -64,6 +66,9 @@ class WalkedBlock:
 
     def reassigned(self, method: AnyMethod) -> "WalkedBlock":
         return dataclasses.replace(self, assigned=dict.fromkeys(self.assigned, method))
+
+    def program(self, batch: int, length: int) -> BlockProgram:
+        return BlockProgram.of(type(self.decoder).block, self.module, self.caches(batch, length))
 
     def run(self, contents: Contents, x: jax.Array) -> jax.Array:
         cache = self.caches(*x.shape[:2])

@@ -15,7 +15,7 @@ from any4_jax.methods.checks import refuse_faults
 from any4_jax.methods.matrices import Progress
 from any4_jax.models.base import Decoder
 from any4_jax.models.hf_flax import is_hf_flax
-from any4_jax.statistics import Gathered
+from any4_jax.statistics import Gathered, Statistic
 from any4_jax.surgery import Rules, declarations, nnx_modules, pairs, resolve
 from any4_jax.surgery.linen_modules import is_pair
 from any4_jax.walk.batches import token_batches
@@ -33,6 +33,7 @@ def calibrate(
     *,
     rules: Rules | None = None,
     sequential: bool | None = None,
+    also: Sequence[Statistic] = (),
     batch_size: int = 8,
     seqlen: int = 2048,
     progress: Progress | None = None,
@@ -40,7 +41,7 @@ def calibrate(
     """Statistics of the input of every linear: the walk of `quantize_model`, without its results.
 
     `quantize_model(model, method, data=...)` gathers its own statistics, one block at a time. Call `calibrate` for
-    statistics that serve several methods, or to look at them.
+    statistics that serve several methods, or to look at them; `statistics.save` keeps them in a file.
 
     Args:
       model: a decoder of any4_jax.models, which is walked block by block; or a Hugging Face Flax model, any NNX module,
@@ -54,6 +55,7 @@ def calibrate(
       rules: as in `quantize_model`.
       sequential: for decoders, whether each linear's statistics come from the model whose earlier linears are already
         quantized. None leaves it to the method (`Any4.paper()` says True).
+      also: statistics to gather besides, such as `statistics.Hessian()`.
       batch_size: sequences in a batch.
       seqlen: the longest sequence, in tokens.
       progress: called with (done, total, what) after each block, or each batch.
@@ -73,7 +75,7 @@ def calibrate(
     if sequential and not methods:
         raise ValueError("got sequential=True without a method, it quantizes as it goes; pass the method to be used")
     refuse_nonfinite(model)
-    needs = tuple(dict.fromkeys((*statistics.DEFAULT, *(statistic for m in methods for statistic in m.needs))))
+    needs = tuple(dict.fromkeys((*statistics.DEFAULT, *also, *(one for m in methods for one in m.needs))))
     if isinstance(model, Decoder):
         found = nnx_modules.matrices(model)
         by_name = {path for path, matrix in found.items() if matrix.by_name}

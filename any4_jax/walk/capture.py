@@ -1,14 +1,15 @@
-"""The programs that a walk runs: the embedding, a block with taps at its sites, and the input of the head.
+"""What a walk runs: the embedding, a block with taps at its sites, and the input of the head; with empty caches.
 
 Each is jitted with a module's structure static, so that all blocks of one structure share a program.
 """
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from any4_jax import statistics
 from any4_jax.models.base import Decoder
@@ -85,3 +86,22 @@ def gather_head(
     model's, or None where statistics of pairs are of x alone; mask bool [B, T]."""
     beside = None if x_float is None else decoder.head_input(x_float)
     return statistics.update(seen, decoder.head_input(x), mask, None, beside)
+
+
+class EmptyCaches:
+    """Empty caches for batches of each shape, in numpy arrays, so that nothing is compiled for them."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        self._decoder = decoder
+        self._shapes: dict[tuple[int, int], list[Any]] = {}
+
+    def of(self, index: int) -> Callable[[int, int], Any]:
+        """(B, T) -> an empty cache of one block, for B rows and T slots."""
+
+        def cache(batch: int, length: int) -> Any:
+            shape = batch, length
+            if shape not in self._shapes:
+                self._shapes[shape] = jax.eval_shape(lambda: self._decoder.init_cache(*shape))
+            return jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), self._shapes[shape][index])
+
+        return cache

@@ -7,8 +7,6 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import jax
-import numpy as np
 from flax import nnx
 
 from any4_jax import statistics
@@ -22,7 +20,7 @@ from any4_jax.statistics import Gathered, Statistic, is_paired
 from any4_jax.surgery import nnx_modules
 from any4_jax.walk.batches import Batch
 from any4_jax.walk.blocks import WalkedBlock
-from any4_jax.walk.capture import embed, gather_head
+from any4_jax.walk.capture import EmptyCaches, embed, gather_head
 from any4_jax.walk.contents import is_finite
 from any4_jax.walk.keys import unit_keys
 from any4_jax.walk.records import Kept, block_unit, contents_of
@@ -80,7 +78,7 @@ def walk(decoder: Decoder, plan: Plan) -> Walked:
     methods = plan.assigned.values()
     paired = plan.sequential and any(is_paired(statistic) for method in methods for statistic in method.needs)
     floats = hidden if paired or any(getattr(method, "targets", False) for method in methods) else None
-    caches = _Caches(decoder)
+    caches = EmptyCaches(decoder)
     for index, module in enumerate(decoder.blocks):
         path, own = decoder.block_path(index), contents_of(module)
         block = WalkedBlock(
@@ -94,6 +92,7 @@ def walk(decoder: Decoder, plan: Plan) -> Walked:
             inputs=hidden,
             masks=masks,
             caches=caches.of(index),
+            last=index == len(decoder.blocks) - 1,
             float_inputs=floats,
             given=plan.given,
             watch=plan.watch,
@@ -224,22 +223,3 @@ def _kept(decoder: Decoder, plan: Plan) -> Kept:
         return Kept()
     keys = unit_keys(decoder, plan.assigned, plan.batches, plan.given, plan.sequential)
     return Kept(keys, find_finished(keys, plan.finished), plan.finished)
-
-
-class _Caches:
-    """Empty caches for batches of each shape, in numpy arrays, so that nothing is compiled for them."""
-
-    def __init__(self, decoder: Decoder) -> None:
-        self._decoder = decoder
-        self._shapes: dict[tuple[int, int], list[Any]] = {}
-
-    def of(self, index: int) -> Callable[[int, int], Any]:
-        """(B, T) -> an empty cache of one block, for B rows and T slots."""
-
-        def cache(batch: int, length: int) -> Any:
-            shape = batch, length
-            if shape not in self._shapes:
-                self._shapes[shape] = jax.eval_shape(lambda: self._decoder.init_cache(*shape))
-            return jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), self._shapes[shape][index])
-
-        return cache

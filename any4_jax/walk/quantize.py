@@ -7,6 +7,7 @@ from typing import Any
 
 from flax import nnx
 
+from any4_jax.data.passages import sketch
 from any4_jax.methods import AnyMethod
 from any4_jax.methods.base import Note, Result, scope_of
 from any4_jax.methods.fields import check_fields
@@ -27,6 +28,7 @@ from any4_jax.surgery import (
     DEFAULT_RULES,
     Recipe,
     Rules,
+    Training,
     around,
     container_of,
     copy_module,
@@ -40,7 +42,7 @@ from any4_jax.surgery import (
 )
 from any4_jax.surgery.coverage import arrays_of
 from any4_jax.surgery.linen_modules import is_pair
-from any4_jax.walk.batches import token_batches
+from any4_jax.walk.batches import Batch, token_batches
 from any4_jax.walk.calibrate import Data, calibrate
 from any4_jax.walk.contents import few, refuse_nonfinite
 from any4_jax.walk.driver import Plan, check_scopes, walk
@@ -162,7 +164,7 @@ def _quantized(
         check_scopes(model, chosen)
         _check(chosen, _tapped(model) if batches else plan.given)
         new, notes = _walked(model, plan)
-        new.recipe = _recipe(model, method, rules, chosen, notes)
+        new.recipe = _recipe(model, method, rules, chosen, notes, _training(chosen.values(), batches))
         return new
     _refuse_wider_scopes(container.name, chosen)
     if data is not None:
@@ -260,6 +262,7 @@ def _recipe(
     rules: Rules | None,
     chosen: Mapping[str, AnyMethod],
     notes: Mapping[str, Mapping[str, Note]],
+    training: tuple[Training, ...] = (),
 ) -> Recipe:
     """The record of how a model is quantized now, on top of what was done to it before."""
     earlier = recipe_of(model)
@@ -271,7 +274,18 @@ def _recipe(
     return Recipe(
         rules=tuple((pattern, unlifted(m)) for pattern, m in (*pairs(rules), *DEFAULT_RULES, (r".*", method))),
         linears=tuple(sorted((*(earlier.linears if earlier else ()), *decided), key=itemgetter(0))),
+        training=(*(earlier.training if earlier else ()), *training),
     )
+
+
+def _training(methods: Iterable[AnyMethod], batches: list[Batch]) -> tuple[Training, ...]:
+    """The record of the text that blocks were trained on, for each method that trains."""
+    names = dict.fromkeys(method.name for method in methods if getattr(method, "targets", False))
+    if not names or not batches:
+        return ()
+    rows = [row[counts] for tokens, mask in batches for row, counts in zip(tokens, mask, strict=True)]
+    passages = sketch(rows)
+    return tuple(Training(name, (), sum(map(len, rows)), passages) for name in names)
 
 
 def _counting(total: int, progress: Progress | None) -> Callable[[str], None]:

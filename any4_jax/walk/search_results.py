@@ -22,6 +22,7 @@ from any4_jax.surgery import quantized_leaves, recipe_of
 from any4_jax.walk.contents import few
 from any4_jax.walk.records import site_units
 from any4_jax.weights import QuantizedTensor, QuantizeInput, ScaleInput
+from any4_jax.whole_file import write_whole
 
 _KIND: Literal["fpq search results"] = "fpq search results"
 _LEAST_POWER, _MOST_POWER = -149, 128
@@ -73,7 +74,7 @@ def save_search_results(model: Any, file: str | os.PathLike[str]) -> None:
     notes = {path: dict(notes) for path, _, notes in recipe.linears}  # type: ignore[union-attr]
     layers = {path: _described(path, leaves[path], notes[path], together[path]) for path in methods}
     content = _File(kind=_KIND, layers=layers).model_dump_json(indent=None)
-    Path(file).write_text(content + "\n", encoding="utf-8")
+    write_whole(file, content + "\n")
 
 
 def load_search_results(file: str | os.PathLike[str]) -> dict[str, Gathered]:

@@ -3,6 +3,7 @@
 A new operator is one file: see `any4_jax.weights.operator`.
 """
 
+from any4_jax.weights.binary import binary_planes, bit_planes
 from any4_jax.weights.contraction import Contraction, Layout, contraction
 from any4_jax.weights.low_rank import LowRank
 from any4_jax.weights.operator import (
@@ -43,6 +44,8 @@ __all__ = [
     "Sum",
     "Trained",
     "Transposed",
+    "binary_planes",
+    "bit_planes",
     "contraction",
     "dense_product",
     "dequantize",

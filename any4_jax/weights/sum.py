@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from any4_jax.weights.operator import Operator, dequantize, operator, product, take_rows
+from any4_jax.weights.operator import Operator, dequantize, operator, take_rows
 
 
 @operator()
@@ -28,11 +28,6 @@ class Sum(Operator):
 @dequantize.register
 def _(w: Sum, dtype=jnp.float32) -> jax.Array:
     return functools.reduce(jnp.add, [dequantize(term) for term in w.terms]).astype(dtype)
-
-
-@product.register
-def _(w: Sum, x, backend=None):
-    return functools.reduce(jnp.add, [product(term, x, backend) for term in w.terms])
 
 
 @take_rows.register

@@ -23,6 +23,7 @@ class Case:
       samples: pieces of the calibration TEXT, spread evenly over it.
       length: tokens in a piece.
       rules: of linears that take other methods, see `quantize_model`.
+      tuned: the arguments of `any4_jax.tune`, which follows on the same data; None for no training end to end.
     """
 
     name: str
@@ -31,11 +32,19 @@ class Case:
     samples: int = 0
     length: int = 512
     rules: tuple[tuple[str, Any], ...] = ()
+    tuned: tuple[tuple[str, Any], ...] | None = None
+
+    @property
+    def quantized(self) -> str:
+        """The method, as rows have it, with the rules."""
+        return repr(self.method) + "".join(f", {pattern}: {method!r}" for pattern, method in self.rules)
 
     @property
     def described(self) -> str:
-        """The method, as rows have it, with the rules."""
-        return repr(self.method) + "".join(f", {pattern}: {method!r}" for pattern, method in self.rules)
+        """The method with the rules, and what is trained end to end afterwards."""
+        if self.tuned is None:
+            return self.quantized
+        return f"{self.quantized}, tune({', '.join(f'{name}={value!r}' for name, value in self.tuned)})"
 
     @property
     def calibrated(self) -> bool:
@@ -50,10 +59,11 @@ class Case:
     @property
     def walked(self) -> bool:
         """Whether the method has to walk over the model: it sees more than one matrix, it quantizes while it
-        calibrates, its statistics of all layers at once are too large, or its search is one for a GPU."""
+        calibrates, its statistics of all layers at once are too large, its search is one for a GPU, or training
+        follows."""
         method = self.method
         wider = scope_of(method) != "matrix" or isinstance(method, FPQ)
-        return wider or (self.calibrated and (method.sequential or Hessian() in method.needs))
+        return wider or self.tuned is not None or (self.calibrated and (method.sequential or Hessian() in method.needs))
 
 
 def reference(g: int) -> Case:
@@ -74,3 +84,8 @@ def fixed(name: str, method: Any) -> Case:
 def on_text(name: str, method: Any, samples: int = 128, length: int = 512) -> Case:
     """A case that calibrates on pieces of the text."""
     return Case(name, method, TEXT, samples, length)
+
+
+def end_to_end(case: Case, **settings: Any) -> Case:
+    """A case, trained end to end after that."""
+    return dataclasses.replace(case, name=f"{case.name}, then end to end", tuned=tuple(settings.items()))

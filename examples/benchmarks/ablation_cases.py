@@ -7,8 +7,9 @@ from typing import Any
 from ablation_case import OTHER, PROMPT, WHOLE_ROWS, Case, fixed, on_text, paper
 from ablation_inputs import awq, fpq, smoothquant
 from ablation_spqr import spqr
+from ablation_trained import tune
 
-from any4_jax.methods import FP4, GPTQ, NF4, Any4, Int, SmoothQuant
+from any4_jax.methods import BCQ, FP4, GPTQ, NF4, Any4, Int, SmoothQuant
 
 
 def _headline(g: int) -> list[Case]:
@@ -113,6 +114,22 @@ def _bits(g: int) -> list[Case]:
     return cases + [Case(f"any{bits}", Any4(bits=bits, group_size=g)) for bits in (4, 3, 2)]
 
 
+def _bcq(g: int) -> list[Case]:
+    """Sums of binary planes beside integers of as many bits, then what each choice in them is worth."""
+    counted: dict[str, Any] = dict(sample_weight="second_moment")
+    cases = [fixed(f"int{bits}", Int(bits=bits, group_size=g)) for bits in (4, 3, 2)]
+    for bits in (4, 3, 2):
+        plain = BCQ(bits=bits, group_size=g)
+        cases += [
+            fixed(f"BCQ {bits}", plain),
+            fixed(f"BCQ {bits}, offsets", dataclasses.replace(plain, offset=True)),
+            Case(f"BCQ {bits}, weighted", dataclasses.replace(plain, **counted)),
+            Case(f"BCQ {bits}, weighted, offsets", dataclasses.replace(plain, offset=True, **counted)),
+        ]
+    rows = [fixed(f"BCQ {bits}, whole rows", BCQ(bits=bits, group_size=WHOLE_ROWS)) for bits in (4, 3)]
+    return [*cases, fixed("BCQ 4, greedy", BCQ(group_size=g, rounds=0)), *rows]
+
+
 def _gptq(g: int) -> list[Case]:
     """What each choice in GPTQ is worth on one text; then texts of another domain, beside `Any4()` on the same ones."""
     any4, clipped = Any4(group_size=g), Int(group_size=g, clip=True)
@@ -190,12 +207,14 @@ STUDIES: Mapping[str, Callable[[int], list[Case]]] = {
     "initialisation": _initialisation,
     "gradient": _gradient,
     "bits": _bits,
+    "bcq": _bcq,
     "gptq": _gptq,
     "gptq-tokens": _gptq_tokens,
     "awq": awq,
     "bits-kl": _bits_kl,
     "smoothquant": smoothquant,
     "fpq": fpq,
+    "tune": tune,
     "spqr": spqr,
 }
 """Name of a study -> its cases, as a function of the group size."""

@@ -43,6 +43,7 @@ from any4_jax.benchmarks import machine
 from any4_jax.benchmarks.files import check_target
 from any4_jax.cli.numbers import at_least, count, natural
 from any4_jax.cli.output import table
+from any4_jax.data.passages import in_common, sketch
 
 SHOWN = ("study", "case", "calibration", "bits_per_weight", "perplexity", "nats_lost", "nats_lost_error")
 SHOWN += ("share_recovered", "kl_nats", "kl_nats_error", "kl_share_recovered", "top1_share", "rows_above_paper")
@@ -105,6 +106,8 @@ def main() -> None:
     jax.config.update("jax_default_matmul_precision", "highest")
 
     bench = Bench(args)
+    if bench.text is not None and in_common(sketch([bench.text]), bench.ids):
+        sys.exit(f"{args.calibration_text} has passages of what is measured on; give texts that have none in common")
     every = [(study, case) for study in args.only for case in STUDIES[study](args.group_size)]
     every = [("reference", reference(args.group_size)), *(c for c in every if args.cases.search(c[1].name))]
     lacking = {TEXT: args.calibration_text is None, OTHER: args.text is None}

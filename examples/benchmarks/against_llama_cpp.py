@@ -49,6 +49,7 @@ def main() -> None:
     args = parser.parse_args()
 
     logging.getLogger("llama-cpp-python").setLevel(logging.ERROR)
+    llama_cpp.llama_backend_init()
     source = args.gguf or fetch_smollm2()
     slots = args.prompt_tokens + args.tokens
     with tempfile.TemporaryDirectory() as folder:

@@ -1,4 +1,4 @@
-// Runs the product's code of every instruction set on odd shapes, in buffers that end where the arrays end, against
+// Runs the products' code of every instruction set on odd shapes, in buffers that end where the arrays end, against
 // sums in double; built with sanitizers by test_native_build.py. Prints the number of cases; fails at the first wrong
 // one.
 #include <cmath>
@@ -6,8 +6,10 @@
 #include <cstdlib>
 #include <cstring>
 #include <random>
+#include <utility>
 #include <vector>
 
+#include "lut_binary.h"
 #include "lut_kernel.h"
 #include "lut_product.h"
 #include "lut_turned.h"
@@ -80,24 +82,72 @@ struct Coded {
   }
 };
 
-bool Check(const Shape& s, int bits, any4::Type type, any4::Isa isa, int64_t thread_count) {
+struct Plane {
+  std::vector<uint8_t> codes, low, high, exponents;
+  std::vector<uint16_t> lut, scales, offsets;
+  std::vector<Coded> coded;  // scales, then offsets
+
+  Plane(const Shape& s, int bits, std::mt19937& random) {
+    std::uniform_real_distribution<float> uniform(-1, 1);
+    const int low_bits = any4::LowBits(bits), high_bits = any4::HighBits(bits);
+    const int64_t low_bytes = any4::PlaneBytes(s.k, low_bits), high_bytes = any4::PlaneBytes(s.k, high_bits);
+    const int64_t groups = (s.k + s.group_size - 1) / s.group_size, size = int64_t{1} << bits;
+    codes.resize(s.n * s.k), low.resize(s.n * low_bytes), high.resize(s.n * high_bytes), exponents.resize(s.n * groups);
+    lut.resize((s.row_tables ? s.n : 1) * size), scales.resize(s.n * groups), offsets.resize(s.n * groups);
+    for (int64_t i = 0; i < s.n * s.k; ++i) {
+      codes[i] = static_cast<uint8_t>(random() % size);
+      PutCode(low, low_bytes, i / s.k, i % s.k, low_bits, codes[i] & ((1 << low_bits) - 1));
+      if (high_bits > 0) PutCode(high, high_bytes, i / s.k, i % s.k, high_bits, codes[i] >> low_bits);
+    }
+    for (uint16_t& v : lut) v = ToBfloat16(uniform(random));
+    for (uint16_t& v : scales) v = ToBfloat16(uniform(random));
+    for (uint16_t& v : offsets) v = ToBfloat16(uniform(random));
+    for (uint8_t& v : exponents) v = static_cast<uint8_t>(120 + random() % 8);
+    for (int i = 0; s.turned > 0 && i < 2; ++i) coded.emplace_back(s.n, groups, s.turned, random);
+  }
+
+  any4::Weight weight(const Shape& s, int bits) const {
+    using any4::Type;
+    any4::Weight w{};
+    w.n = s.n;
+    w.k = s.k;
+    w.bits = bits;
+    w.group_size = s.group_size;
+    w.codes = low.data();
+    w.high = high.data();
+    w.lut = lut.data();
+    w.lut_rows = s.row_tables ? s.n : 1;
+    w.lut_type = Type::kBfloat16;
+    w.scales = s.e8m0 ? static_cast<const void*>(exponents.data()) : scales.data();
+    w.scales_type = s.e8m0 ? Type::kE8m0 : Type::kBfloat16;
+    w.offsets = s.offsets ? offsets.data() : nullptr;
+    w.offsets_type = Type::kBfloat16;
+    if (s.turned > 0) {
+      w.scales = w.offsets = nullptr;
+      w.turned_scales = &coded[0].turned;
+      if (s.offsets) w.turned_offsets = &coded[1].turned;
+    }
+    return w;
+  }
+
+  // The entry times the scale, and the offset, of a weight.
+  std::pair<double, double> Terms(const Shape& s, int bits, int64_t n, int64_t k) const {
+    const int64_t group = n * ((s.k + s.group_size - 1) / s.group_size) + k / s.group_size;
+    const double scale = s.e8m0 ? std::ldexp(1.0, exponents[group] - 127) : FromBfloat16(scales[group]);
+    const double entry = FromBfloat16(lut[((s.row_tables ? n : 0) << bits) + codes[n * s.k + k]]);
+    if (s.turned > 0) return {entry * coded[0].values[group], s.offsets ? coded[1].values[group] : 0};
+    return {entry * scale, s.offsets ? FromBfloat16(offsets[group]) : 0};
+  }
+};
+
+using Function = decltype(&any4::LutProducts);
+
+bool Check(const Shape& s, int bits, int64_t planes_count, Function multiply, any4::Type type, any4::Isa isa,
+           int64_t thread_count) {
   std::mt19937 random(static_cast<unsigned>(s.k * 8 + bits));
   std::uniform_real_distribution<float> uniform(-1, 1);
-  const int low_bits = any4::LowBits(bits), high_bits = any4::HighBits(bits);
-  const int64_t low_bytes = any4::PlaneBytes(s.k, low_bits), high_bytes = any4::PlaneBytes(s.k, high_bits);
-  const int64_t groups = (s.k + s.group_size - 1) / s.group_size, size = int64_t{1} << bits;
-  const int64_t tables = s.row_tables ? s.n : 1;
-  std::vector<uint8_t> codes(s.n * s.k), low(s.n * low_bytes), high(s.n * high_bytes), exponents(s.n * groups);
-  std::vector<uint16_t> lut(tables * size), scales(s.n * groups), offsets(s.n * groups);
-  for (int64_t i = 0; i < s.n * s.k; ++i) {
-    codes[i] = static_cast<uint8_t>(random() % size);
-    PutCode(low, low_bytes, i / s.k, i % s.k, low_bits, codes[i] & ((1 << low_bits) - 1));
-    if (high_bits > 0) PutCode(high, high_bytes, i / s.k, i % s.k, high_bits, codes[i] >> low_bits);
-  }
-  for (uint16_t& v : lut) v = ToBfloat16(uniform(random));
-  for (uint16_t& v : scales) v = ToBfloat16(uniform(random));
-  for (uint16_t& v : offsets) v = ToBfloat16(uniform(random));
-  for (uint8_t& v : exponents) v = static_cast<uint8_t>(120 + random() % 8);
+  std::vector<Plane> planes;
+  for (int64_t p = 0; p < planes_count; ++p) planes.emplace_back(s, bits, random);
   std::vector<float> x(s.m * s.k), y(s.m * s.n, NAN);
   std::vector<uint16_t> x16(x.size()), y16(y.size(), 0x7fc0);
   for (size_t i = 0; i < x.size(); ++i) {
@@ -105,47 +155,25 @@ bool Check(const Shape& s, int bits, any4::Type type, any4::Isa isa, int64_t thr
     x[i] = static_cast<float>(FromBfloat16(x16[i]));
   }
 
-  using any4::Type;
-  any4::Weight w{};
-  w.n = s.n;
-  w.k = s.k;
-  w.bits = bits;
-  w.group_size = s.group_size;
-  w.codes = low.data();
-  w.high = high.data();
-  w.lut = lut.data();
-  w.lut_rows = tables;
-  w.lut_type = Type::kBfloat16;
-  w.scales = s.e8m0 ? static_cast<const void*>(exponents.data()) : scales.data();
-  w.scales_type = s.e8m0 ? Type::kE8m0 : Type::kBfloat16;
-  w.offsets = s.offsets ? offsets.data() : nullptr;
-  w.offsets_type = Type::kBfloat16;
-  std::vector<Coded> coded;
-  for (int i = 0; s.turned > 0 && i < 2; ++i) coded.emplace_back(s.n, groups, s.turned, random);
-  if (s.turned > 0) {
-    w.scales = w.offsets = nullptr;
-    w.turned_scales = &coded[0].turned;
-    if (s.offsets) w.turned_offsets = &coded[1].turned;
+  const bool is_float = type == any4::Type::kFloat32;
+  std::vector<any4::Product> products;
+  for (const Plane& plane : planes) {
+    products.push_back({plane.weight(s, bits), is_float ? static_cast<void*>(y.data()) : y16.data()});
   }
-  const bool is_float = type == Type::kFloat32;
-  const any4::Product product{w, is_float ? static_cast<void*>(y.data()) : y16.data()};
   {
     Pool pool;
-    any4::LutProducts(&product, 1, is_float ? static_cast<void*>(x.data()) : x16.data(), s.m, type, isa,
-                      pool.executor(thread_count));
+    multiply(products.data(), 1, planes_count, is_float ? static_cast<void*>(x.data()) : x16.data(), s.m, type, isa,
+             pool.executor(thread_count));
   }
   for (int64_t m = 0; m < s.m; ++m) {
     for (int64_t n = 0; n < s.n; ++n) {
       double sum = 0, magnitude = 0;
-      for (int64_t k = 0; k < s.k; ++k) {
-        const int64_t group = n * groups + k / s.group_size;
-        const double scale = s.turned > 0 ? coded[0].values[group]
-                             : s.e8m0     ? std::ldexp(1.0, exponents[group] - 127)
-                                          : FromBfloat16(scales[group]);
-        const double entry = FromBfloat16(lut[(s.row_tables ? n : 0) * size + codes[n * s.k + k]]);
-        const double offset = !s.offsets ? 0 : s.turned > 0 ? coded[1].values[group] : FromBfloat16(offsets[group]);
-        sum += x[m * s.k + k] * (entry * scale + offset);
-        magnitude += std::abs(x[m * s.k + k]) * (std::abs(entry * scale) + std::abs(offset));
+      for (const Plane& plane : planes) {
+        for (int64_t k = 0; k < s.k; ++k) {
+          const auto [scaled, offset] = plane.Terms(s, bits, n, k);
+          sum += x[m * s.k + k] * (scaled + offset);
+          magnitude += std::abs(x[m * s.k + k]) * (std::abs(scaled) + std::abs(offset));
+        }
       }
       const double got = is_float ? y[m * s.n + n] : FromBfloat16(y16[m * s.n + n]);
       const double tolerance = 3e-6 * magnitude + (is_float ? 0 : std::abs(sum) / 256);
@@ -166,9 +194,14 @@ int main() {
   for (const any4::Isa isa : InstructionSets()) {
     for (int bits : {1, 2, 3, 4, 5, 6, 8}) {
       for (const Shape& shape : kShapes) {
-        const any4::Type type = cases % 2 == 0 ? any4::Type::kFloat32 : any4::Type::kBfloat16;
-        if (!Check(shape, bits, type, isa, 1 + cases % 4)) return EXIT_FAILURE;
-        ++cases;
+        const auto check = [&](int64_t planes, Function multiply) {
+          const any4::Type type = cases % 2 == 0 ? any4::Type::kFloat32 : any4::Type::kBfloat16;
+          return Check(shape, bits, planes, multiply, type, isa, 1 + cases++ % 4);
+        };
+        if (!check(1, &any4::LutProducts)) return EXIT_FAILURE;
+        if (bits > 1 || shape.turned > 0) continue;
+        if (!check(3, &any4::LutProducts)) return EXIT_FAILURE;
+        if (any4::HasBinaryGroups(shape.k, shape.group_size) && !check(3, &any4::BinaryProducts)) return EXIT_FAILURE;
       }
     }
   }

@@ -6,7 +6,16 @@ import jax
 
 from any4_jax.product.backends.base import Backend
 from any4_jax.product.quantized_input import integer_product, is_integer_product, product_of_rounded, why_no_bytes
-from any4_jax.weights import QuantizeInput, Sparse, dense_product, dequantize, is_operator, leaf_of, sparse_product
+from any4_jax.weights import (
+    QuantizeInput,
+    Sparse,
+    binary_planes,
+    dense_product,
+    dequantize,
+    is_operator,
+    leaf_of,
+    sparse_product,
+)
 
 
 def _is_integer(w: Any) -> bool:
@@ -18,7 +27,8 @@ def _is_bytes(w: Any) -> bool:
 
 
 def _supports(x: Any, w: Any, platform: str) -> str | None:
-    if leaf_of(w) is not None or isinstance(w, Sparse) or _is_integer(w) or _is_bytes(w) or not is_operator(w):
+    coded = leaf_of(w) is not None or binary_planes(w) or isinstance(w, Sparse)
+    if coded or _is_integer(w) or _is_bytes(w) or not is_operator(w):
         return None
     return f"it multiplies by the parts of a {type(w).__name__}, one by one"
 

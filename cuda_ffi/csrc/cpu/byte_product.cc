@@ -57,11 +57,11 @@ void GroupProducts(const Product* products, int64_t count, const void* x, int64_
   const auto round = [&](int64_t first, int64_t row) {
     kernel.round(static_cast<const char*>(x) + first * shape.k * ItemBytes(type), type, shape.bits, input, row);
   };
-  const auto multiply = [&](const Weight& weight, int64_t begin, int64_t end, int64_t rows, const Output& output,
+  const auto multiply = [&](const Product& product, int64_t begin, int64_t end, int64_t rows, const Output& output,
                             char* scratch) {
     ByteInput of_pass = input;
     of_pass.rows = rows;
-    kernel.multiply(weight, of_pass, begin, end, output, scratch);
+    kernel.multiply(product.weight, of_pass, begin, end, output, scratch);
   };
   const int64_t unpacked = ByteWidth(shape.bits) == shape.bits ? 0 : kByteRows * input.steps * lanes * ByteWidth(shape.bits);
   const int64_t scratch_bytes = unpacked + ByteRowsScratch(shape);
@@ -96,11 +96,11 @@ void TokenProducts(const Product* products, int64_t count, const void* x, int64_
   if (input.ones >= 0) kernel.round_token(x, type, rounding, input, 0, input.ones);
 
   const auto round = [&](int64_t first, int64_t row) { kernel.round_token(x, type, rounding, input, first, row); };
-  const auto multiply = [&](const Weight& weight, int64_t begin, int64_t end, int64_t rows, const Output& output,
+  const auto multiply = [&](const Product& product, int64_t begin, int64_t end, int64_t rows, const Output& output,
                             char* scratch) {
     TokenInput of_pass = input;
     of_pass.rows = rows;
-    kernel.multiply_token(weight, of_pass, begin, end, output, scratch);
+    kernel.multiply_token(product.weight, of_pass, begin, end, output, scratch);
   };
   const int64_t scratch_bytes = kTokenRows * input.stride * kernel.token_bytes + ByteRowsScratch(shape);
   ForProducts(products, count, m, type, {pass_rows, kTokenRows, kByteTaskRows, scratch_bytes}, executor, round,

@@ -59,7 +59,9 @@ struct LutKernel {
   // decodes in registers, which is faster for 1, 2 or 4 rows of x. It takes no other number of rows, and needs
   // whole_lanes.
   void (*few)(const Weight&, const Input&, int64_t begin, int64_t end, const Output&, float* scratch);
-  void (*many)(const Weight&, const Input&, int64_t begin, int64_t end, const Output&, float* scratch);
+  // The weight is a sum of `count` planes, more than one of which only codes of 1 bit may have.
+  void (*many)(const Product* planes, int64_t count, const Input&, int64_t begin, int64_t end, const Output&,
+               float* scratch);
 };
 
 // The floats of scratch that a kernel needs: for tables, scales and offsets, decoded rows, and partial sums.

@@ -1,5 +1,6 @@
 // AVX2 and FMA: a permute looks up 8 codes among 8 floats, so a table of 16 takes two permutes and a blend. Larger
 // tables are gathered from memory.
+#include "lut_binary_kernel.h"
 #include "lut_kernel.h"
 
 #if defined(__AVX2__)
@@ -11,6 +12,8 @@ namespace avx2 {
 
 #include "lut_kernel_inl.h"
 
+#include "lut_binary_kernel_inl.h"
+
 struct Vector {
   using Float = __m256;
   using Int = __m256i;
@@ -18,6 +21,7 @@ struct Vector {
   static constexpr int kLanes = 8;
   // With 4 decoded rows these are 8 sums, 4 weights and a value: 13 of the 16 registers.
   static constexpr int kTileRows = 2;
+  static constexpr int kTableInputs = 3;
 
   static Float Zero() { return _mm256_setzero_ps(); }
   static Float Broadcast(float value) { return _mm256_set1_ps(value); }
@@ -53,6 +57,20 @@ struct Vector {
   }
 
   static Int LoadWords(const uint8_t* from) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)); }
+  static void StoreWords(uint8_t* to, Int value) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), value); }
+  // columns[i], lane r: the word i after byte `at` of rows[r].
+  static void Turn(const uint8_t* const* rows, int64_t at, Int* columns) {
+    const auto part = [&](int row) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(rows[row] + at)); };
+    // Each half of a register gets one of rows i and i + 4, and within halves four rows are turned.
+    const auto two = [&](int i) { return _mm256_inserti128_si256(_mm256_castsi128_si256(part(i)), part(i + 4), 1); };
+    const Int row[4] = {two(0), two(1), two(2), two(3)};
+    const Int low[2] = {_mm256_unpacklo_epi32(row[0], row[1]), _mm256_unpacklo_epi32(row[2], row[3])};
+    const Int high[2] = {_mm256_unpackhi_epi32(row[0], row[1]), _mm256_unpackhi_epi32(row[2], row[3])};
+    columns[0] = _mm256_unpacklo_epi64(low[0], low[1]);
+    columns[1] = _mm256_unpackhi_epi64(low[0], low[1]);
+    columns[2] = _mm256_unpacklo_epi64(high[0], high[1]);
+    columns[3] = _mm256_unpackhi_epi64(high[0], high[1]);
+  }
   static Int LoadHalves(const uint8_t* from) {
     return _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
   }
@@ -97,6 +115,7 @@ struct Vector {
 }  // namespace avx2
 
 const LutKernel* Avx2Kernel(int bits) { return avx2::KernelOf<avx2::Vector>(bits); }
+const BinaryKernel* Avx2BinaryKernel() { return &avx2::Binary<avx2::Vector>::kKernel; }
 
 }  // namespace any4
 
@@ -104,6 +123,7 @@ const LutKernel* Avx2Kernel(int bits) { return avx2::KernelOf<avx2::Vector>(bits
 
 namespace any4 {
 const LutKernel* Avx2Kernel(int) { return nullptr; }
+const BinaryKernel* Avx2BinaryKernel() { return nullptr; }
 }  // namespace any4
 
 #endif

@@ -1,4 +1,5 @@
 // AVX-512 (F, BW, VL, DQ): a table of 16 floats is one register, and one permute looks up 16 codes.
+#include "lut_binary_kernel.h"
 #include "lut_kernel.h"
 
 #if defined(__AVX512F__)
@@ -10,6 +11,8 @@ namespace avx512 {
 
 #include "lut_kernel_inl.h"
 
+#include "lut_binary_kernel_inl.h"
+
 struct Vector {
   using Float = __m512;
   using Int = __m512i;
@@ -17,6 +20,7 @@ struct Vector {
   static constexpr int kLanes = 16;
   // With 4 decoded rows these are 24 sums, 4 weights and a value: 29 of the 32 registers.
   static constexpr int kTileRows = 6;
+  static constexpr int kTableInputs = 4;
 
   static Float Zero() { return _mm512_setzero_ps(); }
   static Float Broadcast(float value) { return _mm512_set1_ps(value); }
@@ -46,6 +50,24 @@ struct Vector {
   }
 
   static Int LoadWords(const uint8_t* from) { return _mm512_loadu_si512(from); }
+  static void StoreWords(uint8_t* to, Int value) { _mm512_storeu_si512(to, value); }
+  // columns[i], lane r: the word i after byte `at` of rows[r].
+  static void Turn(const uint8_t* const* rows, int64_t at, Int* columns) {
+    const auto part = [&](int row) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(rows[row] + at)); };
+    // Each quarter of a register gets one of rows i, i + 4, i + 8, i + 12, and within quarters four rows are turned.
+    const auto four = [&](int i) {
+      Int all = _mm512_inserti32x4(_mm512_castsi128_si512(part(i)), part(i + 4), 1);
+      all = _mm512_inserti32x4(all, part(i + 8), 2);
+      return _mm512_inserti32x4(all, part(i + 12), 3);
+    };
+    const Int row[4] = {four(0), four(1), four(2), four(3)};
+    const Int low[2] = {_mm512_unpacklo_epi32(row[0], row[1]), _mm512_unpacklo_epi32(row[2], row[3])};
+    const Int high[2] = {_mm512_unpackhi_epi32(row[0], row[1]), _mm512_unpackhi_epi32(row[2], row[3])};
+    columns[0] = _mm512_unpacklo_epi64(low[0], low[1]);
+    columns[1] = _mm512_unpackhi_epi64(low[0], low[1]);
+    columns[2] = _mm512_unpacklo_epi64(high[0], high[1]);
+    columns[3] = _mm512_unpackhi_epi64(high[0], high[1]);
+  }
   static Int LoadHalves(const uint8_t* from) {
     return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
   }
@@ -121,6 +143,7 @@ struct Vector::Table<8> {
 }  // namespace avx512
 
 const LutKernel* Avx512Kernel(int bits) { return avx512::KernelOf<avx512::Vector>(bits); }
+const BinaryKernel* Avx512BinaryKernel() { return &avx512::Binary<avx512::Vector>::kKernel; }
 
 }  // namespace any4
 
@@ -128,6 +151,7 @@ const LutKernel* Avx512Kernel(int bits) { return avx512::KernelOf<avx512::Vector
 
 namespace any4 {
 const LutKernel* Avx512Kernel(int) { return nullptr; }
+const BinaryKernel* Avx512BinaryKernel() { return nullptr; }
 }  // namespace any4
 
 #endif

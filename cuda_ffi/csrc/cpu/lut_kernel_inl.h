@@ -130,7 +130,8 @@ struct Kernel {
     (stored ? FewOf<uint16_t> : FewOf<float>)(w, in, begin, end, out, scratch);
   }
 
-  // Decodes blocks [begin, end) of row n to floats in the order of Input.
+  // Decodes blocks [begin, end) of row n to floats in the order of Input, or adds them to what is there.
+  template <bool kAdd>
   static void Decode(const Weight& w, const Input& in, const float* entries, const float* scales,
                      const float* offsets, int64_t n, int64_t begin, int64_t end, float* to) {
     const typename V::template Table<kBits> table(entries);
@@ -139,13 +140,15 @@ struct Kernel {
       const Float offset = w.offsets != nullptr ? OfLanes(offsets, in, block) : V::Zero();
       float* here = to + (block - begin) * kBlock;
       ForSteps<V, decltype(steps)::value>([&](auto step) __attribute__((always_inline)) {
-        V::Store(here + step * kLanes, V::Fma(table.At(codes.At(step)), scale, offset));
+        const Float other = kAdd ? V::Add(V::Load(here + step * kLanes), offset) : offset;
+        V::Store(here + step * kLanes, V::Fma(table.At(codes.At(step)), scale, other));
       });
       for (int step = steps; step < kSteps; ++step) V::Store(here + step * kLanes, V::Zero());
     });
   }
 
   // The same code by code, for groups that begin within a word.
+  template <bool kAdd>
   static void DecodeSingly(const Weight& w, const float* entries, const float* scales, const float* offsets,
                            int64_t n, int64_t begin, int64_t end, float* to) {
     constexpr int kLow = LowBits(kBits), kHigh = HighBits(kBits);
@@ -162,33 +165,49 @@ struct Kernel {
       int code = low[k * kLow / 8] >> (k * kLow % 8) & ((1 << kLow) - 1);
       if constexpr (kHigh > 0) code |= (high[k * kHigh / 8] >> (k * kHigh % 8) & ((1 << kHigh) - 1)) << kLow;
       const int64_t group = k / w.group_size;
-      *place = entries[code] * scales[group] + (w.offsets != nullptr ? offsets[group] : 0);
+      const float other = (kAdd ? *place : 0) + (w.offsets != nullptr ? offsets[group] : 0);
+      *place = entries[code] * scales[group] + other;
     }
   }
 
-  static void Many(const Weight& w, const Input& in, int64_t begin, int64_t end, const Output& out,
-                   float* scratch) {
+  // Decodes the blocks [first, last) of `count` rows from row n on.
+  template <bool kAdd>
+  static void DecodeRows(const Weight& w, const Input& in, Rows<kBits>& rows, int64_t n, int64_t count, int64_t first,
+                         int64_t last, float* decoded) {
+    rows.Load(w, n, count);
+    for (int64_t d = 0; d < kDecodedRows; ++d) {
+      // Where too few rows are left, the last one is repeated, and the surplus sums are never stored.
+      const int64_t row = d < count ? d : count - 1;
+      const float* scales = rows.scales + row * rows.groups;
+      const float* offsets = rows.offsets + row * rows.groups;
+      float* to = decoded + d * kDecodedStride;
+      if (in.whole_lanes) {
+        Decode<kAdd>(w, in, rows.table(w, row), scales, offsets, n + row, first, last, to);
+      } else {
+        DecodeSingly<kAdd>(w, rows.table(w, row), scales, offsets, n + row, first, last, to);
+      }
+    }
+  }
+
+  static void Many(const Product* planes, int64_t planes_count, const Input& in, int64_t begin, int64_t end,
+                   const Output& out, float* scratch) {
     constexpr int64_t kChunk = kDecodedFloats / kBlock;
     static_assert(kDecodedFloats % kBlock == 0);
     float* decoded = scratch;
     float* sums = decoded + kDecodedRows * kDecodedStride;
+    const Weight& w = planes->weight;
     Rows<kBits> rows(w, in, sums + kTaskRows * kInputRows);
     for (int64_t i = 0; i < in.rows * kTaskRows; ++i) sums[i] = 0;
     for (int64_t first = 0; first < in.blocks; first += kChunk) {
       const int64_t last = first + kChunk < in.blocks ? first + kChunk : in.blocks;
       for (int64_t n = begin; n < end; n += kDecodedRows) {
         const int64_t count = kDecodedRows < end - n ? kDecodedRows : end - n;
-        rows.Load(w, n, count);
-        for (int64_t d = 0; d < kDecodedRows; ++d) {
-          // Where too few rows are left, the last one is repeated, and the surplus sums are never stored.
-          const int64_t row = d < count ? d : count - 1;
-          const float* scales = rows.scales + row * rows.groups;
-          const float* offsets = rows.offsets + row * rows.groups;
-          float* to = decoded + d * kDecodedStride;
-          if (in.whole_lanes) {
-            Decode(w, in, rows.table(w, row), scales, offsets, n + row, first, last, to);
-          } else {
-            DecodeSingly(w, rows.table(w, row), scales, offsets, n + row, first, last, to);
+        DecodeRows<false>(w, in, rows, n, count, first, last, decoded);
+        if constexpr (kBits == 1) {
+          for (int64_t p = 1; p < planes_count; ++p) {
+            rows.shared_table_loaded = false;
+            DecodeRows<true>(planes[p].weight, in, rows, n, count, first, last, decoded);
+            rows.shared_table_loaded = false;
           }
         }
         Tiles<V, V::kTileRows>(in.values + first * kBlock, in.rows, in.stride, decoded, (last - first) * kBlock,

@@ -1,4 +1,5 @@
 // Plain C++ for every processor; compilers turn the loops over lanes into vectors of whatever length there is.
+#include "lut_binary_kernel.h"
 #include "lut_kernel.h"
 
 namespace any4 {
@@ -6,10 +7,13 @@ namespace portable {
 
 #include "lut_kernel_inl.h"
 
+#include "lut_binary_kernel_inl.h"
+
 struct Vector {
   static constexpr int kLanes = 8;
   static constexpr bool kUnrolled = false;
   static constexpr int kTileRows = 2;
+  static constexpr int kTableInputs = 8;
 
   struct Float {
     float lane[kLanes];
@@ -66,6 +70,13 @@ struct Vector {
       return uint32_t{b[0]} | uint32_t{b[1]} << 8 | uint32_t{b[2]} << 16 | uint32_t{b[3]} << 24;
     });
   }
+  static void StoreWords(uint8_t* to, Int value) { __builtin_memcpy(to, value.lane, sizeof value.lane); }
+  // columns[i], lane r: the word i after byte `at` of rows[r], its bytes in their order.
+  static void Turn(const uint8_t* const* rows, int64_t at, Int* columns) {
+    for (int i = 0; i < 4; ++i) {
+      for (int r = 0; r < kLanes; ++r) __builtin_memcpy(columns[i].lane + r, rows[r] + at + 4 * i, 4);
+    }
+  }
   static Int LoadHalves(const uint8_t* from) {
     return Each<Int>([&](int i) { return uint32_t{from[2 * i]} | uint32_t{from[2 * i + 1]} << 8; });
   }
@@ -98,5 +109,6 @@ struct Vector {
 }  // namespace portable
 
 const LutKernel* PortableKernel(int bits) { return portable::KernelOf<portable::Vector>(bits); }
+const BinaryKernel* PortableBinaryKernel() { return &portable::Binary<portable::Vector>::kKernel; }
 
 }  // namespace any4

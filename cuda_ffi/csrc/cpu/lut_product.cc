@@ -73,11 +73,12 @@ Weight TileOf(const Weight& weight, int64_t begin, const TurnedKernel& kernel, f
 
 }  // namespace
 
-void LutProducts(const Product* products, int64_t count, const void* x, int64_t m, Type type, Isa isa,
+void LutProducts(const Product* products, int64_t count, int64_t planes, const void* x, int64_t m, Type type, Isa isa,
                  const Executor& executor) {
-  if (m == 0 || RowsOf(products, count) == 0) return;
+  const std::vector<Product> sums_of = FirstPlanes(products, count, planes);
+  if (m == 0 || RowsOf(sums_of.data(), count) == 0) return;
   const bool any_offsets =
-      std::any_of(products, products + count, [](const Product& p) {
+      std::any_of(products, products + count * planes, [](const Product& p) {
         return p.weight.offsets != nullptr || p.weight.turned_offsets != nullptr;
       });
   const Weight& shape = products[0].weight;
@@ -125,26 +126,35 @@ void LutProducts(const Product* products, int64_t count, const void* x, int64_t 
   };
   const int64_t own_floats = ScratchFloats(shape, input);
   const TurnedKernel& turned = KernelFor(isa, PortableTurned(), Avx2Turned(), Avx512Turned());
-  const auto multiply = [&](const Weight& weight, int64_t begin, int64_t end, int64_t rows, const Output& output,
+  const auto multiply = [&](const Product& product, int64_t begin, int64_t end, int64_t rows, const Output& output,
                             char* scratch) {
     Input of_pass = input;
     of_pass.rows = rows;
-    const bool few = (rows <= 2 || rows == 4) && input.whole_lanes;
-    const auto run = few ? kernel.few : kernel.many;
     auto* const floats = reinterpret_cast<float*>(scratch);
-    if (weight.turned_scales == nullptr) return run(weight, of_pass, begin, end, output, floats);
-    float* const decoded = floats + own_floats;
-    const Output from_tile{static_cast<char*>(output.y) + begin * ItemBytes(type), output.stride, type};
-    run(TileOf(weight, begin, turned, decoded), of_pass, 0, end - begin, from_tile, floats);
+    const Product* first = products + (&product - sums_of.data()) * planes;
+    Output to = output;
+    Product tile;
+    if (first->weight.turned_scales != nullptr) {
+      tile = {TileOf(first->weight, begin, turned, floats + own_floats), nullptr};
+      to.y = static_cast<char*>(output.y) + begin * ItemBytes(type);
+      first = &tile;
+      end -= begin;
+      begin = 0;
+    }
+    if (planes == 1 && (rows <= 2 || rows == 4) && input.whole_lanes) {
+      return kernel.few(first->weight, of_pass, begin, end, to, floats);
+    }
+    kernel.many(first, planes, of_pass, begin, end, to, floats);
   };
-  // A task is one tile of turned scales.
+  // A task is one tile of turned scales, which sums of planes don't have.
   static_assert(kTaskRows == kTurnedRows);
   const bool any_turned =
       std::any_of(products, products + count, [](const Product& p) { return p.weight.turned_scales != nullptr; });
   const int64_t decoded_bytes = any_turned ? 2 * kTurnedRows * groups * kFloatBytes + TurnedScratchBytes(groups) : 0;
   const int64_t scratch_bytes = own_floats * kFloatBytes + decoded_bytes;
   const int64_t unit = any_turned ? kTurnedRows : kDecodedRows;
-  ForProducts(products, count, m, type, {kInputRows, unit, kTaskRows, scratch_bytes}, executor, arrange, multiply);
+  ForProducts(sums_of.data(), count, m, type, {kInputRows, unit, kTaskRows, scratch_bytes}, executor, arrange,
+              multiply);
 }
 
 }  // namespace any4

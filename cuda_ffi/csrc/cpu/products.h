@@ -19,6 +19,13 @@ inline int64_t RowsOf(const Product* products, int64_t count) {
   return n;
 }
 
+// The first of each `planes` consecutive weights, of which there are `count`; it has the y of their sum.
+inline std::vector<Product> FirstPlanes(const Product* products, int64_t count, int64_t planes) {
+  std::vector<Product> first;
+  for (int64_t i = 0; i < count; ++i) first.push_back(products[i * planes]);
+  return first;
+}
+
 // Sizes of the work.
 struct Passes {
   int64_t input_rows;     // of x, the most in one pass over the weights
@@ -29,7 +36,7 @@ struct Passes {
 
 // For each pass over the weights, with at most passes.input_rows rows of x, [first, first + rows):
 //   arrange(first, row) once for each `row` below `rows`, on any thread; then
-//   multiply(weight, begin, end, rows, output, scratch) for ranges that together are all rows of all weights.
+//   multiply(product, begin, end, rows, output, scratch) for ranges that together are all rows of all weights.
 template <class Arrange, class Multiply>
 void ForProducts(const Product* products, int64_t count, int64_t m, Type type, const Passes& passes,
                  const Executor& executor, const Arrange& arrange, const Multiply& multiply) {
@@ -54,9 +61,9 @@ void ForProducts(const Product* products, int64_t count, int64_t m, Type type, c
     }
     ForTasks(executor, static_cast<int64_t>(tasks.size()), passes.scratch_bytes, [&](int64_t index, char* scratch) {
       const auto [product, begin] = tasks[index];
-      const Weight& weight = product->weight;
-      const Output output{static_cast<char*>(product->y) + first * weight.n * ItemBytes(type), weight.n, type};
-      multiply(weight, begin, std::min(begin + task_rows, weight.n), rows, output, scratch);
+      const int64_t n = product->weight.n;
+      const Output output{static_cast<char*>(product->y) + first * n * ItemBytes(type), n, type};
+      multiply(*product, begin, std::min(begin + task_rows, n), rows, output, scratch);
     });
   }
 }

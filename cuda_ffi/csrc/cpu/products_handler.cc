@@ -1,5 +1,5 @@
-// XLA's entry points to LutProducts and ByteProducts: they check what Python passed, and lend them XLA's threads. One file
-// holds both, since the compiler spends most of its time on XLA's headers.
+// XLA's entry points to LutProducts, ByteProducts and BinaryProducts: they check what Python passed, and lend them XLA's
+// threads. One file holds all, since the compiler spends most of its time on XLA's headers.
 #include <algorithm>
 #include <string>
 #include <string_view>
@@ -7,6 +7,7 @@
 
 #include "byte_product.h"
 #include "handler.h"
+#include "lut_binary.h"
 #include "lut_product.h"
 #include "lut_turned.h"
 #include "xla/ffi/api/ffi.h"
@@ -24,8 +25,8 @@ using any4::Type;
 using any4::TypeOf;
 using any4::Weight;
 
-constexpr char kLutProduct[] = "any4_cpu_lut_product", kByteProduct[] = "any4_cpu_byte_product";
-constexpr char kCodedProduct[] = "any4_cpu_coded_product";
+constexpr char kLutProduct[] = "any4_cpu_lut_product", kByteProduct[] = "any4_cpu_byte_product",
+               kBinaryProduct[] = "any4_cpu_binary_product", kCodedProduct[] = "any4_cpu_coded_product";
 
 // The operands of each matrix: codes, high, lut, scales, offsets. `high` and `offsets` without elements are absent.
 constexpr size_t kOperands = 5;
@@ -75,25 +76,26 @@ ffi::ErrorOr<Weight> WeightOf(const char* target, const ffi::RemainingArgs& oper
   return w;
 }
 
-// The products of x [M, K] with all matrices; bits and group_size are of all of them.
+// The products of x [M, K] with all matrices; bits and group_size are of all of them. Each result is of `planes`
+// consecutive matrices, and is their y.
 ffi::ErrorOr<std::vector<Product>> ProductsOf(const char* target, const ffi::AnyBuffer& x,
                                               const ffi::RemainingArgs& operands, const ffi::RemainingRets& results,
-                                              int64_t bits, int64_t group_size) {
+                                              int64_t bits, int64_t group_size, size_t planes = 1) {
   const auto refuse = [&](const std::string& message) { return ffi::Unexpected(Invalid(target, message)); };
   if (bits < 1 || bits > 8 || bits == 7) return refuse("got bits=" + std::to_string(bits) + ", need 1 to 6 or 8");
   const auto x_type = TypeOf(x);
   if (x.dimensions().size() != 2 || !IsFloat(x_type) || group_size < 1) {
     return refuse("x needs two axes and float32 or bfloat16, and group_size must be at least 1");
   }
-  if (results.size() == 0 || operands.size() != kOperands * results.size()) {
+  if (results.size() == 0 || operands.size() != kOperands * planes * results.size()) {
     return refuse("got " + std::to_string(operands.size()) + " operands, need 5 for each matrix");
   }
   std::vector<Product> products;
-  for (size_t i = 0; i < results.size(); ++i) {
+  for (size_t i = 0; i < planes * results.size(); ++i) {
     const auto weight =
         WeightOf(target, operands, i * kOperands, x.dimensions()[1], static_cast<int>(bits), group_size);
     if (weight.has_error()) return ffi::Unexpected(weight.error());
-    const ffi::AnyBuffer y = **results.get<ffi::AnyBuffer>(i);
+    const ffi::AnyBuffer y = **results.get<ffi::AnyBuffer>(i / planes);
     if (!HasShape(y, x.dimensions()[0], weight->n) || TypeOf(y) != x_type) {
       return refuse("y needs the shape [M, N] and x's dtype");
     }
@@ -111,7 +113,7 @@ ffi::Error OfFloats(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::RemainingArgs o
   for (const Product& product : *products) {
     if (product.weight.integers) return Invalid(kLutProduct, "lut is int8, and needs float32 or bfloat16");
   }
-  any4::LutProducts(products->data(), static_cast<int64_t>(products->size()), x.untyped_data(), x.dimensions()[0],
+  any4::LutProducts(products->data(), static_cast<int64_t>(products->size()), 1, x.untyped_data(), x.dimensions()[0],
                     *TypeOf(x), *chosen, any4::ExecutorOf(pool));
   return ffi::Error::Success();
 }
@@ -176,7 +178,7 @@ ffi::Error OfCoded(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::RemainingArgs op
                                 has_offsets ? offsets_run : scales_run);
   if (offsets.has_error()) return offsets.error();
   if (has_offsets) product.weight.turned_offsets = &*offsets;
-  any4::LutProducts(&product, 1, x.untyped_data(), m, *x_type, *chosen, any4::ExecutorOf(pool));
+  any4::LutProducts(&product, 1, 1, x.untyped_data(), m, *x_type, *chosen, any4::ExecutorOf(pool));
   return ffi::Error::Success();
 }
 
@@ -214,7 +216,40 @@ ffi::Error OfBytes(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer grid, 
   return ffi::Error::Success();
 }
 
+ffi::Error OfPlanes(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::RemainingArgs operands, ffi::RemainingRets results,
+                    int64_t planes, int64_t group_size, bool tables, std::string_view isa) {
+  const auto refuse = [](const std::string& message) { return Invalid(kBinaryProduct, message); };
+  const auto chosen = any4::IsaNamed(isa);
+  if (!chosen) return refuse(any4::LacksIsa(isa));
+  if (planes < 1) return refuse("got planes=" + std::to_string(planes) + ", need at least 1");
+  const auto products =
+      ProductsOf(kBinaryProduct, x, operands, results, 1, group_size, static_cast<size_t>(planes));
+  if (products.has_error()) return products.error();
+  for (const Product& product : *products) {
+    if (product.weight.integers) return refuse("lut is int8, and needs float32 or bfloat16");
+  }
+  const int64_t m = x.dimensions()[0], k = x.dimensions()[1];
+  if (tables && !any4::HasBinaryGroups(k, group_size)) {
+    return refuse("got group_size=" + std::to_string(group_size) + ", need a multiple of 32 for tables, or K");
+  }
+  const auto multiply = tables ? &any4::BinaryProducts : &any4::LutProducts;
+  multiply(products->data(), static_cast<int64_t>(results.size()), planes, x.untyped_data(), m, *TypeOf(x), *chosen,
+           any4::ExecutorOf(pool));
+  return ffi::Error::Success();
+}
+
 }  // namespace
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(any4_cpu_binary_product, OfPlanes,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .RemainingArgs()
+                                  .RemainingRets()
+                                  .Attr<int64_t>("planes")
+                                  .Attr<int64_t>("group_size")
+                                  .Attr<bool>("tables")
+                                  .Attr<std::string_view>("isa"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(any4_cpu_lut_product, OfFloats,
                               ffi::Ffi::Bind()

@@ -144,5 +144,50 @@ class PartSums {
   const int parts_, part_, share_;
 };
 
+// All threads: the results of a block, or its part of them, from what its warps left: their sums, `next` floats from one
+// warp's to the next one's, and `found`.
+template <typename T, int kSize>
+__device__ __forceinline__ void CombineWarps(const AttentionStep& step, const float* left, int next, float* found,
+                                             const PartSums<kSize>& sums, bool clustered, int row, int head, int quads) {
+  const int warps = blockDim.x / 32, parts = gridDim.x, part = blockIdx.x;
+  __syncthreads();
+  for (int o = threadIdx.x; o < warps * kHeads; o += blockDim.x) Share(found, o / kHeads, o % kHeads, warps);
+  __syncthreads();
+  if (clustered) sums.AwaitOthers();
+  for (int quad = threadIdx.x; quad < quads; quad += blockDim.x) {
+    const int g = quad / (kSize / 4), channel = quad % (kSize / 4) * 4;
+    float total = 0;
+    float4 mixed{0, 0, 0, 0};
+#pragma unroll 4
+    for (int w = 0; w < warps; ++w) {
+      const float* const of_warp = found + w * kFound;
+      total = fmaf(of_warp[2 * kHeads + g], of_warp[kHeads + g], total);
+      Add(mixed, of_warp[2 * kHeads + g], left + w * next + 4 * quad);
+    }
+    if (parts == 1) {
+      Write<T>(step, row, head + g, channel, Over(mixed, total));
+      continue;
+    }
+    const float highest = channel == 0 ? Highest(found, g, warps) : 0;
+    if (clustered) {
+      sums.Tell(quad, mixed);
+      if (channel == 0) sums.Tell(g, highest, total);
+      continue;
+    }
+    if (channel >= step.size) continue;
+    float* const partial = step.partials +
+        ((row * int64_t{step.heads} + head + g) * kMostParts + part) * (step.size + 2);
+    partial[channel] = mixed.x, partial[channel + 1] = mixed.y;
+    partial[channel + 2] = mixed.z, partial[channel + 3] = mixed.w;
+    if (channel == 0) partial[step.size] = highest, partial[step.size + 1] = total;
+  }
+  if (clustered) {
+    sums.Exchange();
+    for (int quad = sums.first() + threadIdx.x; quad < min(sums.stop(), quads); quad += blockDim.x) {
+      Write<T>(step, row, head + quad / (kSize / 4), quad % (kSize / 4) * 4, sums.Mixed(quad));
+    }
+  }
+}
+
 }  // namespace
 }  // namespace any4

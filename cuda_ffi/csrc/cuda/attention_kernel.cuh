@@ -68,43 +68,7 @@ __global__ void __launch_bounds__(PartOf<kSize>::kThreads)
   }
   // The warp's sums take the place of its tiles.
   running.Leave(reinterpret_cast<float*>(stage), found + warp * kFound);
-  __syncthreads();
-  for (int o = threadIdx.x; o < warps * kHeads; o += blockDim.x) Share(found, o / kHeads, o % kHeads, warps);
-  __syncthreads();
-  if (clustered) sums.AwaitOthers();
-  for (int quad = threadIdx.x; quad < quads; quad += blockDim.x) {
-    const int g = quad / (kSize / 4), channel = quad % (kSize / 4) * 4;
-    float total = 0;
-    float4 mixed{0, 0, 0, 0};
-#pragma unroll 4
-    for (int w = 0; w < warps; ++w) {
-      const float* const of_warp = found + w * kFound;
-      total = fmaf(of_warp[2 * kHeads + g], of_warp[kHeads + g], total);
-      Add(mixed, of_warp[2 * kHeads + g], reinterpret_cast<float*>(shared + w * 2 * Of::kTilePieces) + 4 * quad);
-    }
-    if (parts == 1) {
-      Write<T>(step, row, head + g, channel, Over(mixed, total));
-      continue;
-    }
-    const float highest = channel == 0 ? Highest(found, g, warps) : 0;
-    if (clustered) {
-      sums.Tell(quad, mixed);
-      if (channel == 0) sums.Tell(g, highest, total);
-      continue;
-    }
-    if (channel >= step.size) continue;
-    float* const partial = step.partials +
-        ((row * int64_t{step.heads} + head + g) * kMostParts + part) * (step.size + 2);
-    partial[channel] = mixed.x, partial[channel + 1] = mixed.y;
-    partial[channel + 2] = mixed.z, partial[channel + 3] = mixed.w;
-    if (channel == 0) partial[step.size] = highest, partial[step.size + 1] = total;
-  }
-  if (clustered) {
-    sums.Exchange();
-    for (int quad = sums.first() + threadIdx.x; quad < min(sums.stop(), quads); quad += blockDim.x) {
-      Write<T>(step, row, head + quad / (kSize / 4), quad % (kSize / 4) * 4, sums.Mixed(quad));
-    }
-  }
+  CombineWarps<T>(step, reinterpret_cast<float*>(shared), 8 * Of::kTilePieces, found, sums, clustered, row, head, quads);
   // No block reads what is written here: each puts the new token in place of what it read, and derives its slot.
   if (part == 0 && blockIdx.z == 0) {
     for (int i = threadIdx.x; i < step.size; i += blockDim.x) {

@@ -35,6 +35,15 @@ __device__ __forceinline__ void LoadTransposed(const void* row, uint32_t (&tiles
                : "memory");
 }
 
+// Four 8 x 8 tiles as they are.
+__device__ __forceinline__ void LoadMatrices(const void* row, uint32_t (&tiles)[4]) {
+  const auto at = static_cast<uint32_t>(__cvta_generic_to_shared(row));
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(tiles[0]), "=r"(tiles[1]), "=r"(tiles[2]), "=r"(tiles[3])
+               : "r"(at)
+               : "memory");
+}
+
 // Two numbers as rounded ones and what the rounding left, so that products lose nothing that counts in float32.
 template <typename T>
 struct Split {

@@ -1,0 +1,133 @@
+"""One step of a KVQuant cache: a new token of each row enters it, and attends, by XLA or by the C++ kernel."""
+
+import functools
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+
+from any4_jax.choice import Backend, Choice
+from any4_jax.kv_cache.base import Rope, is_linear_rope, is_pair_rope, rotated
+from any4_jax.kv_cache.nonuniform import TokenCodes
+from any4_jax.kv_cache.plain import append_then_attend, plain_elsewhere
+from any4_jax.kv_cache.settings import PLAIN, AttentionSettings
+
+if TYPE_CHECKING:
+    from any4_jax.kv_cache.kvquant_cache import KVQuantCache
+
+C = TypeVar("C", bound="KVQuantCache")
+
+
+def step(
+    cache: C,
+    queries: jax.Array,
+    keys: jax.Array,
+    values: jax.Array,
+    positions: jax.Array,
+    *,
+    rope: Rope | None,
+    settings: AttentionSettings = PLAIN,
+    backend: str | None = None,
+) -> tuple[jax.Array, C]:
+    """`append`, then `attend`, of a token of each row; see `kivi_step.step`."""
+    problem = cache, queries, keys, rope, settings
+    operands = cache, queries, keys, values, positions
+    name = BACKENDS.choose(backend, *problem, arrays=tuple(jax.tree.leaves(operands)))
+    run = BACKENDS.lowered(
+        lambda option: functools.partial(option.run, rope=rope, settings=settings), *problem, name=name
+    )
+    return run(*operands)
+
+
+def _supports(
+    cache: "KVQuantCache",
+    queries: jax.Array,
+    keys: jax.Array,
+    rope: Rope | None,
+    settings: AttentionSettings,
+    platform: str,
+) -> str | None:
+    if platform != "cpu":
+        return f"it runs on cpu, not on {platform}"
+    if queries.shape[1] != 1:
+        return f"there are {queries.shape[1]} new tokens a row, not 1"
+    if not is_linear_rope(rope):
+        return "the rope's angles aren't proportional to the position"
+    from cuda_ffi import kvquant_attention_cpu, registration
+
+    reason = kvquant_attention_cpu.why_not(queries.shape[-1], queries.dtype, cache.recent_keys.dtype)
+    return reason or registration.why_not("cpu")
+
+
+def _run(
+    cache: "KVQuantCache",
+    queries: jax.Array,
+    keys: jax.Array,
+    values: jax.Array,
+    positions: jax.Array,
+    *,
+    rope: Rope | None,
+    settings: AttentionSettings,
+) -> tuple[jax.Array, "KVQuantCache"]:
+    cache = cache.append(keys, values, positions, rope)
+    # Other steps take what broadcasts, and integers of 64 bits.
+    positions = jnp.broadcast_to(positions, queries.shape[:2]).astype(jnp.int32)
+
+    def plainly(queries: jax.Array, positions: jax.Array, cache: "KVQuantCache") -> jax.Array:
+        return cache.attend(queries, positions, rope, settings)
+
+    run = plain_elsewhere(functools.partial(kernel, rope=rope, settings=settings), plainly)
+    return run(queries, positions, cache), cache
+
+
+def kernel(
+    queries: jax.Array,
+    positions: jax.Array,
+    cache: "KVQuantCache",
+    *,
+    rope: Rope | None,
+    settings: AttentionSettings,
+    isa: str = "auto",
+) -> jax.Array:
+    """Attention of the newest token, queries [B, 1, H, D] at positions int32 [B, 1], by the C++ kernel."""
+    from cuda_ffi import kvquant_attention_cpu as kernels
+
+    held = held_by(cache)
+
+    def factors(count: int, apart: int) -> Any:
+        """(cos, sin), float32 [count, D/2]."""
+        if not is_pair_rope(rope):
+            return None
+        return [each[0] for each in rope.factors(jnp.arange(count, dtype=jnp.int32)[None] * apart)]
+
+    # Of the one token, without its axis.
+    mixed = kernels.attend(
+        rotated(queries, positions, rope)[:, 0],
+        held,
+        positions[:, 0],
+        factors(kernels.CHUNK, 1),
+        factors(kernels.chunks(held), kernels.CHUNK),
+        bits=cache.bits,
+        scale=queries.shape[-1] ** -0.5 if settings.scale is None else settings.scale,
+        softcap=settings.softcap,
+        window=settings.window,
+        isa=isa,
+    )
+    return mixed[:, None]
+
+
+def held_by(cache: "KVQuantCache") -> Any:
+    """The arrays as the kernel names them."""
+    from cuda_ffi.kvquant_attention_cpu import Coded, Held
+
+    def coded(codes: TokenCodes) -> Coded:
+        planes = codes.packed if isinstance(codes.packed, tuple) else (codes.packed,)
+        return Coded(planes, codes.outliers, codes.channels, codes.ranges)
+
+    exact = cache.first_keys, cache.first_values, cache.recent_keys, cache.recent_values
+    levels = cache.levels.keys, cache.levels.scales, cache.levels.offsets, cache.levels.values
+    return Held(coded(cache.keys), coded(cache.values), *levels, *exact)
+
+
+# (the cache, queries, new keys, rope, settings) is the problem that they support or not.
+BACKENDS = Choice((Backend("cpu", _supports, _run), Backend("xla", lambda *problem: None, append_then_attend)))

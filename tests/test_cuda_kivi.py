@@ -1,0 +1,157 @@
+"""The CUDA step of a KIVI cache: on a GPU against float64 and XLA, elsewhere how it is lowered and what it declines."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from kivi_contract import Case, draw, factors_of, table, wanted
+
+from any4_jax.kv_cache import PLAIN, AttentionSettings, Kivi
+from any4_jax.kv_cache.kivi_step import BACKENDS, step
+from any4_jax.models.rope import Rope
+from cuda_ffi import kivi_attention, registration
+from cuda_ffi.kivi_attention import Held
+
+why_not = registration.why_not("cuda")
+gpu = pytest.mark.skipif(jax.default_backend() != "gpu" or why_not is not None, reason="needs an NVIDIA GPU")
+
+
+@gpu
+@pytest.mark.parametrize("case", table(), ids=str)
+def test_a_step(case: Case) -> None:
+    fresh, held, positions, start = draw(case)
+    settings = case.settings
+    got, cache = kivi_attention.attend(
+        *map(jnp.asarray, fresh),
+        Held(*map(jnp.asarray, held)),
+        jnp.asarray(positions),
+        jnp.asarray(start),
+        factors_of(case, positions),
+        group_size=case.group_size,
+        scale=case.size**-0.5 if settings.scale is None else settings.scale,
+        softcap=settings.softcap,
+        window=settings.window,
+    )
+    mixed, new = wanted(case, fresh, held, positions)
+    # Half a unit in the last place, and numbers that two roundings take elsewhere than one.
+    np.testing.assert_allclose(
+        np.asarray(got, np.float64), mixed, rtol=0.51 * float(jnp.finfo(case.dtype).eps), atol=3e-4
+    )
+    for name, ours, theirs in zip(Held._fields, cache, new, strict=True):
+        np.testing.assert_array_equal(np.asarray(ours), np.asarray(theirs), err_msg=name)
+
+
+FACTORY = Kivi(4, value_bits=2, residual=64)
+ROPE = Rope(64, 10000.0)
+
+
+def token(rows: int = 2, heads: int = 8, groups: int = 2, size: int = 64, tokens: int = 1) -> list[jax.Array]:
+    shapes = [(rows, tokens, n, size) for n in (heads, groups, groups)]
+    return [jax.random.normal(jax.random.key(n), shape, jnp.bfloat16) for n, shape in enumerate(shapes)]
+
+
+def cache(factory: Kivi = FACTORY, groups: int = 2, size: int = 64, dtype: Any = jnp.bfloat16, slots: int = 256) -> Any:
+    return factory.create(0, 2, slots, groups, size, jnp.asarray([0, 3], jnp.int32), dtype)
+
+
+def loop(backend: str | None, count: int = 140):
+    """Steps from a cache that is given away, as decoding runs them; each token's query is the mixture before it."""
+
+    def run(queries: Any, keys: Any, values: Any, held: Any) -> tuple[jax.Array, Any]:
+        def one(i: Any, carry: Any) -> Any:
+            queries, held = carry
+            positions = (held.length - held.start)[:, None]
+            new = (x * jnp.cos(i + jnp.arange(64)).astype(x.dtype) for x in (keys, values))
+            mixed, held = step(held, queries, *new, positions, rope=ROPE, backend=backend)
+            return (mixed + queries).astype(queries.dtype) / 2, held
+
+        return jax.lax.fori_loop(0, count, one, (queries, held))
+
+    return jax.jit(run, donate_argnums=3)
+
+
+@gpu
+def test_a_loop_equals_xla_and_copies_no_cache() -> None:
+    ours, theirs = (loop(backend)(*token(), cache()) for backend in (None, "xla"))
+    np.testing.assert_allclose(*(np.asarray(x[0], np.float32) for x in (ours, theirs)), rtol=0.03, atol=0.03)
+    for a, b in zip(jax.tree.leaves(ours[1]), jax.tree.leaves(theirs[1]), strict=True):
+        # Where XLA rounds a step otherwise, a few codes differ.
+        assert (np.asarray(a) == np.asarray(b)).mean() > 0.99
+    text = loop(None).lower(*token(), cache()).compile().as_text()
+    assert kivi_attention.TARGET in text
+    for leaf in jax.tree.leaves((cache().keys, cache().values)):
+        kind = {"uint8": "u8", "bfloat16": "bf16"}[leaf.dtype.name]
+        assert re.findall(rf"= {kind}\[{','.join(map(str, leaf.shape))}\]\S* copy\(", text) == []
+
+
+@pytest.fixture
+def as_if_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine whose library isn't called, only lowered to."""
+    monkeypatch.setattr(registration, "_register", lambda kind: object())
+
+
+def lowered(function: Any, *arguments: Any) -> str:
+    """StableHLO for an NVIDIA GPU, which this machine needn't have."""
+    checks = [jax.export.DisabledSafetyCheck.custom_call(kivi_attention.TARGET)]
+    return jax.export.export(jax.jit(function), platforms=["cuda"], disabled_checks=checks)(*arguments).mlir_module()
+
+
+@pytest.mark.usefixtures("as_if_built")
+def test_a_token_is_lowered_to_one_call_in_place_and_a_prompt_to_none() -> None:
+    text = lowered(loop(None), *token(), cache())
+    assert text.count(f"@{kivi_attention.TARGET}(") == 1
+    assert "stablehlo.dynamic_update_slice" not in text and "stablehlo.dot_general" not in text
+    assert text.count("output_operand_alias<") == len(Held._fields)
+    positions = jnp.asarray([[0, 1]] * 2, jnp.int32)
+    text = lowered(lambda *new: cache().append_attend(*new, positions, ROPE)[0], *token(tokens=2))
+    assert f"@{kivi_attention.TARGET}(" not in text and "stablehlo.dot_general" in text
+
+
+@pytest.mark.usefixtures("as_if_built")
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"tokens": 3}, "there are 3 new tokens a row, not 1"),
+        ({"size": 96}, "a head has 96 channels, not 64 or 128"),
+        ({"heads": 18}, "9 query heads share a key head, more than 8"),
+        ({"factory": Kivi(group_size=16, residual=64)}, "16 numbers share a step, not 32, 64 or 128"),
+        ({"factory": Kivi(residual=96)}, "the newest 96 tokens are exact, which is no multiple of 64"),
+        ({"factory": Kivi(rotated=False)}, "the cache holds keys before their rotation"),
+        ({"dtype": jnp.float32}, "the dtypes of queries and cache differ, bfloat16 and float32"),
+        ({"dtype": jnp.float32, "queries": jnp.float32}, "queries and cache are float32, not bfloat16 or float16"),
+        ({"platform": "cpu"}, "it runs on cuda, not on cpu"),
+        ({}, None),
+        ({"factory": Kivi(2, group_size=128), "size": 64, "slots": 1}, None),
+    ],
+)
+def test_what_it_declines_it_says(change: dict[str, Any], words: str | None) -> None:
+    default = dict(tokens=1, size=128, heads=16, dtype=jnp.bfloat16, queries=jnp.bfloat16, platform="cuda")
+    case = default | {"factory": FACTORY, "slots": 200} | change
+    queries, new = (
+        jax.ShapeDtypeStruct((2, case["tokens"], n, case["size"]), case["queries"]) for n in (case["heads"], 2)
+    )
+    held = jax.eval_shape(lambda: cache(case["factory"], 2, case["size"], case["dtype"], case["slots"]))
+    assert BACKENDS.named("cuda").supports(held, queries, new, PLAIN, case["platform"]) == words
+
+
+@pytest.mark.usefixtures("as_if_built")
+def test_vmap_and_derivatives_are_those_of_xla() -> None:
+    tokens, held = token(), dataclasses.replace(cache(), length=jnp.int32(3))
+    positions, settings = jnp.asarray([[3], [0]], jnp.int32), AttentionSettings(window=5)
+
+    def by(backend: str, *tokens: jax.Array) -> jax.Array:
+        run = BACKENDS.named(backend).run
+        return run(held, *tokens, positions, rope=ROPE, settings=settings)[0].astype(jnp.float32)
+
+    stacked = [jnp.stack([x, 2 * x]) for x in tokens]
+    ours = jax.jit(jax.vmap(lambda *new: by("cuda", *new)))(*stacked)
+    theirs = jnp.stack([jax.jit(lambda *new: by("xla", *new))(*(x[i] for x in stacked)) for i in range(2)])
+    np.testing.assert_allclose(ours, theirs, rtol=0.01, atol=0.01)
+    gradient = str(jax.make_jaxpr(jax.grad(lambda *tokens: by("cuda", *tokens).sum(), (0, 1, 2)))(*tokens))
+    assert "dot_general" in gradient and "ffi_call" not in gradient
