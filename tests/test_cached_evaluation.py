@@ -79,7 +79,7 @@ def test_flags_of_eval(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
         used.append(cache)
         return Perplexity(np.ones(2), 8)
 
-    monkeypatch.setattr("any4_jax.cli.evaluate.perplexity", record)
+    monkeypatch.setattr("any4_jax.cli.eval_texts.perplexity", record)
     text, out = tmp_path / "text", tmp_path / "out.json"
     text.write_text("Once upon a time.")
     assert main(["eval", "tiny", "--text", str(text), "--out", str(out), *FLAGS]) == 0

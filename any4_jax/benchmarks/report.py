@@ -75,6 +75,11 @@ def _cache(rows: Rows, device: str) -> list[str]:
     return [cache_plot(rows, f"{device}: a step against the context, by cache")]
 
 
+def _caches(rows: Rows, device: str) -> list[str]:
+    bars = [Bar(f"{row['cache']}, {row['weights']} weights", row["kl_nats"], row["kl_nats_error"]) for row in rows]
+    return [bar_plot(bars, "KL from the float model, nats per token", f"Caches of few bits, computed on {device}")]
+
+
 def _quantize(rows: Rows, device: str) -> list[str]:
     bars = [Bar(f"{row['matrices']} of {row['n']} x {row['k']}", row["seconds_in_all"]) for row in rows]
     return [bar_plot(bars, "seconds for all matrices of a shape", f"{device}: quantizing a model's linears")]
@@ -113,6 +118,7 @@ _DRAWN: Mapping[str, Callable[[Rows, str], list[str]]] = {
     "hf_flax_decode": _decode,
     "against_llama_cpp": _decode,
     "cache": _cache,
+    "caches": _caches,
     "quantize": _quantize,
     "ablations": _ablations,
     "solver": _solver,
