@@ -2,7 +2,7 @@
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-newest test-peers newest sanitize fuzz lint clean
+.PHONY: help demo test test-all test-newest test-peers newest sanitize fuzz lint clean
 
 INSTALL_INPUTS := pyproject.toml CMakeLists.txt $(filter-out %.md,$(wildcard cuda_ffi/csrc/*/*.*)) \
 	$(wildcard cuda_ffi/csrc/xla/ffi/api/*.h)
@@ -21,7 +21,7 @@ PYTEST = cache=$$(mktemp -d) && trap 'rm -rf "$$cache"' EXIT && JAX_PLATFORMS=cp
 	JAX_TRACEBACK_IN_LOCATIONS_LIMIT=0 PYTHONDONTWRITEBYTECODE= PYTHONPYCACHEPREFIX="$$cache/python" \
 	$(1) -m pytest -n auto --dist loadfile --no-loadscope-reorder
 # The tests that depend most on the versions of jax, flax and orbax.
-CORE := $(patsubst %,tests/test_%.py,matmul llama checkpoint_model linen nnx pallas_kernel)
+CORE := $(patsubst %,tests/test_%.py,llama checkpoint_model nnx)
 PIP := -m pip --disable-pip-version-check --quiet --quiet
 
 # Without a GPU the CUDA library is only loaded: machine code for one architecture is enough, where all take a minute
@@ -52,6 +52,7 @@ NEWEST_IF_OTHER := if .venv/bin/python -c 'import sys; sys.exit(sys.hexversion >
 help:
 	@echo "make demo      quantize a real small model to 4 bits, compare, generate, save and load"
 	@echo "make test      format check, lint, types, all tests; the core tests again on the newest Python"
+	@echo "make test-all  all tests, those too that repeat at length what others check; several minutes more"
 	@echo "make test-peers  models of Tunix, Gemma and MaxText in 4 bits, those that are installed in .venv"
 	@echo "make lint      format check, lint and types only"
 	@echo "make sanitize  the C++ kernels under sanitizers, two minutes; where there is a GPU the CUDA kernels too"
@@ -66,6 +67,9 @@ test: lint .venv/native.stamp newest
 	@[ -n "$$($(NEWEST_IF_OTHER))" ] || echo "one run only: no Python 3.12 or newer was found beside the one of .venv"
 	@$(call PYTEST,.venv/bin/python)
 	@[ -z "$$($(NEWEST_IF_OTHER))" ] || $(MAKE) --no-print-directory test-newest
+
+test-all: lint .venv/native.stamp
+	@$(call PYTEST,.venv/bin/python) --at-length
 
 newest: .venv/bin/python
 	@[ -z "$$($(NEWEST_IF_OTHER))" ] || $(MAKE) --no-print-directory .venv-newest/dev.stamp
@@ -110,8 +114,8 @@ clean:
 	@touch $@
 
 # An older pip takes twice the time to choose and unpack seventy packages. Without bytecode, of which tests need little,
-# this takes a minute less. Without the native libraries, because lint
-# doesn't need them and .venv-newest tests the XLA backends, which the first run seldom uses.
+# this takes a minute less. Without the native libraries, because lint doesn't need them and .venv-newest tests the XLA
+# backends, which the first run seldom uses.
 %/dev.stamp: $(INSTALL_INPUTS) | %/bin/python
 	@echo "installing any4_jax and its development tools into $*"
 	@$*/bin/python $(PIP) install --no-compile --upgrade pip

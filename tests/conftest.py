@@ -13,6 +13,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from at_length import AT_LENGTH
 
 from cuda_ffi import registration
 
@@ -35,6 +36,7 @@ class Compiles:
 
 # The files that take longest, which begin first: else one of them runs alone at the end, on one worker of several.
 LONGEST = (
+    "matmul",
     "family_goldens",
     "walk",
     "interrupt",
@@ -51,7 +53,15 @@ LONGEST = (
 )
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--at-length", action="store_true", help="also run what tests/at_length.py names")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--at-length"):
+        longer = [item for item in items if f"{item.path.stem}::{item.name}".startswith(AT_LENGTH)]
+        config.hook.pytest_deselected(items=longer)
+        items[:] = [item for item in items if item not in longer]
     places = {f"test_{name}": place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: places.get(item.path.stem, len(places)))
 
