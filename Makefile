@@ -21,7 +21,7 @@ PYTEST = cache=$$(mktemp -d) && trap 'rm -rf "$$cache"' EXIT && JAX_PLATFORMS=cp
 	JAX_TRACEBACK_IN_LOCATIONS_LIMIT=0 PYTHONDONTWRITEBYTECODE= PYTHONPYCACHEPREFIX="$$cache/python" \
 	$(1) -m pytest -n auto --dist loadfile --no-loadscope-reorder
 # The tests that depend most on the versions of jax, flax and orbax.
-CORE := $(patsubst %,tests/test_%.py,llama checkpoint_model nnx)
+CORE := $(patsubst %,tests/test_%.py,llama checkpoint_model)
 PIP := -m pip --disable-pip-version-check --quiet --quiet
 
 # Without a GPU the CUDA library is only loaded: machine code for one architecture is enough, where all take a minute

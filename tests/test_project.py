@@ -134,6 +134,7 @@ def test_make_without_a_target_names_the_targets(makefile) -> None:
     assert [line.split()[1] for line in done.stdout.splitlines()] == [
         "demo",
         "test",
+        "test-all",
         "test-peers",
         "lint",
         "sanitize",
