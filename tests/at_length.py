@@ -1,5 +1,6 @@
-"""Tests that repeat at length, or with more variants, what shorter ones check too. CI has twenty minutes on two cores,
-so `make test` leaves them out, and `make test-all` runs them as well."""
+"""Tests for which CI, with twenty minutes on two cores, has no time: most repeat at length, or with more variants, what
+shorter ones check; some compare the quality of one method with another's. `make test` leaves them out, and
+`make test-all` runs them as well: run it after a change in what they name."""
 
 AT_LENGTH = (
     # Twenty kills, and interrupts at random moments; test_walk_resumed, test_partial, test_interrupt have chosen ones.
@@ -18,12 +19,10 @@ AT_LENGTH = (
     "test_golden_checkpoints::test_a_hugging_face_model_gives_equal_tokens",
     "test_checkpoint_model::test_arrays_are_restored_onto_a_mesh",
     "test_checkpoint_into::test_one_device_to_two_and_back",
-    "test_checkpoint_store::test_memory_of_a_load_stays_near_the_arrays",
     "test_decode_loop::test_both_loops_give_the_same",
     "test_session::test_a_turn_reads_the_new_tokens_and_gives_what_the_whole_text_gives[dense",
     "test_kvquant::test_a_model_generates_with_it",
     "test_chat_cli::test_flags_of_sampling_are_the_arguments_of_generate",
-    "test_harness::test_flax_models_of_transformers_are_judged_alike",
     "test_hf_flax::test_every_family_runs_on_quantized_weights",
     "test_linen::test_scan_equals_a_loop_over_its_layers_in_value_and_in_gradients",
     "test_calibrate::test_a_deep_model_compiles_a_program_for_each_shape",
@@ -33,7 +32,6 @@ AT_LENGTH = (
     "test_walk_resumed::test_statistics_in_hand_are_part_of_what_is_kept",
     "test_walk::test_statistics_of_pairs_compare_with_the_float_model",
     "test_gptq_walk::test_any_method_of_one_coded_matrix_may_be_inside",
-    "test_tuning::test_a_killed_training_goes_on_to_the_same_bytes",
     # Every operator under transformations: test_jax_modes traces all of them, and derives some.
     "test_matmul::test_vmap_over_x_and_scan_over_a_stack",
     "test_matmul::test_gradients_equal_those_through_dequantize",
