@@ -14,7 +14,7 @@ def register_dataclass(cls: C, data_fields: Sequence[str] | None = None, meta_fi
     """Registers a dataclass as `jax.tree_util.register_dataclass` does, and tells it from all other classes.
 
     JAX's own function makes structures equal (`==`) whose fields agree and whose classes don't; only their hashes
-    differ. So about once in fifty processes, where part of the hashes collides too, `jax.jit` runs the program of one
+    differ. So about once in twenty processes, where part of the hashes collides too, `jax.jit` runs the program of one
     class on the arrays of the other (seen in jax 0.10.2 and 0.11). Caches and operators have the same few fields, and
     what a class does with them is all that sets it apart: register them here.
 
