@@ -32,6 +32,7 @@ TARGETS: dict[str, dict[str, str]] = {
         "any4_cpu_kmeans": "any4_cpu_kmeans",
         "any4_cpu_refit": "any4_cpu_refit",
         "any4_cpu_compensation": "any4_cpu_compensation",
+        "any4_cpu_attention": "any4_cpu_attention",
         "any4_cpu_kivi_attention": "any4_cpu_kivi_attention",
         "any4_cpu_kvquant_attention": "any4_cpu_kvquant_attention",
     },

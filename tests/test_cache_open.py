@@ -23,6 +23,7 @@ from any4_jax.kv_cache import (
 )
 from any4_jax.models.llama import Llama
 from any4_jax.models.tiny import random_llama
+from any4_jax.pytree import register_dataclass
 
 ROWS = [[5, 9, 2], [100, 3, 3, 7, 64, 2, 8], [1]]
 LEVELS = 16
@@ -33,7 +34,7 @@ def nearest(values: jax.Array, table: jax.Array) -> jax.Array:
     return jnp.abs(values[..., None] - table).argmin(axis=-1).astype(jnp.uint8)
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TableCache:
     """Keys as they are, [B * Hkv, D, S]; values as codes [B * Hkv, S, D] into the block's table, decoded by blocks."""
@@ -72,7 +73,7 @@ class TableCache:
         return attention_by_blocks(rotated(queries, positions, rope), read, slots, positions, self.start, settings)
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Tables:
     """A factory of `TableCache`: tables [blocks, LEVELS] are traced, the block's size is static."""
@@ -88,7 +89,7 @@ class Tables:
         return TableCache(keys, codes, self.tables[block], jnp.zeros((), jnp.int32), start, self.block)
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclasses.dataclass(frozen=True)
 class RoundedCache(DenseCache):
     """What `TableCache` stands for, without codes: a dense cache of values rounded to the table."""
@@ -99,7 +100,7 @@ class RoundedCache(DenseCache):
         return super().append(keys, self.table[nearest(values, self.table)], positions, rope)
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Rounded:
     tables: Any
@@ -109,7 +110,7 @@ class Rounded:
         return RoundedCache(dense.keys, dense.values, dense.length, dense.start, self.tables[block])
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclasses.dataclass(frozen=True)
 class WindowedCache(DenseCache):
     """A dense cache that attends with settings of its own."""
@@ -174,7 +175,7 @@ def test_blocks_whose_caches_are_alike_share_one_program(model: Llama) -> None:
     assert TableCache.traces == [32, 1]
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Shared(Tables):
     """All blocks hold the factory's own table [LEVELS]."""

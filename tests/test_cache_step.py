@@ -22,6 +22,7 @@ from any4_jax.kv_cache import (
 )
 from any4_jax.models import rope as ropes
 from any4_jax.models.rope_scaling import DynamicScaling, YarnScaling
+from any4_jax.pytree import register_dataclass
 
 B, S, H, HKV, D = 2, 16, 6, 2, 8
 START = np.asarray([0, 3], np.int32)
@@ -66,7 +67,7 @@ def test_it_equals_append_then_attend(rope: Rope | None, settings: AttentionSett
     assert int(one.length) == first
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Doubling(DenseCache):
     """Overrides one of the two."""
@@ -75,7 +76,7 @@ class Doubling(DenseCache):
         return super().append(keys, 2 * values, positions, rope)
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Both(Doubling):
     """Overrides what does both, below."""
@@ -85,7 +86,7 @@ class Both(Doubling):
         return 10 * mixed, cache
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Inherits(Both):
     """Overrides nothing."""

@@ -37,7 +37,11 @@ def model() -> Any:
 @pytest.mark.parametrize(
     ("cache", "head", "verdicts"),
     [
-        (None, "DenseCache", ["cuda: taken", "cudnn: the scores are few enough", "xla: could, but 'cuda' comes first"]),
+        (
+            None,
+            "DenseCache",
+            ["cuda: taken", "cudnn: the scores are few", "cpu: it runs on cpu", "xla: could, but 'cuda' comes first"],
+        ),
         (Kivi(2), "Kivi(bits=2)", ["cuda: taken", "cpu: it runs on cpu", "xla: could, but 'cuda' comes first"]),
         (
             Kivi(rotated=False),

@@ -17,6 +17,7 @@ from any4_jax.generate.streaming import TextStream
 from any4_jax.kv_cache import PLAIN, AttentionSettings, DenseCache, Rope, attention, rotated
 from any4_jax.models.llama import Llama
 from any4_jax.models.tiny import random_llama
+from any4_jax.pytree import register_dataclass
 
 ROWS = [[5, 9, 2], [100, 3, 3, 7, 64, 2, 8], [1]]
 
@@ -179,7 +180,7 @@ def test_a_character_left_incomplete_is_handed_over_at_the_end() -> None:
     assert text.finish() == "\N{REPLACEMENT CHARACTER}" == "".join(pieces)
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclasses.dataclass(frozen=True)
 class UnrotatedCache(DenseCache):
     """Keys stored as they come and rotated when read: what the protocol is made for."""

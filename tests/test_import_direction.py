@@ -16,7 +16,7 @@ PACKAGES = ("any4_jax", "pallas_kernels", "cuda_ffi")
 
 # From the bottom up. A module imports modules of lower rows, and of its own package; never its own row.
 LAYERS = (
-    ("one_line", "late"),
+    ("one_line", "late", "pytree"),
     ("formats", "choice", "schema", "regular_file", "whole_file"),
     ("scaling", "packing", "partition"),
     ("weights",),

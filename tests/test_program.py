@@ -19,6 +19,7 @@ from any4_jax.generate import generate
 from any4_jax.models import program
 from any4_jax.models.program import Program
 from any4_jax.models.tiny import random_llama
+from any4_jax.pytree import register_dataclass
 
 
 class Scale(nnx.Module):
@@ -94,7 +95,7 @@ def test_equals_flatten_after_any_change(change: str) -> None:
         assert len(leaves) == len(wanted) and all(map(lambda a, b: a is b, leaves, wanted))
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclasses.dataclass
 class Box:
     """A container that can be filled later."""

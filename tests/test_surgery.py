@@ -13,6 +13,7 @@ from any4_jax.methods import NF4, Any4, Int, quantize
 from any4_jax.methods.apply import apply_method
 from any4_jax.models.tiny import random_llama
 from any4_jax.nn.nnx import Any4Linear, Codes, Tables
+from any4_jax.pytree import register_dataclass
 from any4_jax.surgery import Axes, coverage, explain, linears, quantized_leaves, resolve
 from any4_jax.walk import quantize_model
 
@@ -254,7 +255,7 @@ def test_a_matrix_that_its_bias_contradicts_is_refused(name, shape, read, meant)
     assert new.shape == (4, 8)
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclasses.dataclass
 class Foreign:
     """A model of a library whose modules are trees."""

@@ -85,6 +85,14 @@ def _quantize(rows: Rows, device: str) -> list[str]:
     return [bar_plot(bars, "seconds for all matrices of a shape", f"{device}: quantizing a model's linears")]
 
 
+def _tune_cost(rows: Rows, device: str) -> list[str]:
+    units = {"s": "seconds", "peak_gb": "GB at most"}
+    return [
+        bar_plot([Bar(row["trained"], row[key]) for row in rows], unit, f"{device}: training")
+        for key, unit in units.items()
+    ]
+
+
 def _ablations(rows: Rows, device: str) -> list[str]:
     """Bars of the KL, or of the nats lost where that wasn't measured; and the KL against the bits where they differ."""
     known = [row for row in rows if row.get("kl_nats") is not None]
@@ -121,6 +129,7 @@ _DRAWN: Mapping[str, Callable[[Rows, str], list[str]]] = {
     "caches": _caches,
     "quantize": _quantize,
     "ablations": _ablations,
+    "tune_cost": _tune_cost,
     "solver": _solver,
 }
 

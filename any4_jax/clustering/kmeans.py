@@ -10,11 +10,12 @@ import numpy as np
 from any4_jax.clustering import inits
 from any4_jax.clustering.backends import BACKENDS, solve
 from any4_jax.clustering.xla import Options, default_chunk, padded_length
+from any4_jax.pytree import register_dataclass
 
 SOLVERS = ("exact", "lloyd")
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=("centroids", "codes", "inertia"), meta_fields=())
+@functools.partial(register_dataclass, data_fields=("centroids", "codes", "inertia"), meta_fields=())
 @dataclasses.dataclass(frozen=True)
 class KMeans:
     """Clusters of R rows of K values.

@@ -22,6 +22,7 @@ from any4_jax.generate.sampling import ALTERNATIVES, Sampler, Scores
 from any4_jax.kv_cache import Cache, CacheFactory, DenseCache, default_cache, traceable
 from any4_jax.models.base import Decoder
 from any4_jax.models.program import Program
+from any4_jax.pytree import register_dataclass
 
 # Prompts are padded to multiples of PROMPT_BUCKET and caches to multiples of CACHE_BUCKET, so that prompts of
 # similar length share their programs.
@@ -177,7 +178,7 @@ class Asked(NamedTuple):
         return cls(limit, chunk, logprobs, sampler, end_ids(model, eos))
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Request:
     """What stays the same throughout a generation. The prefill takes numpy's arrays, and leaves them on the device, so
@@ -200,7 +201,7 @@ class Request:
     ends: Any
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclasses.dataclass(frozen=True)
 class State:
     """Where the loop is. Once `limit` tokens are drawn it must not be used again: surplus steps leave it meaningless.

@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from any4_jax.generate.arguments import real
+from any4_jax.pytree import register_dataclass
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Counts:
     """The tokens that each row has.
@@ -38,7 +39,7 @@ class Counts:
         return Counts(self.prompt, self.new.at[jnp.arange(len(token)), token].add(1, mode="drop"))
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Penalties:
     """How much, as traced float32 scalars; the three apply in this order, before the temperature.

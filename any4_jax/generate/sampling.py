@@ -10,6 +10,7 @@ import numpy as np
 
 from any4_jax.generate.arguments import integer, real
 from any4_jax.generate.penalties import Counts, Penalties
+from any4_jax.pytree import register_dataclass
 
 # The "token" of a row whose logits are no numbers.
 INVALID = -1
@@ -19,7 +20,7 @@ LEAST_TEMPERATURE = 1e-5
 ALTERNATIVES = 20
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Scores:
     """What the model itself thought of each row's next token, before penalties and temperature.
@@ -58,7 +59,7 @@ def _first_highest(logits: jax.Array) -> jax.Array:
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass,
+    register_dataclass,
     data_fields=["temperature", "top_k", "top_p", "min_p", "seed", "penalties"],
     meta_fields=["greedy", "scored"],
 )

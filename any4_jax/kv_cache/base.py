@@ -23,6 +23,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from any4_jax.kv_cache.settings import PLAIN, AttentionSettings
+from any4_jax.pytree import register_dataclass
 
 
 class Rope(Protocol):
@@ -155,7 +156,7 @@ class CacheFactory(Protocol):
     """Creates the caches of a model, one for each block: a cache class, or an object with settings and tables.
 
     A factory that holds arrays is a pytree, usually a frozen dataclass registered with
-    `jax.tree_util.register_dataclass`. Its arrays are traced, so new tables need no recompilation; its settings are
+    `any4_jax.pytree.register_dataclass`. Its arrays are traced, so new tables need no recompilation; its settings are
     static fields. A factory without arrays may be any hashable object.
 
     A factory may define `as_decoded` too, as the function of that name has it, if its caches don't show several tokens
@@ -188,7 +189,7 @@ def as_decoded(factory: CacheFactory) -> CacheFactory:
     return factory if own is None else own()
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclasses.dataclass(frozen=True)
 class StaticFactory:
     """A pytree without arrays that wraps a factory which is not a pytree."""
@@ -222,6 +223,6 @@ def traceable(factory: CacheFactory) -> CacheFactory:
     except TypeError:
         raise TypeError(
             f"the cache factory is a {type(factory).__name__}, which is neither a pytree nor hashable; "
-            "register its class with jax.tree_util.register_dataclass"
+            "register its class with any4_jax.pytree.register_dataclass"
         ) from None
     return StaticFactory(factory)

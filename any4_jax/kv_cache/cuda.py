@@ -1,15 +1,12 @@
 """The step of a dense cache for one token a row, as one launch of the CUDA kernel of `cuda_ffi`."""
 
-import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from any4_jax.choice import Backend
-from any4_jax.kv_cache.base import Rope, is_pair_rope, rotate_pairs, rotated
-from any4_jax.kv_cache.plain import Step, plain_elsewhere, plain_step
+from any4_jax.kv_cache.fused import fused_step
+from any4_jax.kv_cache.plain import Step
 from any4_jax.kv_cache.settings import AttentionSettings
 
 
@@ -33,63 +30,10 @@ def _supports(
     return reason or registration.why_not("cuda")
 
 
-def _run(
-    queries: jax.Array,
-    new_keys: jax.Array,
-    new_values: jax.Array,
-    keys: jax.Array,
-    values: jax.Array,
-    length: jax.Array,
-    positions: jax.Array,
-    start: jax.Array,
-    *,
-    rope: Rope | None,
-    settings: AttentionSettings,
-) -> Step:
-    # Other steps take what broadcasts, and integers of 64 bits.
-    positions = jnp.broadcast_to(positions, queries.shape[:2]).astype(jnp.int32)
-    slots = jnp.asarray(length, jnp.int32), positions, jnp.broadcast_to(start, len(queries)).astype(jnp.int32)
-    factors: tuple[jax.Array, ...] = ()
-    if is_pair_rope(rope):
-        factors = rope.factors(positions)
-    else:
-        queries, new_keys = rotated(queries, positions, rope), rotated(new_keys, positions, rope)
-    arrays = queries, new_keys, new_values.astype(queries.dtype), keys, values, *slots
-    mixed, keys, values, used = _fused(settings)(*arrays, *factors)
-    return mixed, keys, values, used.astype(length.dtype)
+def _run(*operands: jax.Array, **settings: Any) -> Step:
+    from cuda_ffi import attention
 
-
-@functools.cache
-def _fused(settings: AttentionSettings) -> Callable[..., Any]:
-    """The step with factors (cos, sin) [B, 1, D/2] instead of a rope, or none."""
-
-    def plain(queries, new_keys, new_values, keys, values, length, positions, start, *factors):
-        if factors:
-            queries, new_keys = (rotate_pairs(x, *factors) for x in (queries, new_keys))
-        operands = queries, new_keys, new_values, keys, values, length, positions, start
-        return plain_step(*operands, rope=None, settings=settings)
-
-    def launch(queries, new_keys, new_values, keys, values, length, positions, start, *factors):
-        from cuda_ffi import attention
-
-        # Of the one token, without its axis.
-        tokens = queries[:, 0], new_keys[:, 0], new_values[:, 0]
-        turned = (factors[0][:, 0], factors[1][:, 0]) if factors else None
-        mixed, *held = attention.attend(
-            *tokens,
-            keys,
-            values,
-            length,
-            positions[:, 0],
-            start,
-            turned,
-            scale=queries.shape[-1] ** -0.5 if settings.scale is None else settings.scale,
-            softcap=settings.softcap,
-            window=settings.window,
-        )
-        return mixed[:, None], *held
-
-    return plain_elsewhere(launch, plain)
+    return fused_step(attention.attend, *operands, **settings)
 
 
 CUDA = Backend("cuda", _supports, _run)

@@ -13,9 +13,10 @@ from any4_jax.kv_cache.base import Rope, rotated
 from any4_jax.kv_cache.plain import appended
 from any4_jax.kv_cache.settings import PLAIN, AttentionSettings
 from any4_jax.kv_cache.step import BACKENDS, step
+from any4_jax.pytree import register_dataclass
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclasses.dataclass(frozen=True)
 class DenseCache:
     """Keys and values, stored unquantized; see `kv_cache.base` for slots, positions and the letters.

@@ -17,9 +17,10 @@ from any4_jax.kv_cache.kivi_step import BACKENDS, step
 from any4_jax.kv_cache.plain import check_fits
 from any4_jax.kv_cache.ring import Arrival, Recent
 from any4_jax.kv_cache.settings import PLAIN, AttentionSettings
+from any4_jax.pytree import register_dataclass
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KiviCache:
     """Keys and values of one block; `Kivi` says how they are stored, `kv_cache.base` what the letters mean.

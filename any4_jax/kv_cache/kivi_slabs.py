@@ -14,9 +14,10 @@ from jax.typing import DTypeLike
 from any4_jax.kv_cache.by_token import each_piece, leaving
 from any4_jax.kv_cache.codes import Codes, decode, encode, update
 from any4_jax.kv_cache.ring import Recent
+from any4_jax.pytree import register_dataclass
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KeySlab:
     """Keys in groups of consecutive positions of one channel.
@@ -69,7 +70,7 @@ class KeySlab:
         return decode(parts, self.bits, self.group_size, count)
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclasses.dataclass(frozen=True)
 class ValueSlab:
     """Values in groups of channels of one position.

@@ -12,9 +12,10 @@ from any4_jax.kv_cache.attention import BLOCK_SLOTS
 from any4_jax.kv_cache.kvquant_cache import KVQuantCache
 from any4_jax.kv_cache.kvquant_levels import CacheSample, learned
 from any4_jax.kv_cache.nonuniform import Levels, TokenCodes, encode_keys, encode_values
+from any4_jax.pytree import register_dataclass
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KVQuant:
     """A cache factory: keys and values as codes of learned levels, with their outliers and the first tokens exact.

@@ -16,9 +16,10 @@ from any4_jax.kv_cache.nonuniform import Levels, TokenCodes, decode_keys, decode
 from any4_jax.kv_cache.plain import check_fits
 from any4_jax.kv_cache.ring import Arrival, Recent, with_first
 from any4_jax.kv_cache.settings import PLAIN, AttentionSettings
+from any4_jax.pytree import register_dataclass
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KVQuantCache:
     """Keys and values of one block; `kv_cache.base` says what the letters mean.

@@ -12,10 +12,11 @@ from any4_jax.kv_cache.dense import DenseCache
 from any4_jax.kv_cache.plain import appended
 from any4_jax.kv_cache.settings import PLAIN, AttentionSettings
 from any4_jax.product.quantized_input import quantize_input
+from any4_jax.pytree import register_dataclass
 from any4_jax.weights import QuantizeInput
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _Rounded(DenseCache):
     """The plain cache with rounded keys and values, which rounded queries and weights multiply.

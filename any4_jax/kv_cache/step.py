@@ -9,13 +9,14 @@ import jax
 
 from any4_jax.choice import Backend, Choice
 from any4_jax.kv_cache.base import Rope
+from any4_jax.kv_cache.cpu import CPU
 from any4_jax.kv_cache.cuda import CUDA
 from any4_jax.kv_cache.cudnn import CUDNN
 from any4_jax.kv_cache.plain import Step, plain_step
 from any4_jax.kv_cache.settings import PLAIN, AttentionSettings
 
 # (queries, new keys, the cache's keys and values, settings) is the problem that they support or not.
-BACKENDS = Choice((CUDA, CUDNN, Backend("xla", lambda *problem: None, plain_step)))
+BACKENDS = Choice((CUDA, CUDNN, CPU, Backend("xla", lambda *problem: None, plain_step)))
 
 
 def step(

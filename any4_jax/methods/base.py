@@ -18,6 +18,7 @@ from typing import Any, ClassVar, Literal, Protocol, get_args, runtime_checkable
 import jax
 import jax.numpy as jnp
 
+from any4_jax.pytree import register_dataclass
 from any4_jax.statistics import Gathered, Statistic
 
 Scope = Literal["matrix", "site", "block"]
@@ -97,7 +98,7 @@ class Method(AnyMethod, Protocol):
         ...
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclasses.dataclass(frozen=True)
 class SiteWeights:
     """The matrices that read one input.
@@ -123,7 +124,7 @@ class SiteWeights:
         return jnp.broadcast_to(runs.mean(axis=1, keepdims=True), runs.shape).reshape(-1)
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclasses.dataclass(frozen=True)
 class SiteResult:
     """The result of a site method for a site.

@@ -7,11 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from any4_jax.pytree import register_dataclass
+
 _UNDRAWN = np.uint32(0xFFFFFFFF)
 """The draw of a free place in the sample, and of tokens that don't count."""
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclasses.dataclass(frozen=True)
 class SampledTokens:
     """Tokens drawn uniformly from all that were seen.

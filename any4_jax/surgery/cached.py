@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from any4_jax import kv_cache
 from any4_jax.kv_cache import PLAIN, AttentionSettings, Cache, CacheFactory, DenseCache, Rope, default_cache
 from any4_jax.models import Decoder
+from any4_jax.pytree import register_dataclass
 
 
 def explain_attention(model: Decoder, factory: CacheFactory | None, rows: int, platform: str) -> list[str]:
@@ -34,7 +35,7 @@ def explain_attention(model: Decoder, factory: CacheFactory | None, rows: int, p
     return list(dict.fromkeys(step.told(_said(factory), slots, platform) for step in seen))
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _Step:
     """What the attention of a block handed to its cache; shapes stand for arrays."""
@@ -61,7 +62,7 @@ class _Note:
         self.steps = steps
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _Watched:
     """A cache that notes what it is handed, and answers with zeros."""

@@ -12,6 +12,7 @@ from flax import nnx
 from any4_jax.kv_cache import PLAIN, AttentionSettings, CacheFactory, CacheSample, DenseCache, Rope
 from any4_jax.methods.matrices import Progress
 from any4_jax.models.base import Decoder
+from any4_jax.pytree import register_dataclass
 from any4_jax.statistics import Sample, SampledTokens
 from any4_jax.walk.batches import Batch, token_batches
 from any4_jax.walk.calibrate import Data
@@ -165,7 +166,7 @@ def _slope(model: Decoder, x: jax.Array, tokens: jax.Array, mask: jax.Array) -> 
     return jax.grad(loss)(x)
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _Watch:
     """A plain cache that shows its keys and values, and adds to them what it holds before, zeros: their gradient is

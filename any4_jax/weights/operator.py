@@ -25,6 +25,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import GetAttrKey, tree_flatten_with_path
 
+from any4_jax.pytree import register_dataclass
+
 Trained = Literal["tables", "lora", "floats"] | None
 """What an array is trained as: a table, scale or offset; a low-rank factor; anything else; None for a constant."""
 
@@ -118,7 +120,7 @@ def operator(
             raise ValueError(
                 f"got {cls.__name__} with a field 'operator', under which checkpoints keep the class's name; rename it"
             )
-        jax.tree_util.register_dataclass(cls, [name for name in names if name not in static], list(static))
+        register_dataclass(cls, [name for name in names if name not in static], list(static))
         _REGISTERED[cls] = _Registration(dict(axes), dict(trains))
         _BY_NAME[cls.__name__] = cls
         return cls
