@@ -16,6 +16,7 @@
 #include "byte_rows_inl.h"
 #include "byte_round_inl.h"
 #include "byte_stored_inl.h"
+#include "byte_many_inl.h"
 #include "byte_token_inl.h"
 #include "byte_token_round_inl.h"
 
@@ -71,7 +72,9 @@ struct ByteMultiply {
       const int8_t* const values = direct ? static_cast<const int8_t*>(w.lut) + (w.lut_rows == 1 ? 0 : n * 16)
                                           : rows.tables[within];
       const int64_t values_stride = direct && w.lut_rows == 1 ? 0 : 16;
-      const auto multiply = unpacked == nullptr && n + kRows >= w.n - kStepBytes
+      // Whole steps end beyond the weight's own bytes.
+      const bool ends = unpacked == nullptr && (w.n - n - kRows) * stride < in.steps * kStepBytes - stride;
+      const auto multiply = ends
                                 ? StoredTile<V, kBits>::template Multiply<kRows, kInputs, true>
                                 : StoredTile<V, kBits>::template Multiply<kRows, kInputs, false>;
       multiply(w, in, codes, stride, values, values_stride, n, input, out);
@@ -147,21 +150,11 @@ struct ByteMultiply {
     }
   }
 
-  // Row n's codes as codes of kBits, whole steps of them; those of a ramp keep their distance to its middle.
-  static void Unpack(const Weight& w, const ByteInput& in, int64_t n, uint8_t* to) {
-    const uint8_t* const low = w.codes + n * PlaneBytes(w.k, LowBits(w.bits));
-    const uint8_t* const high = w.high + n * PlaneBytes(w.k, HighBits(w.bits));
-    UnpackCodes<kBits>(w.bits, low, high, w.k, to);
-    const int64_t bytes = PlaneBytes(w.k, kBits);
-    if constexpr (kBits == 8) {
-      const int bias = 128 - (1 << (w.bits - 1));
-      for (int64_t i = 0; i < bytes; ++i) to[i] = static_cast<uint8_t>(to[i] + bias);
-    }
-    for (int64_t i = bytes; i < in.steps * kStepBytes; ++i) to[i] = 0;
-  }
-
   static void Range(const Weight& w, const ByteInput& in, int64_t begin, int64_t end, const Output& out,
                     char* scratch) {
+    if constexpr (V::kReadsStored) {
+      if (in.rows >= kManyInputs) return ManyMultiply<V, kBits>::Range(w, in, begin, end, out, scratch);
+    }
     uint8_t* const unpacked = w.bits == kBits ? nullptr : reinterpret_cast<uint8_t*>(scratch);
     ByteRows rows(w, reinterpret_cast<float*>(scratch + (unpacked ? kByteRows * in.steps * kStepBytes : 0)));
     for (int64_t first = begin; first < end; first += kByteRows) {
@@ -169,7 +162,7 @@ struct ByteMultiply {
       if (!V::kReadsStored || (w.bits <= 4 && (w.bits < 4 || !w.integers))) rows.LoadTables(w, first, count);
       if constexpr (!V::kReadsStored) rows.LoadScales(w, first, count);
       for (int64_t r = 0; unpacked != nullptr && r < count; ++r) {
-        Unpack(w, in, first + r, unpacked + r * in.steps * kStepBytes);
+        UnpackRow<kBits>(w, first + r, in.steps * kStepBytes, unpacked + r * in.steps * kStepBytes);
       }
       Inputs<V::kInputs>(w, in, rows, unpacked, first, count, 0, out);
     }

@@ -1,14 +1,29 @@
 // What kernels for bytes read of a few rows of the weight besides the codes; see byte_kernel_inl.h.
 
+// The table of a row for codes of at most 4 bits; a ramp's counts from minus half its size.
+inline void LoadTable(const Weight& w, int64_t row, int8_t (&table)[16]) {
+  const int64_t size = int64_t{1} << w.bits;
+  const int8_t* const stored = static_cast<const int8_t*>(w.lut) + (w.lut_rows == 1 ? 0 : row) * size;
+  if (!w.integers) {
+    for (int64_t i = 0; i < 16; ++i) table[i] = static_cast<int8_t>(i - size / 2);
+  } else if (size == 16) {
+    __builtin_memcpy(table, stored, 16);
+  } else {
+    for (int64_t i = 0; i < size; ++i) table[i] = stored[i];
+  }
+}
+
 // The tables, and the scales and offsets as floats; a ramp's step and middle are part of these.
 struct ByteRows {
-  int8_t tables[kByteRows][16] = {};  // of codes of at most 4 bits; a ramp's counts from minus half its size
+  int8_t tables[kByteRows][16] = {};
   float* scales;
   float* offsets;
   bool any_offsets;
 
   ByteRows(const Weight& w, float* scratch)
-      : scales(scratch), offsets(scratch + kByteRows * w.groups() + kBytePadding), any_offsets(w.offsets != nullptr) {}
+      : scales(scratch),
+        offsets(scratch == nullptr ? nullptr : scratch + kByteRows * w.groups() + kBytePadding),
+        any_offsets(w.offsets != nullptr) {}
 
   void Load(const Weight& w, int64_t first, int64_t count) {
     LoadTables(w, first, count);
@@ -16,15 +31,8 @@ struct ByteRows {
   }
 
   __attribute__((noinline)) void LoadTables(const Weight& w, int64_t first, int64_t count) {
-    const int64_t size = int64_t{1} << w.bits;
-    if (size > 16) return;
-    for (int64_t row = 0; row < count; ++row) {
-      if (!w.integers) {
-        for (int64_t i = 0; i < 16; ++i) tables[row][i] = static_cast<int8_t>(i - size / 2);
-      } else {
-        __builtin_memcpy(tables[row], static_cast<const int8_t*>(w.lut) + (w.lut_rows == 1 ? 0 : first + row) * size, size);
-      }
-    }
+    if (w.bits > 4) return;
+    for (int64_t row = 0; row < count; ++row) LoadTable(w, first + row, tables[row]);
   }
 
   __attribute__((noinline)) void LoadScales(const Weight& w, int64_t first, int64_t count) {

@@ -26,9 +26,9 @@ struct StoredTile {
   using Bytes = typename V::Bytes;
   using Floats = typename V::Floats;
   static constexpr int64_t kLanes = V::kLanes, kStep = 8 * kLanes, kStepBytes = kLanes * kBits;
-  // Codes are prefetched a page ahead, since the processor's own prefetching ends there, and of the few other bytes of a
+  // Codes are prefetched two pages ahead, since the processor's own prefetching ends with one, and of the few other bytes of a
   // row those of as many rows.
-  static constexpr int64_t kAhead = 4096, kAheadRows = 32;
+  static constexpr int64_t kAhead = 8192, kAheadRows = 64;
 
   // The products of one step, of whose codes there are `left` bytes; all unless kEnd.
   template <int kRows, int kInputs, bool kEnd>

@@ -8,7 +8,7 @@ struct Vector512 {
   using Floats = __m512;
   static constexpr int kLanes = 16;
   static constexpr bool kUnsigned = true, kReadsStored = true;
-  static constexpr int kRowsOfOne = 4, kRows = 4, kInputs = 4, kTokenInputs = 4;
+  static constexpr int kRowsOfOne = 4, kRows = 4, kInputs = 4, kTokenInputs = 4, kManyAtOnce = 6;
   using TokenWeight = uint8_t;
   using TokenQ = int8_t;
 
@@ -31,6 +31,38 @@ struct Vector512 {
   static void StoreInts(int32_t* to, Ints value) { _mm512_storeu_si512(to, value); }
   static Ints Dot(Ints sum, Bytes weights, Bytes q) { return _mm512_dpbusd_epi32(sum, weights, q); }
   static Ints TokenDot(Ints sum, Bytes weights, Bytes q) { return Dot(sum, weights, q); }
+  static Ints BroadcastInts(const void* from) {
+    int32_t number;
+    __builtin_memcpy(&number, from, sizeof number);
+    return _mm512_set1_epi32(number);
+  }
+  static void Turn(Bytes (&rows)[kLanes]) {
+    Bytes fours[kLanes];
+    for (int i = 0; i < kLanes; i += 4) {
+      const Bytes a = _mm512_unpacklo_epi32(rows[i], rows[i + 1]), b = _mm512_unpackhi_epi32(rows[i], rows[i + 1]);
+      const Bytes c = _mm512_unpacklo_epi32(rows[i + 2], rows[i + 3]), d = _mm512_unpackhi_epi32(rows[i + 2], rows[i + 3]);
+      fours[i] = _mm512_unpacklo_epi64(a, c);
+      fours[i + 1] = _mm512_unpackhi_epi64(a, c);
+      fours[i + 2] = _mm512_unpacklo_epi64(b, d);
+      fours[i + 3] = _mm512_unpackhi_epi64(b, d);
+    }
+    for (int i = 0; i < 4; ++i) {
+      const Bytes even = _mm512_shuffle_i32x4(fours[i], fours[4 + i], 0x88), odd = _mm512_shuffle_i32x4(fours[i], fours[4 + i], 0xdd);
+      const Bytes after = _mm512_shuffle_i32x4(fours[8 + i], fours[12 + i], 0x88);
+      const Bytes last = _mm512_shuffle_i32x4(fours[8 + i], fours[12 + i], 0xdd);
+      rows[i] = _mm512_shuffle_i32x4(even, after, 0x88);
+      rows[4 + i] = _mm512_shuffle_i32x4(odd, last, 0x88);
+      rows[8 + i] = _mm512_shuffle_i32x4(even, after, 0xdd);
+      rows[12 + i] = _mm512_shuffle_i32x4(odd, last, 0xdd);
+    }
+  }
+  static void TurnFloats(Floats (&rows)[kLanes]) {
+    Bytes turned[kLanes];
+    for (int i = 0; i < kLanes; ++i) turned[i] = _mm512_castps_si512(rows[i]);
+    Turn(turned);
+    for (int i = 0; i < kLanes; ++i) rows[i] = _mm512_castsi512_ps(turned[i]);
+  }
+  static void StoreFloats(float* to, Floats value) { _mm512_storeu_ps(to, value); }
   static Floats ZeroFloats() { return _mm512_setzero_ps(); }
   static Floats Broadcast(float value) { return _mm512_set1_ps(value); }
   static Floats LoadFloats(const float* from) { return _mm512_loadu_ps(from); }
