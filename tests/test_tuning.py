@@ -139,12 +139,16 @@ def test_what_can_not_be_trained_is_refused(teacher, student, tokens) -> None:
         ((student, other), {}, "of different configs, and the teacher has to be the float form"),
         ((student, student), {}, "got a teacher that is quantized, and a float one is needed"),
         ((teacher, teacher), {}, "got a model without quantized layers, which tune trains; quantize it first"),
-        ((student, teacher), {"steps": 0}, "got steps=0, "),
-        ((fixed, teacher), {}, "got a model of which nothing can be trained: all tables are fixed"),
+        ((student, teacher), {"steps": 0}, "got steps=0 for EndToEnd, need a number greater than or equal to 1"),
+        ((student, teacher), {"learning_rate": float("nan")}, "got learning_rate=nan for EndToEnd, need a finite"),
+        ((student, teacher), {"seed": -1}, "got seed=-1 for EndToEnd, need a number"),
+        ((fixed, teacher), {}, "got a model of which nothing can be trained: its tables are fixed"),
     ):
         with pytest.raises(ValueError, match=words):
             a4.tune(model, float_model, tokens, **SETTINGS | changes)
     with pytest.raises(ValueError, match="got one row of tokens, and at least 2 are needed"):
         a4.tune(student, teacher, tokens[:1], **SETTINGS)
+    with pytest.raises(TypeError, match="got a int as the mesh; pass a jax.sharding.Mesh"):
+        a4.tune(student, teacher, tokens, mesh=4)
     with pytest.raises(TypeError, match="got a dict as the model, and tune needs decoders"):
         a4.tune({}, teacher, tokens)
