@@ -17,7 +17,7 @@ from any4_jax.methods import FP4, MX4
 from any4_jax.methods.tune_steps import drawn
 from any4_jax.models.tiny import random_llama
 from any4_jax.surgery import map_operators, quantized_leaves
-from any4_jax.tuning.loop import Keeping
+from any4_jax.tuning.loop import Keeping, outside_of_blocks
 
 RNG = np.random.default_rng(3)
 SETTINGS = {"steps": 24, "batch_size": 4, "seqlen": 12, "learning_rate": 0.01, "held_out": 0.25}
@@ -112,6 +112,16 @@ def test_a_killed_training_goes_on_to_the_same_bytes(tmp_path, teacher, student,
     done.clear()
     again(seed=1)
     assert done == list(range(1, 25))
+
+
+def test_no_device_gets_the_blocks_of_the_models(teacher, student) -> None:
+    """Beside the stacks that are trained; embedding and head are as they were."""
+    for model in (teacher, student):
+        program, leaves = outside_of_blocks(model)
+        bare = program.model(leaves)
+        assert sum(leaf.size for leaf in leaves) == 2 * 128 * 48 + 48
+        x = bare.embed(np.zeros((1, 1), np.int32), np.zeros((1, 1), np.int32))
+        assert_same(bare.head(x), model.head(x))
 
 
 def test_what_was_trained_on_is_recorded_and_not_measured_on(teacher, tuned, tokens) -> None:

@@ -66,8 +66,8 @@ def tune(
 
     On the device are both models, a second copy of the blocks' codes, what is trained five times in float32 (with the
     gradient, Adam's moments and the best so far), and the inputs of all blocks for a batch, which a backward pass runs
-    again block by block. What enters the float model's head is computed once for all rows, and is kept on the host:
-    R * T * E numbers.
+    again block by block. On a mesh every device has all of that but the blocks as they are in the two models. What
+    enters the float model's head is computed once for all rows, and is kept on the host: R * T * E numbers.
 
     Args:
       model: a quantized decoder.
