@@ -26,14 +26,17 @@ struct ByteInput {
   float* scales;             // [rows, steps, V]: a, of each lane
   float* sums;               // [rows, groups]: of a * q over each of the weight's groups
   int64_t groups;
-  const int32_t* group;      // [steps]: the weight's group that a step begins in
+  const int32_t* group;      // [steps]: the weight's group that a step begins in; see `ends`
   const int32_t* relative;   // [steps, V]: the group of each lane, less the former
+  // [steps], for kernels that read scales as they are stored: the end of consecutive steps, this one among them, whose
+  // scales are in V places from one on. `group` is then that place, the same for all of them.
+  const int32_t* ends;
   bool whole_steps;          // every step lies in one of the weight's groups
 };
 
 // How many rows of the weight have their scales widened at a time, and the most of a task.
 constexpr int64_t kByteRows = 8;
-constexpr int64_t kByteTaskRows = 64;
+constexpr int64_t kByteTaskRows = 256;
 // The rows of x in one pass over the weight: at K = 2048 they take 256 kB, which a level-2 cache holds.
 constexpr int64_t kByteInputRows = 64;
 // Floats beyond a row's scales that vector loads may read.
@@ -63,7 +66,8 @@ struct TokenInput {
 constexpr int64_t kTokenRows = 4;
 
 struct ByteKernel {
-  int64_t lanes;  // V
+  int64_t lanes;      // V
+  bool reads_stored;  // scales as they are stored
   // Rounds row `row` of x, which is at `x`, into the input's arrays.
   void (*round)(const void* x, Type type, int bits, const ByteInput& in, int64_t row);
   // Multiplies rows [begin, end) of the weight with all rows of the input; `scratch` has ByteScratch.

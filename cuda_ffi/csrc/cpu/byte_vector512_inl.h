@@ -7,7 +7,7 @@ struct Vector512 {
   using Ints = __m512i;
   using Floats = __m512;
   static constexpr int kLanes = 16;
-  static constexpr bool kUnsigned = true;
+  static constexpr bool kUnsigned = true, kReadsStored = true;
   static constexpr int kRowsOfOne = 4, kRows = 4, kInputs = 4, kTokenInputs = 4;
   using TokenWeight = uint8_t;
   using TokenQ = int8_t;
@@ -19,10 +19,12 @@ struct Vector512 {
     return value;
   }
   static Bytes Ones() { return _mm512_set1_epi8(1); }
-  static void Whole(const uint8_t* codes, Bytes* low, Bytes* high) {
-    const Bytes first = Load(codes), second = Load(codes + 64);
+  static void Whole(Bytes first, Bytes second, Bytes* low, Bytes* high) {
     *low = _mm512_shuffle_i64x2(first, second, 0x88);
     *high = _mm512_shuffle_i64x2(first, second, 0xdd);
+  }
+  static Bytes LoadFirstBytes(const uint8_t* from, int64_t count) {
+    return _mm512_maskz_loadu_epi8(count >= 64 ? ~uint64_t{0} : (uint64_t{1} << count) - 1, from);
   }
   static Ints Zero() { return _mm512_setzero_si512(); }
   static Ints LoadInts(const int32_t* from) { return Load(from); }
@@ -37,6 +39,17 @@ struct Vector512 {
     const __mmask16 wanted = count >= kLanes ? 0xffff : static_cast<__mmask16>((1u << count) - 1);
     return _mm512_maskz_loadu_ps(wanted, from);
   }
+  static Floats LoadStored(const void* from, Type type, int64_t at, int64_t count) {
+    const __mmask16 wanted = count >= kLanes ? 0xffff : static_cast<__mmask16>((1u << count) - 1);
+    if (type == Type::kBfloat16) {
+      const __m256i halves = _mm256_maskz_loadu_epi16(wanted, static_cast<const uint16_t*>(from) + at);
+      return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
+    }
+    if (type == Type::kFloat32) return _mm512_maskz_loadu_ps(wanted, static_cast<const float*>(from) + at);
+    const __m128i exponents = _mm_maskz_loadu_epi8(wanted, static_cast<const uint8_t*>(from) + at);
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu8_epi32(exponents), 23));
+  }
+  static Floats PickLanes(Floats from, Ints lanes) { return _mm512_permutexvar_ps(lanes, from); }
   static Floats Pick(const float* from, const int32_t* lanes) {
     return _mm512_permutexvar_ps(LoadInts(lanes), LoadFloats(from));
   }
@@ -55,6 +68,13 @@ struct Vector512 {
     if constexpr (kBits == 4) bytes = EvenThenOdd(bytes);
     _mm_storeu_si128(reinterpret_cast<__m128i*>(low), _mm256_castsi256_si128(bytes));
     _mm_storeu_si128(reinterpret_cast<__m128i*>(high), _mm256_extracti128_si256(bytes, 1));
+  }
+  static void StoreSums(const Floats (&a)[4], float* to) {
+    const __m512 first = _mm512_add_ps(_mm512_unpacklo_ps(a[0], a[1]), _mm512_unpackhi_ps(a[0], a[1]));
+    const __m512 second = _mm512_add_ps(_mm512_unpacklo_ps(a[2], a[3]), _mm512_unpackhi_ps(a[2], a[3]));
+    const __m512 all = _mm512_add_ps(_mm512_shuffle_ps(first, second, 0x44), _mm512_shuffle_ps(first, second, 0xee));
+    const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(all), _mm512_extractf32x8_ps(all, 1));
+    _mm_storeu_ps(to, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
   }
   static float Sum(Floats a) { return _mm512_reduce_add_ps(a); }
 
