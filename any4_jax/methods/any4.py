@@ -28,7 +28,7 @@ _BINS = 1 << 14
 """A table for a whole matrix is learned from this many bins of equal count: means and weights of sorted neighbours."""
 
 _CHUNK_ROWS, _CHUNK_ROWS_ON_GPU = 64, 1024
-"""Rows worked on at a time: a few float32 temporaries of each, and more on a GPU, which runs hundreds of blocks of threads.
+"""Rows worked on at a time: a few float32 temporaries of each. A GPU takes more, to fill hundreds of blocks of threads.
 The same for all matrices: with another XLA may order sums differently, and a row's bits must not depend on others."""
 
 
