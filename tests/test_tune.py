@@ -138,6 +138,15 @@ def test_tables_that_are_long_and_scales_that_are_coded_stay() -> None:
     assert not at_rest(leaf, rounding=False)
 
 
+@dataclasses.dataclass(frozen=True)
+class Ramps(MX4):
+    """Fixed tables with scales that are exponents."""
+
+    def apply(self, w, gathered):
+        made = super().apply(w, gathered)
+        return dataclasses.replace(made, operator=dataclasses.replace(made.operator, uniform=True))
+
+
 @pytest.mark.parametrize(
     ("method", "x", "words"),
     [
@@ -146,15 +155,16 @@ def test_tables_that_are_long_and_scales_that_are_coded_stay() -> None:
         (
             Tune(SmoothQuant(MX4(group_size=16)), rounding=True),
             X,
-            "got rounding=True for a, whose inputs the start scales or permutes",
+            "got rounding=True for a, which the start makes of scaled or permuted inputs or of a sum",
         ),
         (
             Tune(GPTQ(NF4(group_size=16), static_groups=False), rounding=True),
             X,
-            "got rounding=True for a, whose inputs the start",
+            "got rounding=True for a, which the start makes of",
         ),
+        (Tune(Ramps(group_size=16)), X, "got a block of which nothing can be trained: its tables are fixed, and its"),
     ],
-    ids=range(4),
+    ids=range(5),
 )
 def test_what_can_not_be_trained_is_refused(method, x, words: str) -> None:
     refused = Linears.of(method, MATRICES, X)

@@ -25,6 +25,12 @@ Moves = dict[str, jax.Array]
 LARGEST_TABLE = 16
 """Longer tables, which are those of fixed formats, stay as they are."""
 
+NOTHING_TO_TRAIN = (
+    "of which nothing can be trained: its tables are fixed, and its scales are exponents or coded themselves; pass one "
+    "with scales or tables of its own"
+)
+"""The end of a message."""
+
 _INSIDE = 0.45
 """How far from its code a weight may start, in steps: inside of the half step at which it takes the next one."""
 
