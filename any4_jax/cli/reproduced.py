@@ -112,7 +112,10 @@ class Measured:
         """Measures these tasks of a row, and keeps each result at once."""
         args, new = self._args, [task for task in tasks if not kept.has(task)]
         asked = [task for task in new if task not in CORPORA and task not in files]
-        harness = Harness(args, asked) if asked else None
+        try:
+            harness = Harness(args, asked) if asked else None
+        except WorkError as error:
+            raise WorkError(f"{error}, or leave it out: --tasks and --text name what to measure") from error
         if not new:
             return
         # All are read before the work, so that what is missing is told at once.
