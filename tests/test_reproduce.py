@@ -11,7 +11,7 @@ from short_models import shorten
 
 import any4_jax as a4
 from any4_jax.cli import main, reproduce
-from any4_jax.cli.reproduced import Figure, compared
+from any4_jax.cli.reproduced import Figure, chosen_tasks, compared
 from any4_jax.data import stories
 from any4_jax.evaluation import CORPORA
 from any4_jax.evaluation.published import Source, find_rows, published_rows
@@ -95,6 +95,10 @@ def test_a_row_measures_what_its_pieces_do(text, tmp_path, capsys) -> None:
         value = a4.evaluation.perplexity(expected, stories(), seqlen=512, windows=2).value
         assert figure["measured"] == pytest.approx(value, rel=1e-6) and not row["same_shape"]
     assert made[1]["figures"][0]["published"] == 10.99
+    (loss,) = json.loads(told.out)["lost"]
+    assert (loss["row"], loss["text"]) == (NF4, "wikitext-2") and loss["error"] > 0
+    assert loss["value"] == pytest.approx(np.log(made[1]["figures"][0]["measured"] / made[0]["figures"][0]["measured"]))
+    assert loss["published"] == pytest.approx(np.log(10.99 / 9.76)) and "nats per token lost" in shown
     written = json.loads((tmp_path / "runs" / NF4 / "results.json").read_text())
     assert written["published"] == ROWS[NF4].values and written["method"] == "nf4"
     assert main(["tables", str(tmp_path / "runs")]) == 0
@@ -122,6 +126,17 @@ def test_a_method_learns_from_the_data_set_of_its_row(text, monkeypatch, capsys)
     assert main([*argv, "--calibrate", "prompt"]) == 0 and len(asked) == 1
     notes = json.loads(capsys.readouterr().out)["rows"][0]["notes"]
     assert any("learned from prompt; published, from 2 x 64" in note for note in notes)
+
+
+def test_rows_of_a_group_take_what_they_have_of_the_tasks() -> None:
+    rows = find_rows("any4/llama-3-8b")
+    args = SimpleNamespace(name="any4/llama-3-8b", tasks=["wikitext-2", "mmlu"], allow_code=False)
+    chosen = chosen_tasks(args, rows, {"c4": "c4.txt"})
+    assert chosen["any4/llama-3-8b/fp4"] == ["c4"] and chosen["any4/llama-3-8b/nf4"] == ["c4", "wikitext-2", "mmlu"]
+    args.tasks = None
+    assert "humaneval" not in chosen_tasks(args, rows, {})["any4/llama-3-8b/nf4"]
+    args.allow_code = True
+    assert "humaneval" in chosen_tasks(args, rows, {})["any4/llama-3-8b/nf4"]
 
 
 def test_figures_of_tasks_are_percents_with_their_means() -> None:
