@@ -47,6 +47,8 @@ def test_a_row_can_be_built(name: str) -> None:
         CATALOGUE[row.cache["name"]](**row.cache["fields"])
     if method is not None:
         method.check(row.learns is not None)
+        needs = [need for each in (method, getattr(method, "inner", method)) for need in each.needs]
+        assert not needs or row.learns is not None
         assert method_to_json(method)["method"] == row.method["method"]
         paths = ["embed_tokens", "lm_head", "layers.0.mlp.down_proj", "layers.0.self_attn.q_proj"]
         assert len(row.build_rules(paths)) == len(row.rules) and not row.build_rules(["layers.0.mlp.up_proj"])
@@ -55,6 +57,8 @@ def test_a_row_can_be_built(name: str) -> None:
 def test_values_are_those_of_their_table() -> None:
     assert ROWS["any4/llama-3.2-1b/any4"].values["c4"] == 13.95
     assert ROWS["any4/llama-3-70b/any4"].build() == a4.methods.Any4.paper(symmetric=True, table_dtype="bfloat16")
+    assert ROWS["any4/ablation-term/weights"].learns is None
+    assert isinstance(ROWS["any4/ablation-calibration/pile"].learns, Source)
     assert ROWS["any4/ablation-groups/nf4-64"].build().group_size == 64
     assert ROWS["qllm-infer/smoothquant/w6a6"].build().inner.bits == 6
     down = dict(ROWS["qllm-infer/smoothquant/w6a6"].build_rules(["layers.0.mlp.down_proj"])).popitem()[1]
