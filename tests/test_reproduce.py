@@ -147,13 +147,13 @@ def test_figures_of_tasks_are_percents_with_their_means() -> None:
     row = ROWS["qllm-infer/spqr/spqr-3.99"]
     result = {"metrics": {"acc_norm": {"value": 0.1, "error": 0.1}, "acc": {"value": 0.5, "error": 0.03}}}
     results = dict.fromkeys(row.tasks, result)
-    found = {figure.task: figure for figure in compared(row, results, row.tasks)}
+    found = {figure.task: figure for figure in compared(row, results)}
     assert found["piqa"] == Figure("piqa", "acc", 50.0, 3.0, 80.09)
     assert found["mean of 5"] == Figure("mean of 5", "mean acc", 50.0, pytest.approx(3 / np.sqrt(5)), 68.72)
-    part = compared(row, {"piqa": results["piqa"]}, ["piqa"])
+    part = compared(row, {"piqa": results["piqa"]})
     assert [figure.task for figure in part] == ["piqa"]
     code = {"humaneval": {"metrics": {"pass@1,create_test": {"value": 0.25, "error": None}}}}
-    (figure,) = compared(ROWS[NF4], code, ["humaneval"])
+    (figure,) = compared(ROWS[NF4], code)
     assert figure == Figure("humaneval", "pass@1,create_test", 25.0, None, 13.4)
 
 

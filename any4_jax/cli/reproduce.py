@@ -100,15 +100,16 @@ def run(args: argparse.Namespace) -> int:
         out = None if args.out is None else str(Path(args.out) / row.name)
         kept = Run(out, _settings(args, row, files), command_line(args.words), args.again)
         model.measure(row, plans[row.name], files, kept)
-        found, notes = compared(row, kept.results, plans[row.name]), model.notes(row)
+        results = {task: kept.results[task] for task in plans[row.name]}
+        found, notes = compared(row, results), model.notes(row)
         print(_shown(row, [note for note in notes if note not in told], found, model.is_like(row)), flush=True)
         told.update(notes)
         content.append(_published(row) | {"same_shape": model.is_like(row), "notes": notes, "figures": _told(found)})
         of_table = row.name.rpartition("/")[0]
         if row.method is None and row.cache is None:
-            floats[of_table] = row, kept.results
+            floats[of_table] = row, results
         elif of_table in floats:
-            losses += lost(row, kept.results, *floats[of_table])
+            losses += lost(row, results, *floats[of_table])
     if losses:
         print(_lost(losses))
     tell(lambda: {"model": args.model, "rows": content, "lost": [dataclasses.asdict(each) for each in losses]})
@@ -199,8 +200,8 @@ def _shown(row: Row, notes: Sequence[str], found: Sequence[Figure], same: bool) 
 
 def _lost(losses: Sequence[Loss]) -> str:
     cells = [
-        [each.row, each.text, f"{each.value:.4f}", f"{each.error:.4f}"]
-        + ["" if each.published is None else f"{each.published:.4f}"]
+        [each.row, each.text, f"{each.value:.4f}"]
+        + ["" if value is None else f"{value:.4f}" for value in (each.error, each.published)]
         for each in losses
     ]
     return "nats per token lost against the float model:\n" + table(

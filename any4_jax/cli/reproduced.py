@@ -54,14 +54,14 @@ class Loss:
     Attributes:
       row, text: what it is of.
       value: as measured, window by window.
-      error: its standard error; 0 for one window.
+      error: its standard error; None for one window.
       published: the logarithm of the published perplexities' ratio; None if one of them isn't there.
     """
 
     row: str
     text: str
     value: float
-    error: float
+    error: float | None
     published: float | None
 
 
@@ -201,11 +201,11 @@ class Measured:
         return pieces(tokens.ids, source.samples, seqlen)
 
 
-def compared(row: Row, results: Mapping[str, Any], tasks: Sequence[str]) -> list[Figure]:
-    """The figures of these tasks, with what is published of them; and the means whose tasks are all there."""
+def compared(row: Row, results: Mapping[str, Any]) -> list[Figure]:
+    """The figures of results by task, with what is published of them; and the means whose tasks are all there."""
     found: dict[str, Figure] = {}
-    for task in tasks:
-        result, published = results[task], row.values.get(task)
+    for task, result in results.items():
+        published = row.values.get(task)
         if "perplexity" in result:
             found[task] = Figure(task, "perplexity", result["perplexity"], result["standard_error"], published)
             continue
@@ -234,7 +234,8 @@ def lost(row: Row, results: Mapping[str, Any], base: Row, of_base: Mapping[str, 
         nats = np.asarray(result["window_nats_per_token"]) - np.asarray(other["window_nats_per_token"])
         both = task in row.values and task in base.values
         published = math.log(row.values[task] / base.values[task]) if both else None
-        found.append(Loss(row.name, task, float(nats.mean()), resampled_error(nats, 2000, 0), published))
+        error = resampled_error(nats, 2000, 0) if len(nats) > 1 else None
+        found.append(Loss(row.name, task, float(nats.mean()), error, published))
     return found
 
 
