@@ -158,6 +158,11 @@ def _check(model: Any, teacher: Any) -> None:
             f"got a {type(model).__name__} and a {type(teacher).__name__} of different configs, and the teacher has to "
             "be the float form of the model; pass the one that it was quantized from"
         )
+    if model.dtype != teacher.dtype:
+        raise ValueError(
+            f"got a model of {model.dtype} and a teacher of {teacher.dtype}, and blocks of both run as one program; "
+            f"load the float model with dtype={str(model.dtype)!r}"
+        )
     if quantized_leaves(teacher):
         raise ValueError("got a teacher that is quantized, and a float one is needed; load the float model")
     if not quantized_leaves(model):
