@@ -192,7 +192,8 @@ def _gathered(table: jax.Array, codes: jax.Array) -> jax.Array:
 def _gathered_back(kept: Any, slope: jax.Array) -> tuple[jax.Array, None]:
     # A gather's own gradient is a scatter, whose order of additions is not fixed on a GPU. These are sums of rows.
     codes, entries, shared = kept
-    mine = codes[..., None, :] == jnp.arange(entries, dtype=codes.dtype)[:, None]
+    each = jax.lax.broadcasted_iota(codes.dtype, (*[1] * (codes.ndim - 1), entries, 1), codes.ndim - 1)
+    mine = codes[..., None, :] == each
     by_entry = jnp.where(mine, slope[..., None, :], 0.0).sum(axis=-1)
     return by_entry.sum(axis=-2, keepdims=True) if shared else by_entry, None
 
