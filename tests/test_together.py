@@ -121,10 +121,15 @@ def _(w: Beside, x, backend=None):
 def test_products_together_are_explained(recipes) -> None:
     x, ws = inputs(2, 200), weights(*recipes)
     stacked = Beside(tuple(ws))
-    words = "\n".join(a4.explain(x, w, "cpu") for w in ws)
-    assert a4.explain(x, stacked, "cpu") == words
+
+    def verdicts(w: Operator) -> list[str]:
+        """Without the numbers of products that are several."""
+        return [line for line in a4.explain(x, w, "cpu").splitlines() if not line.startswith("product ")]
+
+    words = [line for w in ws for line in verdicts(w)]
+    assert verdicts(stacked) == words
     np.testing.assert_array_equal(a4.matmul(x, stacked), jnp.concatenate(matmul_each(x, ws), axis=1))
-    assert a4.explain(x, stacked, "cpu") == words
+    assert verdicts(stacked) == words
     assert [w.shape for _, w in plan.problems(matmul_each, x, tuple(ws))] == [w.shape for w in ws]
 
 
