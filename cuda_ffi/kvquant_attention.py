@@ -13,6 +13,7 @@ import numpy as np
 
 from cuda_ffi import registration
 from cuda_ffi.attention import MOST_PAIRS, MOST_PARTS, MOST_SLOTS
+from cuda_ffi.dtypes import why_not as dtypes_why_not
 
 TARGET = "any4_cuda_kvquant_attention"
 CHUNK = 64
@@ -71,11 +72,9 @@ def why_not(heads: int, held: Held, *dtypes: jax.typing.DTypeLike) -> str | None
     """None if the kernel takes H = `heads`, this cache, and queries of these dtypes; else the reason in words."""
     rows, groups, recent, size = held.recent_keys.shape
     room, slots = held.keys.outliers.shape[2:]
-    kinds = list(dict.fromkeys(jnp.dtype(dtype).name for dtype in (*dtypes, held.recent_keys.dtype)))
-    if len(kinds) > 1:
-        return f"the dtypes of queries and cache differ, {' and '.join(kinds)}"
-    if kinds[0] not in ("bfloat16", "float16"):
-        return f"queries and cache are {kinds[0]}, not bfloat16 or float16"
+    reason = dtypes_why_not(("bfloat16", "float16"), *dtypes, held.recent_keys.dtype)
+    if reason is not None:
+        return reason
     if size not in SIZES:
         return f"a head has {size} channels, not {' or '.join(map(str, SIZES))}"
     if slots > MOST_OUTLIERS:
@@ -132,9 +131,8 @@ def attend(
         jax.ShapeDtypeStruct(queries.shape, queries.dtype),
         jax.ShapeDtypeStruct((rows, heads, MOST_PARTS, size + 2), jnp.float32),
     ]
-    rest = dict(bits=bits, scale=scale, softcap=softcap, window=window)
-    mixed, _ = call(TARGET, outputs, queries, held, positions, near, far, **rest)
-    return mixed
+    operands = queries, held, positions, near, far
+    return call(TARGET, outputs, *operands, bits=bits, scale=scale, softcap=softcap, window=window)[0]
 
 
 def call(

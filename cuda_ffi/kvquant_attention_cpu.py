@@ -4,9 +4,9 @@ Letters as in `kvquant_attention`.
 """
 
 import jax
-import jax.numpy as jnp
 
 from cuda_ffi import kvquant_attention, registration
+from cuda_ffi.dtypes import why_not as dtypes_why_not
 from cuda_ffi.kvquant_attention import Factors, Held, call
 
 TARGET = "any4_cpu_kvquant_attention"
@@ -18,11 +18,9 @@ UNIT, MOST_SIZE = 32, 256
 def why_not(heads: int, held: Held, *dtypes: jax.typing.DTypeLike) -> str | None:
     """None if the kernel takes H = `heads`, this cache, and queries of these dtypes; else the reason in words."""
     size = held.recent_keys.shape[-1]
-    kinds = list(dict.fromkeys(jnp.dtype(dtype).name for dtype in (*dtypes, held.recent_keys.dtype)))
-    if len(kinds) > 1:
-        return f"the dtypes of queries and cache differ, {' and '.join(kinds)}"
-    if kinds[0] not in ("float32", "bfloat16"):
-        return f"queries and cache are {kinds[0]}, not float32 or bfloat16"
+    reason = dtypes_why_not(("float32", "bfloat16"), *dtypes, held.recent_keys.dtype)
+    if reason is not None:
+        return reason
     if size % UNIT or not 0 < size <= MOST_SIZE:
         return f"a head has {size} channels, which is no multiple of {UNIT} up to {MOST_SIZE}"
     return None
@@ -59,5 +57,5 @@ def attend(
     """
     registration.register("cpu")
     output = jax.ShapeDtypeStruct(queries.shape, queries.dtype)
-    rest = dict(bits=bits, scale=scale, softcap=softcap, window=window, isa=isa)
-    return call(TARGET, output, queries, held, positions, near, far, **rest)
+    operands = queries, held, positions, near, far
+    return call(TARGET, output, *operands, bits=bits, scale=scale, softcap=softcap, window=window, isa=isa)

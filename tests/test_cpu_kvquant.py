@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from any4_jax.kv_cache import PLAIN, AttentionSettings, KVQuant
-from any4_jax.kv_cache.kvquant_step import BACKENDS, kernel, step
+from any4_jax.kv_cache.kvquant_step import BACKENDS, kernel
+from any4_jax.kv_cache.one_token import step
 from any4_jax.models.rope import Rope
 from any4_jax.models.rope_scaling import DynamicScaling, YarnScaling
 from cuda_ffi import kvquant_attention_cpu, registration

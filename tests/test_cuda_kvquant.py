@@ -12,7 +12,8 @@ import pytest
 from kvquant_contract import Case, draw, near_and_far, table, wanted
 
 from any4_jax.kv_cache import PLAIN, KVQuant
-from any4_jax.kv_cache.kvquant_step import BACKENDS, step
+from any4_jax.kv_cache.kvquant_step import BACKENDS
+from any4_jax.kv_cache.one_token import step
 from any4_jax.models.rope import Rope
 from any4_jax.models.rope_scaling import DynamicScaling
 from cuda_ffi import kvquant_attention, registration

@@ -1,42 +1,20 @@
-"""One step of a KVQuant cache: a new token of each row enters it, and attends, by XLA or by a kernel of `cuda_ffi`."""
+"""What puts a token of each row into a KVQuant cache and attends: XLA, or a kernel of `cuda_ffi`."""
 
 import functools
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 
 from any4_jax.choice import Backend, Choice
+from any4_jax.kv_cache import one_token
 from any4_jax.kv_cache.base import Rope, is_linear_rope, is_pair_rope, rotated
 from any4_jax.kv_cache.nonuniform import TokenCodes
 from any4_jax.kv_cache.plain import append_then_attend, plain_elsewhere
-from any4_jax.kv_cache.settings import PLAIN, AttentionSettings
+from any4_jax.kv_cache.settings import AttentionSettings
 
 if TYPE_CHECKING:
     from any4_jax.kv_cache.kvquant_cache import KVQuantCache
-
-C = TypeVar("C", bound="KVQuantCache")
-
-
-def step(
-    cache: C,
-    queries: jax.Array,
-    keys: jax.Array,
-    values: jax.Array,
-    positions: jax.Array,
-    *,
-    rope: Rope | None,
-    settings: AttentionSettings = PLAIN,
-    backend: str | None = None,
-) -> tuple[jax.Array, C]:
-    """`append`, then `attend`, of a token of each row; see `kivi_step.step`."""
-    problem = cache, queries, keys, rope, settings
-    operands = cache, queries, keys, values, positions
-    name = BACKENDS.choose(backend, *problem, arrays=tuple(jax.tree.leaves(operands)))
-    run = BACKENDS.lowered(
-        lambda option: functools.partial(option.run, rope=rope, settings=settings), *problem, name=name
-    )
-    return run(*operands)
 
 
 def _supports(
@@ -49,10 +27,9 @@ def _supports(
     *,
     own: str,
 ) -> str | None:
-    if platform != own:
-        return f"it runs on {own}, not on {platform}"
-    if queries.shape[1] != 1:
-        return f"there are {queries.shape[1]} new tokens a row, not 1"
+    reason = one_token.why_not(own, queries, platform)
+    if reason is not None:
+        return reason
     if not is_linear_rope(rope):
         return "the rope's angles aren't proportional to the position"
     from cuda_ffi import registration
@@ -79,8 +56,7 @@ def _run(
     own: str,
 ) -> tuple[jax.Array, "KVQuantCache"]:
     cache = cache.append(keys, values, positions, rope)
-    # Other steps take what broadcasts, and integers of 64 bits.
-    positions = jnp.broadcast_to(positions, queries.shape[:2]).astype(jnp.int32)
+    positions = one_token.of_rows(positions, queries)
 
     def plainly(queries: jax.Array, positions: jax.Array, cache: "KVQuantCache") -> jax.Array:
         return cache.attend(queries, positions, rope, settings)
@@ -117,9 +93,7 @@ def kernel(
         factors(kernels.CHUNK, 1),
         factors(kernels.chunks(held), kernels.CHUNK),
         bits=cache.bits,
-        scale=queries.shape[-1] ** -0.5 if settings.scale is None else settings.scale,
-        softcap=settings.softcap,
-        window=settings.window,
+        **one_token.options(queries, settings),
         **options,
     )
     return mixed[:, None]
