@@ -28,7 +28,7 @@ def test_rows_by_cache_and_context(tmp_path: Path, capsys: pytest.CaptureFixture
     rows = read(out).rows
     assert [(row["cache"], row["context"]) for row in rows] == [(name, 62) for name in ("dense", "kivi-2", "kvquant-2")]
     for row in rows:
-        kernels = {"dense": "xla", "kivi-2": "cpu_kivi_attention", "kvquant-2": "cpu_kvquant_attention"}
+        kernels = {"dense": "cpu_attention", "kivi-2": "cpu_kivi_attention", "kvquant-2": "cpu_kvquant_attention"}
         kernel = kernels[row["cache"]] if registration.why_not("cpu") is None else "xla"
         assert row["kernel"] == kernel and row["attention_ms"] > 0 and row["step_ms"] > 0
         assert (row["cache"] == "dense") == (row["bytes_ratio_to_first"] == 1)

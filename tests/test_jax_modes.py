@@ -10,7 +10,11 @@ import pytest
 from small_weights import INTEGERS, NAMES, dequantize, operator, rows
 
 import any4_jax as a4
-from any4_jax.methods import NF4, Any4, Int
+from any4_jax import statistics
+from any4_jax.methods import FPQ, NF4, Any4, Int, SmoothQuant
+from any4_jax.methods.apply import apply_site
+from any4_jax.methods.base import SiteWeights
+from any4_jax.methods.tune_leaf import Start, at_rest
 from any4_jax.models.tiny import random_llama
 from any4_jax.partition import combine, partition
 from any4_jax.product import lookup, matmul, matmul_each
@@ -33,6 +37,32 @@ def test_methods_are_traced(mode: str) -> None:
         for method in METHODS:
             q = jax.eval_shape(lambda w, method=method: a4.quantize(w, method), w)
             assert q.shape == (5, 20) and q.scales.dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("mode", ("strict dtypes", "x64"))
+def test_methods_that_search_are_traced(mode: str) -> None:
+    """No array that is stored or told becomes one of 64 bits."""
+    site = SiteWeights({"": jax.ShapeDtypeStruct((5, 20), jnp.float32)})
+    with MODES[mode]():
+        for method in (FPQ(bits=8, input_bits=8, shift_rounding="nearest"), SmoothQuant(search=4)):
+            seen = jax.eval_shape(
+                lambda x, needs=method.needs: statistics.from_activations(x, statistics=needs),
+                jax.ShapeDtypeStruct((9, 20), jnp.float32),
+            )
+            made = jax.eval_shape(lambda site, seen, m=method: apply_site(site, m, seen, ""), site, seen)
+            assert all(leaf.dtype.itemsize <= 4 for leaf in jax.tree.leaves(made))
+
+
+@pytest.mark.parametrize("mode", (*SYMBOLIC, "x64"))
+def test_what_is_trained_of_a_leaf_is_traced(mode: str) -> None:
+    leaf = operator("4 bits")
+    with MODES[mode]():
+        moves = at_rest(leaf, rounding=True)
+        kernel = jax.ShapeDtypeStruct(leaf.shape[::-1], jnp.float32)
+        slopes = jax.eval_shape(
+            jax.grad(lambda moves, kernel: Start.of(leaf, kernel).matrix(moves).sum()), moves, kernel
+        )
+        assert {slope.dtype for slope in slopes.values()} == {jnp.dtype("float32")}
 
 
 @pytest.mark.parametrize("mode", MODES)

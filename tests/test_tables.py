@@ -107,6 +107,7 @@ def test_the_table_and_the_file_of_figures(folder, tmp_path, capsys) -> None:
     assert lines[3][4] == "0.1250 ± 0.5000" and lines[3][5] == "0.5500 ± 0.0300 (-0.2000 ± 0.0500)"
     assert lines[4][5] == "0.8000 ± 0.0300 (≈+0.0500 ± 0.0500)" and lines[4][3].count("≈") == 1
     assert "the difference from b" in shown.splitlines()[-1] and "q acc" in shown.splitlines()[-1]
+    assert "not to be compared with b, being of other tokens or questions: c of n." in shown
     rows = list(csv.DictReader((tmp_path / "t.csv").read_text().splitlines()))
     assert [row["within_error"] for row in rows if row["task"] == "q" and row["metric"] == "acc"] == ["0", "", "1"]
     assert {row["model"] for row in rows} == {"models/any4", "models/float", "models/nf4"} and len(rows) == 14

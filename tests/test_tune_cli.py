@@ -1,6 +1,7 @@
 """`any4 tune`: its flags reach the training, its checkpoint says what it was trained on, and `eval` heeds that."""
 
 import dataclasses
+import json
 
 import pytest
 
@@ -50,4 +51,6 @@ def test_a_checkpoint_is_trained_and_not_measured_on_the_same_text(tmp_path, che
     measure = ["eval", str(out), "--text", str(text), "--seqlen", "64", "--windows", "2"]
     assert main(measure) == 1
     assert "got a text with passages of 64 tokens that the model was trained on" in capsys.readouterr().err
-    assert main([*measure, "--allow-training-text"]) == 0
+    results = tmp_path / "results.json"
+    assert main([*measure, "--allow-training-text", "--out", str(results)]) == 0
+    assert json.loads(results.read_text())["method"] == "int, trained end to end"

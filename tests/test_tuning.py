@@ -17,7 +17,7 @@ from any4_jax.methods import FP4, MX4
 from any4_jax.methods.tune_steps import drawn
 from any4_jax.models.tiny import random_llama
 from any4_jax.surgery import map_operators, quantized_leaves
-from any4_jax.tuning.loop import Keeping
+from any4_jax.tuning.loop import Keeping, outside_of_blocks
 
 RNG = np.random.default_rng(3)
 SETTINGS = {"steps": 24, "batch_size": 4, "seqlen": 12, "learning_rate": 0.01, "held_out": 0.25}
@@ -114,6 +114,16 @@ def test_a_killed_training_goes_on_to_the_same_bytes(tmp_path, teacher, student,
     assert done == list(range(1, 25))
 
 
+def test_no_device_gets_the_blocks_of_the_models(teacher, student) -> None:
+    """Beside the stacks that are trained; embedding and head are as they were."""
+    for model in (teacher, student):
+        program, leaves = outside_of_blocks(model)
+        bare = program.model(leaves)
+        assert sum(leaf.size for leaf in leaves) == 2 * 128 * 48 + 48
+        x = bare.embed(np.zeros((1, 1), np.int32), np.zeros((1, 1), np.int32))
+        assert_same(bare.head(x), model.head(x))
+
+
 def test_what_was_trained_on_is_recorded_and_not_measured_on(teacher, tuned, tokens) -> None:
     assert tuned.recipe.training[0].tokens == tokens.size
     assert recipe_from_spec(recipe_spec(tuned.recipe)) == tuned.recipe
@@ -139,12 +149,16 @@ def test_what_can_not_be_trained_is_refused(teacher, student, tokens) -> None:
         ((student, other), {}, "of different configs, and the teacher has to be the float form"),
         ((student, student), {}, "got a teacher that is quantized, and a float one is needed"),
         ((teacher, teacher), {}, "got a model without quantized layers, which tune trains; quantize it first"),
-        ((student, teacher), {"steps": 0}, "got steps=0, "),
-        ((fixed, teacher), {}, "got a model of which nothing can be trained: all tables are fixed"),
+        ((student, teacher), {"steps": 0}, "got steps=0 for EndToEnd, need a number greater than or equal to 1"),
+        ((student, teacher), {"learning_rate": float("nan")}, "got learning_rate=nan for EndToEnd, need a finite"),
+        ((student, teacher), {"seed": -1}, "got seed=-1 for EndToEnd, need a number"),
+        ((fixed, teacher), {}, "got a model of which nothing can be trained: its tables are fixed"),
     ):
         with pytest.raises(ValueError, match=words):
             a4.tune(model, float_model, tokens, **SETTINGS | changes)
     with pytest.raises(ValueError, match="got one row of tokens, and at least 2 are needed"):
         a4.tune(student, teacher, tokens[:1], **SETTINGS)
+    with pytest.raises(TypeError, match="got a int as the mesh; pass a jax.sharding.Mesh"):
+        a4.tune(student, teacher, tokens, mesh=4)
     with pytest.raises(TypeError, match="got a dict as the model, and tune needs decoders"):
         a4.tune({}, teacher, tokens)

@@ -23,6 +23,7 @@ from any4_jax.cli import (
     inspect,
     needle,
     quantize,
+    reproduce,
     tables,
     tune,
 )
@@ -136,6 +137,7 @@ def parser_of(argv: Sequence[str]) -> argparse.ArgumentParser:
     inspect.add(commands, common)
     explain.add(commands, common)
     tables.add(commands, common)
+    reproduce.add(commands, common, argv)
     bench.add(commands, common, argv)
     completion.add(commands, common)
     return parser

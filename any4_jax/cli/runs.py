@@ -18,7 +18,7 @@ from any4_jax.cli.errors import WorkError
 from any4_jax.cli.output import as_json
 from any4_jax.cli.sources import is_checkpoint
 from any4_jax.methods import CATALOGUE
-from any4_jax.surgery import quantized_leaves
+from any4_jax.surgery import Recipe, quantized_leaves
 from any4_jax.whole_file import check_target, write_whole
 
 MANIFEST = "any4.json"
@@ -130,13 +130,20 @@ def facts_of(model: Any) -> dict[str, Any]:
     leaves = quantized_leaves(model)
     if not leaves:
         return {"method": "float"}
-    entries = model.recipe.linears if model.recipe is not None else ()
+    recipe = model.recipe or Recipe((), ())
     stored, weights = (
         sum(leaf.nbytes for leaf in leaves.values()),
         sum(math.prod(leaf.shape) for leaf in leaves.values()),
     )
-    names = sorted({_words(method) for _, method, _ in entries})
-    return {"method": " + ".join(names), "bits_per_weight": 8 * stored / weights, "quantized_bytes": stored}
+    names = sorted({_words(method) for _, method, _ in recipe.linears})
+    # A method that trains what it quantizes is among the names.
+    methods = {method.name for _, method, _ in recipe.linears}
+    trained = dict.fromkeys(f"trained {each.by}" for each in recipe.training if each.by not in methods)
+    return {
+        "method": ", ".join([" + ".join(names), *trained]),
+        "bits_per_weight": 8 * stored / weights,
+        "quantized_bytes": stored,
+    }
 
 
 def _words(method: Any) -> str:

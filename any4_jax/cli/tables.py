@@ -81,8 +81,16 @@ def markdown(runs: Sequence[Collected], base: Collected, found: Sequence[Figure]
         notes.append(
             f"in parentheses the difference from {base.name}, ≈ if it is less than {SIGNIFICANT:g} of its errors"
         )
+    apart = [f"{f.task} of {f.run}" for f in found if (f.task, f.metric) in columns and _is_apart(f, base)]
+    if apart:
+        notes.append(f"not to be compared with {base.name}, being of other tokens or questions: {', '.join(apart)}")
     rows = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     return f"{rows}\n\n{'; '.join(notes)}.\n"
+
+
+def _is_apart(figure: Figure, base: Collected) -> bool:
+    """Whether a run was measured on other tokens or questions than the base. A KL has its base within itself."""
+    return figure.run != base.name and figure.metric != "KL" and figure.delta is None and figure.task in base.results
 
 
 def _columns(found: Sequence[Figure]) -> list[tuple[str, str]]:

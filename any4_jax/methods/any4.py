@@ -28,9 +28,8 @@ _BINS = 1 << 14
 """A table for a whole matrix is learned from this many bins of equal count: means and weights of sorted neighbours."""
 
 _CHUNK_ROWS, _CHUNK_ROWS_ON_GPU = 64, 1024
-"""Rows worked on at a time: a few float32 temporaries of each. A GPU takes more, since it runs hundreds of blocks of
-threads, one for a row. The numbers never depend on the matrix: with another XLA may order sums differently, and a row's
-bits must not depend on other rows."""
+"""Rows worked on at a time: a few float32 temporaries of each. A GPU takes more, to fill hundreds of blocks of threads.
+The same for all matrices: with another XLA may order sums differently, and a row's bits must not depend on others."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +95,7 @@ class Any4(Fields):
     @classmethod
     def paper(cls, **fields) -> "Any4":
         """The published recipe: Lloyd's iteration from k-means++, samples weighted by |mean x| times the group scale,
-        statistics of the model as quantized so far, and tables without a refit. `fields` override it."""
+        statistics of the model as quantized so far, tables of bfloat16, no refit. `fields` override it."""
         published = cls(
             solver="lloyd",
             init="kmeans++",
@@ -105,6 +104,7 @@ class Any4(Fields):
             refit=False,
             scale_search=0,
             sequential=True,
+            table_dtype="bfloat16",
         )
         return dataclasses.replace(published, **fields)
 

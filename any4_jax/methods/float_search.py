@@ -54,7 +54,9 @@ def floats(bits: int, exponent: int | None) -> Floats:
 def tables(bits: int, exponent: int | None) -> jax.Array:
     """The tables of `floats`, within [-1, 1]: float32 [F, 2**bits]."""
     found = [pair for pair in formats.float_formats(bits) if exponent in (None, pair[0])]
-    return jnp.asarray([[level * 2.0 ** -(2**e) for level in formats.float_levels(e, m)] for e, m in found])
+    return jnp.asarray(
+        [[level * 2.0 ** -(2**e) for level in formats.float_levels(e, m)] for e, m in found], jnp.float32
+    )
 
 
 class Coded(NamedTuple):
@@ -221,7 +223,7 @@ def _shifts(problem: Problem, scale: jax.Array, one: Floats) -> jax.Array:
     assert problem.largest is not None
     if not problem.shifted:
         return jnp.zeros(problem.largest.shape, jnp.int32)
-    most = jnp.minimum((1 << one.exponent) - 1, MOST_SHIFT)
+    most = jnp.minimum((1 << one.exponent) - 1, MOST_SHIFT).astype(jnp.float32)
     own = -jnp.log2(problem.largest / one.tops)  # infinite for an input that is always zero
     common = -jnp.log2(scale)
     finer = jnp.round(own) - jnp.round(common) if problem.nearest else jnp.floor(own - common + _EVEN)

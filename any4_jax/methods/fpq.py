@@ -200,7 +200,8 @@ class FPQ(Fields):
         # What is drawn and among the largest stands for itself, there. Two programs may add up its squares differently.
         others = sizes(drawn.x) < sizes(largest.x).min() * (1 - 1e-5)
         others &= jnp.arange(self.tokens) < drawn.count
-        share = jnp.maximum(drawn.count - _LARGEST, 0) / jnp.maximum(others.sum(), 1)
+        stood_for, few = jnp.maximum(drawn.count - _LARGEST, 0), jnp.maximum(others.sum(dtype=jnp.int32), 1)
+        share = stood_for.astype(jnp.float32) / few.astype(jnp.float32)
         counts = jnp.concatenate([jnp.ones(_LARGEST, jnp.float32), jnp.where(others, share, 0.0)])
         return jnp.concatenate([largest.x, drawn.x]), counts
 

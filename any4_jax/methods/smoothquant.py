@@ -164,7 +164,7 @@ class SmoothQuant(Fields):
         notes: dict[str, Any] = {}
         if self.search:
             alphas = jnp.linspace(0.0, 1.0, self.search, dtype=jnp.float32)
-            tried = jnp.repeat(jnp.arange(len(inputs)), len(alphas)), jnp.tile(alphas, len(inputs))
+            tried = jnp.repeat(jnp.arange(len(inputs), dtype=jnp.int32), len(alphas)), jnp.tile(alphas, len(inputs))
             errors = jax.lax.map(lambda each: self._error(site.weights, scale(*each), gathered), tried)
             best = jnp.argmin(errors)
             size, alpha = (each[best] for each in tried)
@@ -192,10 +192,10 @@ class SmoothQuant(Fields):
         x = gathered[Sample(self.sample_tokens)].x
         made = self._quantized(matrices, s, gathered, {})
         rounded = quantize_input(x / s, next(iter(made.values())).operator)
-        error, energy = jnp.zeros(len(x)), jnp.zeros(len(x))
+        error = energy = jnp.zeros(len(x), jnp.float32)
         for path, w in matrices.items():
             y = dense_product(x, w)
             off = dense_product(rounded, weights.dequantize(made[path].operator)) - y
             error, energy = error + jnp.square(off).sum(axis=1), energy + jnp.square(y).sum(axis=1)
         # Places of the sample that no token took hold zeros.
-        return jnp.where(energy > 0, error / energy, 0.0).sum() / jnp.maximum((energy > 0).sum(), 1)
+        return jnp.where(energy > 0, error / energy, 0.0).sum() / jnp.maximum((energy > 0).sum(dtype=jnp.float32), 1.0)

@@ -110,6 +110,6 @@ def _refuse_other_weights(block: Block, contents: Mapping[str, Any]) -> None:
         inner = operator.inner if isinstance(operator, QuantizeInput) else operator
         if folded or (is_operator(operator) and not is_leaf(inner)):
             raise ValueError(
-                f"got rounding=True for {path}, whose inputs the start scales or permutes, and rounding starts from "
-                "the weights as they are; pass rounding=False, or a start that leaves inputs alone"
+                f"got rounding=True for {path}, which the start makes of scaled or permuted inputs or of a sum, and "
+                "rounding starts from codes of the weights themselves; pass rounding=False, or another start"
             )

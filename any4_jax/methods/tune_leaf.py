@@ -25,6 +25,12 @@ Moves = dict[str, jax.Array]
 LARGEST_TABLE = 16
 """Longer tables, which are those of fixed formats, stay as they are."""
 
+NOTHING_TO_TRAIN = (
+    "of which nothing can be trained: its tables are fixed, and its scales are exponents or coded themselves; pass one "
+    "with scales or tables of its own"
+)
+"""The end of a message."""
+
 _INSIDE = 0.45
 """How far from its code a weight may start, in steps: inside of the half step at which it takes the next one."""
 
@@ -186,7 +192,8 @@ def _gathered(table: jax.Array, codes: jax.Array) -> jax.Array:
 def _gathered_back(kept: Any, slope: jax.Array) -> tuple[jax.Array, None]:
     # A gather's own gradient is a scatter, whose order of additions is not fixed on a GPU. These are sums of rows.
     codes, entries, shared = kept
-    mine = codes[..., None, :] == jnp.arange(entries, dtype=codes.dtype)[:, None]
+    each = jax.lax.broadcasted_iota(codes.dtype, (*[1] * (codes.ndim - 1), entries, 1), codes.ndim - 1)
+    mine = codes[..., None, :] == each
     by_entry = jnp.where(mine, slope[..., None, :], 0.0).sum(axis=-1)
     return by_entry.sum(axis=-2, keepdims=True) if shared else by_entry, None
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from any4_jax.methods.base import Block
+from any4_jax.methods.tune_leaf import NOTHING_TO_TRAIN
 from any4_jax.methods.tune_steps import Best, begun, drawn, looks_at, stepped
 from any4_jax.methods.tune_student import Student
 from any4_jax.weights import is_operator
@@ -65,7 +66,7 @@ def train_block(block: Block, contents: Mapping[str, Any], settings: Settings) -
       settings: how.
 
     Raises:
-      ValueError: there are fewer than two rows.
+      ValueError: there are fewer than two rows, or nothing of the contents can be trained.
     """
     rows = _rows_of(block)
     count, length = rows.inputs.shape[:2]
@@ -147,6 +148,8 @@ def _train(
         return errors.sum() / jnp.maximum(tokens.sum(), 1.0) / unit
 
     first = student.at_rest()
+    if not jax.tree.leaves(first):
+        raise ValueError(f"got a block {NOTHING_TO_TRAIN}")
 
     def step(state: Any, each: tuple[jax.Array, jax.Array]) -> tuple[Any, None]:
         (moves, moments, best), (at, index) = state, each

@@ -87,7 +87,7 @@ def train(
     kept: "Keeping | None",
 ) -> Best:
     """The best moves, with their held-out divergence, in nats per token, and that of the start."""
-    (program, leaves), (other, others) = Program.of(model), Program.of(teacher)
+    (program, leaves), (other, others) = outside_of_blocks(model), outside_of_blocks(teacher)
     heads, runs = Heads(program, other), tuple(stack.run for stack in stacks)
     place = _placing(mesh)
     constant = place(((leaves, others), [stack.contents for stack in stacks]), rows=False)
@@ -120,6 +120,14 @@ def train(
         state = State(state.at + 1, moves, moments, state.best)
         if progress is not None:
             progress(at + 1, steps, f"KL {float(loss):.4f}, held out {float(state.best.error):.4f}")
+
+
+def outside_of_blocks(model: Decoder) -> tuple[Program, list[Any]]:
+    """A model for `embed` and `head` alone: its arrays, with empty ones in the place of those of its blocks, which a
+    mesh would hold on every device."""
+    program, leaves = Program.of(model)
+    inside = {id(leaf) for block in model.blocks for leaf in jax.tree.leaves(block)}
+    return program, [jnp.zeros(0) if id(leaf) in inside else leaf for leaf in leaves]
 
 
 def _placing(mesh: Mesh | None) -> Callable[..., Any]:

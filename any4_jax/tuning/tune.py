@@ -10,14 +10,31 @@ from jax.sharding import Mesh
 
 from any4_jax.data.passages import sketch
 from any4_jax.methods.base import Note
+from any4_jax.methods.fields import Fields
 from any4_jax.methods.matrices import Finished, Progress, digest_arrays
+from any4_jax.methods.tune import Share
+from any4_jax.methods.tune_leaf import NOTHING_TO_TRAIN
 from any4_jax.methods.tune_steps import drawn
 from any4_jax.models.base import Decoder
+from any4_jax.schema import Count, Index, Positive
 from any4_jax.surgery import Recipe, Training, copy_module, quantized_leaves, recipe_of, replace_module
 from any4_jax.tuning.loop import Keeping, Rows, targets_of, train
 from any4_jax.tuning.student import at_rest, blocks_of, stacks_of
 from any4_jax.walk.batches import token_batches
 from any4_jax.walk.calibrate import Data
+
+
+@dataclasses.dataclass(frozen=True)
+class EndToEnd(Fields):
+    """The numbers of a training; see `tune` for what they mean."""
+
+    steps: Count
+    batch_size: Count
+    seqlen: Count
+    learning_rate: Positive
+    norms: bool
+    held_out: Share
+    seed: Index
 
 
 def tune(
@@ -49,8 +66,8 @@ def tune(
 
     On the device are both models, a second copy of the blocks' codes, what is trained five times in float32 (with the
     gradient, Adam's moments and the best so far), and the inputs of all blocks for a batch, which a backward pass runs
-    again block by block. What enters the float model's head is computed once for all rows, and is kept on the host:
-    R * T * E numbers.
+    again block by block. On a mesh every device has all of that but the blocks as they are in the two models. What
+    enters the float model's head is computed once for all rows, and is kept on the host: R * T * E numbers.
 
     Args:
       model: a quantized decoder.
@@ -74,26 +91,29 @@ def tune(
       text, by which `any4_jax.evaluation` refuses to judge the model on it.
 
     Raises:
-      TypeError: one of the models is no decoder.
+      TypeError: one of the models is no decoder, or `mesh` no mesh.
       ValueError: the two don't belong together; nothing of the model can be trained; there are fewer than two rows, or
         a number is out of its range.
     """
-    _check(model, teacher, steps, batch_size, learning_rate, held_out)
+    settings = EndToEnd(steps, batch_size, seqlen, learning_rate, norms, held_out, seed)
+    _check(model, teacher)
+    if mesh is not None and not isinstance(mesh, Mesh):
+        raise TypeError(f"got a {type(mesh).__name__} as the mesh; pass a jax.sharding.Mesh, as jax.make_mesh gives it")
     tokens, counted = _rows(token_batches(model, data, batch_size, seqlen))
     draw = drawn(len(tokens), steps, batch_size, held_out, seed)
     batch = draw.order.shape[1]
     if mesh is not None and batch % (devices := mesh.shape[mesh.axis_names[0]]):
-        raise ValueError(f"got {batch} rows in a step for {devices} devices; pass a batch_size that is a multiple")
+        raise ValueError(
+            f"got {batch} rows in a step for {devices} devices, and a multiple is needed; pass another batch_size"
+            + ("" if batch == batch_size else f", or more data: only {batch} rows are not held out")
+        )
     stacks = stacks_of(model, teacher, batch, tokens.shape[1], norms=norms)
     moves = [at_rest(stack.run, stack.contents) for stack in stacks]
     if not jax.tree.leaves(moves):
-        raise ValueError(
-            "got a model of which nothing can be trained: all tables are fixed, and all scales are exponents; pass one "
-            "with scales or tables of its own"
-        )
+        raise ValueError(f"got a model {NOTHING_TO_TRAIN}")
     kept = None
     if finished is not None:
-        digest = hashlib.sha256(repr((model.config, steps, learning_rate, norms)).encode())
+        digest = hashlib.sha256(repr((model.config, settings)).encode())
         digest_arrays(digest, (model, teacher, tokens, counted, draw))
         kept = Keeping(finished, digest.hexdigest())
     rows = Rows(tokens, counted, targets_of(teacher, tokens, batch))
@@ -102,11 +122,10 @@ def tune(
     if int(best.step):
         for path, block in blocks_of(model, stacks, best.moves).items():
             replace_module(new, path, block)
-    settings = {"steps": steps, "batch": batch, "seqlen": tokens.shape[1], "learning_rate": learning_rate}
-    settings |= {"norms": norms, "held_out": held_out, "seed": seed}
+    used = dataclasses.replace(settings, batch_size=batch, seqlen=tokens.shape[1])
     reached = {"kl_before": float(best.start), "kl_after": float(best.error), "best_step": int(best.step)}
     new.recipe = _recorded(
-        model, settings | reached, [row[counts] for row, counts in zip(tokens, counted, strict=True)]
+        model, dataclasses.asdict(used) | reached, [row[counts] for row, counts in zip(tokens, counted, strict=True)]
     )
     return new
 
@@ -128,7 +147,7 @@ def _rows(batches: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.
     return tokens, counted
 
 
-def _check(model: Any, teacher: Any, steps: int, batch_size: int, learning_rate: float, held_out: float) -> None:
+def _check(model: Any, teacher: Any) -> None:
     for name, one in (("model", model), ("teacher", teacher)):
         if not isinstance(one, Decoder):
             raise TypeError(
@@ -144,9 +163,3 @@ def _check(model: Any, teacher: Any, steps: int, batch_size: int, learning_rate:
         raise ValueError("got a teacher that is quantized, and a float one is needed; load the float model")
     if not quantized_leaves(model):
         raise ValueError("got a model without quantized layers, which tune trains; quantize it first")
-    if steps < 1 or learning_rate <= 0 or not 0 < held_out < 1:
-        raise ValueError(
-            f"got steps={steps}, learning_rate={learning_rate} and held_out={held_out}; pass at least 1 step, a "
-            "positive rate, and a share between 0 and 1"
-        )
-    del batch_size  # token_batches checks it

@@ -14,7 +14,7 @@ def spqr(g: int) -> list[Case]:
     three, two = SpQR(), SpQR(Int(2, group_size=32, zero_point="float"), 0.5)
     learned, alone = Any4(bits=3, group_size=g), Int(3, group_size=16, zero_point="float")
     choices: tuple[tuple[str, dict[str, Any]], ...] = (
-        *((f"threshold {threshold:g}", dict(threshold=threshold)) for threshold in (0.1, 0.5, 1.0)),
+        *((f"threshold {threshold:g}", dict(threshold=threshold)) for threshold in (0.1, 0.35, 0.5, 1.0)),
         ("no outliers", dict(threshold=None)),
         ("scales not coded", dict(scale_bits=None, offset_bits=None)),
         ("columns in their order", dict(act_order=False)),

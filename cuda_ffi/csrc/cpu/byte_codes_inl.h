@@ -78,3 +78,17 @@ __attribute__((noinline)) void UnpackCodes(int bits, const uint8_t* low, const u
     }
   }
 }
+
+// Row n's codes as codes of kField bits, then zeros up to `size` bytes; those of a ramp keep their distance to its middle.
+template <int kField>
+void UnpackRow(const Weight& w, int64_t n, int64_t size, uint8_t* to) {
+  const uint8_t* const low = w.codes + n * PlaneBytes(w.k, LowBits(w.bits));
+  const uint8_t* const high = w.high + n * PlaneBytes(w.k, HighBits(w.bits));
+  UnpackCodes<kField>(w.bits, low, high, w.k, to);
+  const int64_t bytes = PlaneBytes(w.k, kField);
+  if constexpr (kField == 8) {
+    const int bias = 128 - (1 << (w.bits - 1));
+    for (int64_t i = 0; i < bytes; ++i) to[i] = static_cast<uint8_t>(to[i] + bias);
+  }
+  for (int64_t i = bytes; i < size; ++i) to[i] = 0;
+}

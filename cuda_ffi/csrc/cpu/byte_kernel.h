@@ -24,18 +24,25 @@ struct ByteInput {
   int8_t* values;            // [rows, steps, 8 V]: q
   int32_t* starts;           // [rows, steps, V]: -128 times the sum of the values that a lane multiplies
   float* scales;             // [rows, steps, V]: a, of each lane
+  int32_t* totals;           // [rows, steps, V / 4]: -128 times the sum of the values of a group of kGroup
   float* sums;               // [rows, groups]: of a * q over each of the weight's groups
   int64_t groups;
-  const int32_t* group;      // [steps]: the weight's group that a step begins in
+  const int32_t* group;      // [steps]: the weight's group that a step begins in; see `ends`
   const int32_t* relative;   // [steps, V]: the group of each lane, less the former
+  // [steps], for kernels that read scales as they are stored: the end of consecutive steps, this one among them, whose
+  // scales are in V places from one on. `group` is then that place, the same for all of them.
+  const int32_t* ends;
   bool whole_steps;          // every step lies in one of the weight's groups
 };
 
 // How many rows of the weight have their scales widened at a time, and the most of a task.
 constexpr int64_t kByteRows = 8;
-constexpr int64_t kByteTaskRows = 64;
+constexpr int64_t kByteTaskRows = 256;
 // The rows of x in one pass over the weight: at K = 2048 they take 256 kB, which a level-2 cache holds.
 constexpr int64_t kByteInputRows = 64;
+// The least number of rows of x, for kernels that read scales as they are stored, for which a tile of the weight's rows
+// is looked up and turned (byte_many_inl.h), and its rows.
+constexpr int64_t kManyInputs = 6, kManyRows = 32;
 // Floats beyond a row's scales that vector loads may read.
 constexpr int64_t kBytePadding = 16;
 
@@ -63,7 +70,8 @@ struct TokenInput {
 constexpr int64_t kTokenRows = 4;
 
 struct ByteKernel {
-  int64_t lanes;  // V
+  int64_t lanes;      // V
+  bool reads_stored;  // scales as they are stored
   // Rounds row `row` of x, which is at `x`, into the input's arrays.
   void (*round)(const void* x, Type type, int bits, const ByteInput& in, int64_t row);
   // Multiplies rows [begin, end) of the weight with all rows of the input; `scratch` has ByteScratch.
@@ -78,6 +86,15 @@ struct ByteKernel {
 // Bytes of scales and offsets of kByteRows rows.
 inline int64_t ByteRowsScratch(const Weight& weight) {
   return 2 * (kByteRows * weight.groups() + kBytePadding) * static_cast<int64_t>(sizeof(float));
+}
+
+// Bytes of scratch for `multiply`; see byte_many_inl.h for many rows of x.
+inline int64_t ByteScratch(const Weight& weight, const ByteInput& in, const ByteKernel& kernel) {
+  const int64_t width = ByteWidth(weight.bits), row = in.steps * kernel.lanes * width;
+  const bool many = kernel.reads_stored && in.rows >= kManyInputs;
+  const int64_t unpacked = width == weight.bits ? 0 : (many ? kManyRows / 2 : kByteRows) * row;
+  const int64_t tile = kManyRows * (in.steps * 8 * kernel.lanes + 2 * weight.groups() * static_cast<int64_t>(sizeof(float)));
+  return unpacked + (many ? tile : kernel.reads_stored ? 0 : ByteRowsScratch(weight));
 }
 
 // The kernel for an instruction set: the best within it that the library was built with.

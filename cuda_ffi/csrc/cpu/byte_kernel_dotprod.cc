@@ -16,7 +16,7 @@ struct Vector {
   using Ints = int32x4_t;
   using Floats = float32x4_t;
   static constexpr int kLanes = 4;
-  static constexpr bool kUnsigned = false;
+  static constexpr bool kUnsigned = false, kReadsStored = false;
   static constexpr int kRowsOfOne = 4, kRows = 2, kInputs = 4, kTokenInputs = 4;
   using TokenWeight = int8_t;
   using TokenQ = int8_t;

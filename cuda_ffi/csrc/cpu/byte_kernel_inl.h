@@ -8,12 +8,15 @@
 //   Dot(sum, weights, q)       adds to each lane the products of its 4 bytes
 //   Table, Low, High           a table of 16 bytes, and the halves of a vector of codes that it looks up
 //   Whole(at, low, high)       two vectors of codes of 8 bits in the order of byte_kernel.h
+//   kReadsStored               whether it has what byte_stored_inl.h asks for
 // and what byte_round_inl.h calls.
 
 #include "numbers_inl.h"
 #include "byte_codes_inl.h"
 #include "byte_rows_inl.h"
 #include "byte_round_inl.h"
+#include "byte_stored_inl.h"
+#include "byte_many_inl.h"
 #include "byte_token_inl.h"
 #include "byte_token_round_inl.h"
 
@@ -60,8 +63,29 @@ struct ByteMultiply {
   }
 
   template <int kRows, int kInputs>
-  static void Tile(const Weight& w, const ByteInput& in, const ByteRows& rows, const uint8_t* unpacked, int64_t n,
-                   int64_t within, int64_t input, const Output& out) {
+  static inline void Tile(const Weight& w, const ByteInput& in, const ByteRows& rows, const uint8_t* unpacked, int64_t n,
+                          int64_t within, int64_t input, const Output& out) {
+    if constexpr (V::kReadsStored) {
+      const int64_t stride = unpacked != nullptr ? in.steps * kStepBytes : PlaneBytes(w.k, kBits);
+      const uint8_t* const codes = unpacked != nullptr ? unpacked + within * stride : w.codes + n * stride;
+      const bool direct = w.integers && w.bits == 4;
+      const int8_t* const values = direct ? static_cast<const int8_t*>(w.lut) + (w.lut_rows == 1 ? 0 : n * 16)
+                                          : rows.tables[within];
+      const int64_t values_stride = direct && w.lut_rows == 1 ? 0 : 16;
+      // Whole steps end beyond the weight's own bytes.
+      const bool ends = unpacked == nullptr && (w.n - n - kRows) * stride < in.steps * kStepBytes - stride;
+      const auto multiply = ends
+                                ? StoredTile<V, kBits>::template Multiply<kRows, kInputs, true>
+                                : StoredTile<V, kBits>::template Multiply<kRows, kInputs, false>;
+      multiply(w, in, codes, stride, values, values_stride, n, input, out);
+    } else {
+      WidenedTile<kRows, kInputs>(w, in, rows, unpacked, n, within, input, out);
+    }
+  }
+
+  template <int kRows, int kInputs>
+  static void WidenedTile(const Weight& w, const ByteInput& in, const ByteRows& rows, const uint8_t* unpacked, int64_t n,
+                          int64_t within, int64_t input, const Output& out) {
     typename V::Table tables[kRows];
     const float* scales[kRows];
     Floats sums[kRows][kInputs];
@@ -126,28 +150,19 @@ struct ByteMultiply {
     }
   }
 
-  // Row n's codes as codes of kBits, whole steps of them; those of a ramp keep their distance to its middle.
-  static void Unpack(const Weight& w, const ByteInput& in, int64_t n, uint8_t* to) {
-    const uint8_t* const low = w.codes + n * PlaneBytes(w.k, LowBits(w.bits));
-    const uint8_t* const high = w.high + n * PlaneBytes(w.k, HighBits(w.bits));
-    UnpackCodes<kBits>(w.bits, low, high, w.k, to);
-    const int64_t bytes = PlaneBytes(w.k, kBits);
-    if constexpr (kBits == 8) {
-      const int bias = 128 - (1 << (w.bits - 1));
-      for (int64_t i = 0; i < bytes; ++i) to[i] = static_cast<uint8_t>(to[i] + bias);
-    }
-    for (int64_t i = bytes; i < in.steps * kStepBytes; ++i) to[i] = 0;
-  }
-
   static void Range(const Weight& w, const ByteInput& in, int64_t begin, int64_t end, const Output& out,
                     char* scratch) {
+    if constexpr (V::kReadsStored) {
+      if (in.rows >= kManyInputs) return ManyMultiply<V, kBits>::Range(w, in, begin, end, out, scratch);
+    }
     uint8_t* const unpacked = w.bits == kBits ? nullptr : reinterpret_cast<uint8_t*>(scratch);
     ByteRows rows(w, reinterpret_cast<float*>(scratch + (unpacked ? kByteRows * in.steps * kStepBytes : 0)));
     for (int64_t first = begin; first < end; first += kByteRows) {
       const int64_t count = end - first < kByteRows ? end - first : kByteRows;
-      rows.Load(w, first, count);
+      if (!V::kReadsStored || (w.bits <= 4 && (w.bits < 4 || !w.integers))) rows.LoadTables(w, first, count);
+      if constexpr (!V::kReadsStored) rows.LoadScales(w, first, count);
       for (int64_t r = 0; unpacked != nullptr && r < count; ++r) {
-        Unpack(w, in, first + r, unpacked + r * in.steps * kStepBytes);
+        UnpackRow<kBits>(w, first + r, in.steps * kStepBytes, unpacked + r * in.steps * kStepBytes);
       }
       Inputs<V::kInputs>(w, in, rows, unpacked, first, count, 0, out);
     }
@@ -162,15 +177,16 @@ struct ByteKernelOf {
 
   static void Multiply(const Weight& w, const ByteInput& in, int64_t begin, int64_t end, const Output& out,
                        char* scratch) {
+    const bool whole = !V::kReadsStored && in.whole_steps;
     const auto range = ByteWidth(w.bits) == 4
-                           ? (in.whole_steps ? ByteMultiply<V, 4, true>::Range : ByteMultiply<V, 4, false>::Range)
-                           : (in.whole_steps ? ByteMultiply<V, 8, true>::Range : ByteMultiply<V, 8, false>::Range);
+                           ? (whole ? ByteMultiply<V, 4, true>::Range : ByteMultiply<V, 4, false>::Range)
+                           : (whole ? ByteMultiply<V, 8, true>::Range : ByteMultiply<V, 8, false>::Range);
     range(w, in, begin, end, out, scratch);
   }
 
   static const ByteKernel* Get() {
     static const ByteKernel kernel{
-        V::kLanes, Round, Multiply, sizeof(typename V::TokenWeight), RoundToken<V>, TokenMultiply<V>::Range};
+        V::kLanes, V::kReadsStored, Round, Multiply, sizeof(typename V::TokenWeight), RoundToken<V>, TokenMultiply<V>::Range};
     return &kernel;
   }
 };

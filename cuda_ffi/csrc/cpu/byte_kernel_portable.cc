@@ -8,7 +8,7 @@ namespace byte_portable {
 
 struct Vector {
   static constexpr int kLanes = 8;
-  static constexpr bool kUnsigned = false;
+  static constexpr bool kUnsigned = false, kReadsStored = false;
   static constexpr int kRowsOfOne = 1, kRows = 1, kInputs = 2, kTokenInputs = 2;
   using TokenWeight = int8_t;
   using TokenQ = int8_t;

@@ -35,20 +35,29 @@ void GroupProducts(const Product* products, int64_t count, const void* x, int64_
   input.groups = groups;
   input.steps = (shape.k + step - 1) / step;
   input.whole_steps = groups <= 1 || shape.group_size % step == 0;
-  std::vector<int32_t> group(input.steps), relative(input.whole_steps ? 0 : input.steps * lanes);
-  for (int64_t s = 0; s < input.steps; ++s) group[s] = static_cast<int32_t>(s * step / shape.group_size);
-  for (size_t i = 0; i < relative.size(); i += 4) {
-    const auto of_lanes = static_cast<int32_t>(std::min(static_cast<int64_t>(i) / 4 * kGroup, shape.k - 1) / shape.group_size);
-    std::fill_n(relative.begin() + i, 4, of_lanes - group[i / lanes]);
+  std::vector<int32_t> group(input.steps), relative(input.steps * lanes), ends(input.steps);
+  const auto group_at = [&](int64_t k) { return static_cast<int32_t>(std::min(k, shape.k - 1) / shape.group_size); };
+  for (int64_t s = 0, first = 0; s < input.steps; ++s) {
+    const bool fits = group_at((s + 1) * step - 1) - group_at(first * step) < lanes;
+    if (!kernel.reads_stored || !fits) first = s;
+    group[s] = group_at(first * step);
+    for (int64_t i = 0; i < lanes; i += 4) {
+      std::fill_n(relative.begin() + s * lanes + i, 4, group_at(s * step + i / 4 * kGroup) - group[s]);
+    }
+    std::fill(ends.begin() + first, ends.begin() + s + 1, static_cast<int32_t>(s + 1));
   }
   input.group = group.data();
   input.relative = relative.data();
+  input.ends = ends.data();
 
   const int64_t pass_rows = std::min(m, kByteInputRows);
   const auto values = Allocate<int8_t>(pass_rows * input.steps * step);
   const auto starts = Allocate<int32_t>(pass_rows * input.steps * lanes);
   const auto scales = Allocate<float>(pass_rows * input.steps * lanes);
+  const auto totals = Allocate<int32_t>(pass_rows * input.steps * (lanes / 4));
   const auto sums = Allocate<float>(pass_rows * groups);
+  input.rows = pass_rows;
+  input.totals = totals.get();
   input.values = values.get();
   input.starts = starts.get();
   input.scales = scales.get();
@@ -63,10 +72,9 @@ void GroupProducts(const Product* products, int64_t count, const void* x, int64_
     of_pass.rows = rows;
     kernel.multiply(product.weight, of_pass, begin, end, output, scratch);
   };
-  const int64_t unpacked = ByteWidth(shape.bits) == shape.bits ? 0 : kByteRows * input.steps * lanes * ByteWidth(shape.bits);
-  const int64_t scratch_bytes = unpacked + ByteRowsScratch(shape);
-  ForProducts(products, count, m, type, {kByteInputRows, kByteRows, kByteTaskRows, scratch_bytes}, executor, round,
-              multiply);
+  const Passes passes{kByteInputRows, kernel.reads_stored && pass_rows >= kManyInputs ? kManyRows : kByteRows,
+                      kByteTaskRows, ByteScratch(shape, input, kernel)};
+  ForProducts(products, count, m, type, passes, executor, round, multiply);
 }
 
 void TokenProducts(const Product* products, int64_t count, const void* x, int64_t m, Type type, const Rounding& rounding,

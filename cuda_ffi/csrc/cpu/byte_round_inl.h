@@ -50,6 +50,7 @@ void RoundRow(const void* x, Type type, const ByteInput& in, int64_t row) {
     for (int64_t b = 0; b < kGroups; ++b) {
       const int64_t first = step * kStep + b * kGroup;
       const int32_t sum = starts[4 * b] + starts[4 * b + 1] + starts[4 * b + 2] + starts[4 * b + 3];
+      in.totals[(row * in.steps + step) * kGroups + b] = -128 * sum;
       if (first < in.k) sums[in.groups == 1 ? 0 : first / in.group_size] += scales[4 * b] * static_cast<float>(sum);
     }
     for (int lane = 0; lane < kLanes; ++lane) starts[lane] *= -128;

@@ -7,6 +7,7 @@ struct Vector256 {
   using Ints = __m256i;
   using Floats = __m256;
   static constexpr int kLanes = 8;
+  static constexpr bool kReadsStored = false;
 
   static Bytes Load(const void* from) { return _mm256_loadu_si256(static_cast<const __m256i*>(from)); }
   static void StoreBytes(void* to, Bytes value) { _mm256_storeu_si256(static_cast<__m256i*>(to), value); }

@@ -53,8 +53,8 @@ void ForProducts(const Product* products, int64_t count, int64_t m, Type type, c
   }
   for (int64_t first = 0; first < m; first += passes.input_rows) {
     const int64_t rows = std::min(passes.input_rows, m - first);
-    // A row takes about a microsecond, so calling other threads pays only for many rows.
-    if (rows >= 32) {
+    // Some thousand numbers take a microsecond, about as long as other threads take to hear of it.
+    if (rows * products->weight.k >= 8192) {
       ParallelFor(executor, rows, [&](int64_t row) { arrange(first, row); });
     } else {
       for (int64_t row = 0; row < rows; ++row) arrange(first, row);

@@ -31,7 +31,10 @@ std::unique_ptr<T[], Free> Allocate(int64_t count) {
 // ParallelFor of tasks that each work in `scratch_bytes` of memory of their own: task(i, scratch), aligned to 64 bytes.
 inline void ForTasks(const Executor& executor, int64_t count, int64_t scratch_bytes,
                      const std::function<void(int64_t, char*)>& task) {
-  ParallelFor(executor, count, [&](int64_t i) { task(i, Allocate<char>(scratch_bytes).get()); });
+  ParallelFor(executor, count, [&](int64_t i) {
+    if (scratch_bytes == 0) return task(i, nullptr);
+    task(i, Allocate<char>(scratch_bytes).get());
+  });
 }
 
 // Calls task(begin, end, scratch) for ranges that together are rows [0, count), as ForTasks does.

@@ -7,6 +7,7 @@
 #include <mutex>
 #include <thread>
 #include <utility>
+#include <vector>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -29,20 +30,38 @@ void SetFloatMode(unsigned) {}
 void Pause() {}
 #endif
 
-// What a ParallelFor shares with its helpers. A helper that comes too late finds no task left to claim.
+// What a ParallelFor shares with its helpers. Each thread has a range of consecutive tasks, which tend to read memory in
+// order, and takes over from the others' when its own is done. A helper that comes too late finds no task left to claim.
 struct Work {
-  std::atomic<int64_t> next{0};
-  std::atomic<int64_t> finished{0};
-  int64_t count = 0;
-  unsigned float_mode = 0;
+  struct alignas(64) Range {
+    std::atomic<int64_t> next;
+    int64_t end;
+  };
+
+  Work(int64_t count, int64_t threads, const std::function<void(int64_t)>& task)
+      : count(count), float_mode(FloatMode()), task(&task), ranges(threads) {
+    for (int64_t i = 0; i < threads; ++i) {
+      ranges[i].next.store(count * i / threads, std::memory_order_relaxed);
+      ranges[i].end = count * (i + 1) / threads;
+    }
+  }
+
+  const int64_t count;
+  const unsigned float_mode;
   // The caller owns it and keeps it alive until `finished` is `count`.
-  const std::function<void(int64_t)>* task = nullptr;
+  const std::function<void(int64_t)>* const task;
+  std::vector<Range> ranges;
+  std::atomic<int64_t> joined{0};
+  alignas(64) std::atomic<int64_t> finished{0};
 
   void Run() {
-    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) {
-      (*task)(i);
-      finished.fetch_add(1, std::memory_order_release);
+    const int64_t threads = static_cast<int64_t>(ranges.size()), own = joined.fetch_add(1, std::memory_order_relaxed);
+    int64_t done = 0;
+    for (int64_t other = 0; other < threads; ++other) {
+      Range& range = ranges[(own + other) % threads];
+      for (int64_t i; (i = range.next.fetch_add(1, std::memory_order_relaxed)) < range.end; ++done) (*task)(i);
     }
+    finished.fetch_add(done, std::memory_order_release);
   }
 };
 
@@ -106,10 +125,7 @@ void ParallelFor(const Executor& executor, int64_t count, const std::function<vo
     for (int64_t i = 0; i < count; ++i) task(i);
     return;
   }
-  auto work = std::make_shared<Work>();
-  work->count = count;
-  work->task = &task;
-  work->float_mode = FloatMode();
+  const auto work = std::make_shared<Work>(count, threads, task);
   for (int64_t i = TheMailbox().Post(work) + 1; i < threads; ++i) {
     executor.spawn([work] { Help(work); });
   }
