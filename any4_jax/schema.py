@@ -20,6 +20,12 @@ Finite = Annotated[float, Field(allow_inf_nan=False)]
 """A number that is neither NaN nor infinite; a `Schema` refuses these for every float, a dataclass for this type."""
 Positive = Annotated[Finite, Field(gt=0)]
 """A finite number above 0."""
+NotNegative = Annotated[Finite, Field(ge=0)]
+"""A finite number of at least 0."""
+Share = Annotated[Finite, Field(ge=0, le=1)]
+"""A part of a whole: from 0, none, to 1, all of it."""
+Portion = Annotated[Finite, Field(gt=0, lt=1)]
+"""A part of a whole that is neither none nor all of it."""
 
 
 def _printable(text: str) -> str:

@@ -1,6 +1,6 @@
-"""Attention of one new token a row, which also writes its key and value to the cache, on a CPU, over plain arrays.
+"""Attention of new tokens, which also writes their keys and values to the cache, on a CPU, over plain arrays.
 
-Letters: B rows, H query heads, Hkv key and value heads, D head size, S slots.
+Letters: B rows, T new tokens of each, H query heads, Hkv key and value heads, D head size, S slots.
 """
 
 import jax
@@ -41,24 +41,30 @@ def attend(
     window: int | None,
     isa: str = "auto",
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """Writes the new keys and values to slot positions + start, and attends from slot start to that one.
+    """Writes the new keys and values to the slots positions + start, and attends from slot start to each token's own.
 
     Where the program gives the cache away, it is changed in place. Results don't depend on the number of threads. There
     is no rule for vmap and no gradient.
 
     Args:
-      queries, new_keys, new_values, keys, values: as for `cuda_ffi.attention.attend`, all float32 or all bfloat16.
-      length, positions, start, factors, scale, softcap, window: as there. A row whose position is negative gets zeros.
+      queries: [B, T, H, D], all arrays but integers and factors float32, or all bfloat16.
+      new_keys, new_values: [B, T, Hkv, D].
+      keys, values: [B * Hkv, D, S] and [B * Hkv, S, D].
+      length: as for `cuda_ffi.attention.attend`.
+      positions: int32 [B, T], which follow one another. A token whose position is negative gets zeros.
+      start: int32 [B].
+      factors: (cos, sin), float32 [B, T, D/2], or None.
+      scale, softcap, window: as for `cuda_ffi.attention.attend`.
       isa: the instruction set: "avx512", "avx2", "portable", or "auto" for the best that this processor has.
 
     Returns:
-      (mixed [B, H, D], keys, values, length + 1). All is computed in float32.
+      (mixed [B, T, H, D], keys, values, length + T). All is computed in float32.
 
     Raises:
       RuntimeError: the library can't be used; `registration.why_not("cpu")` says why without raising.
     """
     registration.register("cpu")
-    cos, sin = (jnp.zeros((0, 0), jnp.float32),) * 2 if factors is None else factors
+    cos, sin = (jnp.zeros((0, 0, 0), jnp.float32),) * 2 if factors is None else factors
     outputs = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (queries, keys, values, length)]
     attributes = {
         "scale": np.float32(scale),

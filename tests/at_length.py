@@ -57,6 +57,7 @@ AT_LENGTH = (
     "test_smoothquant::test_the_search_takes_what_has_the_least_error",
     "test_spqr::test_a_smaller_threshold_keeps_more_and_loses_less",
     # Benchmarks and examples beyond one of each kind.
+    "test_tour::test_it_runs",
     "test_bench_decode::test_decode_of_a_shape",
     "test_bench_decode::test_random_weights_have_the_form_that_their_method_gives",
     "test_bench::test_gemm_writes_every_product",

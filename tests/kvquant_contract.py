@@ -106,9 +106,9 @@ def numbers(case: Case, coded: Coded, levels: np.ndarray, b: int, h: int, scales
         codes = codes | unpacked(coded.planes[1][b, h], 1) << 2
     level, scale, offset = (np.asarray(x).astype(case.dtype).astype(np.float64) for x in (levels, scales, offsets))
     found = (level[codes] * scale + offset).astype(np.float32).astype(case.dtype).astype(np.float64)
-    for token, channels in enumerate(coded.channels[b, 0].astype(int)):
-        own = channels // case.size == h
-        found[token, channels[own] % case.size] = coded.outliers[b, 0, token, own].astype(np.float64)
+    channels = coded.channels[b, 0].astype(int)
+    tokens, slots = np.nonzero(channels // case.size == h)
+    found[tokens, channels[tokens, slots] % case.size] = coded.outliers[b, 0, tokens, slots].astype(np.float64)
     return found
 
 

@@ -13,8 +13,10 @@ import numpy as np
 import pytest
 from attention_contract import Case, Inputs, cache, draw, factors_of, loop, table, token, wanted
 
-from any4_jax.kv_cache import PLAIN
+from any4_jax.kv_cache import PLAIN, AttentionSettings
+from any4_jax.kv_cache.plain import plain_step
 from any4_jax.kv_cache.step import BACKENDS
+from any4_jax.models.rope import Rope
 from cuda_ffi import attention_cpu, threads
 
 CASES = [
@@ -27,9 +29,13 @@ def attend(case: Case, inputs: Inputs, isa: str = "auto") -> list[np.ndarray]:
     settings = case.settings
     scale = case.size**-0.5 if settings.scale is None else settings.scale
     limits = dict(scale=scale, softcap=settings.softcap, window=settings.window, isa=isa)
-    return [
-        np.asarray(each) for each in attention_cpu.attend(*map(jnp.asarray, inputs), factors_of(case, inputs), **limits)
-    ]
+    factors = factors_of(case, inputs)
+    # With an axis for the one token.
+    queries, new_keys, new_values, positions = (each[:, None] for each in (*inputs[:3], inputs.positions))
+    operands = map(jnp.asarray, (queries, new_keys, new_values, *inputs[3:6], positions, inputs.start))
+    turned = None if factors is None else tuple(jnp.asarray(each[:, None]) for each in factors)
+    mixed, *held = map(np.asarray, attention_cpu.attend(*operands, turned, **limits))
+    return [mixed[:, 0], *held]
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -60,6 +66,41 @@ def test_a_row_that_sees_nothing_gets_zeros() -> None:
     case = Case(rows=2, dtype=np.float32)
     mixed = attend(case, draw(case)._replace(positions=np.asarray([-201, 193], np.int32)))[0]
     assert not mixed[0].any() and mixed[1].any()
+
+
+# Rows, key heads, heads on each, channels, slots, slots in use, new tokens, settings: blocks that end unevenly, scores
+# that end within a register or with the cache, windows that some of a block have left, and parts of slots.
+SEVERAL = [
+    (1, 3, 3, 64, 192, 0, 32, PLAIN),
+    (2, 1, 5, 16, 37, 20, 17, AttentionSettings(scale=0.3, softcap=2.0)),
+    (2, 2, 1, 80, 320, 290, 11, AttentionSettings(window=5)),
+    (1, 1, 2, 32, 1100, 1050, 8, AttentionSettings(window=600)),
+]
+
+
+@pytest.mark.parametrize("number", range(len(SEVERAL)))
+def test_several_tokens_are_those_of_xla(number: int, library: ctypes.CDLL) -> None:
+    rows, groups, shared, size, slots, used, tokens, settings = SEVERAL[number]
+    dtype = (jnp.float32, jnp.bfloat16)[number % 2]
+    rng = np.random.default_rng(number)
+    shapes = [(rows, tokens, heads, size) for heads in (groups * shared, groups, groups)]
+    shapes += [(rows * groups, size, slots), (rows * groups, slots, size)]
+    new = [jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes]
+    # The second row has padding, before it or among the new tokens.
+    start = jnp.asarray([0, 3][:rows], jnp.int32)
+    positions = used + jnp.arange(tokens, dtype=jnp.int32) - start[:, None]
+    operands = *new, jnp.int32(used), positions, start
+    rope, limits = Rope(size, 100.0), dict(softcap=settings.softcap, window=settings.window)
+    want = plain_step(*operands, rope=rope, settings=settings)
+    loose = 1e-5 if dtype == jnp.float32 else 0.02
+    for isa in ("portable", "avx2", "avx512"):
+        if library.any4_cpu_has_isa(isa.encode()):
+            scale = settings.scale or size**-0.5
+            got = attention_cpu.attend(*operands, rope.factors(positions), scale=scale, isa=isa, **limits)
+            for a, b in zip(got, want, strict=True):
+                np.testing.assert_allclose(
+                    np.asarray(a, np.float64), np.asarray(b, np.float64), rtol=loose, atol=loose, err_msg=isa
+                )
 
 
 @pytest.mark.usefixtures("library")
@@ -94,7 +135,6 @@ def test_what_it_declines() -> None:
     queries, keys, _ = token()
     assert reason(queries, keys, cache()) is None
     assert reason(queries, keys, cache(), "cuda") == "it runs on cpu, not on cuda"
-    assert reason(queries.repeat(2, axis=1), keys, cache()) == "there are 2 new tokens a row, not 1"
     assert "differ, bfloat16 and float32" in str(reason(queries, keys, cache(dtype=jnp.float32)))
     odd = [each[..., :24] for each in (queries, keys)]
     assert reason(*odd, cache()) == "a head has 24 channels, which is no multiple of 16 up to 256"

@@ -37,6 +37,8 @@ def test_explain(platform: str | None) -> None:
     w = Sum((leaf(4), leaf(1)))
     text = explain(jax.ShapeDtypeStruct((1, K), jnp.bfloat16), w, platform)
     assert sum(": taken" in line for line in text.splitlines()) == 2
+    named = [line for line in text.splitlines() if line.startswith("product")]
+    assert named == ["product 1 of 2, by codes of 4 bits:", "product 2 of 2, by codes of 1 bit:"]
     assert (platform != "tpu") or text.splitlines().count("xla: taken") == 2
     assert explain(rows(1), jnp.ones((N, K))) == "no quantized leaf: a dense product in XLA"
 

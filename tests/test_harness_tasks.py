@@ -169,6 +169,9 @@ def test_eval_without_the_harness_says_what_to_install(monkeypatch, capsys) -> N
     for name in ("lm_eval", "lm_eval.tasks", "lm_eval.api.model"):
         monkeypatch.setitem(sys.modules, name, None)
     assert main(["eval", "tiny", "--tasks", "wikitext-3"]) == 1
-    assert "wikitext-3 is no text that any4 knows, and tasks need the package lm_eval" in capsys.readouterr().err
+    assert (
+        "wikitext-3 is no text that any4 knows (did you mean wikitext-2?), and tasks need the package lm_eval"
+        in capsys.readouterr().err
+    )
     with pytest.raises(ImportError, match="pip install 'any4_jax.eval.'"):
         harness_model(a4.models.load("tiny"))

@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -150,3 +151,16 @@ def test_they_are_drawn_block_by_block(told, errors, monkeypatch, tmp_path: Path
         lines["mlp.down_proj"][1:], [errors.linears[13].total.sqnr, errors.linears[20].total.sqnr]
     )
     assert lines["output of the block"][2] == errors.blocks[2].total.sqnr
+
+
+def test_a_page_tells_them_and_needs_nothing_else(told, errors, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    assert main(["diff", "float", "double", "--html", f"{tmp_path}/errors.html"]) == 0
+    page = (tmp_path / "errors.html").read_text()
+    assert "<h1>double against float</h1>" in page and f"<p>errors start in {CHANGED}; layers.1 adds most" in page
+    assert page.count("<tr>") == 2 + len(errors.blocks) + len(errors.linears)
+    assert page.count("<td>exact</td>") == sum(
+        not deviation.noise for each in (*errors.blocks, *errors.linears) for deviation in (each.total, each.own)
+    )
+    sources = re.findall(r"(?:src|href)=.([^'\" ]+)", page)
+    assert len(sources) == 2 and all(source.startswith("data:") for source in sources)

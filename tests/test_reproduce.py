@@ -11,7 +11,7 @@ from short_models import shorten
 
 import any4_jax as a4
 from any4_jax.cli import main, reproduce
-from any4_jax.cli.reproduced import Figure, compared
+from any4_jax.cli.reproduced import Figure, chosen_tasks, compared
 from any4_jax.data import stories
 from any4_jax.evaluation import CORPORA
 from any4_jax.evaluation.published import Source, find_rows, published_rows
@@ -47,6 +47,8 @@ def test_a_row_can_be_built(name: str) -> None:
         CATALOGUE[row.cache["name"]](**row.cache["fields"])
     if method is not None:
         method.check(row.learns is not None)
+        needs = [need for each in (method, getattr(method, "inner", method)) for need in each.needs]
+        assert not needs or row.learns is not None
         assert method_to_json(method)["method"] == row.method["method"]
         paths = ["embed_tokens", "lm_head", "layers.0.mlp.down_proj", "layers.0.self_attn.q_proj"]
         assert len(row.build_rules(paths)) == len(row.rules) and not row.build_rules(["layers.0.mlp.up_proj"])
@@ -55,6 +57,8 @@ def test_a_row_can_be_built(name: str) -> None:
 def test_values_are_those_of_their_table() -> None:
     assert ROWS["any4/llama-3.2-1b/any4"].values["c4"] == 13.95
     assert ROWS["any4/llama-3-70b/any4"].build() == a4.methods.Any4.paper(symmetric=True, table_dtype="bfloat16")
+    assert ROWS["any4/ablation-term/weights"].learns is None
+    assert isinstance(ROWS["any4/ablation-calibration/pile"].learns, Source)
     assert ROWS["any4/ablation-groups/nf4-64"].build().group_size == 64
     assert ROWS["qllm-infer/smoothquant/w6a6"].build().inner.bits == 6
     down = dict(ROWS["qllm-infer/smoothquant/w6a6"].build_rules(["layers.0.mlp.down_proj"])).popitem()[1]
@@ -95,6 +99,10 @@ def test_a_row_measures_what_its_pieces_do(text, tmp_path, capsys) -> None:
         value = a4.evaluation.perplexity(expected, stories(), seqlen=512, windows=2).value
         assert figure["measured"] == pytest.approx(value, rel=1e-6) and not row["same_shape"]
     assert made[1]["figures"][0]["published"] == 10.99
+    (loss,) = json.loads(told.out)["lost"]
+    assert (loss["row"], loss["text"]) == (NF4, "wikitext-2") and loss["error"] > 0
+    assert loss["value"] == pytest.approx(np.log(made[1]["figures"][0]["measured"] / made[0]["figures"][0]["measured"]))
+    assert loss["published"] == pytest.approx(np.log(10.99 / 9.76)) and "nats per token lost" in shown
     written = json.loads((tmp_path / "runs" / NF4 / "results.json").read_text())
     assert written["published"] == ROWS[NF4].values and written["method"] == "nf4"
     assert main(["tables", str(tmp_path / "runs")]) == 0
@@ -124,17 +132,28 @@ def test_a_method_learns_from_the_data_set_of_its_row(text, monkeypatch, capsys)
     assert any("learned from prompt; published, from 2 x 64" in note for note in notes)
 
 
+def test_rows_of_a_group_take_what_they_have_of_the_tasks() -> None:
+    rows = find_rows("any4/llama-3-8b")
+    args = SimpleNamespace(name="any4/llama-3-8b", tasks=["wikitext-2", "mmlu"], allow_code=False)
+    chosen = chosen_tasks(args, rows, {"c4": "c4.txt"})
+    assert chosen["any4/llama-3-8b/fp4"] == ["c4"] and chosen["any4/llama-3-8b/nf4"] == ["c4", "wikitext-2", "mmlu"]
+    args.tasks = None
+    assert "humaneval" not in chosen_tasks(args, rows, {})["any4/llama-3-8b/nf4"]
+    args.allow_code = True
+    assert "humaneval" in chosen_tasks(args, rows, {})["any4/llama-3-8b/nf4"]
+
+
 def test_figures_of_tasks_are_percents_with_their_means() -> None:
     row = ROWS["qllm-infer/spqr/spqr-3.99"]
     result = {"metrics": {"acc_norm": {"value": 0.1, "error": 0.1}, "acc": {"value": 0.5, "error": 0.03}}}
     results = dict.fromkeys(row.tasks, result)
-    found = {figure.task: figure for figure in compared(row, results, row.tasks)}
+    found = {figure.task: figure for figure in compared(row, results)}
     assert found["piqa"] == Figure("piqa", "acc", 50.0, 3.0, 80.09)
     assert found["mean of 5"] == Figure("mean of 5", "mean acc", 50.0, pytest.approx(3 / np.sqrt(5)), 68.72)
-    part = compared(row, {"piqa": results["piqa"]}, ["piqa"])
+    part = compared(row, {"piqa": results["piqa"]})
     assert [figure.task for figure in part] == ["piqa"]
     code = {"humaneval": {"metrics": {"pass@1,create_test": {"value": 0.25, "error": None}}}}
-    (figure,) = compared(ROWS[NF4], code, ["humaneval"])
+    (figure,) = compared(ROWS[NF4], code)
     assert figure == Figure("humaneval", "pass@1,create_test", 25.0, None, 13.4)
 
 

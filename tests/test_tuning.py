@@ -15,7 +15,8 @@ from any4_jax.data.passages import in_common, sketch
 from any4_jax.evaluation import perplexity
 from any4_jax.methods import FP4, MX4
 from any4_jax.methods.tune_steps import drawn
-from any4_jax.models.tiny import random_llama
+from any4_jax.models import from_tensors
+from any4_jax.models.tiny import random_llama, random_tensors
 from any4_jax.surgery import map_operators, quantized_leaves
 from any4_jax.tuning.loop import Keeping, outside_of_blocks
 
@@ -142,11 +143,13 @@ def test_what_was_trained_on_is_recorded_and_not_measured_on(teacher, tuned, tok
 
 def test_what_can_not_be_trained_is_refused(teacher, student, tokens) -> None:
     other = random_llama(dataclasses.replace(teacher.config, max_position_embeddings=64))
+    wide = from_tensors(teacher.config, random_tensors(teacher.config), jnp.bfloat16)
     fixed = map_operators(
         a4.quantize_model(teacher, MX4(group_size=32)), lambda _, leaf: dataclasses.replace(leaf, uniform=True)
     )
     for (model, float_model), changes, words in (
         ((student, other), {}, "of different configs, and the teacher has to be the float form"),
+        ((student, wide), {}, "got a model of float32 and a teacher of bfloat16, .* load the float model with dtype="),
         ((student, student), {}, "got a teacher that is quantized, and a float one is needed"),
         ((teacher, teacher), {}, "got a model without quantized layers, which tune trains; quantize it first"),
         ((student, teacher), {"steps": 0}, "got steps=0 for EndToEnd, need a number greater than or equal to 1"),

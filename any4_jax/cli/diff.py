@@ -6,10 +6,11 @@ import io
 from typing import Any
 
 from any4_jax.cli.calibration import add_pieces, pieces_of
-from any4_jax.cli.errors import WorkError
+from any4_jax.cli.errors import CommandLineError, WorkError
 from any4_jax.cli.output import progress, table, tell
 from any4_jax.cli.sources import MODEL_HELP, add_inputs, calibration_text, given_text, open_model
 from any4_jax.evaluation.drawing import check_matplotlib
+from any4_jax.evaluation.error_page import error_page
 from any4_jax.evaluation.error_plot import error_plot
 from any4_jax.evaluation.layer_errors import Deviation, LayerErrors, layer_errors
 from any4_jax.whole_file import check_target, write_whole
@@ -39,16 +40,19 @@ def add(commands: Any, common: argparse.ArgumentParser) -> None:
     add_pieces(parser)
     parser.add_argument("--csv", metavar="FILE", help="write the errors of each layer here")
     parser.add_argument("--png", metavar="FILE", help="draw them here, block by block (needs matplotlib)")
+    parser.add_argument("--html", metavar="FILE", help="write a report with the picture here (needs matplotlib)")
     add_inputs(parser, "run B while its")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    for path in (args.csv, args.png):
+    for path in (args.csv, args.png, args.html):
         if path is not None:
             check_target(path)
-    if args.png is not None:
+    if args.png is not None or args.html is not None:
         check_matplotlib()
+    if args.prompt == "":
+        raise CommandLineError("the prompt is empty; pass at least one character")
     text = calibration_text(args.text) if args.prompt is None else given_text(args.prompt, "the prompt")
     reference, model = open_model(args.a), open_model(args.b, args.inputs)
     if reference.tokenizer is None:
@@ -56,6 +60,7 @@ def run(args: argparse.Namespace) -> int:
     data, seqlen = pieces_of(args, reference, text)
     with progress("diff", "block") as bar:
         errors = layer_errors(reference, model, data, seqlen=seqlen, progress=bar)
+    title = f"{args.b} against {args.a}"
     print(_table(errors))
     for line in _words(errors):
         print(line)
@@ -63,7 +68,9 @@ def run(args: argparse.Namespace) -> int:
     if args.csv is not None:
         write_whole(args.csv, _csv(errors))
     if args.png is not None:
-        error_plot(errors, args.png, f"{args.b} against {args.a}")
+        error_plot(errors, args.png, title)
+    if args.html is not None:
+        write_whole(args.html, error_page(errors, title, [line for line in _words(errors) if line]))
     return 0
 
 
@@ -72,7 +79,9 @@ def _table(errors: LayerErrors) -> str:
     rows = []
     for each in [*errors.linears, *errors.blocks]:
         total, own = each.total, each.own
-        rows.append([each.path, f"{total.mse:.2e}", f"{total.cosine:.5f}", _decibels(total), _decibels(own)])
+        # A tied head goes by the name of the embedding.
+        path = f"{each.path} (logits)" if each is errors.linears[-1] else each.path
+        rows.append([path, f"{total.mse:.2e}", f"{total.cosine:.5f}", _decibels(total), _decibels(own)])
     return table(header, rows)
 
 

@@ -1,6 +1,7 @@
 """What `any4 eval` asks of lm-evaluation-harness: its flags, its tasks, and a table of the answers."""
 
 import argparse
+import difflib
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,6 +10,7 @@ from any4_jax.cli.errors import CommandLineError, WorkError
 from any4_jax.cli.numbers import count, natural
 from any4_jax.cli.output import progress, table
 from any4_jax.cli.runs import Run
+from any4_jax.evaluation import CORPORA
 from any4_jax.evaluation.harness import harness_model
 from any4_jax.evaluation.harness_tasks import Tasks
 from any4_jax.evaluation.scoring import BATCH_TOKENS
@@ -58,7 +60,9 @@ class Harness:
         try:
             self._known = Tasks(args.task_folder)
         except ImportError as error:
-            raise WorkError(f"{names[0]} is no text that any4 knows, and {error}") from error
+            close = difflib.get_close_matches(names[0], CORPORA, 1, 0.8)
+            meant = f" (did you mean {close[0]}?)" if close else ""
+            raise WorkError(f"{names[0]} is no text that any4 knows{meant}, and {error}") from error
         try:
             self.tasks = self._known.expand(names)
         except ValueError as error:

@@ -1,6 +1,7 @@
 """`any4 reproduce`: the published tables, and what is measured here by the same settings."""
 
 import argparse
+import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from any4_jax.cli.errors import CommandLineError
 from any4_jax.cli.eval_tasks import add_harness
 from any4_jax.cli.numbers import count
 from any4_jax.cli.output import table, tell
-from any4_jax.cli.reproduced import NEEDS_CODE, Figure, Measured, chosen_tasks, compared
+from any4_jax.cli.reproduced import NEEDS_CODE, Figure, Loss, Measured, chosen_tasks, compared, lost
 from any4_jax.cli.runs import Run
 from any4_jax.cli.sources import MODEL_HELP
 from any4_jax.cli.token_files import FILES_HELP
@@ -86,22 +87,32 @@ def run(args: argparse.Namespace) -> int:
     if args.name is None:
         raise CommandLineError("got --model and no NAME of a row or table to reproduce; any4 reproduce lists them")
     files = _files(args.text)
-    plans = {row.name: chosen_tasks(args, row, files) for row in rows}
+    plans = chosen_tasks(args, rows, files)
     if not any(plans.values()):
         raise CommandLineError(
             f"nothing of {args.name} is left to measure; give --text, --tasks, or --allow-code for "
             f"{' and '.join(NEEDS_CODE)}"
         )
     content, model, told = [], Measured(args), set[str]()
+    floats: dict[str, tuple[Row, Any]] = {}
+    losses: list[Loss] = []
     for row in (row for row in rows if plans[row.name]):
         out = None if args.out is None else str(Path(args.out) / row.name)
         kept = Run(out, _settings(args, row, files), command_line(args.words), args.again)
         model.measure(row, plans[row.name], files, kept)
-        found, notes = compared(row, kept.results, plans[row.name]), model.notes(row)
+        results = {task: kept.results[task] for task in plans[row.name]}
+        found, notes = compared(row, results), model.notes(row)
         print(_shown(row, [note for note in notes if note not in told], found, model.is_like(row)), flush=True)
         told.update(notes)
         content.append(_published(row) | {"same_shape": model.is_like(row), "notes": notes, "figures": _told(found)})
-    tell(lambda: {"model": args.model, "rows": content})
+        of_table = row.name.rpartition("/")[0]
+        if row.method is None and row.cache is None:
+            floats[of_table] = row, results
+        elif of_table in floats:
+            losses += lost(row, results, *floats[of_table])
+    if losses:
+        print(_lost(losses))
+    tell(lambda: {"model": args.model, "rows": content, "lost": [dataclasses.asdict(each) for each in losses]})
     return 0
 
 
@@ -185,6 +196,17 @@ def _shown(row: Row, notes: Sequence[str], found: Sequence[Figure], same: bool) 
         cells.append([each.task, metric, f"{each.value:.3f}", error, published, delta])
     lines.append(table(["text or task", "metric", "measured", "error", "published", "difference"], cells))
     return "\n".join(lines) + "\n"
+
+
+def _lost(losses: Sequence[Loss]) -> str:
+    cells = [
+        [each.row, each.text, f"{each.value:.4f}"]
+        + ["" if value is None else f"{value:.4f}" for value in (each.error, each.published)]
+        for each in losses
+    ]
+    return "nats per token lost against the float model:\n" + table(
+        ["row", "text", "measured", "error", "published"], cells
+    )
 
 
 def _published(row: Row) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import functools
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -18,6 +19,7 @@ from any4_jax.cli.sources import calibration_text, is_checkpoint, open_model
 from any4_jax.data import pieces
 from any4_jax.evaluation import CORPORA, read_corpus
 from any4_jax.evaluation.published import Row, Source
+from any4_jax.evaluation.windows import resampled_error
 from any4_jax.kv_cache import CATALOGUE, CacheFactory
 from any4_jax.models import Decoder
 from any4_jax.surgery import holders
@@ -45,26 +47,48 @@ class Figure:
     published: float | None
 
 
-def chosen_tasks(args: argparse.Namespace, row: Row, files: Mapping[str, str]) -> list[str]:
-    """The texts and tasks of a row that the command line asks for.
+@dataclasses.dataclass(frozen=True)
+class Loss:
+    """What a row loses on a text against the float row of its table, in nats per token.
+
+    Attributes:
+      row, text: what it is of.
+      value: as measured, window by window.
+      error: its standard error; None for one window.
+      published: the logarithm of the published perplexities' ratio; None if one of them isn't there.
+    """
+
+    row: str
+    text: str
+    value: float
+    error: float | None
+    published: float | None
+
+
+def chosen_tasks(args: argparse.Namespace, rows: Sequence[Row], files: Mapping[str, str]) -> dict[str, list[str]]:
+    """The texts and tasks of each row that the command line asks for, by the row's name.
 
     Raises:
-      CommandLineError: --tasks or --text names one that the row lacks, or that runs code without being allowed to.
+      CommandLineError: --tasks names one that no row has, or that runs code without being allowed to.
     """
-    known = [*row.texts, *row.tasks]
-    for task in [*(args.tasks or ()), *(name for name in files if name in CORPORA)]:
-        if task not in known and task not in row.means:
-            raise CommandLineError(f"got the task {task}, which {row.name} lacks; it has {', '.join(row.values)}")
+    known = dict.fromkeys(task for row in rows for task in [*row.texts, *row.tasks, *row.values])
+    for task in args.tasks or ():
+        if task not in known:
+            raise CommandLineError(f"got the task {task}, which {args.name} lacks; it has {', '.join(known)}")
         if task in NEEDS_CODE and not args.allow_code:
             raise CommandLineError(
                 f"got the task {task}, which runs code that the model writes; allow that by --allow-code where no file "
                 "is secret, or leave it out"
             )
+    return {row.name: _chosen(args, row, files) for row in rows}
+
+
+def _chosen(args: argparse.Namespace, row: Row, files: Mapping[str, str]) -> list[str]:
+    own = [*row.texts, *row.tasks]
     if args.tasks is not None:
-        wanted = [each for task in args.tasks for each in row.means.get(task, (task,))]
-    else:
-        wanted = [] if files else [task for task in known if args.allow_code or task not in NEEDS_CODE]
-    return list(dict.fromkeys([*files, *wanted]))
+        asked = [each for task in args.tasks for each in row.means.get(task, (task,))]
+        return list(dict.fromkeys([*files, *(task for task in asked if task in own)]))
+    return [*files] if files else [task for task in own if args.allow_code or task not in NEEDS_CODE]
 
 
 class Measured:
@@ -112,7 +136,10 @@ class Measured:
         """Measures these tasks of a row, and keeps each result at once."""
         args, new = self._args, [task for task in tasks if not kept.has(task)]
         asked = [task for task in new if task not in CORPORA and task not in files]
-        harness = Harness(args, asked) if asked else None
+        try:
+            harness = Harness(args, asked) if asked else None
+        except WorkError as error:
+            raise WorkError(f"{error}, or leave it out: --tasks and --text name what to measure") from error
         if not new:
             return
         # All are read before the work, so that what is missing is told at once.
@@ -174,11 +201,11 @@ class Measured:
         return pieces(tokens.ids, source.samples, seqlen)
 
 
-def compared(row: Row, results: Mapping[str, Any], tasks: Sequence[str]) -> list[Figure]:
-    """The figures of these tasks, with what is published of them; and the means whose tasks are all there."""
+def compared(row: Row, results: Mapping[str, Any]) -> list[Figure]:
+    """The figures of results by task, with what is published of them; and the means whose tasks are all there."""
     found: dict[str, Figure] = {}
-    for task in tasks:
-        result, published = results[task], row.values.get(task)
+    for task, result in results.items():
+        published = row.values.get(task)
         if "perplexity" in result:
             found[task] = Figure(task, "perplexity", result["perplexity"], result["standard_error"], published)
             continue
@@ -195,6 +222,21 @@ def compared(row: Row, results: Mapping[str, Any], tasks: Sequence[str]) -> list
             value = sum(found[part].value for part in parts) / len(parts)
             found[mean] = Figure(mean, "mean acc", value, error, row.values[mean])
     return list(found.values())
+
+
+def lost(row: Row, results: Mapping[str, Any], base: Row, of_base: Mapping[str, Any]) -> list[Loss]:
+    """What a row loses against the float row of its table, on the texts that both measured."""
+    found = []
+    for task, result in results.items():
+        other = of_base.get(task, {})
+        if "perplexity" not in result or "perplexity" not in other:
+            continue
+        nats = np.asarray(result["window_nats_per_token"]) - np.asarray(other["window_nats_per_token"])
+        both = task in row.values and task in base.values
+        published = math.log(row.values[task] / base.values[task]) if both else None
+        error = resampled_error(nats, 2000, 0) if len(nats) > 1 else None
+        found.append(Loss(row.name, task, float(nats.mean()), error, published))
+    return found
 
 
 def _said(learns: Source | str) -> str:

@@ -71,7 +71,7 @@ def row_plot(row: RowLevels) -> Any:
     figure = new_figure(8.4, 2.9 + 0.35 * len(row.levels))
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(5, 0.6 + 0.8 * len(row.levels)))
     above.hist(row.weights, bins=min(80, max(10, len(row.weights) // 8)), color="0.75", edgecolor="0.6", linewidth=0.5)
-    above.set_ylabel("weights")
+    above.set_ylabel("number of weights")
     above.set_title(f"row {row.index} of {row.path}, {len(row.weights):,} weights, as one group", fontsize="medium")
     for place, levels in enumerate(row.levels.values()):
         below.eventplot(levels, lineoffsets=-place, linelengths=0.8, linewidths=2, colors=COLOURS[place % 7])

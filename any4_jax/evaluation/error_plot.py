@@ -3,18 +3,28 @@
 import math
 import os
 from collections.abc import Sequence
+from typing import Any
 
 from any4_jax.evaluation.drawing import COLOURS, MARKERS, new_figure, set_title, write_png
 from any4_jax.evaluation.layer_errors import LayerError, LayerErrors
 
 
 def error_plot(errors: LayerErrors, path: str | os.PathLike[str], title: str = "") -> None:
-    """Writes a PNG: the signal-to-noise ratio (dB) of the outputs of blocks, and of each kind of linear, by the number
-    of the block. Outputs without an error have no place on it.
+    """Writes the picture of `error_figure` as a PNG.
 
     Raises:
       ImportError: there is no matplotlib.
       OSError: the file can't be written.
+    """
+    write_png(error_figure(errors, title), path)
+
+
+def error_figure(errors: LayerErrors, title: str = "") -> Any:
+    """A figure: the signal-to-noise ratio (dB) of the outputs of blocks, and of each kind of linear, by the number of
+    the block. Outputs without an error have no place on it.
+
+    Raises:
+      ImportError: there is no matplotlib.
     """
     figure = new_figure(8.4, 4.6)
     axes = figure.add_subplot()
@@ -32,7 +42,7 @@ def error_plot(errors: LayerErrors, path: str | os.PathLike[str], title: str = "
     axes.set_axisbelow(True)
     set_title(axes, title, 80)
     figure.legend(loc="outside right upper", frameon=False, fontsize="small")
-    write_png(figure, path)
+    return figure
 
 
 def by_kind(errors: LayerErrors) -> dict[str, list[tuple[int, LayerError]]]:

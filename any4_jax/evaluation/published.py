@@ -111,7 +111,9 @@ def published_rows() -> dict[str, Row]:
     found = {}
     for table in content["tables"]:
         for label, row in table["rows"].items():
-            recipe = content["recipes"][row["recipe"]] | {key: row[key] for key in ("calibration",) if key in row}
+            recipe = content["recipes"][row["recipe"]] | {
+                key: row[key] for key in ("calibration", "notes") if key in row
+            }
             name = f"{table['name']}/{label}"
             values = zip(table["tasks"], row["values"], strict=True)
             found[name] = Row(
@@ -121,7 +123,7 @@ def published_rows() -> dict[str, Row]:
                 method=_changed(recipe.get("method"), row.get("fields", {})),
                 rules=recipe.get("rules", ()),
                 cache=_cache(recipe.get("cache"), row.get("fields", {})),
-                learns=None if "calibration" not in recipe else sources[recipe["calibration"]],
+                learns=None if recipe.get("calibration") is None else sources[recipe["calibration"]],
                 windows=table.get("windows", {}),
                 notes=recipe.get("notes", ()),
                 values={task: value for task, value in values if value is not None},

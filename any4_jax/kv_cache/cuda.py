@@ -30,10 +30,30 @@ def _supports(
     return reason or registration.why_not("cuda")
 
 
-def _run(*operands: jax.Array, **settings: Any) -> Step:
+def _attend(
+    queries: jax.Array,
+    new_keys: jax.Array,
+    new_values: jax.Array,
+    keys: jax.Array,
+    values: jax.Array,
+    length: jax.Array,
+    positions: jax.Array,
+    start: jax.Array,
+    factors: tuple[jax.Array, jax.Array] | None,
+    **settings: Any,
+) -> Step:
+    """Of the one token of each row, whose axis the kernel doesn't have."""
     from cuda_ffi import attention
 
-    return fused_step(attention.attend, *operands, **settings)
+    new = queries[:, 0], new_keys[:, 0], new_values[:, 0]
+    turned = None if factors is None else (factors[0][:, 0], factors[1][:, 0])
+    held = keys, values, length, positions[:, 0], start
+    mixed, keys, values, length = attention.attend(*new, *held, turned, **settings)
+    return mixed[:, None], keys, values, length
+
+
+def _run(*operands: jax.Array, **settings: Any) -> Step:
+    return fused_step(_attend, *operands, **settings)
 
 
 CUDA = Backend("cuda", _supports, _run)

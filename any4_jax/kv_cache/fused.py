@@ -1,4 +1,4 @@
-"""The step of a dense cache for one token a row, as one call of a kernel that rotates, writes and attends."""
+"""The step of a dense cache as one call of a kernel that rotates, writes and attends."""
 
 import functools
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from any4_jax.kv_cache.plain import Step, plain_elsewhere, plain_step
 from any4_jax.kv_cache.settings import AttentionSettings
 
 Attend = Callable[..., Step]
-"""As `cuda_ffi.attention.attend`, of arrays without an axis for tokens."""
+"""As `cuda_ffi.attention_cpu.attend`."""
 
 
 def fused_step(
@@ -30,7 +30,7 @@ def fused_step(
     rope: Rope | None,
     settings: AttentionSettings,
 ) -> Step:
-    """See `kv_cache.step.step`; T = 1. Under vmap and in derivatives it is XLA's."""
+    """See `kv_cache.step.step`. Under vmap and in derivatives it is XLA's."""
     positions = one_token.of_rows(positions, queries)
     slots = jnp.asarray(length, jnp.int32), positions, jnp.broadcast_to(start, len(queries)).astype(jnp.int32)
     factors: tuple[jax.Array, ...] = ()
@@ -45,7 +45,7 @@ def fused_step(
 
 @functools.cache
 def _fused(attend: Attend, settings: AttentionSettings) -> Callable[..., Any]:
-    """The step with factors (cos, sin) [B, 1, D/2] instead of a rope, or none."""
+    """The step with factors (cos, sin) [B, T, D/2] instead of a rope, or none."""
 
     def plain(queries, new_keys, new_values, keys, values, length, positions, start, *factors):
         if factors:
@@ -54,18 +54,17 @@ def _fused(attend: Attend, settings: AttentionSettings) -> Callable[..., Any]:
         return plain_step(*operands, rope=None, settings=settings)
 
     def launch(queries, new_keys, new_values, keys, values, length, positions, start, *factors):
-        # Of the one token, without its axis.
-        tokens = queries[:, 0], new_keys[:, 0], new_values[:, 0]
-        mixed, *held = attend(
-            *tokens,
+        return attend(
+            queries,
+            new_keys,
+            new_values,
             keys,
             values,
             length,
-            positions[:, 0],
+            positions,
             start,
-            (factors[0][:, 0], factors[1][:, 0]) if factors else None,
+            factors or None,
             **one_token.options(queries, settings),
         )
-        return mixed[:, None], *held
 
     return plain_elsewhere(launch, plain)

@@ -1,4 +1,4 @@
-"""What the kernels of a step for one token a row have in common, whatever the cache."""
+"""What kernels of steps have in common, whatever the cache; most take one token a row."""
 
 import functools
 from typing import Any, TypeVar, cast

@@ -2,11 +2,10 @@
 
 import dataclasses
 import functools
-from typing import Annotated, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
-from pydantic import Field
 
 from any4_jax import clustering, formats, scaling, weights
 from any4_jax.methods.base import Result
@@ -16,12 +15,11 @@ from any4_jax.methods.gradient import train_tables
 from any4_jax.methods.integer_tables import reaching, stored
 from any4_jax.methods.units import put_back
 from any4_jax.refit import Fit, refit
-from any4_jax.schema import Count, Finite, Index, Positive
+from any4_jax.schema import Count, Index, NotNegative, Positive
 from any4_jax.statistics import Gathered, Moments, Sample, Statistic
 
 Solver = Literal["exact", "lloyd", "gradient"]
 Init = Literal["kmeans++", "random", "int", "nf4", "quantile"]
-NotNegative = Annotated[Finite, Field(ge=0)]
 SampleWeight = Literal["auto", "second_moment", "mean_abs", "abs_mean"]
 
 _BINS = 1 << 14

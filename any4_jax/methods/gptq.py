@@ -1,11 +1,10 @@
 """GPTQ (arXiv 2210.17323): codes that compensate each other's errors, on the tables and scales of any other method."""
 
 import dataclasses
-from typing import Annotated, Any, ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
-from pydantic import Field
 
 from any4_jax import scaling, weights
 from any4_jax.compensation import Grid, Rescale, compensate
@@ -15,12 +14,9 @@ from any4_jax.methods.columns import Columns, columns
 from any4_jax.methods.fields import Fields
 from any4_jax.refit import Fit
 from any4_jax.refit.hessian import improve
-from any4_jax.schema import Count, Finite, Index
+from any4_jax.schema import Count, Index, NotNegative, Share
 from any4_jax.statistics import Drift, Gathered, Hessian, Statistic
 from any4_jax.weights import QuantizedTensor
-
-Share = Annotated[Finite, Field(ge=0, le=1)]
-NotNegative = Annotated[Finite, Field(ge=0)]
 
 _SWEEPS = 2
 """How often a round of refits visits each column for a better code."""

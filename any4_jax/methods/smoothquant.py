@@ -5,22 +5,19 @@ Letters: N outputs, K inputs of a site, S tokens of a sample.
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import jax
 import jax.numpy as jnp
-from pydantic import Field
 
 from any4_jax import weights
 from any4_jax.methods.base import Method, Order, SiteResult, SiteWeights
 from any4_jax.methods.fields import Fields
 from any4_jax.methods.rtn import Int
 from any4_jax.product.quantized_input import quantize_input
-from any4_jax.schema import Count, Finite, Index
+from any4_jax.schema import Count, Index, Share
 from any4_jax.statistics import AbsMax, Gathered, Moments, Sample, Statistic
 from any4_jax.weights import QuantizeInput, dense_product
-
-Share = Annotated[Finite, Field(ge=0, le=1)]
 
 WHOLE_ROW = 2**30
 """A group size above every K: one scale for a row of weights."""

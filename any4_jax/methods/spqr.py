@@ -12,10 +12,10 @@ from any4_jax.methods.base import Method, Result
 from any4_jax.methods.coded_scales import Coding
 from any4_jax.methods.columns import Columns, columns
 from any4_jax.methods.fields import Fields
-from any4_jax.methods.gptq import NotNegative, ScalesGroups, Share, one_leaf
+from any4_jax.methods.gptq import ScalesGroups, one_leaf
 from any4_jax.methods.rtn import Int
 from any4_jax.methods.sensitivity import column_costs, mean_cost, without_outliers
-from any4_jax.schema import Count
+from any4_jax.schema import Count, NotNegative, Share
 from any4_jax.statistics import Drift, Gathered, Hessian, Statistic
 from any4_jax.weights import QuantizedTensor
 

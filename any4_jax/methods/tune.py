@@ -2,9 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal
-
-from pydantic import Field
+from typing import Any, ClassVar, Literal
 
 from any4_jax.methods.any4 import Any4
 from any4_jax.methods.base import AnyMethod, Block, BlockResult, scope_of
@@ -12,11 +10,9 @@ from any4_jax.methods.fields import Fields
 from any4_jax.methods.lifts import on_block
 from any4_jax.methods.tune_leaf import is_leaf
 from any4_jax.methods.tune_loop import Settings, train_block
-from any4_jax.schema import Count, Finite, Index, Positive
+from any4_jax.schema import Count, Index, Portion, Positive
 from any4_jax.statistics import Statistic
 from any4_jax.weights import QuantizeInput, is_operator
-
-Share = Annotated[Finite, Field(gt=0, lt=1)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +23,8 @@ class Tune(Fields):
     tables, scales and offsets are trained by Adam, and with `rounding` the codes as in SignRound (arXiv 2309.05516), on
     learned tables too. What is trained is computed as it would be stored, so the result has not a bit more. Rows of
     tokens that are held out tell when it is best; where nothing is gained on them, a block stays as the method made it.
-    Tables of integers, tables of more than 16 entries and exponents of 8 bits stay as they are.
+    Tables of fixed ramps (integers), tables of more than 16 entries, exponents of 8 bits and scales that are coded
+    themselves stay as they are; where that leaves nothing to train, it is an error.
 
     Attributes:
       start: what quantizes: any method.
@@ -53,7 +50,7 @@ class Tune(Fields):
     learning_rate: Positive | None = None
     rounding: bool = False
     norms: bool = False
-    held_out: Share = 0.125
+    held_out: Portion = 0.125
     seed: Index = 0
 
     @property

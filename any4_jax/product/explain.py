@@ -8,7 +8,7 @@ from any4_jax.choice import PLATFORMS, platform_of
 from any4_jax.product import plan
 from any4_jax.product.matmul import matmul
 from any4_jax.product.quantized_input import is_integer_product, why_no_bytes
-from any4_jax.weights import QuantizeInput, parts
+from any4_jax.weights import QuantizeInput, leaf_of, parts
 
 DENSE = "no quantized leaf: a dense product in XLA"
 
@@ -18,7 +18,8 @@ def explain(x: Any, w: Any, platform: str | None = None) -> str:
 
     Args:
       x: an array or ShapeDtypeStruct [..., K], floating.
-      w: an operator [N, K]. Where its product is made of several, each of those that a kernel computes gets its lines.
+      w: an operator [N, K]. Where its product is made of several, each of those that a kernel computes gets its lines,
+        after one that names it.
       platform: "cpu", "cuda", "rocm" or "tpu"; None for that of the device that x and w are committed to, else of this
         process's default device.
 
@@ -37,7 +38,10 @@ def explain_on(where: str, x: Any, w: Any) -> str:
         for part in parts(w)
         if isinstance(part, QuantizeInput) and not is_integer_product(part) and (reason := why_no_bytes(part))
     ]
-    lines += [line for problem in plan.problems(matmul, x, w) for line in _lines(*problem, where)]
+    problems = plan.problems(matmul, x, w)
+    for place, (rows, part) in enumerate(problems, 1):
+        lines += [f"product {place} of {len(problems)}, by {_named(part)}:"] * (len(problems) > 1)
+        lines += _lines(rows, part, where)
     return "\n".join(lines) if lines else DENSE
 
 
@@ -61,6 +65,11 @@ def explained_platform(platform: str | None, operands: Any) -> str:
             f"got platform={platform!r}, need one of {known}; pass one of these, or None for where the operands are"
         )
     return platform
+
+
+def _named(w: Any) -> str:
+    leaf = leaf_of(w)
+    return f"a {type(w).__name__}" if leaf is None else f"codes of {leaf.bits} bit{'s' * (leaf.bits > 1)}"
 
 
 def _lines(x: Any, w: Any, platform: str) -> list[str]:

@@ -12,11 +12,10 @@ from any4_jax.data.passages import sketch
 from any4_jax.methods.base import Note
 from any4_jax.methods.fields import Fields
 from any4_jax.methods.matrices import Finished, Progress, digest_arrays
-from any4_jax.methods.tune import Share
 from any4_jax.methods.tune_leaf import NOTHING_TO_TRAIN
 from any4_jax.methods.tune_steps import drawn
 from any4_jax.models.base import Decoder
-from any4_jax.schema import Count, Index, Positive
+from any4_jax.schema import Count, Index, Portion, Positive
 from any4_jax.surgery import Recipe, Training, copy_module, quantized_leaves, recipe_of, replace_module
 from any4_jax.tuning.loop import Keeping, Rows, targets_of, train
 from any4_jax.tuning.student import at_rest, blocks_of, stacks_of
@@ -33,7 +32,7 @@ class EndToEnd(Fields):
     seqlen: Count
     learning_rate: Positive
     norms: bool
-    held_out: Share
+    held_out: Portion
     seed: Index
 
 
@@ -58,8 +57,8 @@ def tune(
     The loss is the mean over tokens of KL(float || quantized), by Adam. Codes stay as they are, and what is trained is
     rounded as it is stored in every step, so the new model takes not a bit more and nothing is lost at the end. Rows of
     tokens that are held out tell when it is best; where they gain nothing, the model stays as it was. Tables of fixed
-    ramps (integers) and of more than 16 entries, and exponents of 8 bits, are not trained, nor is anything outside of
-    the blocks.
+    ramps (integers) and of more than 16 entries, exponents of 8 bits, and scales that are coded themselves, are not
+    trained, nor is anything outside of the blocks.
 
     The default is a gentle pass. With larger steps, the loss on the training text falls further, and the model drifts
     away from the float one on other texts.
@@ -158,6 +157,11 @@ def _check(model: Any, teacher: Any) -> None:
         raise ValueError(
             f"got a {type(model).__name__} and a {type(teacher).__name__} of different configs, and the teacher has to "
             "be the float form of the model; pass the one that it was quantized from"
+        )
+    if model.dtype != teacher.dtype:
+        raise ValueError(
+            f"got a model of {model.dtype} and a teacher of {teacher.dtype}, and blocks of both run as one program; "
+            f"load the float model with dtype={str(model.dtype)!r}"
         )
     if quantized_leaves(teacher):
         raise ValueError("got a teacher that is quantized, and a float one is needed; load the float model")

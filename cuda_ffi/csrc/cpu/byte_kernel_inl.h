@@ -62,27 +62,28 @@ struct ByteMultiply {
     }
   }
 
+  // kRows rows of the weight from n on, which is `within` those unpacked and whose tables are loaded, by kInputs rows of x.
   template <int kRows, int kInputs>
   static inline void Tile(const Weight& w, const ByteInput& in, const ByteRows& rows, const uint8_t* unpacked, int64_t n,
                           int64_t within, int64_t input, const Output& out) {
     if constexpr (V::kReadsStored) {
       const int64_t stride = unpacked != nullptr ? in.steps * kStepBytes : PlaneBytes(w.k, kBits);
       const uint8_t* const codes = unpacked != nullptr ? unpacked + within * stride : w.codes + n * stride;
-      const bool direct = w.integers && w.bits == 4;
-      const int8_t* const values = direct ? static_cast<const int8_t*>(w.lut) + (w.lut_rows == 1 ? 0 : n * 16)
-                                          : rows.tables[within];
+      const bool direct = HasTables(w);
+      const int8_t* const stored = static_cast<const int8_t*>(w.lut);
+      const int8_t* const values = direct ? stored + (w.lut_rows == 1 ? 0 : n * 16) : rows.tables[within];
       const int64_t values_stride = direct && w.lut_rows == 1 ? 0 : 16;
       // Whole steps end beyond the weight's own bytes.
       const bool ends = unpacked == nullptr && (w.n - n - kRows) * stride < in.steps * kStepBytes - stride;
-      const auto multiply = ends
-                                ? StoredTile<V, kBits>::template Multiply<kRows, kInputs, true>
-                                : StoredTile<V, kBits>::template Multiply<kRows, kInputs, false>;
+      const auto multiply = ends ? StoredTile<V, kBits>::template Multiply<kRows, kInputs, true>
+                                 : StoredTile<V, kBits>::template Multiply<kRows, kInputs, false>;
       multiply(w, in, codes, stride, values, values_stride, n, input, out);
     } else {
       WidenedTile<kRows, kInputs>(w, in, rows, unpacked, n, within, input, out);
     }
   }
 
+  // The same for scales and offsets that were widened into memory.
   template <int kRows, int kInputs>
   static void WidenedTile(const Weight& w, const ByteInput& in, const ByteRows& rows, const uint8_t* unpacked, int64_t n,
                           int64_t within, int64_t input, const Output& out) {
@@ -159,7 +160,7 @@ struct ByteMultiply {
     ByteRows rows(w, reinterpret_cast<float*>(scratch + (unpacked ? kByteRows * in.steps * kStepBytes : 0)));
     for (int64_t first = begin; first < end; first += kByteRows) {
       const int64_t count = end - first < kByteRows ? end - first : kByteRows;
-      if (!V::kReadsStored || (w.bits <= 4 && (w.bits < 4 || !w.integers))) rows.LoadTables(w, first, count);
+      if (!V::kReadsStored || !HasTables(w)) rows.LoadTables(w, first, count);
       if constexpr (!V::kReadsStored) rows.LoadScales(w, first, count);
       for (int64_t r = 0; unpacked != nullptr && r < count; ++r) {
         UnpackRow<kBits>(w, first + r, in.steps * kStepBytes, unpacked + r * in.steps * kStepBytes);

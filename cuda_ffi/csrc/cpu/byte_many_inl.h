@@ -42,7 +42,8 @@ struct ManyMultiply {
           low[r] = tables[r].Look(V::Low(first));
           high[r] = tables[r].Look(V::High(first));
         } else {
-          V::Whole(first, V::LoadFirstBytes(from + 4 * kLanes, left > 4 * kLanes ? left - 4 * kLanes : 0), &low[r], &high[r]);
+          const int64_t after = left > 4 * kLanes ? left - 4 * kLanes : 0;
+          V::Whole(first, V::LoadFirstBytes(from + 4 * kLanes, after), &low[r], &high[r]);
         }
       }
       V::Turn(low);
@@ -64,9 +65,12 @@ struct ManyMultiply {
       for (int64_t r = 0; r < kLanes; ++r) {
         const int64_t row = n + (r < count ? r : count - 1), at = row * in.groups + base;
         __builtin_prefetch(static_cast<const char*>(w.scales) + (at + kRows * in.groups) * 2);
-        __builtin_prefetch(static_cast<const char*>(w.offsets) + (at + kRows * in.groups) * 2);
         scale[r] = V::LoadStored(w.scales, w.scales_type, at, groups);
-        offset[r] = w.offsets != nullptr ? V::LoadStored(w.offsets, w.offsets_type, at, groups) : V::ZeroFloats();
+        offset[r] = V::ZeroFloats();
+        if (w.offsets != nullptr) {
+          __builtin_prefetch(static_cast<const char*>(w.offsets) + (at + kRows * in.groups) * 2);
+          offset[r] = V::LoadStored(w.offsets, w.offsets_type, at, groups);
+        }
         if (w.integers) continue;
         const Ramp ramp = Ramp::Of(w, row);
         offset[r] = V::Fma(V::Broadcast(ramp.middle), scale[r], offset[r]);
@@ -106,14 +110,16 @@ struct ManyMultiply {
       for (; x_group < end; ++x_group) {
         const uint8_t* const weights = tile.weights + x_group * kGroupBytes;
         const int64_t at = input * of_row + x_group;
-        const int8_t* const q = in.values + input * of_row * kGroup + x_group / kStepGroups * kStep + x_group % kStepGroups * 16;
+        const int64_t within = x_group / kStepGroups * kStep + x_group % kStepGroups * 16;
+        const int8_t* const q = in.values + input * of_row * kGroup + within;
         Ints dots[2][kInputs];
         for (int i = 0; i < kInputs; ++i) {
           const Ints start = V::kUnsigned ? V::BroadcastInts(in.totals + at + i * of_row) : V::Zero();
           dots[0][i] = dots[1][i] = start;
         }
         for (int64_t word = 0; word < kWords; ++word) {
-          const Bytes first = V::Load(weights + word * 4 * kRows), second = V::Load(weights + word * 4 * kRows + 4 * kLanes);
+          const Bytes first = V::Load(weights + word * 4 * kRows);
+          const Bytes second = V::Load(weights + word * 4 * kRows + 4 * kLanes);
           const int8_t* const of_word = q + word / 4 * (kStep / 2) + word % 4 * 4;
           for (int i = 0; i < kInputs; ++i) {
             const Bytes four = V::BroadcastInts(of_word + i * of_row * kGroup);

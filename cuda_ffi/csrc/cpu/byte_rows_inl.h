@@ -1,13 +1,16 @@
 // What kernels for bytes read of a few rows of the weight besides the codes; see byte_kernel_inl.h.
 
+// Whether tables are stored as they are looked up.
+inline bool HasTables(const Weight& w) { return w.integers && w.bits == 4; }
+
 // The table of a row for codes of at most 4 bits; a ramp's counts from minus half its size.
 inline void LoadTable(const Weight& w, int64_t row, int8_t (&table)[16]) {
   const int64_t size = int64_t{1} << w.bits;
   const int8_t* const stored = static_cast<const int8_t*>(w.lut) + (w.lut_rows == 1 ? 0 : row) * size;
-  if (!w.integers) {
-    for (int64_t i = 0; i < 16; ++i) table[i] = static_cast<int8_t>(i - size / 2);
-  } else if (size == 16) {
+  if (HasTables(w)) {
     __builtin_memcpy(table, stored, 16);
+  } else if (!w.integers) {
+    for (int64_t i = 0; i < 16; ++i) table[i] = static_cast<int8_t>(i - size / 2);
   } else {
     for (int64_t i = 0; i < size; ++i) table[i] = stored[i];
   }

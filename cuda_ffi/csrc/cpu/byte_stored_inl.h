@@ -26,14 +26,14 @@ struct StoredTile {
   using Bytes = typename V::Bytes;
   using Floats = typename V::Floats;
   static constexpr int64_t kLanes = V::kLanes, kStep = 8 * kLanes, kStepBytes = kLanes * kBits;
-  // Codes are prefetched two pages ahead, since the processor's own prefetching ends with one, and of the few other bytes of a
-  // row those of as many rows.
+  // Codes are prefetched two pages ahead and in order, since the processor's own prefetching ends with a page, and of the
+  // few other bytes of a row those of some rows ahead.
   static constexpr int64_t kAhead = 8192, kAheadRows = 64;
 
   // The products of one step, of whose codes there are `left` bytes; all unless kEnd.
   template <int kRows, int kInputs, bool kEnd>
   static inline __attribute__((always_inline)) void Step(const ByteInput& in, int64_t input, int64_t step, int64_t left,
-                                                         const uint8_t* codes, int64_t row_bytes,
+                                                         const uint8_t* codes, int64_t row_bytes, const uint8_t* ahead,
                                                          const typename V::Table* tables, const Floats* scales,
                                                          Floats (&sums)[kRows][kInputs]) {
     const auto lanes = V::LoadInts(in.relative + step * kLanes);
@@ -51,9 +51,7 @@ struct StoredTile {
         const Bytes second = kEnd ? V::LoadFirstBytes(from + 4 * kLanes, after) : V::Load(from + 4 * kLanes);
         V::Whole(first, second, &low[r], &high[r]);
       }
-      if (kInputs == 1) {
-        for (int64_t line = 0; line < kStepBytes; line += 64) __builtin_prefetch(from + kAhead + line);
-      }
+      for (int64_t line = 0; line < kStepBytes; line += 64) __builtin_prefetch(ahead + r * kStepBytes + line);
       scale[r] = V::PickLanes(scales[r], lanes);
     }
     for (int i = 0; i < kInputs; ++i) {
@@ -73,12 +71,10 @@ struct StoredTile {
   template <int kRows, int kInputs, bool kEnd>
   static void Multiply(const Weight& w, const ByteInput& in, const uint8_t* codes, int64_t row_bytes,
                        const int8_t* values, int64_t values_stride, int64_t n, int64_t input, const Output& out) {
-    if (kInputs == 1) {
-      const int64_t ahead = n + kAheadRows;
-      __builtin_prefetch(static_cast<const char*>(w.scales) + ahead * in.groups * 2);
-      if (w.offsets != nullptr) __builtin_prefetch(static_cast<const char*>(w.offsets) + ahead * in.groups * 2);
-      if (w.integers) __builtin_prefetch(static_cast<const char*>(w.lut) + ahead * 16);
-    }
+    const int64_t later = n + kAheadRows;
+    __builtin_prefetch(static_cast<const char*>(w.scales) + later * in.groups * 2);
+    if (w.offsets != nullptr) __builtin_prefetch(static_cast<const char*>(w.offsets) + later * in.groups * 2);
+    if (w.integers) __builtin_prefetch(static_cast<const char*>(w.lut) + later * 16);
     typename V::Table tables[kRows];
     Ramp ramps[kRows];
     Floats sums[kRows][kInputs];
@@ -107,7 +103,8 @@ struct StoredTile {
       }
       for (; step < end; ++step) {
         const int64_t first = step * kStepBytes;
-        Step<kRows, kInputs, kEnd>(in, input, step, row_bytes - first, codes + first, row_bytes, tables, scales, sums);
+        Step<kRows, kInputs, kEnd>(in, input, step, row_bytes - first, codes + first, row_bytes,
+                                   codes + kAhead + kRows * first, tables, scales, sums);
       }
     }
     for (int i = 0; i < kInputs; ++i) {

@@ -9,12 +9,12 @@ namespace any4 {
 namespace {
 
 struct DenseSpace {
-  float* queries;  // [shared, size], rotated
-  float* scores;   // [shared, kAttentionChunk]; then weights
+  float* queries;  // [block_heads, size], rotated
+  float* scores;   // [block_heads, kAttentionChunk]; then weights
 
   DenseSpace(const DenseStep& step, Scratch& scratch)
-      : queries(scratch.Take<float>(step.shared() * step.size)),
-        scores(scratch.Take<float>(step.shared() * kAttentionChunk)) {}
+      : queries(scratch.Take<float>(step.block_heads() * step.size)),
+        scores(scratch.Take<float>(step.block_heads() * kAttentionChunk)) {}
 };
 
 inline int64_t DenseBytes(const DenseStep& step) {
@@ -94,11 +94,11 @@ void AddProducts(int64_t heads, const float* factors, int64_t factor_pitch, cons
   if (heads == 1) AddColumns<1>(factors, factor_pitch, numbers, pitch, rows, columns, sums, sum_pitch);
 }
 
-// Rotates `count` vectors of a row, and rounds them to the step's type.
-inline void Rotate(const DenseStep& step, int64_t row, int64_t count, float* vectors) {
+// Rotates `count` vectors of a token, and rounds them to the step's type.
+inline void Rotate(const DenseStep& step, int64_t token, int64_t count, float* vectors) {
   if (step.cos == nullptr) return;
   const int64_t half = step.size / 2;
-  const float *const cos = step.cos + row * half, *const sin = step.sin + row * half;
+  const float *const cos = step.cos + token * half, *const sin = step.sin + token * half;
   for (int64_t v = 0; v < count; ++v, vectors += step.size) {
     for (int64_t i = 0; i < half; ++i) {
       const float low = vectors[i], high = vectors[half + i];
@@ -112,48 +112,74 @@ inline void Rotate(const DenseStep& step, int64_t row, int64_t count, float* vec
   }
 }
 
-inline void AppendToken(const DenseStep& step, int64_t pair) {
-  const int64_t row = pair / step.groups, slot = step.slot(row);
+inline void AppendTokens(const DenseStep& step, int64_t pair) {
+  const int64_t row = pair / step.groups, group = pair % step.groups;
   float fresh[kMostChannels];
-  Widen(step.new_keys, step.type, pair * step.size, step.size, fresh);
-  Rotate(step, row, 1, fresh);
   const Output keys{step.keys, step.slots, step.type}, values{step.values, step.size, step.type};
-  for (int64_t c = 0; c < step.size; ++c) Store(keys, pair * step.size + c, slot, fresh[c]);
-  Widen(step.new_values, step.type, pair * step.size, step.size, fresh);
-  for (int64_t c = 0; c < step.size; ++c) Store(values, pair * step.slots + slot, c, fresh[c]);
+  for (int64_t token = row * step.tokens; token < (row + 1) * step.tokens; ++token) {
+    const int64_t slot = step.slot(token), from = (token * step.groups + group) * step.size;
+    Widen(step.new_keys, step.type, from, step.size, fresh);
+    Rotate(step, token, 1, fresh);
+    for (int64_t c = 0; c < step.size; ++c) Store(keys, pair * step.size + c, slot, fresh[c]);
+    Widen(step.new_values, step.type, from, step.size, fresh);
+    for (int64_t c = 0; c < step.size; ++c) Store(values, pair * step.slots + slot, c, fresh[c]);
+  }
 }
 
 template <class T>
-void AttendPart(const DenseStep& step, int64_t pair, int64_t begin, int64_t end, float* found, const DenseSpace& space) {
+void AttendPart(const DenseStep& step, int64_t pair, int64_t block, int64_t begin, int64_t end, float* found,
+                const DenseSpace& space) {
   const int64_t row = pair / step.groups, shared = step.shared(), size = step.size, pitch = kAttentionSums + size;
-  ClearParts(found, shared, size);
-  begin = std::max(begin, step.first(row)), end = std::min(end, step.own(row) + 1);
+  const int64_t oldest = row * step.tokens + block * kBlockTokens;
+  const int64_t tokens = std::min(kBlockTokens, step.tokens - block * kBlockTokens), heads = tokens * shared;
+  ClearParts(found, heads, size);
+  // What the block's tokens see together.
+  int64_t first = end, last = begin;
+  for (int64_t token = oldest; token < oldest + tokens; ++token) {
+    if (step.own(token) < step.first(token)) continue;
+    first = std::min(first, step.first(token)), last = std::max(last, step.own(token) + 1);
+  }
+  begin = std::max(begin, first), end = std::min(end, last);
   if (begin >= end) return;
-  Widen(step.queries, step.type, (row * step.heads + pair % step.groups * shared) * size, shared * size, space.queries);
-  Rotate(step, row, shared, space.queries);
+  for (int64_t t = 0; t < tokens; ++t) {
+    float* const queries = space.queries + t * shared * size;
+    const int64_t head = (oldest + t) * step.heads + pair % step.groups * shared;
+    Widen(step.queries, step.type, head * size, shared * size, queries);
+    Rotate(step, oldest + t, shared, queries);
+  }
   const T* const keys = static_cast<const T*>(step.keys) + pair * size * step.slots;
   const T* const values = static_cast<const T*>(step.values) + pair * step.slots * size;
   for (int64_t from = begin; from < end; from += kAttentionChunk) {
     const int64_t count = std::min(kAttentionChunk, end - from);
-    for (int64_t h = 0; h < shared; ++h) {
-      for (int64_t i = 0; i < count; ++i) space.scores[h * kAttentionChunk + i] = 0;
+    // Whole registers of scores, where there are so many slots; nothing is made of those beyond.
+    const int64_t columns = std::min((count + kRegister - 1) / kRegister * kRegister, step.slots - from);
+    for (int64_t h = 0; h < heads; ++h) {
+      for (int64_t i = 0; i < columns; ++i) space.scores[h * kAttentionChunk + i] = 0;
     }
-    AddProducts(shared, space.queries, size, keys + from, step.slots, size, count, space.scores, kAttentionChunk);
-    for (int64_t h = 0; h < shared; ++h) {
-      Weigh(space.scores + h * kAttentionChunk, 0, count, step.scale, step.softcap, size, found + h * pitch);
+    AddProducts(heads, space.queries, size, keys + from, step.slots, size, columns, space.scores, kAttentionChunk);
+    for (int64_t h = 0; h < heads; ++h) {
+      const int64_t token = oldest + h / shared;
+      const int64_t seen = std::max(step.first(token) - from, int64_t{0}), stop = std::min(step.own(token) + 1 - from, count);
+      float* const scores = space.scores + h * kAttentionChunk;
+      if (seen < stop) {
+        Weigh(scores, seen, stop, step.scale, step.softcap, size, found + h * pitch);
+      } else {
+        for (int64_t i = 0; i < count; ++i) scores[i] = 0;
+      }
     }
-    AddProducts(shared, space.scores, kAttentionChunk, values + from * size, size, count, size,
+    AddProducts(heads, space.scores, kAttentionChunk, values + from * size, size, count, size,
                 found + kAttentionSums, pitch);
   }
 }
 
-inline void AttendSlots(const DenseStep& step, int64_t pair, int64_t begin, int64_t end, float* found, char* memory) {
+inline void AttendSlots(const DenseStep& step, int64_t pair, int64_t block, int64_t begin, int64_t end, float* found,
+                        char* memory) {
   Scratch scratch(memory);
   const DenseSpace space(step, scratch);
-  (step.type == Type::kFloat32 ? AttendPart<float> : AttendPart<uint16_t>)(step, pair, begin, end, found, space);
+  (step.type == Type::kFloat32 ? AttendPart<float> : AttendPart<uint16_t>)(step, pair, block, begin, end, found, space);
 }
 
-constexpr DenseKernel kKernel{DenseBytes, AppendToken, AttendSlots, Combine};
+constexpr DenseKernel kKernel{DenseBytes, AppendTokens, AttendSlots, Combine};
 
 }  // namespace
 }  // namespace any4
