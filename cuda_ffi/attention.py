@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cuda_ffi import registration
+from cuda_ffi.dtypes import why_not as dtypes_why_not
 
 TARGET = "any4_cuda_attention"
 MOST_PARTS = 16
@@ -25,11 +26,9 @@ MOST_SLOTS = 2**30 - 1
 def why_not(rows: int, heads: int, groups: int, size: int, slots: int, *dtypes: jax.typing.DTypeLike) -> str | None:
     """None if the kernel takes B = `rows`, H = `heads`, Hkv = `groups`, D = `size`, S = `slots` and arrays of these
     dtypes, the queries' first; else the reason in words."""
-    kinds = list(dict.fromkeys(jnp.dtype(dtype).name for dtype in dtypes))
-    if len(kinds) > 1:
-        return f"the dtypes of queries and cache differ, {' and '.join(kinds)}"
-    if kinds[0] not in ("bfloat16", "float16"):
-        return f"queries and cache are {kinds[0]}, not bfloat16 or float16"
+    reason = dtypes_why_not(("bfloat16", "float16"), *dtypes)
+    if reason is not None:
+        return reason
     if size % 16 or not 0 < size <= MOST_SIZE:
         return f"a head has {size} channels, which is no multiple of 16 up to {MOST_SIZE}"
     if heads > MOST_SHARED * groups:

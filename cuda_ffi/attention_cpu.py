@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cuda_ffi import registration
+from cuda_ffi.dtypes import why_not as dtypes_why_not
 
 TARGET = "any4_cpu_attention"
 SIZE_UNIT = 16
@@ -16,11 +17,9 @@ MOST_SIZE = 256
 
 def why_not(size: int, *dtypes: jax.typing.DTypeLike) -> str | None:
     """None if the kernel takes D = `size` and arrays of these dtypes, the queries' first; else the reason in words."""
-    kinds = list(dict.fromkeys(jnp.dtype(dtype).name for dtype in dtypes))
-    if len(kinds) > 1:
-        return f"the dtypes of queries and cache differ, {' and '.join(kinds)}"
-    if kinds[0] not in ("float32", "bfloat16"):
-        return f"queries and cache are {kinds[0]}, not float32 or bfloat16"
+    reason = dtypes_why_not(("float32", "bfloat16"), *dtypes)
+    if reason is not None:
+        return reason
     if size % SIZE_UNIT or not 0 < size <= MOST_SIZE:
         return f"a head has {size} channels, which is no multiple of {SIZE_UNIT} up to {MOST_SIZE}"
     return None

@@ -11,6 +11,7 @@ import numpy as np
 
 from cuda_ffi import registration
 from cuda_ffi.attention import MOST_PAIRS, MOST_PARTS, MOST_SLOTS
+from cuda_ffi.dtypes import why_not as dtypes_why_not
 
 TARGET = "any4_cuda_kivi_attention"
 SIZES = (64, 128)
@@ -48,12 +49,10 @@ def why_not(heads: int, group_size: int, held: Held, *dtypes: jax.typing.DTypeLi
     """None if the kernel takes H = `heads`, G = `group_size`, this cache and arrays of these dtypes; else the reason in
     words."""
     rows, groups, residual, size = held.keys.shape
-    kinds = list(dict.fromkeys(jnp.dtype(dtype).name for dtype in (*dtypes, held.keys.dtype)))
     positions = held.key_steps.shape[-1] * group_size, held.value_codes.shape[2]
-    if len(kinds) > 1:
-        return f"the dtypes of queries and cache differ, {' and '.join(kinds)}"
-    if kinds[0] not in ("bfloat16", "float16"):
-        return f"queries and cache are {kinds[0]}, not bfloat16 or float16"
+    reason = dtypes_why_not(("bfloat16", "float16"), *dtypes, held.keys.dtype)
+    if reason is not None:
+        return reason
     if size not in SIZES:
         return f"a head has {size} channels, not {' or '.join(map(str, SIZES))}"
     if heads > MOST_SHARED * groups:

@@ -4,10 +4,10 @@ Letters: B rows, H query heads, Hkv key and value heads, D head size, G numbers 
 """
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from cuda_ffi import registration
+from cuda_ffi.dtypes import why_not as dtypes_why_not
 from cuda_ffi.kivi_attention import Held
 
 TARGET = "any4_cpu_kivi_attention"
@@ -19,11 +19,9 @@ GROUP_UNIT = 16
 def why_not(group_size: int, held: Held, *dtypes: jax.typing.DTypeLike) -> str | None:
     """None if the kernel takes G = `group_size`, this cache and arrays of these dtypes; else the reason in words."""
     size = held.keys.shape[-1]
-    kinds = list(dict.fromkeys(jnp.dtype(dtype).name for dtype in (*dtypes, held.keys.dtype)))
-    if len(kinds) > 1:
-        return f"the dtypes of queries and cache differ, {' and '.join(kinds)}"
-    if kinds[0] not in ("float32", "bfloat16"):
-        return f"queries and cache are {kinds[0]}, not float32 or bfloat16"
+    reason = dtypes_why_not(("float32", "bfloat16"), *dtypes, held.keys.dtype)
+    if reason is not None:
+        return reason
     if size not in SIZES:
         return f"a head has {size} channels, not {', '.join(map(str, SIZES[:-1]))} or {SIZES[-1]}"
     if group_size % GROUP_UNIT:

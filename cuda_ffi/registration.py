@@ -45,6 +45,7 @@ TARGETS: dict[str, dict[str, str]] = {
         "any4_cuda_compensation": "any4_cuda_compensation",
         "any4_cuda_attention": "any4_cuda_attention",
         "any4_cuda_kivi_attention": "any4_cuda_kivi_attention",
+        "any4_cuda_kvquant_attention": "any4_cuda_kvquant_attention",
     },
 }
 """The handlers in each kind of library: symbol -> name of XLA's target."""

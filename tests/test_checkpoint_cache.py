@@ -95,6 +95,10 @@ def test_what_a_checkpoint_cannot_hold_is_refused(tmp_path: Path) -> None:
         a4.save(tmp_path / "a", random_llama(), cache=RoundedAttention())
     with pytest.raises(TypeError, match="got a cache for a dict, and a Decoder is needed"):
         a4.save(tmp_path / "a", {"a": np.ones(3)}, cache=Kivi())
+    with pytest.raises(ValueError, match="KVQuant has no levels yet; learn them"):
+        a4.save(tmp_path / "a", random_llama(), cache=KVQuant())
+    with pytest.raises(ValueError, match="KVQuant has levels of 1 blocks with keys of 3 x 8 channels"):
+        a4.save(tmp_path / "a", random_llama(), cache=KVQuant().stand_in(1, 3, 8))
     assert not (tmp_path / "a").exists()
 
 

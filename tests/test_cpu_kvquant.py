@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from any4_jax.kv_cache import PLAIN, AttentionSettings, KVQuant
-from any4_jax.kv_cache.kvquant_step import BACKENDS, kernel, step
+from any4_jax.kv_cache.kvquant_step import BACKENDS, kernel
+from any4_jax.kv_cache.one_token import step
 from any4_jax.models.rope import Rope
 from any4_jax.models.rope_scaling import DynamicScaling, YarnScaling
 from cuda_ffi import kvquant_attention_cpu, registration
@@ -90,7 +91,7 @@ def test_attention_is_that_of_xla(number: int, library: ctypes.CDLL) -> None:
         positions = length - jnp.asarray(START, jnp.int32)[:, None]
         for isa in ("portable", "avx2", "avx512"):
             if library.any4_cpu_has_isa(isa.encode()):
-                got = kernel(queries, positions, held, rope=case.rope, settings=case.settings, isa=isa)
+                got = kernel("cpu", queries, positions, held, rope=case.rope, settings=case.settings, isa=isa)
                 pair = (np.asarray(x, np.float32) for x in (got, want))
                 np.testing.assert_allclose(*pair, rtol=loose, atol=loose, err_msg=f"{isa}, {length}")
 
@@ -120,7 +121,7 @@ def test_the_handler_refuses_what_does_not_fit() -> None:
         (dataclasses.replace(cache, bits=3), at, "need 4, 3 or 2 bits|don't fit together"),
     ):
         with pytest.raises(Exception, match=words):
-            kernel(queries, positions, changed, rope=case.rope, settings=PLAIN)
+            kernel("cpu", queries, positions, changed, rope=case.rope, settings=PLAIN)
 
 
 @pytest.mark.parametrize(

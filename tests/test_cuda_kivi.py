@@ -13,7 +13,8 @@ import pytest
 from kivi_contract import Case, draw, factors_of, table, wanted
 
 from any4_jax.kv_cache import PLAIN, AttentionSettings, Kivi
-from any4_jax.kv_cache.kivi_step import BACKENDS, step
+from any4_jax.kv_cache.kivi_step import BACKENDS
+from any4_jax.kv_cache.one_token import step
 from any4_jax.models.rope import Rope
 from cuda_ffi import kivi_attention, registration
 from cuda_ffi.kivi_attention import Held

@@ -48,7 +48,11 @@ def model() -> Any:
             "Kivi(rotated=False)",
             ["cuda: the cache holds keys before", "cpu: it runs on", "xla: taken"],
         ),
-        (KVQuant(3).stand_in(2, 1, 64), "KVQuant(bits=3)", ["cpu: it runs on cpu, not on cuda", "xla: taken"]),
+        (
+            KVQuant(3).stand_in(2, 1, 64),
+            "KVQuant(bits=3)",
+            ["cuda: taken", "cpu: it runs on cpu", "xla: could, but 'cuda' comes first"],
+        ),
         (RoundedAttention(8), "RoundedAttention(", ["xla: taken"]),
     ],
 )

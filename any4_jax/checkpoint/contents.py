@@ -30,7 +30,7 @@ from any4_jax.checkpoint.manifest import Manifest, shown
 from any4_jax.checkpoint.operators import recipe_from_spec, recipe_spec
 from any4_jax.checkpoint.trees import build_tree, describe_tree
 from any4_jax.kv_cache import DefaultCache, default_cache
-from any4_jax.kv_cache.catalogue import cache_from_json, cache_to_json
+from any4_jax.kv_cache.catalogue import cache_from_json, cache_to_json, check_creates
 from any4_jax.models import families, hf_flax, hf_identity
 from any4_jax.models.base import Decoder
 from any4_jax.surgery import Recipe, container_of, fitting, linen_modules, nnx_modules, recipe_of, trees
@@ -50,7 +50,7 @@ def describe(model: Any, arrays: dict[str, Any], cache: Any = None) -> dict[str,
     Raises:
       TypeError: the model is a Decoder whose class belongs to no family, or there is a cache for another model.
       ValueError: a key isn't a string, or holds "." or "/"; the model contains itself, or is nested too deeply; the
-        arrays of an operator don't belong together; the cache isn't in its catalogue.
+        arrays of an operator don't belong together; the cache isn't in its catalogue, or can't create this model's.
     """
     if cache is not None and not isinstance(model, Decoder):
         raise TypeError(
@@ -58,11 +58,14 @@ def describe(model: Any, arrays: dict[str, Any], cache: Any = None) -> dict[str,
         )
     check_nesting(model)
     tree, recipe = container_of(model).tree(model), recipe_of(model)
+    carried = default_cache(model) if cache is None else cache
     content = _identity(model) | {
         "tree": describe_tree(tree, "", arrays),
         "recipe": None if recipe is None else recipe_spec(recipe),
-        "cache": cache_to_json(default_cache(model) if cache is None else cache, arrays),
+        "cache": cache_to_json(carried, arrays),
     }
+    if carried is not None:
+        check_creates(carried, *_cache_shape(model))
     check_operators(tree)
     return content
 
@@ -194,11 +197,14 @@ def _decoder(content: Mapping[str, Any], tree: Any, recipe: Recipe | None, into:
 
 def _carrying(model: Any, content: Mapping[str, Any], take: Take) -> Any:
     """The decoder with the cache of a content, if there is one."""
-    spec, config = content.get("cache"), model.config
+    spec = content.get("cache")
     if spec is not None:
-        shape = len(model.blocks), config.num_key_value_heads, config.head_dim
-        model.cache = DefaultCache(cache_from_json(spec, take, *shape))
+        model.cache = DefaultCache(cache_from_json(spec, take, *_cache_shape(model)))
     return model
+
+
+def _cache_shape(model: Any) -> tuple[int, int, int]:
+    return len(model.blocks), model.config.num_key_value_heads, model.config.head_dim
 
 
 def _hf_flax(content: Mapping[str, Any], tree: Any, into: Any) -> Any:

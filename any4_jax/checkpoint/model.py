@@ -41,7 +41,8 @@ def save(path: str | os.PathLike[str], model: Any, *, cache: CacheFactory | None
       TypeError: the model is none of these, or a Decoder whose class belongs to no family; or there is a cache for
         another model than a decoder.
       ValueError: a key or a module's name isn't a string, or holds "." or "/"; a tree contains itself, or is nested
-        more than 64 deep; the arrays of an operator don't belong together.
+        more than 64 deep; the arrays of an operator don't belong together; the cache isn't in `kv_cache.CATALOGUE`, has
+        learned nothing yet, or learned from another model.
       FileExistsError: `path` holds something other than a checkpoint.
       OSError: `path` can't be written, or another save to it is running.
     """

@@ -86,15 +86,22 @@ def cache_from_json(spec: Mapping[str, Any], take: Any, blocks: int, heads: int,
     except (ValueError, TypeError) as error:
         raise ValueError(f"its cache {spec['cache']!r} can't be made of its fields ({error}); save it again") from None
 
-    def create(cache: CacheFactory, start: jax.Array) -> Any:
-        return [cache.create(block, 1, 1, heads, head_dim, start, "float32") for block in (0, blocks - 1)]
-
-    # What it can't create, it says itself; its arrays may stand for those to come.
+    # Its arrays may stand for those to come.
     try:
-        jax.eval_shape(create, traceable(cache), jax.ShapeDtypeStruct((1,), "int32"))
+        check_creates(cache, blocks, heads, head_dim)
     except Exception as error:
         raise ValueError(f"its cache {spec['cache']!r} doesn't fit the model ({error}); save it again") from None
     return cache
+
+
+def check_creates(cache: CacheFactory, blocks: int, heads: int, head_dim: int) -> None:
+    """Raises what the factory raises if it can't create the caches of a model with so many blocks, key/value heads and
+    channels of a head: because it has learned nothing yet, or from another model."""
+
+    def create(cache: CacheFactory, start: jax.Array) -> Any:
+        return [cache.create(block, 1, 1, heads, head_dim, start, "float32") for block in (0, blocks - 1)]
+
+    jax.eval_shape(create, traceable(cache), jax.ShapeDtypeStruct((1,), "int32"))
 
 
 def _tables(kind: type) -> Mapping[str, Any]:

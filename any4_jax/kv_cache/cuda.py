@@ -5,6 +5,7 @@ from typing import Any
 import jax
 
 from any4_jax.choice import Backend
+from any4_jax.kv_cache import one_token
 from any4_jax.kv_cache.fused import fused_step
 from any4_jax.kv_cache.plain import Step
 from any4_jax.kv_cache.settings import AttentionSettings
@@ -18,10 +19,9 @@ def _supports(
     settings: AttentionSettings,
     platform: str,
 ) -> str | None:
-    if platform != "cuda":
-        return f"it runs on cuda, not on {platform}"
-    if queries.shape[1] != 1:
-        return f"there are {queries.shape[1]} new tokens a row, not 1"
+    reason = one_token.why_not("cuda", queries, platform)
+    if reason is not None:
+        return reason
     from cuda_ffi import attention, registration
 
     rows, _, heads, size = queries.shape

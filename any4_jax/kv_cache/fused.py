@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from any4_jax.kv_cache import one_token
 from any4_jax.kv_cache.base import Rope, is_pair_rope, rotate_pairs, rotated
 from any4_jax.kv_cache.plain import Step, plain_elsewhere, plain_step
 from any4_jax.kv_cache.settings import AttentionSettings
@@ -30,8 +31,7 @@ def fused_step(
     settings: AttentionSettings,
 ) -> Step:
     """See `kv_cache.step.step`. Under vmap and in derivatives it is XLA's."""
-    # Other steps take what broadcasts, and integers of 64 bits.
-    positions = jnp.broadcast_to(positions, queries.shape[:2]).astype(jnp.int32)
+    positions = one_token.of_rows(positions, queries)
     slots = jnp.asarray(length, jnp.int32), positions, jnp.broadcast_to(start, len(queries)).astype(jnp.int32)
     factors: tuple[jax.Array, ...] = ()
     if is_pair_rope(rope):
@@ -64,9 +64,7 @@ def _fused(attend: Attend, settings: AttentionSettings) -> Callable[..., Any]:
             positions,
             start,
             factors or None,
-            scale=queries.shape[-1] ** -0.5 if settings.scale is None else settings.scale,
-            softcap=settings.softcap,
-            window=settings.window,
+            **one_token.options(queries, settings),
         )
 
     return plain_elsewhere(launch, plain)

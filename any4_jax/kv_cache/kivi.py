@@ -13,16 +13,16 @@ from any4_jax.kv_cache.base import Rope, rotated
 from any4_jax.kv_cache.blocks import Part, ReadBlock, attention_over
 from any4_jax.kv_cache.codes import Codes
 from any4_jax.kv_cache.kivi_slabs import KeySlab, ValueSlab
-from any4_jax.kv_cache.kivi_step import BACKENDS, step
-from any4_jax.kv_cache.plain import check_fits
-from any4_jax.kv_cache.ring import Arrival, Recent
-from any4_jax.kv_cache.settings import PLAIN, AttentionSettings
+from any4_jax.kv_cache.kivi_step import BACKENDS
+from any4_jax.kv_cache.ring import Recent
+from any4_jax.kv_cache.ring_cache import RingCache
+from any4_jax.kv_cache.settings import AttentionSettings
 from any4_jax.pytree import register_dataclass
 
 
 @register_dataclass
 @dataclasses.dataclass(frozen=True)
-class KiviCache:
+class KiviCache(RingCache):
     """Keys and values of one block; `Kivi` says how they are stored, `kv_cache.base` what the letters mean.
 
     A token is stored by its position, not by its slot: so a row of a ragged batch is stored as it would be alone.
@@ -48,66 +48,26 @@ class KiviCache:
     block: int = dataclasses.field(metadata=dict(static=True))
     settings: "Kivi" = dataclasses.field(metadata=dict(static=True))
 
-    def append(self, keys: jax.Array, values: jax.Array, positions: jax.Array, rope: Rope | None) -> Self:
-        """Add keys and values [B, T, Hkv, D].
-
-        Raises:
-            ValueError: T exceeds the number of slots.
-        """
-        return self._with(*self._arriving(keys, values, positions, rope))
-
-    def attend(
-        self, queries: jax.Array, positions: jax.Array, rope: Rope | None, settings: AttentionSettings = PLAIN
-    ) -> jax.Array:
-        """Attention of queries [B, T, H, D] over what is exact, and what is quantized, for the newest token."""
-        count = jnp.maximum(self.length - self.start, 0)
-        # Nothing arrives, and the rings hold all that is exact.
-        arrival = Arrival(count, count, jnp.zeros_like(count))
-        keys, values = (Recent(ring, ring, arrival) for ring in (self.recent_keys, self.recent_values))
-        return _Reader(self, keys, values, rope, count - 1, 1).attend(queries, positions, None, settings)
-
-    def append_attend(
-        self,
-        queries: jax.Array,
-        keys: jax.Array,
-        values: jax.Array,
-        positions: jax.Array,
-        rope: Rope | None,
-        settings: AttentionSettings = PLAIN,
-    ) -> tuple[jax.Array, Self]:
-        """`append`, then attention of the new tokens, to which others are exact as `Kivi.exact_prompt` says.
-
-        One token a row is a `kivi_step.step`, by the first of its `BACKENDS` that can.
-
-        Raises:
-            ValueError: T exceeds the number of slots.
-        """
-        if keys.shape[1] == 1:
-            return step(self, queries, keys, values, positions, rope=rope, settings=settings)
-        recent = self._arriving(keys, values, positions, rope)
-        cache, tokens = self._with(*recent), keys.shape[1]
-        judges = None if self.settings.exact_prompt else positions
-        reader = _Reader(cache, *recent, rope, recent[0].arrival.before, tokens)
-        return reader.attend(queries, positions, judges, settings), cache
-
     def choice(
         self, queries: jax.Array, keys: jax.Array, rope: Rope | None, settings: AttentionSettings
     ) -> tuple[Choice[Backend], tuple[Any, ...]]:
         """See `Cache`."""
         return BACKENDS, (self, queries, keys, settings)
 
-    def _arriving(
-        self, keys: jax.Array, values: jax.Array, positions: jax.Array, rope: Rope | None
-    ) -> tuple[Recent, Recent]:
-        check_fits(keys.shape[1], self.slots)
-        keys = rotated(keys, positions, rope) if self.settings.rotated else keys
-        arrival, dtype = Arrival.of(self.length, self.start, keys.shape[1]), self.recent_keys.dtype
-        return (
-            Recent(self.recent_keys, keys.transpose(0, 2, 1, 3).astype(dtype), arrival),
-            Recent(self.recent_values, values.transpose(0, 2, 1, 3).astype(dtype), arrival),
-        )
+    def kept(self, keys: jax.Array, positions: jax.Array, rope: Rope | None) -> jax.Array:
+        """Keys as they are stored."""
+        return rotated(keys, positions, rope) if self.settings.rotated else keys
 
-    def _with(self, keys: Recent, values: Recent) -> Self:
+    def judges(self, positions: jax.Array) -> jax.Array | None:
+        """See `RingCache`; as `Kivi.exact_prompt` says."""
+        return None if self.settings.exact_prompt else positions
+
+    def reader(self, *of: Any) -> "_Reader":
+        """See `RingCache`."""
+        return _Reader(self, *of)
+
+    def with_tokens(self, keys: Recent, values: Recent) -> Self:
+        """The cache with tokens that arrive."""
         codes = self.keys.stored(keys).codes, self.values.stored(values).codes
         return self.holding(*codes, keys.turned(), values.turned(), self.length + keys.new.shape[2])
 

@@ -5,9 +5,9 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import jax
-import jax.numpy as jnp
 
 from any4_jax.choice import Backend
+from any4_jax.kv_cache import one_token
 from any4_jax.kv_cache.base import Rope, rotated
 from any4_jax.kv_cache.kivi_cuda import held_by
 from any4_jax.kv_cache.plain import plain_elsewhere
@@ -20,10 +20,9 @@ if TYPE_CHECKING:
 def _supports(
     cache: "KiviCache", queries: jax.Array, keys: jax.Array, settings: AttentionSettings, platform: str
 ) -> str | None:
-    if platform != "cpu":
-        return f"it runs on cpu, not on {platform}"
-    if queries.shape[1] != 1:
-        return f"there are {queries.shape[1]} new tokens a row, not 1"
+    reason = one_token.why_not("cpu", queries, platform)
+    if reason is not None:
+        return reason
     if not cache.settings.rotated:
         return "the cache holds keys before their rotation"
     from cuda_ffi import kivi_attention_cpu, registration
@@ -43,8 +42,7 @@ def _run(
     settings: AttentionSettings,
 ) -> tuple[jax.Array, "KiviCache"]:
     cache = cache.append(keys, values, positions, rope)
-    # Other steps take what broadcasts, and integers of 64 bits.
-    positions = jnp.broadcast_to(positions, queries.shape[:2]).astype(jnp.int32)
+    positions = one_token.of_rows(positions, queries)
     leaves, structure = jax.tree.flatten(cache)
     return _attention(structure, settings)(rotated(queries, positions, rope), positions, *leaves), cache
 
@@ -66,9 +64,7 @@ def _attention(structure: Any, settings: AttentionSettings) -> Callable[..., Any
             held_by(cache),
             positions[:, 0],
             group_size=cache.settings.group_size,
-            scale=queries.shape[-1] ** -0.5 if settings.scale is None else settings.scale,
-            softcap=settings.softcap,
-            window=settings.window,
+            **one_token.options(queries, settings),
         )
         return mixed[:, None]
 

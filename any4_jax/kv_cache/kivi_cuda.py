@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from any4_jax.choice import Backend
+from any4_jax.kv_cache import one_token
 from any4_jax.kv_cache.base import Rope, is_pair_rope, rotate_pairs, rotated
 from any4_jax.kv_cache.codes import Codes
 from any4_jax.kv_cache.plain import append_then_attend, plain_elsewhere
@@ -20,10 +21,9 @@ if TYPE_CHECKING:
 def _supports(
     cache: "KiviCache", queries: jax.Array, keys: jax.Array, settings: AttentionSettings, platform: str
 ) -> str | None:
-    if platform != "cuda":
-        return f"it runs on cuda, not on {platform}"
-    if queries.shape[1] != 1:
-        return f"there are {queries.shape[1]} new tokens a row, not 1"
+    reason = one_token.why_not("cuda", queries, platform)
+    if reason is not None:
+        return reason
     if not cache.settings.rotated:
         return "the cache holds keys before their rotation"
     from cuda_ffi import kivi_attention, registration
@@ -44,8 +44,7 @@ def _run(
     rope: Rope | None,
     settings: AttentionSettings,
 ) -> tuple[jax.Array, "KiviCache"]:
-    # Other steps take what broadcasts, and integers of 64 bits.
-    positions = jnp.broadcast_to(positions, queries.shape[:2]).astype(jnp.int32)
+    positions = one_token.of_rows(positions, queries)
     factors: tuple[jax.Array, ...] = ()
     if is_pair_rope(rope):
         factors = rope.factors(positions)
@@ -82,9 +81,7 @@ def _fused(structure: Any, settings: AttentionSettings) -> Callable[..., Any]:
             jnp.broadcast_to(cache.start, len(queries)).astype(jnp.int32),
             (factors[0][:, 0], factors[1][:, 0]) if factors else None,
             group_size=cache.settings.group_size,
-            scale=queries.shape[-1] ** -0.5 if settings.scale is None else settings.scale,
-            softcap=settings.softcap,
-            window=settings.window,
+            **one_token.options(queries, settings),
         )
         return mixed[:, None], _holding(cache, held)
 

@@ -101,10 +101,10 @@ class KVQuant:
                 f"block {block} with {heads} x {head_dim}; calibrate it on this model"
             )
         levels = jax.tree.map(lambda x: x[block], self.levels)
-        # Blocks of equal size, of which no more are read than needed.
+        # Blocks of equal size, of which no more are read than needed. Kernels copy eight tokens' slots or more at once.
         coded = max(length - self.recent, 1)
         count = -(-coded // BLOCK_SLOTS)
-        size = -(-coded // count)
+        size = -(-coded // (count * 8)) * 8
         rest = levels, self.bits, self.slots(heads * head_dim)
 
         def empty(encode: Callable[..., TokenCodes]) -> TokenCodes:

@@ -7,21 +7,22 @@ import jax
 import jax.numpy as jnp
 
 from any4_jax.choice import Backend, Choice
+from any4_jax.kv_cache import one_token
 from any4_jax.kv_cache.attention import BLOCK_SLOTS
 from any4_jax.kv_cache.base import Rope, rotated
 from any4_jax.kv_cache.blocks import Part, ReadBlock, attention_over
 from any4_jax.kv_cache.by_token import leaving
-from any4_jax.kv_cache.kvquant_step import BACKENDS, step
+from any4_jax.kv_cache.kvquant_step import BACKENDS
 from any4_jax.kv_cache.nonuniform import Levels, TokenCodes, decode_keys, decode_values, encode_keys, encode_values
-from any4_jax.kv_cache.plain import check_fits
-from any4_jax.kv_cache.ring import Arrival, Recent, with_first
-from any4_jax.kv_cache.settings import PLAIN, AttentionSettings
+from any4_jax.kv_cache.ring import Recent, with_first
+from any4_jax.kv_cache.ring_cache import RingCache
+from any4_jax.kv_cache.settings import AttentionSettings
 from any4_jax.pytree import register_dataclass
 
 
 @register_dataclass
 @dataclasses.dataclass(frozen=True)
-class KVQuantCache:
+class KVQuantCache(RingCache):
     """Keys and values of one block; `kv_cache.base` says what the letters mean.
 
     A token is stored by its position, not by its slot: so a row of a ragged batch is stored as it would be alone. Keys
@@ -52,64 +53,18 @@ class KVQuantCache:
     block: int = dataclasses.field(metadata=dict(static=True))
     bits: int = dataclasses.field(metadata=dict(static=True))
 
-    def append(self, keys: jax.Array, values: jax.Array, positions: jax.Array, rope: Rope | None) -> Self:
-        """Add keys and values [B, T, Hkv, D].
-
-        Raises:
-            ValueError: T exceeds the number of slots.
-        """
-        del positions, rope  # keys are rotated when they are read
-        return self._with(*self._arriving(keys, values))
-
-    def attend(
-        self, queries: jax.Array, positions: jax.Array, rope: Rope | None, settings: AttentionSettings = PLAIN
-    ) -> jax.Array:
-        """Attention of queries [B, T, H, D] over what is quantized and what is exact for the newest token."""
-        count = jnp.maximum(self.length - self.start, 0)
-        # Nothing arrives, and the rings hold all that is exact.
-        arrival = Arrival(count, count, jnp.zeros_like(count))
-        keys, values = (Recent(ring, ring, arrival) for ring in (self.recent_keys, self.recent_values))
-        reader = _Reader(self, keys, values, rope, count - 1, 1)
-        return reader.attend(queries, positions, (count - 1)[:, None], settings)
-
-    def append_attend(
-        self,
-        queries: jax.Array,
-        keys: jax.Array,
-        values: jax.Array,
-        positions: jax.Array,
-        rope: Rope | None,
-        settings: AttentionSettings = PLAIN,
-    ) -> tuple[jax.Array, Self]:
-        """`append`, then attention of the new tokens: each sees what it would see if they came one by one.
-
-        One token a row is a `kvquant_step.step`, by the first of its `BACKENDS` that can.
-
-        Raises:
-            ValueError: T exceeds the number of slots.
-        """
-        if keys.shape[1] == 1:
-            return step(self, queries, keys, values, positions, rope=rope, settings=settings)
-        recent = self._arriving(keys, values)
-        cache = self._with(*recent)
-        reader = _Reader(cache, *recent, rope, recent[0].arrival.before, keys.shape[1])
-        return reader.attend(queries, positions, positions, settings), cache
-
     def choice(
         self, queries: jax.Array, keys: jax.Array, rope: Rope | None, settings: AttentionSettings
     ) -> tuple[Choice[Backend], tuple[Any, ...]]:
         """See `Cache`."""
         return BACKENDS, (self, queries, keys, rope, settings)
 
-    def _arriving(self, keys: jax.Array, values: jax.Array) -> tuple[Recent, Recent]:
-        check_fits(keys.shape[1], self.slots)
-        arrival, dtype = Arrival.of(self.length, self.start, keys.shape[1]), self.recent_keys.dtype
-        new = (x.transpose(0, 2, 1, 3).astype(dtype) for x in (keys, values))
-        rings = self.recent_keys, self.recent_values
-        first, second = (Recent(ring, x, arrival) for ring, x in zip(rings, new, strict=True))
-        return first, second
+    def reader(self, *of: Any) -> "_Reader":
+        """See `RingCache`."""
+        return _Reader(self, *of)
 
-    def _with(self, keys: Recent, values: Recent) -> Self:
+    def with_tokens(self, keys: Recent, values: Recent) -> Self:
+        """The cache with tokens that arrive."""
         rest = self.levels, self.bits, self.keys.outliers.shape[-1]
         return dataclasses.replace(
             self,
@@ -146,12 +101,12 @@ class _Reader:
     tokens: int
 
     def attend(
-        self, queries: jax.Array, positions: jax.Array, judges: jax.Array, settings: AttentionSettings
+        self, queries: jax.Array, positions: jax.Array, judges: jax.Array | None, settings: AttentionSettings
     ) -> jax.Array:
-        """Attention of queries [B, T, H, D]; `judges` is the p of each, int32 [B, T]."""
+        """Attention of queries [B, T, H, D]; `judges` is the p of each, int32 [B, T], or None for the earliest."""
         cache, count, residual = self.cache, self.cache.first_keys.shape[2], self.keys.ring.shape[2]
-        # Other caches take what broadcasts, and integers of 64 bits.
-        positions, p = (jnp.broadcast_to(x, queries.shape[:2]).astype(jnp.int32) for x in (positions, judges))
+        judges = self.earliest[:, None] if judges is None else judges
+        positions, p = (one_token.of_rows(x, queries) for x in (positions, judges))
         oldest = jnp.zeros_like(p) if settings.window is None else jnp.maximum(positions - settings.window + 1, 0)
         later, room = jnp.maximum(oldest, count), cache.keys.outliers.shape[2]
         parts = [Part(self._coded, room, later, jnp.minimum(positions, p - residual))]

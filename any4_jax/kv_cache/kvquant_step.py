@@ -1,42 +1,20 @@
-"""One step of a KVQuant cache: a new token of each row enters it, and attends, by XLA or by the C++ kernel."""
+"""What puts a token of each row into a KVQuant cache and attends: XLA, or a kernel of `cuda_ffi`."""
 
 import functools
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 
 from any4_jax.choice import Backend, Choice
+from any4_jax.kv_cache import one_token
 from any4_jax.kv_cache.base import Rope, is_linear_rope, is_pair_rope, rotated
 from any4_jax.kv_cache.nonuniform import TokenCodes
 from any4_jax.kv_cache.plain import append_then_attend, plain_elsewhere
-from any4_jax.kv_cache.settings import PLAIN, AttentionSettings
+from any4_jax.kv_cache.settings import AttentionSettings
 
 if TYPE_CHECKING:
     from any4_jax.kv_cache.kvquant_cache import KVQuantCache
-
-C = TypeVar("C", bound="KVQuantCache")
-
-
-def step(
-    cache: C,
-    queries: jax.Array,
-    keys: jax.Array,
-    values: jax.Array,
-    positions: jax.Array,
-    *,
-    rope: Rope | None,
-    settings: AttentionSettings = PLAIN,
-    backend: str | None = None,
-) -> tuple[jax.Array, C]:
-    """`append`, then `attend`, of a token of each row; see `kivi_step.step`."""
-    problem = cache, queries, keys, rope, settings
-    operands = cache, queries, keys, values, positions
-    name = BACKENDS.choose(backend, *problem, arrays=tuple(jax.tree.leaves(operands)))
-    run = BACKENDS.lowered(
-        lambda option: functools.partial(option.run, rope=rope, settings=settings), *problem, name=name
-    )
-    return run(*operands)
 
 
 def _supports(
@@ -46,17 +24,24 @@ def _supports(
     rope: Rope | None,
     settings: AttentionSettings,
     platform: str,
+    *,
+    own: str,
 ) -> str | None:
-    if platform != "cpu":
-        return f"it runs on cpu, not on {platform}"
-    if queries.shape[1] != 1:
-        return f"there are {queries.shape[1]} new tokens a row, not 1"
+    reason = one_token.why_not(own, queries, platform)
+    if reason is not None:
+        return reason
     if not is_linear_rope(rope):
         return "the rope's angles aren't proportional to the position"
-    from cuda_ffi import kvquant_attention_cpu, registration
+    from cuda_ffi import registration
 
-    reason = kvquant_attention_cpu.why_not(queries.shape[-1], queries.dtype, cache.recent_keys.dtype)
-    return reason or registration.why_not("cpu")
+    reason = _kernels(own).why_not(queries.shape[2], held_by(cache), queries.dtype)
+    return reason or registration.why_not(own)
+
+
+def _kernels(platform: str) -> Any:
+    from cuda_ffi import kvquant_attention, kvquant_attention_cpu
+
+    return kvquant_attention if platform == "cuda" else kvquant_attention_cpu
 
 
 def _run(
@@ -68,31 +53,31 @@ def _run(
     *,
     rope: Rope | None,
     settings: AttentionSettings,
+    own: str,
 ) -> tuple[jax.Array, "KVQuantCache"]:
     cache = cache.append(keys, values, positions, rope)
-    # Other steps take what broadcasts, and integers of 64 bits.
-    positions = jnp.broadcast_to(positions, queries.shape[:2]).astype(jnp.int32)
+    positions = one_token.of_rows(positions, queries)
 
     def plainly(queries: jax.Array, positions: jax.Array, cache: "KVQuantCache") -> jax.Array:
         return cache.attend(queries, positions, rope, settings)
 
-    run = plain_elsewhere(functools.partial(kernel, rope=rope, settings=settings), plainly)
+    run = plain_elsewhere(functools.partial(kernel, own, rope=rope, settings=settings), plainly)
     return run(queries, positions, cache), cache
 
 
 def kernel(
+    platform: str,
     queries: jax.Array,
     positions: jax.Array,
     cache: "KVQuantCache",
     *,
     rope: Rope | None,
     settings: AttentionSettings,
-    isa: str = "auto",
+    **options: Any,
 ) -> jax.Array:
-    """Attention of the newest token, queries [B, 1, H, D] at positions int32 [B, 1], by the C++ kernel."""
-    from cuda_ffi import kvquant_attention_cpu as kernels
-
-    held = held_by(cache)
+    """Attention of the newest token, queries [B, 1, H, D] at positions int32 [B, 1], by a platform's kernel, which has
+    `options` of its own."""
+    kernels, held = _kernels(platform), held_by(cache)
 
     def factors(count: int, apart: int) -> Any:
         """(cos, sin), float32 [count, D/2]."""
@@ -108,17 +93,15 @@ def kernel(
         factors(kernels.CHUNK, 1),
         factors(kernels.chunks(held), kernels.CHUNK),
         bits=cache.bits,
-        scale=queries.shape[-1] ** -0.5 if settings.scale is None else settings.scale,
-        softcap=settings.softcap,
-        window=settings.window,
-        isa=isa,
+        **one_token.options(queries, settings),
+        **options,
     )
     return mixed[:, None]
 
 
 def held_by(cache: "KVQuantCache") -> Any:
     """The arrays as the kernel names them."""
-    from cuda_ffi.kvquant_attention_cpu import Coded, Held
+    from cuda_ffi.kvquant_attention import Coded, Held
 
     def coded(codes: TokenCodes) -> Coded:
         planes = codes.packed if isinstance(codes.packed, tuple) else (codes.packed,)
@@ -129,5 +112,9 @@ def held_by(cache: "KVQuantCache") -> Any:
     return Held(coded(cache.keys), coded(cache.values), *levels, *exact)
 
 
+def _backend(platform: str) -> Backend:
+    return Backend(platform, functools.partial(_supports, own=platform), functools.partial(_run, own=platform))
+
+
 # (the cache, queries, new keys, rope, settings) is the problem that they support or not.
-BACKENDS = Choice((Backend("cpu", _supports, _run), Backend("xla", lambda *problem: None, append_then_attend)))
+BACKENDS = Choice((_backend("cuda"), _backend("cpu"), Backend("xla", lambda *problem: None, append_then_attend)))

@@ -2,15 +2,11 @@
 // edges of chunks and flushes, in buffers that end where the arrays end, with NaN for what no query sees; built with
 // sanitizers by test_native_build.py. All values are one, so the mixture must be. Prints the number of cases; fails at the
 // first wrong one.
-#include <cmath>
-#include <cstdio>
-#include <cstdlib>
 #include <vector>
 
 #include "attention_parts.h"
 #include "kivi.h"
 #include "either.h"
-#include "pool.h"
 
 namespace {
 
@@ -51,28 +47,13 @@ bool Check(const Case& c, const any4::KiviKernel& kernel, any4::Type type, int64
     Pool pool;
     any4::AttendInParts(pool.executor(threads), step, kernel, {mixed.data(), c.size, type});
   }
-  for (int64_t i = 0; i < rows * heads * c.size; ++i) {
-    const float wanted = i < heads * c.size ? 1 : 0;
-    if (std::fabs(mixed.at(i) - wanted) < 1e-5f) continue;
-    std::printf("size=%ld own=%d: number %ld is %f\n", long(c.size), c.own, long(i), double{mixed.at(i)});
-    return false;
-  }
-  return true;
+  return IsMixed(mixed, heads * c.size, rows * heads * c.size, c.size, c.own);
 }
 
 }  // namespace
 
 int main() {
-  int cases = 0;
-  for (const any4::Isa isa : InstructionSets()) {
-    const auto& kernel = any4::KernelFor(isa, any4::PortableKivi(), any4::Avx2Kivi(), any4::Avx512Kivi());
-    for (const Case& c : kCases) {
-      for (const any4::Type type : {any4::Type::kFloat32, any4::Type::kBfloat16}) {
-        if (!Check(c, kernel, type, 1 + cases % 3)) return EXIT_FAILURE;
-        ++cases;
-      }
-    }
-  }
-  std::printf("%d cases\n", cases);
-  return EXIT_SUCCESS;
+  return CheckAll(kCases, [](const Case& c, any4::Isa isa, any4::Type type, int64_t threads) {
+    return Check(c, any4::KernelFor(isa, any4::PortableKivi(), any4::Avx2Kivi(), any4::Avx512Kivi()), type, threads);
+  });
 }

@@ -143,7 +143,9 @@ struct KiviRunning {
     }
   }
 
-  __device__ void MixRecent(const RecentTiles<T, kSize>& tiles, const float (&weights)[4]) {
+  // Of a tile of 16 tokens, whose pieces of eight channels are at Value(token, piece).
+  template <typename Tiles>
+  __device__ void MixRecent(const Tiles& tiles, const float (&weights)[4]) {
     const int lane = threadIdx.x % 32;
     uint32_t words[4][Of::kLane / 2];
 #pragma unroll
