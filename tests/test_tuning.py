@@ -180,6 +180,10 @@ def test_what_can_not_be_trained_is_refused(teacher, student, tokens) -> None:
     ):
         with pytest.raises(ValueError, match=words):
             a4.tune(model, float_model, tokens, **SETTINGS | changes)
+    tensors = random_tensors(teacher.config)
+    tensors["model.norm.weight"] *= np.inf
+    with pytest.raises(ValueError, match="got a divergence of nan before any step, and training needs finite"):
+        a4.tune(student, from_tensors(teacher.config, tensors), tokens, **SETTINGS)
     with pytest.raises(ValueError, match="got one row of tokens, and at least 2 are needed"):
         a4.tune(student, teacher, tokens[:1], **SETTINGS)
     with pytest.raises(TypeError, match="got a int as the mesh; pass a jax.sharding.Mesh"):
