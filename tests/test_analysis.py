@@ -121,6 +121,12 @@ def test_a_row_has_the_levels_of_each_method(small, analysis) -> None:
         assert near.max() < 1e-6 and (np.diff(levels) >= 0).all()
 
 
+def test_a_quantized_model_is_refused(small) -> None:
+    done = a4.quantize_model(small, None, rules=[(r".*up_proj", METHODS["nf4"])])
+    with pytest.raises(ValueError, match="got a Llama with 1 of its layers quantized already; pass the float model"):
+        analyze(done, METHODS)
+
+
 @pytest.mark.parametrize(
     "settings, words",
     [

@@ -177,6 +177,13 @@ def test_what_can_not_be_trained_is_refused(method, x, words: str) -> None:
         method.apply(refused)
 
 
+def test_outputs_that_are_not_finite_are_refused() -> None:
+    method, ours = CASES[2][0], block(CASES[2][0])
+    ours = dataclasses.replace(ours, wanted=[jnp.full_like(y, jnp.nan) for y in ours.wanted])
+    with pytest.raises(ValueError, match="got an error of nan before any step, and training needs outputs that are"):
+        method.apply(ours)
+
+
 def test_data_is_needed_before_anything_is_done() -> None:
     with pytest.raises(ValueError, match="got no data, tune trains each block on its inputs; pass data"):
         quantize_model(random_llama(), Tune())

@@ -19,6 +19,8 @@ from any4_jax.models import from_tensors
 from any4_jax.models.tiny import random_llama, random_tensors
 from any4_jax.surgery import map_operators, quantized_leaves
 from any4_jax.tuning.loop import Keeping, outside_of_blocks
+from any4_jax.tuning.student import at_rest, blocks_of, stacks_of
+from any4_jax.weights import Sum, dequantize, nonzeros
 
 RNG = np.random.default_rng(3)
 SETTINGS = {"steps": 24, "batch_size": 4, "seqlen": 12, "learning_rate": 0.01, "held_out": 0.25}
@@ -115,6 +117,25 @@ def test_a_killed_training_goes_on_to_the_same_bytes(tmp_path, teacher, student,
     assert done == list(range(1, 25))
 
 
+def test_blocks_with_other_numbers_of_outliers_are_one_stack(teacher) -> None:
+    """And come out of it as they went in."""
+
+    def with_outliers(path: str, leaf):
+        count = 3 if path.startswith("layers.0") else 5
+        return Sum((leaf, nonzeros(jnp.diagflat(jnp.arange(1.0, count + 1), 88 - count)[: leaf.shape[0]])))
+
+    model = map_operators(
+        a4.quantize_model(teacher, None, rules=[(r".*down_proj", FP4(group_size=16))]), with_outliers, r".*down_proj"
+    )
+    stacks = stacks_of(model, teacher, 1, 4, norms=False)
+    assert len(stacks) == 1
+    made = blocks_of(model, stacks, [at_rest(stack.run, stack.contents) for stack in stacks])
+    for block, new in zip(model.blocks, made.values(), strict=True):
+        (old,), (again,) = (quantized_leaves(one).values() for one in (block, new))
+        assert_same(again.terms[1], old.terms[1])
+        np.testing.assert_array_equal(dequantize(again), dequantize(old))
+
+
 def test_no_device_gets_the_blocks_of_the_models(teacher, student) -> None:
     """Beside the stacks that are trained; embedding and head are as they were."""
     for model in (teacher, student):
@@ -159,6 +180,10 @@ def test_what_can_not_be_trained_is_refused(teacher, student, tokens) -> None:
     ):
         with pytest.raises(ValueError, match=words):
             a4.tune(model, float_model, tokens, **SETTINGS | changes)
+    tensors = random_tensors(teacher.config)
+    tensors["model.norm.weight"] *= np.inf
+    with pytest.raises(ValueError, match="got a divergence of nan before any step, and training needs finite"):
+        a4.tune(student, from_tensors(teacher.config, tensors), tokens, **SETTINGS)
     with pytest.raises(ValueError, match="got one row of tokens, and at least 2 are needed"):
         a4.tune(student, teacher, tokens[:1], **SETTINGS)
     with pytest.raises(TypeError, match="got a int as the mesh; pass a jax.sharding.Mesh"):

@@ -130,8 +130,8 @@ def analyze(
       progress: called with (layers done, layers in total, path).
 
     Raises:
-      ValueError: there is no method, one of them sees more than a matrix, or it needs data and there is none; no layer
-        matches, or there is no such row.
+      ValueError: there is no method, one of them sees more than a matrix, or it needs data and there is none; layers of
+        the model are quantized; no layer matches, or there is no such row.
     """
     if not methods:
         raise ValueError("got no method, and at least one is needed; name one")
@@ -167,9 +167,14 @@ def linears_of(model: Any, layers: str = r".*") -> dict[str, Matrix]:
     """The float linears of a model by path, of those that the regex matches; an embedding only if nothing else does.
 
     Raises:
-      ValueError: there is none.
+      ValueError: there is none, or some are quantized.
     """
-    matrices = container_of(model).matrices(model, None, ())
+    container = container_of(model)
+    if done := container.operators(model):
+        raise ValueError(
+            f"got a {type(model).__name__} with {len(done)} of its layers quantized already; pass the float model"
+        )
+    matrices = container.matrices(model, None, ())
     if not matrices:
         raise ValueError(f"got a {type(model).__name__} without float linears, and one is needed; pass the float model")
     paths = matching(matrices, layers)

@@ -4,6 +4,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
+import numpy as np
+
 from any4_jax.methods.any4 import Any4
 from any4_jax.methods.base import AnyMethod, Block, BlockResult, scope_of
 from any4_jax.methods.fields import Fields
@@ -89,11 +91,17 @@ def tuned(block: Block, begun: BlockResult, settings: Settings, method: AnyMetho
       method: who asks, for messages.
 
     Raises:
-      ValueError: there is too little data, or the codes to be trained stand for no weights of the block.
+      ValueError: there is too little data, nothing can be trained, the codes to be trained stand for no weights of the
+        block, or its outputs are not finite.
     """
     if settings.rounding:
         _refuse_other_weights(block, begun.contents)
     made = train_block(block, begun.contents, settings)
+    if not np.isfinite(made.before):
+        raise ValueError(
+            f"got an error of {float(made.before)} before any step, and training needs outputs that are finite; "
+            "float16 overflows that way, so load the model with dtype='bfloat16' or 'float32'"
+        )
     told = {"error_before": made.before, "error_after": made.after, "best_step": made.step}
     return BlockResult(made.contents, {path: {**begun.notes.get(path, {}), **told} for path in block.assigned})
 

@@ -86,7 +86,11 @@ def train(
     progress: Callable[[int, int, str], None] | None,
     kept: "Keeping | None",
 ) -> Best:
-    """The best moves, with their held-out divergence, in nats per token, and that of the start."""
+    """The best moves, with their held-out divergence, in nats per token, and that of the start.
+
+    Raises:
+      ValueError: the start's divergence is not finite.
+    """
     (program, leaves), (other, others) = outside_of_blocks(model), outside_of_blocks(teacher)
     heads, runs = Heads(program, other), tuple(stack.run for stack in stacks)
     place = _placing(mesh)
@@ -110,6 +114,11 @@ def train(
         at = int(state.at)
         if looks_at(at, steps):
             state = state._replace(best=_looked(state.best, state.moves, judged(state.moves), state.at))
+            if at == 0 and not np.isfinite(state.best.start):
+                raise ValueError(
+                    f"got a divergence of {float(state.best.start)} before any step, and training needs finite "
+                    "predictions; float16 overflows that way, so load both models with dtype='bfloat16' or 'float32'"
+                )
             if kept is not None and 0 < at < steps:
                 kept.keep(state)
         if at == steps:

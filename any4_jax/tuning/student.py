@@ -12,7 +12,7 @@ from any4_jax.methods.tune_student import Student
 from any4_jax.models.base import Decoder
 from any4_jax.walk.program import BlockProgram, Shapes
 from any4_jax.walk.records import contents_of, with_contents
-from any4_jax.weights import is_operator
+from any4_jax.weights import is_operator, trimmed, with_room
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +58,8 @@ def stacks_of(model: Decoder, teacher: Decoder, batch: int, length: int, *, norm
     caches = jax.eval_shape(lambda: teacher.init_cache(batch, length))
     found: list[tuple[Run, list[dict[str, Any]]]] = []
     for block, float_block, cache in zip(model.blocks, teacher.blocks, caches, strict=True):
-        contents = contents_of(block)
+        # Blocks whose matrices have about as many outliers have one structure.
+        contents = with_room(contents_of(block))
         named = tuple((name, str(model.dtype)) for name, leaf in contents.items() if is_operator(leaf))
         program = BlockProgram.of(type(model).block, float_block, cache)
         run = Run(program, Shapes.of(contents), named, norms)
@@ -105,6 +106,6 @@ def blocks_of(model: Decoder, stacks: Sequence[Stack], moves: Sequence[Any]) -> 
         stored = _stored(stack.run, stack.contents, moved)
         for place, index in enumerate(range(stack.first, stack.after)):
             own: Mapping[str, Any] = contents_of(model.blocks[index])
-            new = {**own, **jax.tree.map(lambda leaf, place=place: leaf[place], stored)}
+            new = {**own, **trimmed(jax.tree.map(lambda leaf, place=place: leaf[place], stored))}
             made[model.block_path(index)] = with_contents(model.blocks[index], own, new)
     return made

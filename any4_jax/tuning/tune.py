@@ -91,8 +91,8 @@ def tune(
 
     Raises:
       TypeError: one of the models is no decoder, or `mesh` no mesh.
-      ValueError: the two don't belong together; nothing of the model can be trained; there are fewer than two rows, or
-        a number is out of its range.
+      ValueError: the two don't belong together; nothing of the model can be trained; there are fewer than two rows;
+        predictions are not finite; or a number is out of its range.
     """
     settings = EndToEnd(steps, batch_size, seqlen, learning_rate, norms, held_out, seed)
     _check(model, teacher)
