@@ -54,3 +54,9 @@ def test_a_checkpoint_is_trained_and_not_measured_on_the_same_text(tmp_path, che
     results = tmp_path / "results.json"
     assert main([*measure, "--allow-training-text", "--out", str(results)]) == 0
     assert json.loads(results.read_text())["method"] == "int, trained end to end"
+
+
+def test_a_training_without_a_gain_says_so() -> None:
+    told = {"best_step": 0, "steps": 9, "kl_after": 0.5}
+    assert tune.reached(told) == "and no less in 9 steps, so that all weights stay as they were"
+    assert tune.reached(told | {"best_step": 8}) == "0.5000 after 8 of 9 steps"

@@ -3,6 +3,7 @@
 import argparse
 import math
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from any4_jax import checkpoint
@@ -108,10 +109,16 @@ def run(args: argparse.Namespace) -> int:
     training = recipe.training[-1]
     told, seconds = dict(training.settings), time.perf_counter() - begin
     print(
-        f"KL from the float model on held-out rows: {told['kl_before']:.4f} nats per token before, "
-        f"{told['kl_after']:.4f} after {told['best_step']} of {args.steps} steps; trained on {training.tokens} tokens, "
-        f"{seconds:.1f} s; wrote {args.out}"
+        f"KL from the float model on held-out rows: {told['kl_before']:.4f} nats per token before, {reached(told)}; "
+        f"trained on {training.tokens} tokens, {seconds:.1f} s; wrote {args.out}"
     )
     names = {"checkpoint": args.checkpoint, "teacher": args.teacher, "out": args.out}
     tell(lambda: names | told | {"tokens": training.tokens, "seconds": seconds})
     return 0
+
+
+def reached(told: Mapping[str, Any]) -> str:
+    """What a training came to, by the settings that its record tells."""
+    if told["best_step"] == 0:
+        return f"and no less in {told['steps']} steps, so that all weights stay as they were"
+    return f"{told['kl_after']:.4f} after {told['best_step']} of {told['steps']} steps"
