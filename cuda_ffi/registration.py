@@ -39,6 +39,7 @@ TARGETS: dict[str, dict[str, str]] = {
         "any4_cuda_lut_product": "any4_cuda_lut_product",
         "any4_cuda_lut_dequantize": "any4_cuda_lut_dequantize",
         "any4_cuda_byte_product": "any4_cuda_byte_product",
+        "any4_cuda_binary_product": "any4_cuda_binary_product",
         "any4_cuda_kmeans": "any4_cuda_kmeans",
         "any4_cuda_refit": "any4_cuda_refit",
         "any4_cuda_compensation": "any4_cuda_compensation",

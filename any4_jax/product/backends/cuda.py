@@ -8,7 +8,7 @@ import jax
 
 from any4_jax.product.backends.base import Backend, arrays_of, dtypes_of, why_no_codes
 from any4_jax.product.quantized_input import why_no_bytes
-from any4_jax.weights import QuantizedTensor, QuantizeInput, Slice, is_operator, leaf_of
+from any4_jax.weights import QuantizedTensor, QuantizeInput, Slice, binary_planes, is_operator, leaf_of
 
 MOST_ROUNDED_ROWS = 16
 """The most rows of x, rounded as the user asked, that the kernel takes: an estimate, not measured. It reads the weight
@@ -18,6 +18,9 @@ anew for each two; a product of floats decodes it once."""
 def _supports(x: Any, w: Any, platform: str) -> str | None:
     if platform != "cuda":
         return f"it runs on cuda, not on {platform}"
+    planes = binary_planes(w)
+    if planes is not None:
+        return _why_not_planes(x, planes)
     rounded = isinstance(w, QuantizeInput)
     reason = why_no_bytes(w) if rounded else why_no_codes(w)
     if reason is not None:
@@ -36,6 +39,18 @@ def _supports(x: Any, w: Any, platform: str) -> str | None:
     else:
         reason = lut_product_cuda.why_not(x.dtype, leaf.bits, leaf.group_size, leaf.shape[-1], *dtypes_of(leaf))
     return reason or registration.why_not("cuda")
+
+
+def _why_not_planes(x: Any, planes: Sequence[Any]) -> str | None:
+    from cuda_ffi import binary_product_cuda, registration
+
+    for leaf in filter(None, map(leaf_of, planes)):
+        reason = binary_product_cuda.why_not(
+            x.dtype, _rows(x), len(planes), leaf.group_size, leaf.shape[-1], *dtypes_of(leaf)
+        )
+        if reason is not None:
+            return reason
+    return registration.why_not("cuda")
 
 
 def _rows(x: Any) -> int:
@@ -62,12 +77,23 @@ def _rounding(x: Any, w: QuantizedTensor | Slice | QuantizeInput) -> Any:
     return "int16" if few and _why_not_as_bytes(x, leaf) is None else None
 
 
-def _run(x: jax.Array, w: QuantizedTensor | Slice | QuantizeInput) -> jax.Array:
+def _run(x: jax.Array, w: Any) -> jax.Array:
     (y,) = _run_together(x, (w,))
     return y
 
 
-def _run_together(x: jax.Array, ws: Sequence[QuantizedTensor | Slice | QuantizeInput]) -> tuple[jax.Array, ...]:
+def _run_planes(x: jax.Array, planes: Sequence[QuantizedTensor | Slice]) -> jax.Array:
+    from cuda_ffi.binary_product_cuda import binary_product
+    from cuda_ffi.lut_product import Matrix
+
+    leaves = [plane.matrix() if isinstance(plane, Slice) else plane for plane in planes]
+    return binary_product(x, [Matrix(*arrays_of(leaf)) for leaf in leaves], group_size=leaves[0].group_size)
+
+
+def _run_together(x: jax.Array, ws: Sequence[Any]) -> tuple[jax.Array, ...]:
+    sums = [planes for w in ws if (planes := binary_planes(w)) is not None]
+    if sums:
+        return tuple(_run_planes(x, planes) for planes in sums)
     from cuda_ffi.byte_product_cuda import byte_products
     from cuda_ffi.lut_product_cuda import lut_products
 
@@ -101,6 +127,8 @@ def _matrix(w: QuantizedTensor | Slice | QuantizeInput) -> Any:
 
 
 def _detail(x: Any, w: Any) -> str | None:
+    if binary_planes(w) is not None:
+        return "signs multiply x on tensor cores, which takes one operation a code"
     rounding = _rounding(x, w)
     return None if rounding is None else f"x is rounded to {rounding}, which multiplies the table's bytes"
 
