@@ -17,7 +17,7 @@ MOST_ROWS = 8
 """The most rows of x for which the kernel is meant, those of one tile of tensor cores. It takes more of them, eight by
 eight, and each time reads the weight anew."""
 
-_MOST_PLANES = 8
+_MOST_PLANES = 4
 # Inputs that a warp takes at a time.
 _TILE = 128
 # A group size that no row reaches.
@@ -25,23 +25,29 @@ _WHOLE_ROW = 2**30
 
 
 def why_not(
-    x_dtype, rows: int, planes: int, group_size: int, k: int, lut_dtype, scale_dtype, offset_dtype
+    x_dtype, rows: int, planes: int, group_size: int, shape: tuple[int, int], lut_dtype, scale_dtype, offset_dtype
 ) -> str | None:
     """None if the kernel suits operands of these dtypes and sizes, else the reason in words.
 
     Args:
       rows: of x.
-      k: the inputs of the weight; a group_size of at least k means one group a row.
+      shape: [N, K] of the weight; a group_size of at least K means one group a row.
       lut_dtype, scale_dtype, offset_dtype: of a plane; None if there are no offsets.
     """
+    n, k = shape
     if x_dtype not in (jnp.bfloat16, jnp.float16):
         return f"x is {x_dtype}, its tensor cores take bfloat16 and float16"
     if rows > MOST_ROWS:
         return f"x has {rows} rows, it takes at most {MOST_ROWS} for binary planes"
     if planes > _MOST_PLANES:
         return f"the sum has {planes} binary planes, it takes at most {_MOST_PLANES}"
-    if k == 0 or k % _TILE or (group_size < k and group_size % _TILE):
-        return f"rows have {k} inputs and groups {group_size}, binary planes need multiples of {_TILE}"
+    if k == 0 or k % _TILE or (group_size < k and (group_size < _TILE or group_size & (group_size - 1))):
+        return (
+            f"rows have {k} inputs and groups {group_size}, binary planes need multiples of {_TILE}, and groups that are "
+            "powers of two or rows"
+        )
+    if n * k // 8 >= 2**32:
+        return f"a plane has {n * k // 8} bytes, binary planes need fewer than {2**32}"
     if any(dtype not in (jnp.bfloat16, None) for dtype in (lut_dtype, scale_dtype, offset_dtype)):
         return f"the table is {lut_dtype}, scales {scale_dtype}, offsets {offset_dtype}; binary planes need bfloat16"
     return None
@@ -55,7 +61,7 @@ def binary_product(x: jax.Array, planes: Sequence[Matrix], *, group_size: int) -
 
     Args:
       x: [M, K], bfloat16 or float16.
-      planes: 1 to 8 planes [N, K] of 1 bit, for which `why_not` is None but for the number of rows.
+      planes: 1 to 4 planes [N, K] of 1 bit, for which `why_not` is None but for the number of rows.
       group_size: of all planes.
 
     Raises:
@@ -72,16 +78,6 @@ def _operands(plane: Matrix) -> tuple[jax.Array, ...]:
     return plane.codes[0], plane.lut, plane.scales, offsets
 
 
-def arranged(x: jax.Array) -> jax.Array:
-    """x [M, K] in the order in which lanes read it: [K / 128, 4, M, 4, 8].
-
-    Lane 4 m + t of a warp has 32 inputs of a tile of 128, from 32 t on, whose signs are one word. Step s multiplies
-    inputs s, s + 16, s + 8 and s + 24 of these; two steps are 16 bytes.
-    """
-    m, k = x.shape
-    return x.reshape(m, k // _TILE, 4, 2, 2, 4, 2).transpose(1, 5, 0, 2, 6, 4, 3).reshape(k // _TILE, 4, m, 4, 8)
-
-
 @functools.cache
 def _call(group_size: int) -> Callable[..., jax.Array]:
     """The product of (x, *operands) with its rule for vmap, which may add rows."""
@@ -92,7 +88,7 @@ def _call(group_size: int) -> Callable[..., jax.Array]:
         parts = [x[first : first + MOST_ROWS] for first in range(0, x.shape[0], MOST_ROWS)] or [x]
         ys = [
             jax.ffi.ffi_call(TARGET, jax.ShapeDtypeStruct((part.shape[0], n), x.dtype))(
-                arranged(part), *operands, group_size=np.int64(group_size)
+                part, *operands, group_size=np.int64(group_size)
             )
             for part in parts
         ]

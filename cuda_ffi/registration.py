@@ -40,6 +40,8 @@ TARGETS: dict[str, dict[str, str]] = {
         "any4_cuda_lut_dequantize": "any4_cuda_lut_dequantize",
         "any4_cuda_byte_product": "any4_cuda_byte_product",
         "any4_cuda_binary_product": "any4_cuda_binary_product",
+        "any4_cuda_sparse_product": "any4_cuda_sparse_product",
+        "any4_cuda_coded_product": "any4_cuda_coded_product",
         "any4_cuda_kmeans": "any4_cuda_kmeans",
         "any4_cuda_refit": "any4_cuda_refit",
         "any4_cuda_compensation": "any4_cuda_compensation",

@@ -37,7 +37,7 @@ def explain_on(where: str, x: Any, w: Any) -> str:
         for part in parts(w)
         if isinstance(part, QuantizeInput) and not is_integer_product(part) and (reason := why_no_bytes(part))
     ]
-    lines += [line for problem in plan.problems(matmul, x, w) for line in _lines(*problem, where)]
+    lines += [line for problem in plan.problems(matmul, x, w, where) for line in _lines(*problem, where)]
     return "\n".join(lines) if lines else DENSE
 
 

@@ -36,6 +36,7 @@ from any4_jax.weights import (
     leaf_of,
     parts,
     product,
+    with_outliers,
 )
 
 BACKENDS: Choice[Backend] = Choice((CUDA, PALLAS, CPU, XLA))
@@ -122,14 +123,24 @@ def _platform(x: Any, w: Any) -> str:
     return platform_of(*jax.tree.leaves((x, w)))
 
 
-def problems(run: Callable[..., jax.Array], x: Any, w: Any) -> list[Problem]:
+def problems(run: Callable[..., jax.Array], x: Any, w: Any, platform: str | None = None) -> list[Problem]:
     """The operands (x, w), as ShapeDtypeStructs, of each product that run(x, w) would leave to a backend.
 
     `run` is traced, and no backend runs.
+
+    Args:
+      platform: where it would run; None for that of a program of x and w.
     """
     with _recording() as record:
         jax.eval_shape(run, x, w)
-    return record
+    platform = platform or _platform(x, w)
+    return [problem for noted in record for problem in _split(*noted, platform)]
+
+
+def _split(x: Any, w: Any, platform: str) -> list[Problem]:
+    """A product, or those of its terms where no backend computes it at once."""
+    taken = with_outliers(w) is None or any(b.supports(x, w, platform) is None for b in BACKENDS.options)
+    return [(x, w)] if taken else [(x, term) for term in w.terms]
 
 
 @contextlib.contextmanager
@@ -224,7 +235,32 @@ def _(w, x, backend=None):
 def _(w: Sum, x, backend=None):
     if binary_planes(w) is not None:
         return planned(x, w, backend)
+    if with_outliers(w) is not None:
+        return _at_once(x, w, backend)
+    return _term_by_term(x, w, backend)
+
+
+def _term_by_term(x: jax.Array, w: Sum, backend: str | None) -> jax.Array:
     return functools.reduce(jnp.add, [product(term, x, backend) for term in w.terms])
+
+
+def _at_once(x: jax.Array, w: Sum, backend: str | None) -> jax.Array:
+    """The product by a coded matrix and the entries beside it, in one call where a kernel has it."""
+    record = _RECORD.get()
+    if record is not None:
+        check_leaves(w)
+        return _recorded(record, x, w)
+
+    def pick(platform: str) -> Backend | None:
+        options = BACKENDS.options if backend is None else (BACKENDS.named(backend),)
+        return next((option for option in options if option.supports(x, w, platform) is None), None)
+
+    def call(kernel: Backend | None) -> Callable[..., jax.Array]:
+        return functools.partial(_term_by_term, backend=backend) if kernel is None else _differentiable(kernel)
+
+    if not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((x, w))):
+        return call(pick(_platform(x, w)))(x, w)
+    return lowered_by_platform(pick, None, call)(x, w)
 
 
 @product.register

@@ -1,4 +1,6 @@
 // XLA's entry point to BinaryProduct: it checks what Python passed before it launches anything.
+#include <algorithm>
+#include <cstdint>
 #include <string_view>
 
 #include "binary_product.h"
@@ -24,21 +26,23 @@ ffi::Error Product(cudaStream_t stream, ffi::AnyBuffer x, ffi::RemainingArgs ope
   }
   const size_t count = operands.size() / kOperands;
   if (operands.size() % kOperands != 0 || count == 0 || count > any4::kMostPlanes) {
-    return invalid("need four operands for each of 1 to 8 planes");
+    return invalid("need four operands for each of 1 to 4 planes");
   }
   const int64_t m = y->dimensions()[0], n = y->dimensions()[1];
   any4::BinaryWeight w{};
   w.count = static_cast<int>(count);
   w.n = n;
   w.k = operands.get<ffi::AnyBuffer>(0)->dimensions().back() * 8;
-  const bool whole = group_size >= w.k;
-  if (m > any4::kBinaryColumns || group_size < 1 || w.k % any4::kBinaryTile != 0 ||
-      !(whole || group_size % any4::kBinaryTile == 0)) {
-    return invalid("need at most 8 rows of x, and rows and groups of a multiple of 128 inputs");
+  while (w.group_shift < 30 && (int64_t{any4::kBinaryTile} << w.group_shift) < std::min(group_size, w.k)) {
+    ++w.group_shift;
   }
-  w.group_tiles = (whole ? w.k : group_size) / any4::kBinaryTile;
+  const bool whole = group_size >= w.k;
+  if (m > any4::kBinaryColumns || w.k % any4::kBinaryTile != 0 || w.n * w.k / 8 > int64_t{UINT32_MAX} ||
+      !(whole || group_size == int64_t{any4::kBinaryTile} << w.group_shift)) {
+    return invalid("need at most 8 rows of x, rows of a multiple of 128 inputs, and groups of a power of two of them");
+  }
   w.groups = whole ? 1 : (w.k + group_size - 1) / group_size;
-  if (!HasShape(x, {w.k / any4::kBinaryTile, 4, m, 4, 8})) return invalid("x isn't arranged as it has to be");
+  if (!HasShape(x, {m, w.k})) return invalid("x and W don't have as many inputs");
   for (size_t p = 0; p < count; ++p) {
     const auto operand = [&](size_t i) { return *operands.get<ffi::AnyBuffer>(p * kOperands + i); };
     const ffi::AnyBuffer codes = operand(0), lut = operand(1), scales = operand(2), offsets = operand(3);
@@ -51,8 +55,8 @@ ffi::Error Product(cudaStream_t stream, ffi::AnyBuffer x, ffi::RemainingArgs ope
         offsets.element_type() != ffi::BF16) {
       return invalid("need codes uint8, and the rest in bfloat16");
     }
-    w.planes[p] = {static_cast<const uint32_t*>(codes.untyped_data()), lut.untyped_data(), scales.untyped_data(),
-                   with_offsets ? offsets.untyped_data() : nullptr, one ? 0 : 2};
+    w.planes[p] = {codes.untyped_data(), lut.untyped_data(), scales.untyped_data(),
+                   with_offsets ? offsets.untyped_data() : nullptr, !one};
   }
   if (m == 0 || n == 0) return ffi::Error::Success();
   return any4::Done(kTarget, any4::BinaryProduct(w, x.untyped_data(), m,

@@ -9,27 +9,28 @@
 
 namespace any4 {
 
-constexpr int kBinaryTile = 128;    // inputs that a warp takes at a time; a group has a multiple of them
+constexpr int kBinaryTile = 128;    // inputs that a warp takes at a time; a group has a power of two times as many
 constexpr int kBinaryColumns = 8;   // the most rows of x
-constexpr int kMostPlanes = 8;
+constexpr int kMostPlanes = 4;
 
 // W[n, k] += lut[n or 0, code] * scales[n, group] + offsets[n, group], all but the codes in bfloat16.
 struct BinaryPlane {
-  const uint32_t* codes;  // [n, k / 32], the first code of a word in its lowest bit
-  const void* lut;        // [n or 1, 2]
-  const void* scales;     // [n, groups]
-  const void* offsets;    // [n, groups], or nullptr
-  int lut_stride;         // 2, or 0 where all rows share one table
+  const void* codes;    // [n, k / 8 bytes], the first code of a byte in its lowest bit
+  const void* lut;      // [n or 1, 2]
+  const void* scales;   // [n, groups]
+  const void* offsets;  // [n, groups], or nullptr
+  bool own_tables;      // whether each row has a table
 };
 
 struct BinaryWeight {
   BinaryPlane planes[kMostPlanes];
   int count;
-  int64_t n, k;  // k is a multiple of kBinaryTile
-  int64_t groups, group_tiles;
+  int64_t n, k;  // k is a multiple of kBinaryTile, and n * k / 8 below 2^32
+  int64_t groups;
+  int group_shift;  // a group has kBinaryTile << group_shift inputs
 };
 
-// `x` is arranged as cuda_ffi/binary_product_cuda.py has it; y is [m, n]. Both are of `type`, bfloat16 or float16.
+// x is [m, k] and y [m, n], both of `type`, bfloat16 or float16.
 cudaError_t BinaryProduct(const BinaryWeight& weight, const void* x, int64_t m, Type type, void* y, cudaStream_t stream);
 
 }  // namespace any4
