@@ -25,7 +25,7 @@ _WHOLE_ROW = 2**30
 
 
 def why_not(
-    x_dtype, rows: int, planes: int, group_size: int, shape: tuple[int, int], lut_dtype, scale_dtype, offset_dtype
+    x_dtype, rows: int, planes: int, group_size: int, shape: tuple[int, ...], lut_dtype, scale_dtype, offset_dtype
 ) -> str | None:
     """None if the kernel suits operands of these dtypes and sizes, else the reason in words.
 
@@ -43,8 +43,8 @@ def why_not(
         return f"the sum has {planes} binary planes, it takes at most {_MOST_PLANES}"
     if k == 0 or k % _TILE or (group_size < k and (group_size < _TILE or group_size & (group_size - 1))):
         return (
-            f"rows have {k} inputs and groups {group_size}, binary planes need multiples of {_TILE}, and groups that are "
-            "powers of two or rows"
+            f"rows have {k} inputs and groups {group_size}, binary planes need multiples of {_TILE}, and groups that "
+            "are powers of two or rows"
         )
     if n * k // 8 >= 2**32:
         return f"a plane has {n * k // 8} bytes, binary planes need fewer than {2**32}"

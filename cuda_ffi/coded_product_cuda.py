@@ -23,7 +23,7 @@ _ROWS = 32
 
 
 def why_not(
-    x_dtype, rows: int, bits: int, group_size: int, shape: tuple[int, int], lut_dtype, scales: list[Turned]
+    x_dtype, rows: int, bits: int, group_size: int, shape: tuple[int, ...], lut_dtype, scales: list[Turned]
 ) -> str | None:
     """None if the kernel suits operands of these dtypes and sizes, else the reason in words.
 
@@ -38,7 +38,8 @@ def why_not(
     if rows > MOST_ROWS:
         return f"x has {rows} rows, with coded scales it takes at most {MOST_ROWS}"
     if bits != _BITS or group_size != _GROUP:
-        return f"codes have {bits} bits in groups of {group_size}, with coded scales it takes {_BITS} in groups of {_GROUP}"
+        found = f"codes have {bits} bits in groups of {group_size}"
+        return f"{found}, with coded scales it takes {_BITS} in groups of {_GROUP}"
     if k == 0 or k % _INPUTS or n % _ROWS:
         return f"the weight is {n} x {k}, with coded scales it takes multiples of {_ROWS} x {_INPUTS}"
     if lut_dtype not in (jnp.bfloat16, jnp.int8):
