@@ -13,11 +13,11 @@ from cuda_ffi.lut_product import Matrix
 
 TARGET = "any4_cuda_binary_product"
 
-MOST_ROWS = 8
-"""The most rows of x for which the kernel is meant, those of one tile of tensor cores. It takes more of them, eight by
-eight, and each time reads the weight anew."""
+MOST_ROWS = 32
+"""The most rows of x for which the kernel is meant: it reads the weight anew for each two. XLA decodes it to memory."""
 
 _MOST_PLANES = 4
+_MOST_INPUTS = 32768
 # Inputs that a warp takes at a time.
 _TILE = 128
 # A group size that no row reaches.
@@ -41,6 +41,8 @@ def why_not(
         return f"x has {rows} rows, it takes at most {MOST_ROWS} for binary planes"
     if planes > _MOST_PLANES:
         return f"the sum has {planes} binary planes, it takes at most {_MOST_PLANES}"
+    if k > _MOST_INPUTS:
+        return f"rows have {k} inputs, binary planes take at most {_MOST_INPUTS}"
     if k == 0 or k % _TILE or (group_size < k and (group_size < _TILE or group_size & (group_size - 1))):
         return (
             f"rows have {k} inputs and groups {group_size}, binary planes need multiples of {_TILE}, and groups that "
@@ -84,14 +86,7 @@ def _call(group_size: int) -> Callable[..., jax.Array]:
 
     @fold_rows
     def call(x, *operands):
-        n = operands[0].shape[0]
-        parts = [x[first : first + MOST_ROWS] for first in range(0, x.shape[0], MOST_ROWS)] or [x]
-        ys = [
-            jax.ffi.ffi_call(TARGET, jax.ShapeDtypeStruct((part.shape[0], n), x.dtype))(
-                part, *operands, group_size=np.int64(group_size)
-            )
-            for part in parts
-        ]
-        return ys[0] if len(ys) == 1 else jnp.concatenate(ys)
+        y = jax.ShapeDtypeStruct((x.shape[0], operands[0].shape[0]), x.dtype)
+        return jax.ffi.ffi_call(TARGET, y)(x, *operands, group_size=np.int64(group_size))
 
     return call

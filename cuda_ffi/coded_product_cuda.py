@@ -13,12 +13,13 @@ from cuda_ffi.sparse_product_cuda import operands as entries_of
 
 TARGET = "any4_cuda_coded_product"
 
-MOST_ROWS = 2
+MOST_ROWS = 4
 """The most rows of x for which the kernel is meant: it decodes the weight anew for each."""
 
 _BITS = 3
 _GROUP = _RUN = 16
 _INPUTS = 128
+_MOST_INPUTS = 28672
 _ROWS = 32
 
 
@@ -40,6 +41,8 @@ def why_not(
     if bits != _BITS or group_size != _GROUP:
         found = f"codes have {bits} bits in groups of {group_size}"
         return f"{found}, with coded scales it takes {_BITS} in groups of {_GROUP}"
+    if k > _MOST_INPUTS:
+        return f"rows have {k} inputs, with coded scales it takes at most {_MOST_INPUTS}"
     if k == 0 or k % _INPUTS or n % _ROWS:
         return f"the weight is {n} x {k}, with coded scales it takes multiples of {_ROWS} x {_INPUTS}"
     if lut_dtype not in (jnp.bfloat16, jnp.int8):

@@ -116,17 +116,18 @@ def calls(function, *arguments) -> dict[str, int]:
 
 def test_they_are_lowered_for_few_rows_and_say_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registration, "_register", lambda kind: object())
-    monkeypatch.setattr(lut_product_cuda, "is_fast", lambda *form: False)
+    for name in ("is_fast", "is_wide"):
+        monkeypatch.setattr(lut_product_cuda, name, lambda *form: False)
     one, entries = coded(32, 128), few(32, 128)
-    both, x = Sum((one, entries)), {m: rows(m, 128) for m in (1, 3, 65)}
+    both, x = Sum((one, entries)), {m: rows(m, 128) for m in (1, 5, 65)}
     assert calls(matmul, x[1], both) == calls(matmul, x[1], one) == {coded_product_cuda.TARGET: 1}
-    assert calls(matmul, x[3], both) == {PRODUCT: 1, sparse_product_cuda.TARGET: 1}
+    assert calls(matmul, x[5], both) == {DEQUANTIZE: 1, sparse_product_cuda.TARGET: 1}
     assert calls(matmul, x[65], both) == {DEQUANTIZE: 1}
     assert explain(x[1], both, "cuda").startswith("cuda: taken (scales are decoded with the codes, beside the entries)")
     text = explain(x[65], both, "cuda")
     assert text.count("cuda: taken") == 1 and "cuda: x has 65 rows, it takes at most 64 for few entries" in text
     for given, w, reason in (
-        (x[3], both, "x has 3 rows, with coded scales it takes at most 2"),
+        (x[5], both, "x has 5 rows, with coded scales it takes at most 4"),
         (rows(1, 128, dtype=jnp.float16), both, "x is float16, with coded scales it takes bfloat16"),
         (rows(1, 64), Sum((coded(32, 64), few(32, 64))), "the weight is 32 x 64, with coded scales it takes multiples"),
         (x[1], Sum((coded(32, 128, bits=2), entries)), "scales are not coded in 3 bits, in runs of 16 rows"),

@@ -37,9 +37,9 @@ ffi::Error Product(cudaStream_t stream, ffi::AnyBuffer x, ffi::RemainingArgs ope
     ++w.group_shift;
   }
   const bool whole = group_size >= w.k;
-  if (m > any4::kBinaryColumns || w.k % any4::kBinaryTile != 0 || w.n * w.k / 8 > int64_t{UINT32_MAX} ||
+  if (m > 65535 || w.k > any4::kBinaryMostInputs || w.k % any4::kBinaryTile != 0 || w.n * w.k / 8 > int64_t{UINT32_MAX} ||
       !(whole || group_size == int64_t{any4::kBinaryTile} << w.group_shift)) {
-    return invalid("need at most 8 rows of x, rows of a multiple of 128 inputs, and groups of a power of two of them");
+    return invalid("need rows of a multiple of 128 inputs, at most 32768, and groups of a power of two times as many");
   }
   w.groups = whole ? 1 : (w.k + group_size - 1) / group_size;
   if (!HasShape(x, {m, w.k})) return invalid("x and W don't have as many inputs");

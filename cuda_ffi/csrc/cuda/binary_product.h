@@ -1,4 +1,4 @@
-// y = x W^T for a W that is a sum of binary planes, with few rows of x.
+// y = x W^T for a W that is a sum of binary planes. Each two rows of x read it anew.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -10,8 +10,8 @@
 namespace any4 {
 
 constexpr int kBinaryTile = 128;    // inputs that a warp takes at a time; a group has a power of two times as many
-constexpr int kBinaryColumns = 8;   // the most rows of x
 constexpr int kMostPlanes = 4;
+constexpr int64_t kBinaryMostInputs = 32768;  // of a row
 
 // W[n, k] += lut[n or 0, code] * scales[n, group] + offsets[n, group], all but the codes in bfloat16.
 struct BinaryPlane {
@@ -25,7 +25,7 @@ struct BinaryPlane {
 struct BinaryWeight {
   BinaryPlane planes[kMostPlanes];
   int count;
-  int64_t n, k;  // k is a multiple of kBinaryTile, and n * k / 8 below 2^32
+  int64_t n, k;  // k is a multiple of kBinaryTile, at most kBinaryMostInputs; n * k / 8 below 2^32
   int64_t groups;
   int group_shift;  // a group has kBinaryTile << group_shift inputs
 };

@@ -10,8 +10,12 @@ namespace {
 template <typename Codes, int kTiles>
 cudaError_t Launch(const CodedWeight& weight, const void* x, int64_t m, void* y, cudaStream_t stream) {
   const dim3 grid(static_cast<unsigned>(weight.codes.n / (kTiles * kTileRows)), static_cast<unsigned>(m));
-  CodedTurns<Codes, kTiles><<<grid, 32 * kCodedWarps, 0, stream>>>(weight, static_cast<const __nv_bfloat16*>(x),
-                                                                   static_cast<__nv_bfloat16*>(y));
+  const auto bytes = static_cast<int>(CodedBytes(weight.codes.k));
+  const cudaError_t error =
+      cudaFuncSetAttribute(CodedTurns<Codes, kTiles>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  if (error != cudaSuccess) return error;
+  CodedTurns<Codes, kTiles><<<grid, 32 * kCodedWarps, bytes, stream>>>(weight, static_cast<const __nv_bfloat16*>(x),
+                                                                       static_cast<__nv_bfloat16*>(y));
   return cudaGetLastError();
 }
 

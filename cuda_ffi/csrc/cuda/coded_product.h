@@ -14,6 +14,7 @@ namespace any4 {
 constexpr int kCodedGroup = 16;   // inputs of a group
 constexpr int kCodedRun = 16;     // rows whose scales share a range
 constexpr int kCodedInputs = 128;  // k is a multiple of it
+constexpr int64_t kCodedMostInputs = 28672;
 constexpr int kCodedRows = 32;     // n is a multiple of it
 
 // S[n, g] = lut[codes[g, n]] * scales[g, n / kCodedRun] + offsets[g, n / kCodedRun], with codes of 3 bits in two planes,

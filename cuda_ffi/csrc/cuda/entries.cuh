@@ -19,10 +19,10 @@ __device__ __forceinline__ int EndOf(const Entries& entries, int64_t row) {
   return min(max(end, 0), entries.size);
 }
 
-// sums[r] += this lane's part of row `row` of W times row r of x, for kRows rows of x, `stride` apart. Entries that a
-// damaged file places outside of the matrix count for nothing.
-template <int kRows, typename Column, typename Value, typename T>
-__device__ __forceinline__ void AddEntries(const Entries& entries, int64_t row, const T* x, int64_t stride,
+// sums[r] += this lane's part of row `row` of W times row r of x, for kRows rows of x: input(r, column) is one of it.
+// Entries that a damaged file places outside of the matrix count for nothing.
+template <int kRows, typename Column, typename Value, typename Input>
+__device__ __forceinline__ void AddEntries(const Entries& entries, int64_t row, const Input& input,
                                            float (&sums)[kRows]) {
   const int block = static_cast<int>(row) / entries.rows;
   const int begin = static_cast<int>(row) % entries.rows == 0 ? 0 : EndOf(entries, row - 1);
@@ -35,21 +35,21 @@ __device__ __forceinline__ void AddEntries(const Entries& entries, int64_t row, 
     const auto value = static_cast<float>(__ldg(values + i));
     if (column < entries.k) {
 #pragma unroll
-      for (int r = 0; r < kRows; ++r) sums[r] = fmaf(value, static_cast<float>(x[r * stride + column]), sums[r]);
+      for (int r = 0; r < kRows; ++r) sums[r] = fmaf(value, input(r, column), sums[r]);
     }
   }
 }
 
 // The sums of all lanes of the row, in each of them.
-template <int kRows, typename T>
-__device__ __forceinline__ void SumEntries(const Entries& entries, int64_t row, const T* x, int64_t stride,
+template <int kRows, typename Input>
+__device__ __forceinline__ void SumEntries(const Entries& entries, int64_t row, const Input& input,
                                            float (&sums)[kRows]) {
   if (entries.wide_columns) {
-    entries.float_values ? AddEntries<kRows, int32_t, float>(entries, row, x, stride, sums)
-                         : AddEntries<kRows, int32_t, __nv_bfloat16>(entries, row, x, stride, sums);
+    entries.float_values ? AddEntries<kRows, int32_t, float>(entries, row, input, sums)
+                         : AddEntries<kRows, int32_t, __nv_bfloat16>(entries, row, input, sums);
   } else {
-    entries.float_values ? AddEntries<kRows, uint16_t, float>(entries, row, x, stride, sums)
-                         : AddEntries<kRows, uint16_t, __nv_bfloat16>(entries, row, x, stride, sums);
+    entries.float_values ? AddEntries<kRows, uint16_t, float>(entries, row, input, sums)
+                         : AddEntries<kRows, uint16_t, __nv_bfloat16>(entries, row, input, sums);
   }
 #pragma unroll
   for (int lanes = 1; lanes < kRowLanes; lanes *= 2) {

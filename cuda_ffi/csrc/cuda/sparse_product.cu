@@ -17,17 +17,11 @@ __global__ void __launch_bounds__(kThreads) Multiply(const Entries entries, cons
   const int first = static_cast<int>(blockIdx.y) * kRows;
   // Where too few rows are left, the last is repeated, and the surplus is never stored.
   const int64_t of_w = min(row, entries.n - 1);
+  const auto input = [&](int r, uint32_t column) {
+    return static_cast<float>(x[min(first + r, m - 1) * entries.k + column]);
+  };
   float sums[kRows] = {};
-  if (first + kRows <= m) {
-    SumEntries(entries, of_w, x + first * entries.k, entries.k, sums);
-  } else {
-    for (int r = first; r < m; ++r) {
-      float sum[1] = {};
-      SumEntries(entries, of_w, x + r * entries.k, entries.k, sum);
-#pragma unroll
-      for (int i = 0; i < kRows; ++i) sums[i] = i == r - first ? sum[0] : sums[i];
-    }
-  }
+  SumEntries(entries, of_w, input, sums);
   if (threadIdx.x % kRowLanes != 0 || row >= entries.n) return;
 #pragma unroll
   for (int r = 0; r < kRows; ++r) {
