@@ -1,4 +1,5 @@
 // XLA's entry point to CodedProduct: it checks what Python passed before it launches anything.
+#include <cstdint>
 #include <string_view>
 
 #include "coded_product.h"
@@ -27,7 +28,8 @@ ffi::Error Product(cudaStream_t stream, ffi::AnyBuffer x, ffi::RemainingArgs ope
   if (operands.size() != kOperands) return invalid("need 16 operands beside x");
   const auto operand = [&](size_t i) { return *operands.get<ffi::AnyBuffer>(i); };
   const int64_t m = x.dimensions()[0], k = x.dimensions()[1], n = y->dimensions()[1], groups = k / any4::kCodedGroup;
-  if (k == 0 || k > any4::kCodedMostInputs || k % any4::kCodedInputs != 0 || n % any4::kCodedRows != 0 || m > 65535) {
+  if (k == 0 || k > any4::kCodedMostInputs || k % any4::kCodedInputs != 0 || n % any4::kCodedRows != 0 || m > 65535 ||
+      n * groups > int64_t{UINT32_MAX}) {
     return invalid("need rows of a multiple of 128 inputs, at most 28672, and a multiple of 32 of them");
   }
   const ffi::AnyBuffer low = operand(0), high = operand(1), lut = operand(2);

@@ -57,7 +57,8 @@ __global__ void __launch_bounds__(32 * kCodedWarps, 1)
   static_assert(sizeof factors[0] >= kRows * sizeof(float));
   const LutWeight& w = weight.codes;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
-  const int64_t first_row = int64_t{blockIdx.x} * kRows, n = w.n;
+  const int64_t n = w.n;
+  const uint32_t first_row = blockIdx.x * kRows;
   const int k = static_cast<int>(w.k), turns = k / kCodedInputs, groups = k / kCodedGroup;
   x += blockIdx.y * w.k;
 
@@ -67,7 +68,7 @@ __global__ void __launch_bounds__(32 * kCodedWarps, 1)
     const CodedScales& of = which == 0 ? weight.scales : weight.offsets;
     if (turn < turns && of.low != nullptr) {
       auto& to = memory[warp][stage];
-      const int64_t at = (static_cast<int64_t>(turn) * kGroups + group) * n + first_row;
+      const uint32_t at = static_cast<uint32_t>(turn * kGroups + group) * static_cast<uint32_t>(n) + first_row;
       if (second == 0) {
         __pipeline_memcpy_async(to.low[which][group], of.low + at / 4, 4 * kTiles);
       } else {
@@ -80,12 +81,17 @@ __global__ void __launch_bounds__(32 * kCodedWarps, 1)
     __pipeline_commit();
   };
   uint32_t words[kTiles][2][3] = {};
+  // Other rows and turns are addressed by their distance, in 32 bits, from the lane's first.
+  const uint8_t* const low = w.codes + int64_t{first_row + g} * (k / 4) + 8 * t;
+  const uint8_t* const high = w.high + int64_t{first_row + g} * (k / 8) + 4 * t;
   const auto load = [&](int turn, int tile) {
     if (turn >= turns) return;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      LoadCodes<3>(w, first_row + tile * kTileRows + g + 8 * r, static_cast<int64_t>(turn) * kCodedInputs + 32 * t,
-                   words[tile][r]);
+      const auto distance = static_cast<uint32_t>((tile * kTileRows + 8 * r) * (k / 8) + turn * (kCodedInputs / 8));
+      const uint2 two = __ldg(reinterpret_cast<const uint2*>(low + 2 * distance));
+      words[tile][r][0] = two.x, words[tile][r][1] = two.y;
+      words[tile][r][2] = __ldg(reinterpret_cast<const uint32_t*>(high + distance));
     }
   };
   copy(warp, 0);
