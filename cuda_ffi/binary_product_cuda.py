@@ -14,7 +14,8 @@ from cuda_ffi.lut_product import Matrix
 TARGET = "any4_cuda_binary_product"
 
 MOST_ROWS = 32
-"""The most rows of x for which the kernel is meant: it reads the weight anew for each two. XLA decodes it to memory."""
+"""The most rows of x for which the kernel is meant: it reads the weight anew for each eight in bfloat16 and for each
+two in float16. XLA decodes it to memory."""
 
 _MOST_PLANES = 4
 _MOST_INPUTS = 32768

@@ -1,6 +1,9 @@
-// Chooses the instance of BinaryTurns.
+// Chooses between BinaryTurns and BinaryColumns, and the instance.
 #include "binary_product.h"
 
+#include <algorithm>
+
+#include "binary_columns.cuh"
 #include "binary_turns.cuh"
 
 namespace any4 {
@@ -9,11 +12,22 @@ namespace {
 template <typename T, int kPlanes>
 cudaError_t LaunchPlanes(const BinaryWeight& weight, const void* x, int64_t m, void* y, cudaStream_t stream) {
   const auto blocks = static_cast<unsigned>((weight.n + kBinaryRows - 1) / kBinaryRows);
+  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    for (int64_t first = 0; m > kBinaryInputs && first < m; first += kBinaryColumns) {
+      const auto columns = static_cast<int>(std::min<int64_t>(m - first, kBinaryColumns));
+      BinaryColumns<T, kPlanes><<<blocks, 32 * kBinaryWarps, 0, stream>>>(
+          weight, static_cast<const T*>(x) + first * weight.k, columns, static_cast<T*>(y) + first * weight.n);
+      const cudaError_t error = cudaGetLastError();
+      if (error != cudaSuccess) return error;
+    }
+    if (m > kBinaryInputs) return cudaSuccess;
+  }
   // Two rows of x cost as much as one, where there is room for them.
   constexpr int64_t kMostOfTwo = 16384;
   const int inputs = m == 1 || weight.k > kMostOfTwo ? 1 : kBinaryInputs;
   const auto bytes = static_cast<int>(BinaryBytes(weight.k, inputs));
-  const cudaError_t error = cudaFuncSetAttribute(BinaryTurns<T, kPlanes>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  const cudaError_t error =
+      cudaFuncSetAttribute(BinaryTurns<T, kPlanes>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (error != cudaSuccess) return error;
   const dim3 grid(blocks, static_cast<unsigned>((m + inputs - 1) / inputs));
   BinaryTurns<T, kPlanes><<<grid, 32 * kBinaryWarps, bytes, stream>>>(weight, static_cast<const T*>(x),
