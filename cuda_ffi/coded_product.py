@@ -63,7 +63,9 @@ def coded_product(
     absent = jnp.zeros((0, 0), jnp.float32)
     operands = [*_planes(codes), lut if lut.dtype == jnp.bfloat16 else lut.astype(jnp.float32), absent, absent]
     for each in turned:
-        operands += [*_planes(each.codes), *(a.astype(jnp.float32) for a in (each.lut, each.scales, each.offsets))]
+        bfloat16 = each.scales.dtype == each.offsets.dtype == jnp.bfloat16
+        ranges = (a if bfloat16 else a.astype(jnp.float32) for a in (each.scales, each.offsets))
+        operands += [*_planes(each.codes), each.lut.astype(jnp.float32), *ranges]
     attributes = {
         "bits": bits,
         "group_size": min(group_size, max(x.shape[-1], 1)),

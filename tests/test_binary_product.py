@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from float64 import Terms
+from binary_weights import check, planes, rows
 
 from any4_jax import weights
 from any4_jax.methods import NF4, Int, quantize
@@ -29,48 +28,12 @@ TAKEN = {
 }
 
 
-def planes(n: int, k: int, *, g: int, count: int = 3, table: Any = ((-1.0, 1.0),), offsets: bool = False) -> Sum:
-    """Random planes whose scales are powers of two; `table` is [1, 2], or None for a table of its own for each row."""
-    rng = np.random.default_rng(n + k)
-    groups = -(-k // g)
-    made = [
-        weights.from_codes(
-            jnp.asarray(rng.integers(0, 2, (n, k), dtype=np.uint8)),
-            jnp.asarray(rng.normal(size=(n, 2)) if table is None else table, jnp.bfloat16),
-            jnp.asarray(2.0 ** rng.integers(-3, 4, (n, groups)), jnp.bfloat16),
-            jnp.asarray(rng.normal(size=(n, groups)), jnp.bfloat16) if offsets else None,
-            bits=1,
-            group_size=g,
-            uniform=True,
-        )
-        for _ in range(count)
-    ]
-    return Sum(tuple(made))
-
-
-def rows(*shape: int, dtype: Any = jnp.float32) -> jax.Array:
-    return jnp.asarray(np.random.default_rng(7).normal(size=shape), dtype)
-
-
 @functools.partial(jax.jit, static_argnames=("tables", "isa"))
 def products(inputs: list[jax.Array], w: Sum, tables: bool, isa: str) -> list[jax.Array]:
     """A product for each input, in one program."""
     matrices = [Matrix((p.codes,), p.lut, p.scales, p.offsets) for p in w.terms]
     group_size = w.terms[0].group_size
     return [binary_products(x, [matrices], group_size=group_size, tables=tables, isa=isa)[0] for x in inputs]
-
-
-def check(y: jax.Array, x: jax.Array, w: Sum) -> None:
-    """Within the rounding of the dtype and of float32 sums, relative to the terms of the sum in float64."""
-    terms, x64 = [Terms.of(plane) for plane in w.terms], np.asarray(x, np.float64)
-    dense = sum(t.scaled + t.shift for t in terms)
-    magnitude = sum(np.abs(t.scaled) + np.abs(t.shift) for t in terms)
-    slack = 16 * 2.0**-24 * (np.abs(x64) @ magnitude.T)
-    unit = 2.0**-7 if y.dtype == jnp.bfloat16 else 0.0
-    assert y.dtype == x.dtype
-    np.testing.assert_array_less(
-        np.abs(np.asarray(y, np.float64) - x64 @ dense.T), slack + unit * np.abs(x64 @ dense.T)
-    )
 
 
 @native

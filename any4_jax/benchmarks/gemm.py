@@ -16,10 +16,12 @@ import numpy as np
 
 from any4_jax import packing
 from any4_jax.benchmarks.machine import available_bytes, platform
+from any4_jax.benchmarks.sums import planes_of, random_outliers
 from any4_jax.benchmarks.timing import Candidate, StreamingRead, interleaved, significant, tree_bytes
 from any4_jax.product import BACKENDS, matmul
+from any4_jax.product.backends.base import Backend
 from any4_jax.product.quantized_input import quantize_input
-from any4_jax.weights import QuantizedTensor, QuantizeInput, Sum, dequantize, from_codes
+from any4_jax.weights import QuantizedTensor, QuantizeInput, dequantize, with_outliers
 
 # [N, K] of the linears of a block. "-together" joins those with the same input into one matrix (q, k, v; o; gate, up;
 # down), and adds the head.
@@ -33,6 +35,7 @@ SHAPES: dict[str, tuple[tuple[int, int], ...]] = {
     "squares": ((1024, 1024), (2048, 2048), (4096, 4096), (8192, 8192), (16384, 16384)),
 }
 DTYPES = ("float32", "bfloat16")
+OUTLIERS = ", coded scales, outliers"
 DENSE = ("dense x @ W[N, K].T", "dense x @ W[K, N]")
 # Relative to the norm of the exact result: float32 sums of 10,000 terms stay below 1e-5, bfloat16 results below 1e-2.
 TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2}
@@ -54,6 +57,7 @@ class Gemm:
       rounded: whether bytes are measured too: a weight of int8 tables, or of integers beyond 4 bits, whose inputs are
         rounded to int8, with a scale for each 32 and with one for each row.
       binary: whether a sum of as many binary planes is measured too, a BCQ's weight.
+      outliers: whether SpQR's weight is measured too: 3 bits in groups of 16, and a hundredth of outliers.
       rotate_mb: total size, in units of 10**6 bytes, of the copies of its weight through which a candidate's calls
         rotate, so that weights come from memory and not from a cache.
     """
@@ -66,6 +70,7 @@ class Gemm:
     rotate_mb: int = 400
     rounded: bool = False
     binary: bool = False
+    outliers: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,10 +166,12 @@ def _products(config: Gemm, n: int, k: int, m: int, where: str, note: Callable[[
         weights[", int8 inputs"] = _rounding(q, "group")
         weights[", int8 inputs by token"] = _rounding(q, "token")
     if config.binary:
-        weights[", binary planes"] = _planes(q)
+        weights[", binary planes"] = planes_of(q)
+    if config.outliers:
+        weights[OUTLIERS] = random_outliers(1, n, k)
     able: dict[tuple[str, str], list[str]] = {}
     for (label, weight), backend, dtype in itertools.product(weights.items(), BACKENDS.options, DTYPES):
-        reason = backend.supports(jax.ShapeDtypeStruct((m, k), dtype), weight, where)
+        reason = _why_not(backend, jax.ShapeDtypeStruct((m, k), dtype), weight, where)
         if reason is None:
             able.setdefault((backend.name, label), []).append(dtype)
         else:
@@ -195,8 +202,17 @@ def _products(config: Gemm, n: int, k: int, m: int, where: str, note: Callable[[
         seen = functools.partial(quantize_input, w=weights[label]) if rounded else _Product.seen
         run = jax.jit(functools.partial(matmul, backend=name))
         for dtype in dtypes:
-            products.append(_Product(f"{config.bits} bits on {name}{label}", dtype, run, weight, dense, seen))
+            bits = f"{3 if label == OUTLIERS else config.bits} bits"
+            products.append(_Product(f"{bits} on {name}{label}", dtype, run, weight, dense, seen))
     return products
+
+
+def _why_not(backend: Backend, x: Any, weight: Any, where: str) -> str | None:
+    """Why a backend can't compute the product, at once or term by term."""
+    whole = backend.supports(x, weight, where)
+    if whole is None or with_outliers(weight) is None:
+        return whole
+    return next((reason for term in weight.terms if (reason := backend.supports(x, term, where))), None)
 
 
 def _rounding(q: QuantizedTensor, per: Literal["group", "token"]) -> QuantizeInput:
@@ -205,13 +221,6 @@ def _rounding(q: QuantizedTensor, per: Literal["group", "token"]) -> QuantizeInp
     table = jnp.arange(2.0**q.bits)[None] if ramp else jnp.round(q.lut.astype(jnp.float32) / step).astype(jnp.int8)
     scales = q.scales if ramp else (q.scales * step).astype(q.scales.dtype)
     return QuantizeInput(dataclasses.replace(q, lut=table, scales=scales, uniform=ramp), None, 8, True, per)
-
-
-def _planes(q: QuantizedTensor) -> Sum:
-    """The bits of the codes as binary planes, whose scales halve from one to the next."""
-    table, codes = jnp.asarray([[-1, 1]], jnp.bfloat16), q.unpacked_codes()
-    form: dict[str, Any] = dict(bits=1, group_size=q.group_size, uniform=True)
-    return Sum(tuple(from_codes((codes >> i) & 1, table, q.scales / 2**i, None, **form) for i in range(q.bits)))
 
 
 def random_weight(n: int, k: int, bits: int, group_size: int) -> QuantizedTensor:

@@ -21,12 +21,13 @@ import numpy as np
 from any4_jax.benchmarks.gemm import Gemm, Measured
 from any4_jax.benchmarks.peers import Torch
 from any4_jax.benchmarks.shapes import random_leaf
+from any4_jax.benchmarks.sums import random_outliers, random_planes
 from any4_jax.benchmarks.timing import Candidate, StreamingRead, interleaved, significant, tree_bytes
 from any4_jax.formats import ramp
 from any4_jax.product import matmul
 from any4_jax.product.backends.cuda import CUDA, is_one_launch, launcher
 from any4_jax.product.backends.pallas import PALLAS
-from any4_jax.weights import dequantize
+from any4_jax.weights import dequantize, take_rows
 
 ROWS = (1, 2, 4, 8, 16, 32, 64, 512, 2048)
 # Copies of a weight, each of which is in one product of the loop's body: enough of them that the body's other work is
@@ -119,6 +120,12 @@ def _ours(config: Gemm, n: int, k: int) -> dict[tuple[str, int], tuple[float, fl
     ]
     if PALLAS.supports(rows, own[0], "cuda") is None:
         products.insert(2, _Product(f"{config.bits} bits in Pallas, a table a row", in_pallas, own))
+    if config.binary:
+        planes = [random_planes(seed, n, k, config.bits, config.group_size) for seed in range(few)]
+        products.append(_Product(f"{config.bits} bits in CUDA, binary planes", matmul, planes))
+    if config.outliers:
+        spqr = [random_outliers(seed, n, k) for seed in range(_number(config, n * k * 4 // 8))]
+        products.append(_Product("3 bits in CUDA, coded scales, outliers", matmul, spqr))
     inputs = {m: jax.random.normal(jax.random.key(m), (m, k), jnp.bfloat16) for m in config.m}
     jobs = [(product, m) for m in config.m for product in products]
     # XLA compiles these programs in parallel, except that it autotunes its own kernels for one program at a time.
@@ -175,8 +182,9 @@ def _check(product: _Product, x: jax.Array, y: jax.Array) -> None:
       RuntimeError: they differ by more than rounding does.
     """
     w = product.copies[0]
-    some = np.r_[0:CHECKED, -CHECKED:0]
-    part = jax.tree.map(lambda a: a if a.shape[0] == 1 else a[some], w)
+    n = w.shape[0]
+    some = np.r_[0 : min(CHECKED, n), max(0, n - CHECKED) : n]
+    part = w[some] if isinstance(w, jax.Array) else take_rows(w, jnp.asarray(some))
     rows = np.r_[0, -1]
     right = np.asarray(x[rows], np.float64) @ np.asarray(dequantize(part), np.float64).T
     error = np.linalg.norm(np.asarray(y[rows][:, some], np.float64) - right) / np.linalg.norm(right)

@@ -41,7 +41,10 @@ def add_gemm(parser: argparse.ArgumentParser) -> None:
     )
     add_inputs(parser, "on a CPU: also time a weight whose")
     parser.add_argument(
-        "--binary", action="store_true", help="on a CPU: also time a sum of as many binary planes, as BCQ stores it"
+        "--binary", action="store_true", help="also time a sum of as many binary planes, a BCQ's weight"
+    )
+    parser.add_argument(
+        "--outliers", action="store_true", help="also time SpQR's weight: 3 bits, coded scales, a hundredth of outliers"
     )
     parser.add_argument("--plot", metavar="FILE.svg", help="on cuda: plot the speed against the number of rows here")
     parser.add_argument(
@@ -62,12 +65,11 @@ def run_gemm(args: argparse.Namespace) -> int:
         raise CommandLineError("got --plot, which draws what is measured on cuda; run on a GPU, or leave it out")
     if args.inputs is not None and on_cuda:
         raise CommandLineError("got --inputs, which is measured on a CPU alone; leave it out, or set JAX_PLATFORMS=cpu")
-    if args.binary and on_cuda:
-        raise CommandLineError("got --binary, which is measured on a CPU alone; leave it out, or set JAX_PLATFORMS=cpu")
     shapes = args.shapes or _shapes(ON_CUDA if on_cuda else "llama-3.2-1b")
     rows = args.m or (gemm_cuda.ROWS if on_cuda else (1, 16))
     config = gemm.Gemm(
-        *(shapes, rows, args.bits, args.group_size, args.rounds, args.rotate_mb), args.inputs is not None, args.binary
+        *(shapes, rows, args.bits, args.group_size, args.rounds, args.rotate_mb),
+        *(args.inputs is not None, args.binary, args.outliers),
     )
     with progress("gemm", "shape") as bar:
         measured = (gemm_cuda.run if on_cuda else gemm.run)(config, bar)

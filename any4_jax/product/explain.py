@@ -38,7 +38,7 @@ def explain_on(where: str, x: Any, w: Any) -> str:
         for part in parts(w)
         if isinstance(part, QuantizeInput) and not is_integer_product(part) and (reason := why_no_bytes(part))
     ]
-    problems = plan.problems(matmul, x, w)
+    problems = plan.problems(matmul, x, w, where)
     for place, (rows, part) in enumerate(problems, 1):
         lines += [f"product {place} of {len(problems)}, by {_named(part)}:"] * (len(problems) > 1)
         lines += _lines(rows, part, where)

@@ -4,12 +4,9 @@ Backends are tried in the order of `BACKENDS`. The last, "xla", takes every oper
 is the reference that the others must match. Other operators are multiplied part by part (`any4_jax.weights.product`).
 """
 
-import contextlib
 import dataclasses
 import functools
-import itertools
-from collections.abc import Callable, Iterator, Sequence
-from contextvars import ContextVar
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -23,6 +20,7 @@ from any4_jax.product.backends.cuda import CUDA
 from any4_jax.product.backends.pallas import PALLAS
 from any4_jax.product.backends.xla import XLA
 from any4_jax.product.quantized_input import is_integer_product, product_of_rounded, why_no_bytes
+from any4_jax.product.recording import Problem, noted, recording
 from any4_jax.weights import (
     QuantizedTensor,
     QuantizeInput,
@@ -36,16 +34,10 @@ from any4_jax.weights import (
     leaf_of,
     parts,
     product,
+    with_outliers,
 )
 
 BACKENDS: Choice[Backend] = Choice((CUDA, PALLAS, CPU, XLA))
-
-Problem = tuple[Any, Any]
-_RECORD: ContextVar[list[Problem] | None] = ContextVar("any4_jax_planned", default=None)
-# Part of the key of all of jax's caches: what is traced while recording, such as a jitted function within an operator's
-# product, serves no other product, and none that was traced before is taken for it.
-_RECORDING = jax.make_user_context(0)
-_recordings = itertools.count(1)
 
 
 def planned(
@@ -65,9 +57,9 @@ def planned(
     """
     check_leaves(w)
     call = call or _differentiable
-    record = _RECORD.get()
-    if record is not None:
-        return _recorded(record, x, w)
+    zeros = noted(x, w)
+    if zeros is not None:
+        return zeros
     name = BACKENDS.choose(backend, x, w, arrays=tuple(jax.tree.leaves((x, w))))
     return BACKENDS.lowered(call, x, w, name=name)(x, w)
 
@@ -87,9 +79,9 @@ def planned_each(
     """
     for w in ws:
         check_leaves(w)
-    record = _RECORD.get()
-    if record is not None:
-        return tuple(_recorded(record, x, w) for w in ws)
+    zeros = tuple(y for w in ws if (y := noted(x, w)) is not None)
+    if zeros:
+        return zeros
 
     def pick(platform: str) -> tuple[Backend, ...]:
         return tuple(BACKENDS.first(x, w, platform=platform) for w in ws)
@@ -112,35 +104,28 @@ def check_leaves(w: Any) -> None:
             leaf.check()
 
 
-def _recorded(record: list[Problem], x: jax.Array, w: Any) -> jax.Array:
-    """Notes a product down, and returns zeros in its place."""
-    record.append(jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), (x, w)))
-    return jnp.zeros((x.shape[0], w.shape[0]), x.dtype)
-
-
 def _platform(x: Any, w: Any) -> str:
     return platform_of(*jax.tree.leaves((x, w)))
 
 
-def problems(run: Callable[..., jax.Array], x: Any, w: Any) -> list[Problem]:
+def problems(run: Callable[..., jax.Array], x: Any, w: Any, platform: str | None = None) -> list[Problem]:
     """The operands (x, w), as ShapeDtypeStructs, of each product that run(x, w) would leave to a backend.
 
     `run` is traced, and no backend runs.
+
+    Args:
+      platform: where it would run; None for that of a program of x and w.
     """
-    with _recording() as record:
+    with recording() as record:
         jax.eval_shape(run, x, w)
-    return record
+    platform = platform or _platform(x, w)
+    return [problem for noted in record for problem in _split(*noted, platform)]
 
 
-@contextlib.contextmanager
-def _recording() -> Iterator[list[Problem]]:
-    record: list[Problem] = []
-    token = _RECORD.set(record)
-    try:
-        with _RECORDING(next(_recordings)):
-            yield record
-    finally:
-        _RECORD.reset(token)
+def _split(x: Any, w: Any, platform: str) -> list[Problem]:
+    """A product, or those of its terms where no backend computes it at once."""
+    taken = with_outliers(w) is None or any(b.supports(x, w, platform) is None for b in BACKENDS.options)
+    return [(x, w)] if taken else [(x, term) for term in w.terms]
 
 
 def check_named(x: Any, w: Any, backend: str) -> None:
@@ -224,7 +209,32 @@ def _(w, x, backend=None):
 def _(w: Sum, x, backend=None):
     if binary_planes(w) is not None:
         return planned(x, w, backend)
+    if with_outliers(w) is not None:
+        return _at_once(x, w, backend)
+    return _term_by_term(x, w, backend)
+
+
+def _term_by_term(x: jax.Array, w: Sum, backend: str | None) -> jax.Array:
     return functools.reduce(jnp.add, [product(term, x, backend) for term in w.terms])
+
+
+def _at_once(x: jax.Array, w: Sum, backend: str | None) -> jax.Array:
+    """The product by a coded matrix and the entries beside it, in one call where a kernel has it."""
+    check_leaves(w)
+    zeros = noted(x, w)
+    if zeros is not None:
+        return zeros
+
+    def pick(platform: str) -> Backend | None:
+        options = BACKENDS.options if backend is None else (BACKENDS.named(backend),)
+        return next((option for option in options if option.supports(x, w, platform) is None), None)
+
+    def call(kernel: Backend | None) -> Callable[..., jax.Array]:
+        return functools.partial(_term_by_term, backend=backend) if kernel is None else _differentiable(kernel)
+
+    if not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((x, w))):
+        return call(pick(_platform(x, w)))(x, w)
+    return lowered_by_platform(pick, None, call)(x, w)
 
 
 @product.register

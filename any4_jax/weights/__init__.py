@@ -20,6 +20,7 @@ from any4_jax.weights.operator import (
     product,
     take_rows,
 )
+from any4_jax.weights.outliers import with_outliers
 from any4_jax.weights.permute_input import PermuteInput
 from any4_jax.weights.quantize_input import QuantizeInput
 from any4_jax.weights.quantized_tensor import QuantizedTensor, encode, from_codes
@@ -64,5 +65,6 @@ __all__ = [
     "take",
     "take_rows",
     "trimmed",
+    "with_outliers",
     "with_room",
 ]

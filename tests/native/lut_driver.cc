@@ -24,12 +24,12 @@ struct Shape {
 };
 
 // Rows of x for every kernel, tasks that end unevenly, words and groups that end within a block, chunks of K, one code;
-// then coded scales, of whole tiles, and of rows that end within a chunk or a byte.
+// then coded scales, of whole tiles, and of rows that end within a chunk or a byte; those of 3 bits have ranges in bf16.
 constexpr Shape kShapes[] = {
     {1, 7, 300, 32, true, true, false},   {2, 5, 515, 64, false, false, false}, {3, 9, 130, 7, true, true, false},
     {4, 66, 2100, 128, true, true, false}, {7, 13, 96, 16, true, false, true},   {100, 9, 264, 8, true, true, false},
     {1, 1, 1, 1, false, true, false},     {5, 6, 33, 33, true, true, true},     {1, 3, 4097, 128, true, true, false},
-    {1, 128, 96, 16, true, true, false, 3}, {7, 70, 300, 16, false, true, false, 2},
+    {1, 128, 96, 16, true, true, false, 3}, {1, 150, 560, 16, false, true, false, 3}, {7, 70, 300, 16, false, true, false, 2},
     {2, 5, 40, 8, true, false, false, 4},
 };
 
@@ -54,6 +54,7 @@ void PutCode(std::vector<uint8_t>& plane, int64_t row_bytes, int64_t row, int64_
 struct Coded {
   std::vector<uint8_t> low, high;
   std::vector<float> scales, offsets;
+  std::vector<uint16_t> scales16, offsets16;
   std::vector<double> values;
   any4::Turned turned{};
 
@@ -67,8 +68,11 @@ struct Coded {
     high.resize(columns * high_bytes);
     scales.resize(columns * runs);
     offsets.resize(columns * runs);
-    for (float& v : scales) v = uniform(random);
-    for (float& v : offsets) v = uniform(random);
+    const auto fill = [&](std::vector<float>& wide, std::vector<uint16_t>& narrow) {
+      for (float& v : wide) narrow.push_back(ToBfloat16(uniform(random))), v = FromBfloat16(narrow.back());
+    };
+    fill(scales, scales16);
+    fill(offsets, offsets16);
     for (int64_t c = 0; c < columns; ++c) {
       for (int64_t i = 0; i < n; ++i) {
         const int code = static_cast<int>(random() % (1u << bits));
@@ -78,7 +82,10 @@ struct Coded {
         values[i * columns + c] = (code / 2.0 - 1) * scales[run] + offsets[run];
       }
     }
-    turned = {n, columns, kRun, bits, low.data(), high.data(), -1.0f, 0.5f, scales.data(), offsets.data()};
+    turned = {n, columns, kRun, bits, low.data(), high.data(), -1.0f, 0.5f};
+    turned.type = bits == 3 ? any4::Type::kBfloat16 : any4::Type::kFloat32;
+    turned.scales = bits == 3 ? static_cast<const void*>(scales16.data()) : scales.data();
+    turned.offsets = bits == 3 ? static_cast<const void*>(offsets16.data()) : offsets.data();
   }
 };
 

@@ -8,14 +8,13 @@ import jax
 import jax.numpy as jnp
 
 from any4_jax.product.backends.base import Backend, arrays_of, dtypes_of, why_no_codes
+from any4_jax.product.backends.coded_scales import coded_scales
 from any4_jax.product.quantized_input import input_grid, why_no_bytes
 from any4_jax.weights import (
     QuantizedTensor,
     QuantizeInput,
     Sparse,
-    Transposed,
     binary_planes,
-    is_operator,
     leaf_of,
 )
 
@@ -38,8 +37,8 @@ def _run(x: jax.Array, w: QuantizedTensor | QuantizeInput | Sparse) -> jax.Array
         from cuda_ffi.sparse_product import sparse_product
 
         return sparse_product(x, w.ends, w.columns, w.values)
-    if isinstance(w, QuantizedTensor) and _coded(w):
-        return _run_coded(x, w)
+    if isinstance(w, QuantizedTensor) and (scales := coded_scales(w)) is not None:
+        return _run_coded(x, w, scales)
     (y,) = _run_together(x, (w,))
     return y
 
@@ -49,7 +48,7 @@ def _run_together(x: jax.Array, ws: Sequence[QuantizedTensor | QuantizeInput]) -
     from cuda_ffi.lut_product import Matrix, lut_products
 
     first = ws[0]
-    if len(ws) > 1 and any(isinstance(w, QuantizedTensor) and _coded(w) for w in ws):
+    if len(ws) > 1 and any(isinstance(w, QuantizedTensor) and coded_scales(w) for w in ws):
         return tuple(_run(x, w) for w in ws)
     sums = [planes for w in ws if (planes := binary_planes(w)) is not None]
     if sums:
@@ -71,32 +70,12 @@ def _sums_of_planes(x: jax.Array, sums: Sequence[Sequence[Any]]) -> tuple[jax.Ar
     return binary_products(x, matrices, group_size=sums[0][0].group_size)
 
 
-def _coded(w: QuantizedTensor) -> bool:
-    """Whether the scales and offsets of a weight are coded along its rows, in a form that a kernel reads."""
-    return all(scales is None or _is_turned(scales) for scales in (w.scales, w.offsets))
+def _run_coded(x: jax.Array, w: QuantizedTensor, scales: Sequence[Any]) -> jax.Array:
+    from cuda_ffi.coded_product import coded_product
 
-
-def _is_turned(scales: Any) -> bool:
-    from cuda_ffi.coded_product import BITS, RUN
-
-    leaf = scales.inner if isinstance(scales, Transposed) else None
-    if not isinstance(leaf, QuantizedTensor) or leaf.bits not in BITS or leaf.group_size % RUN != 0:
-        return False
-    ranges = leaf.scales, leaf.offsets
-    floats = all(not is_operator(a) and a is not None and jnp.issubdtype(a.dtype, jnp.floating) for a in ranges)
-    return floats and leaf.uniform and leaf.lut.shape[0] == 1
-
-
-def _run_coded(x: jax.Array, w: QuantizedTensor) -> jax.Array:
-    from cuda_ffi.coded_product import Turned, coded_product
-
-    scales, offsets = (
-        None if each is None else Turned(each.planes, each.lut, each.scales, each.offsets, each.group_size)
-        for each in (w.scales.inner, None if w.offsets is None else w.offsets.inner)
-    )
-    assert scales is not None
+    offsets = scales[1] if len(scales) > 1 else None
     lut = w.lut.astype(dtypes_of(w).lut)
-    return coded_product(x, w.planes, lut, scales, offsets, bits=w.bits, group_size=w.group_size)
+    return coded_product(x, w.planes, lut, scales[0], offsets, bits=w.bits, group_size=w.group_size)
 
 
 def grid_of_all(x: jax.Array, w: QuantizeInput) -> jax.Array | None:

@@ -11,6 +11,7 @@
 #include <cstdint>
 
 #include "lut_product.h"
+#include "lut_turned.h"
 
 namespace any4 {
 
@@ -62,6 +63,11 @@ struct LutKernel {
   // The weight is a sum of `count` planes, more than one of which only codes of 1 bit may have.
   void (*many)(const Product* planes, int64_t count, const Input&, int64_t begin, int64_t end, const Output&,
                float* scratch);
+  // `few` for one row of x and rows [0, end), with the scales, and offsets if there are any, of the tile that begins with
+  // these rows, of 3 bits. A group is as many codes as a word has, and the last block isn't half a block. Null for codes
+  // of other than 2 and 3 bits.
+  void (*few_turned)(const Weight&, const Input&, const TurnedTile& scales, const TurnedTile* offsets, int64_t end,
+                     const Output&, float* scratch);
 };
 
 // The floats of scratch that a kernel needs: for tables, scales and offsets, decoded rows, and partial sums.

@@ -2,6 +2,7 @@
 // tables are gathered from memory.
 #include "lut_binary_kernel.h"
 #include "lut_kernel.h"
+#include "lut_turned.h"
 
 #if defined(__AVX2__)
 
@@ -116,6 +117,7 @@ struct Vector {
 
 const LutKernel* Avx2Kernel(int bits) { return avx2::KernelOf<avx2::Vector>(bits); }
 const BinaryKernel* Avx2BinaryKernel() { return &avx2::Binary<avx2::Vector>::kKernel; }
+const TurnedKernel* Avx2Turned() { return &avx2::TurnedOf<avx2::Vector>::kKernel; }
 
 }  // namespace any4
 
@@ -124,6 +126,7 @@ const BinaryKernel* Avx2BinaryKernel() { return &avx2::Binary<avx2::Vector>::kKe
 namespace any4 {
 const LutKernel* Avx2Kernel(int) { return nullptr; }
 const BinaryKernel* Avx2BinaryKernel() { return nullptr; }
+const TurnedKernel* Avx2Turned() { return nullptr; }
 }  // namespace any4
 
 #endif

@@ -1,6 +1,7 @@
 // AVX-512 (F, BW, VL, DQ): a table of 16 floats is one register, and one permute looks up 16 codes.
 #include "lut_binary_kernel.h"
 #include "lut_kernel.h"
+#include "lut_turned.h"
 
 #if defined(__AVX512F__)
 
@@ -144,6 +145,7 @@ struct Vector::Table<8> {
 
 const LutKernel* Avx512Kernel(int bits) { return avx512::KernelOf<avx512::Vector>(bits); }
 const BinaryKernel* Avx512BinaryKernel() { return &avx512::Binary<avx512::Vector>::kKernel; }
+const TurnedKernel* Avx512Turned() { return &avx512::TurnedOf<avx512::Vector>::kKernel; }
 
 }  // namespace any4
 
@@ -152,6 +154,7 @@ const BinaryKernel* Avx512BinaryKernel() { return &avx512::Binary<avx512::Vector
 namespace any4 {
 const LutKernel* Avx512Kernel(int) { return nullptr; }
 const BinaryKernel* Avx512BinaryKernel() { return nullptr; }
+const TurnedKernel* Avx512Turned() { return nullptr; }
 }  // namespace any4
 
 #endif

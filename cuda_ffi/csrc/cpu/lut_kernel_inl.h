@@ -4,6 +4,7 @@
 #include "lut_rows_inl.h"
 #include "lut_codes_inl.h"
 #include "lut_tile_inl.h"
+#include "lut_turned_inl.h"
 
 template <class V, int kBits>
 struct Kernel {
@@ -130,6 +131,34 @@ struct Kernel {
     (stored ? FewOf<uint16_t> : FewOf<float>)(w, in, begin, end, out, scratch);
   }
 
+  // The same for one row of x, with scales and offsets of 3 bits, turned. A lane's codes are a group.
+  static void FewTurned(const Weight& w, const Input& in, const TurnedTile& scales, const TurnedTile* offsets,
+                        int64_t end, const Output& out, float* scratch) {
+    Rows<kBits> rows(w, in, scratch);
+    TurnedRow<V, 3> scale(scales), offset(offsets != nullptr ? *offsets : scales);
+    for (int64_t n = 0; n < end; ++n) {
+      const int64_t row = n % kTableRows;
+      if (row == 0) rows.template Load<true>(w, n, kTableRows < end - n ? kTableRows : end - n);
+      const typename V::template Table<kBits> table(rows.table(w, row));
+      scale.Take(n);
+      Float total = V::Zero();
+      ForBlocks(w, in, n, 0, in.blocks, [&](int64_t block, const auto& codes, auto steps) __attribute__((always_inline)) {
+        const float* x = in.values + block * kBlock;
+        Float sum[2];
+        ForSteps<V, decltype(steps)::value>([&](auto step) __attribute__((always_inline)) {
+          const Float weight = table.At(codes.At(step)), values = V::Load(x + step * kLanes);
+          sum[step % 2] = step < 2 ? V::Multiply(weight, values) : V::Fma(weight, values, sum[step % 2]);
+        });
+        total = V::Fma(scale.At(block * kLanes), V::Add(sum[0], sum[1]), total);
+      });
+      if (offsets != nullptr) {
+        offset.Take(n);
+        for (int64_t g = 0; g < rows.groups; g += kLanes) total = V::Fma(offset.At(g), V::Load(in.sums + g), total);
+      }
+      Store(out, 0, n, V::Sum(total));
+    }
+  }
+
   // Decodes blocks [begin, end) of row n to floats in the order of Input, or adds them to what is there.
   template <bool kAdd>
   static void Decode(const Weight& w, const Input& in, const float* entries, const float* scales,
@@ -219,7 +248,11 @@ struct Kernel {
     }
   }
 
-  static constexpr LutKernel kKernel = {kLanes, &Few, &Many};
+  static constexpr LutKernel Kernels() {
+    if constexpr (kBits == 2 || kBits == 3) return {kLanes, &Few, &Many, &FewTurned};
+    return {kLanes, &Few, &Many, nullptr};
+  }
+  static constexpr LutKernel kKernel = Kernels();
 };
 
 template <class V>

@@ -1,6 +1,7 @@
 // Plain C++ for every processor; compilers turn the loops over lanes into vectors of whatever length there is.
 #include "lut_binary_kernel.h"
 #include "lut_kernel.h"
+#include "lut_turned.h"
 
 namespace any4 {
 namespace portable {
@@ -110,5 +111,6 @@ struct Vector {
 
 const LutKernel* PortableKernel(int bits) { return portable::KernelOf<portable::Vector>(bits); }
 const BinaryKernel* PortableBinaryKernel() { return &portable::Binary<portable::Vector>::kKernel; }
+const TurnedKernel* PortableTurned() { return &portable::TurnedOf<portable::Vector>::kKernel; }
 
 }  // namespace any4

@@ -45,13 +45,8 @@ void ArrangeRow(const T* x, int64_t k, int64_t lanes, int64_t codes, bool half, 
   }
 }
 
-constexpr int64_t kFloatBytes = sizeof(float);
-
-// The rows from `begin` on, where a tile of turned scales begins, with those of the tile decoded: to two times
-// kTurnedRows * groups floats, behind which is scratch.
-Weight TileOf(const Weight& weight, int64_t begin, const TurnedKernel& kernel, float* decoded) {
-  const int64_t size = kTurnedRows * weight.groups();
-  char* const scratch = reinterpret_cast<char*>(decoded + 2 * size);
+// The rows from `begin` on, where a tile of turned scales begins.
+Weight TileOf(const Weight& weight, int64_t begin) {
   Weight tile = weight;
   tile.n -= begin;
   tile.codes += begin * PlaneBytes(weight.k, LowBits(weight.bits));
@@ -60,15 +55,45 @@ Weight TileOf(const Weight& weight, int64_t begin, const TurnedKernel& kernel, f
     const int64_t row_bytes = (int64_t{1} << weight.bits) * ItemBytes(weight.lut_type);
     tile.lut = static_cast<const char*>(weight.lut) + begin * row_bytes;
   }
-  kernel.decode(*weight.turned_scales, begin / kTurnedRows, decoded, scratch);
-  tile.scales = decoded;
+  return tile;
+}
+
+// Multiplies rows [begin, end), one tile, whose scales are turned. Scratch is the kernels', then that of TurnedBytes.
+template <class Multiply>
+void MultiplyTile(const Weight& weight, const LutKernel& kernel, const TurnedKernel& turned, const Input& input,
+                  int64_t begin, int64_t end, const Output& output, float* scratch, const Multiply& multiply) {
+  const int64_t groups = weight.groups();
+  char* const memory = reinterpret_cast<char*>(scratch + ScratchFloats(weight, input));
+  auto* const floats = reinterpret_cast<float*>(memory + 2 * TurnedTile::Bytes(groups));
+  Weight tile = TileOf(weight, begin);
+  Output to = output;
+  to.y = static_cast<char*>(output.y) + begin * ItemBytes(output.type);
+  const Turned &scales = *weight.turned_scales, *offsets = weight.turned_offsets;
+  TurnedTile of_scales(scales, memory), of_offsets(offsets != nullptr ? *offsets : scales, memory + TurnedTile::Bytes(groups));
+  turned.gather(scales, begin, of_scales);
+  if (offsets != nullptr) turned.gather(*offsets, begin, of_offsets);
+  const bool bits = scales.bits == 3 && (offsets == nullptr || offsets->bits == 3);
+  if (kernel.few_turned != nullptr && input.rows == 1 && bits && !input.half &&
+      weight.group_size == CodesPerWord(weight.bits)) {
+    return kernel.few_turned(tile, input, of_scales, offsets != nullptr ? &of_offsets : nullptr, end - begin, to,
+                             scratch);
+  }
+  turned.decode(scales, of_scales, end - begin, floats);
+  tile.scales = floats;
   tile.scales_type = Type::kFloat32;
-  if (weight.turned_offsets != nullptr) {
-    kernel.decode(*weight.turned_offsets, begin / kTurnedRows, decoded + size, scratch);
-    tile.offsets = decoded + size;
+  if (offsets != nullptr) {
+    turned.decode(*offsets, of_offsets, end - begin, floats + kTurnedRows * groups);
+    tile.offsets = floats + kTurnedRows * groups;
     tile.offsets_type = Type::kFloat32;
   }
-  return tile;
+  const Product product{tile, nullptr};
+  for (int64_t first = 0; first < end - begin; first += kTaskRows) {
+    multiply(&product, first, std::min(first + kTaskRows, end - begin), to);
+  }
+}
+
+int64_t TurnedBytes(int64_t groups) {
+  return 2 * TurnedTile::Bytes(groups) + 2 * kTurnedRows * groups * static_cast<int64_t>(sizeof(float));
 }
 
 }  // namespace
@@ -124,37 +149,29 @@ void LutProducts(const Product* products, int64_t count, int64_t planes, const v
     };
     type == Type::kFloat32 ? of(static_cast<const float*>(x)) : of(static_cast<const uint16_t*>(x));
   };
-  const int64_t own_floats = ScratchFloats(shape, input);
   const TurnedKernel& turned = KernelFor(isa, PortableTurned(), Avx2Turned(), Avx512Turned());
   const auto multiply = [&](const Product& product, int64_t begin, int64_t end, int64_t rows, const Output& output,
                             char* scratch) {
     Input of_pass = input;
     of_pass.rows = rows;
     auto* const floats = reinterpret_cast<float*>(scratch);
+    const auto run = [&](const Product* first, int64_t from, int64_t to, const Output& out) {
+      if (planes == 1 && (rows <= 2 || rows == 4) && input.whole_lanes) {
+        return kernel.few(first->weight, of_pass, from, to, out, floats);
+      }
+      kernel.many(first, planes, of_pass, from, to, out, floats);
+    };
     const Product* first = products + (&product - sums_of.data()) * planes;
-    Output to = output;
-    Product tile;
-    if (first->weight.turned_scales != nullptr) {
-      tile = {TileOf(first->weight, begin, turned, floats + own_floats), nullptr};
-      to.y = static_cast<char*>(output.y) + begin * ItemBytes(type);
-      first = &tile;
-      end -= begin;
-      begin = 0;
-    }
-    if (planes == 1 && (rows <= 2 || rows == 4) && input.whole_lanes) {
-      return kernel.few(first->weight, of_pass, begin, end, to, floats);
-    }
-    kernel.many(first, planes, of_pass, begin, end, to, floats);
+    if (first->weight.turned_scales == nullptr) return run(first, begin, end, output);
+    MultiplyTile(first->weight, kernel, turned, of_pass, begin, end, output, floats, run);
   };
   // A task is one tile of turned scales, which sums of planes don't have.
-  static_assert(kTaskRows == kTurnedRows);
   const bool any_turned =
       std::any_of(products, products + count, [](const Product& p) { return p.weight.turned_scales != nullptr; });
-  const int64_t decoded_bytes = any_turned ? 2 * kTurnedRows * groups * kFloatBytes + TurnedScratchBytes(groups) : 0;
-  const int64_t scratch_bytes = own_floats * kFloatBytes + decoded_bytes;
-  const int64_t unit = any_turned ? kTurnedRows : kDecodedRows;
-  ForProducts(sums_of.data(), count, m, type, {kInputRows, unit, kTaskRows, scratch_bytes}, executor, arrange,
-              multiply);
+  const int64_t scratch_bytes =
+      ScratchFloats(shape, input) * static_cast<int64_t>(sizeof(float)) + (any_turned ? TurnedBytes(groups) : 0);
+  const int64_t unit = any_turned ? kTurnedRows : kDecodedRows, most = any_turned ? kTurnedRows : kTaskRows;
+  ForProducts(sums_of.data(), count, m, type, {kInputRows, unit, most, scratch_bytes}, executor, arrange, multiply);
 }
 
 }  // namespace any4

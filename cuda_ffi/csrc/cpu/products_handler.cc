@@ -135,7 +135,7 @@ ffi::ErrorOr<any4::Turned> TurnedOf(const ffi::RemainingArgs& operands, size_t f
   if (!HasShape(low, columns, PlaneBytes(n, LowBits(bits))) || low.element_type() != ffi::U8 ||
       (two && (!HasShape(high, columns, PlaneBytes(n, HighBits(bits))) || high.element_type() != ffi::U8)) ||
       !HasShape(scales, columns, runs) || !HasShape(offsets, columns, runs) || lut.element_type() != ffi::F32 ||
-      scales.element_type() != ffi::F32 || offsets.element_type() != ffi::F32) {
+      !IsFloat(TypeOf(scales)) || TypeOf(offsets) != TypeOf(scales)) {
     return ffi::Unexpected(Invalid(kCodedProduct, "the operands of its scales don't fit together"));
   }
   const auto* levels_of = static_cast<const float*>(lut.untyped_data());
@@ -147,8 +147,9 @@ ffi::ErrorOr<any4::Turned> TurnedOf(const ffi::RemainingArgs& operands, size_t f
                       two ? static_cast<const uint8_t*>(high.untyped_data()) : nullptr,
                       levels_of[0],
                       levels_of[1] - levels_of[0],
-                      static_cast<const float*>(scales.untyped_data()),
-                      static_cast<const float*>(offsets.untyped_data())};
+                      *TypeOf(scales),
+                      scales.untyped_data(),
+                      offsets.untyped_data()};
 }
 
 // One matrix, whose scales and offsets are coded: its operands without these, then five for each of the two. Without

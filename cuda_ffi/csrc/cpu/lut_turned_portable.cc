@@ -1,6 +1,0 @@
-// Turned coded matrices for every processor.
-#include "lut_turned_inl.h"
-
-namespace any4 {
-const TurnedKernel* PortableTurned() { return &kKernel; }
-}  // namespace any4
