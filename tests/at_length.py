@@ -65,7 +65,7 @@ AT_LENGTH = (
     "test_examples::test_example[lora",
     "test_examples::test_example[orbax_roundtrip",
     "test_examples::test_example[swap_hf_llama",
-    # One case of each of these is enough for a change elsewhere; the other tests of their files have the rest.
+    # One case of each, or a shorter sibling, is in `make test`.
     "test_fuzz::test_a_case_is_known_by_its_number[0",
     "test_harness::test_flax_models_of_transformers_are_judged_alike",
     "test_tuning::test_blocks_with_other_numbers_of_outliers_are_one_stack",
