@@ -96,7 +96,6 @@ AT_LENGTH = (
     "test_cpu_kivi::test_vmap_and_derivatives_are_those_of_xla",
     "test_cuda_stacks::test_gradients_flow_to_the_layer_alone",
     "test_kvquant::test_streamed_tokens_equal_those_at_once_v5_v6_v8[16",
-    "test_checkpoint_kill::test_kill_at_twenty_moments_leaves_the_old_or_the_new",
     "test_cache_open::test_values_are_rounded_to_the_table_of_their_block",
     "test_cache_open::test_cached_decoding_equals_the_whole_forward[a window in one block",
     "test_byte_kernel_by_row::test_matmul_takes_rows_with_one_scale_and_agrees_with_xla",
