@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 
 from any4_jax import checkpoint
+from any4_jax.checkpoint.quiet import reported_once
 
 KILL_SERVER = """
 import json, os, resource, shutil, signal, sys
@@ -192,3 +194,11 @@ def test_a_disk_that_takes_no_more_is_one_sentence(killed):
     assert "\n" not in counts["error"]
     assert killed.loaded_version() == before
     assert len(list(killed.root.iterdir())) == 2
+
+
+def test_what_asyncio_says_late_of_a_failed_write_is_dropped(tmp_path, caplog):
+    with pytest.raises(OSError, match="full"), reported_once(tmp_path):
+        raise OSError("full")
+    for text in (f"can't write {tmp_path}/arrays", "another"):
+        logging.getLogger("asyncio").error("Future exception was never retrieved", exc_info=ValueError(text))
+    assert [str(record.exc_info[1]) for record in caplog.records] == ["another"]

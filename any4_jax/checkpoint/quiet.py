@@ -21,7 +21,9 @@ def reported_once(folder: Path) -> Iterator[None]:
 
     Orbax's threads log the exceptions that their waiter raises. When one array can't be written, Orbax closes its event
     loop while tensorstore's threads still write other arrays: they would say that the loop is closed, and make the
-    folder anew after its removal. So an exception passes once they are done. All other messages pass.
+    folder anew after its removal. So an exception passes once they are done. Where several arrays can't be written, the
+    futures of all but one are dropped with their exceptions, which asyncio logs whenever they are collected. All other
+    messages pass.
     """
     logger, hook = logging.getLogger("absl"), sys.unraisablehook
 
@@ -34,6 +36,7 @@ def reported_once(folder: Path) -> Iterator[None]:
     try:
         yield
     except BaseException:
+        logging.getLogger("asyncio").addFilter(_Told(folder))
         _await_rest(folder)
         raise
     finally:
@@ -44,6 +47,19 @@ def reported_once(folder: Path) -> Iterator[None]:
 def _is_news(record: logging.LogRecord) -> bool:
     """Whether a record says more than that a thread of Orbax ended with an exception."""
     return "raised an exception" not in record.getMessage() or "orbax" not in record.pathname
+
+
+class _Told(logging.Filter):
+    """Drops what asyncio says of futures whose writes to a folder failed. It stays, since they are collected late."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self._folder = str(folder.absolute())
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether the record says anything else."""
+        error = record.exc_info[1] if record.exc_info else None
+        return "never retrieved" not in record.getMessage() or self._folder not in str(error)
 
 
 def _await_rest(folder: Path) -> None:
