@@ -125,9 +125,9 @@ class Measured:
         if self._seqlen < SEQLEN:
             notes.append(f"windows of {self._seqlen} tokens, which is the model's context; published, of {SEQLEN}")
         if args.windows is not None:
-            notes.append(f"only {args.windows} windows of each text")
+            notes.append(f"only {args.windows} window{'s' * (args.windows > 1)} of each text")
         if args.limit is not None:
-            notes.append(f"only {args.limit} questions of each task")
+            notes.append(f"only {args.limit} question{'s' * (args.limit > 1)} of each task")
         if args.calibrate is not None and row.learns is not None and args.calibrate != row.learns:
             notes.append(f"learned from {args.calibrate}; published, from {_said(row.learns)}")
         return notes
