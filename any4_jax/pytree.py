@@ -14,9 +14,9 @@ def register_dataclass(cls: C, data_fields: Sequence[str] | None = None, meta_fi
     """Registers a dataclass as `jax.tree_util.register_dataclass` does, and tells it from all other classes.
 
     JAX's own function makes structures equal (`==`) whose fields agree and whose classes don't; only their hashes
-    differ. So about once in twenty processes, where part of the hashes collides too, `jax.jit` runs the program of one
-    class on the arrays of the other (seen in jax 0.10.2 and 0.11). Caches and operators have the same few fields, and
-    what a class does with them is all that sets it apart: register them here.
+    differ (jax 0.10.2 and 0.12.0). Where part of the hashes collides too, in about one process of twenty, `jax.jit`
+    runs the program of one class on the arrays of the other. Caches and operators have the same few fields, and what a
+    class does with them is all that sets it apart: register them here.
 
     Args:
         cls: a dataclass; its `__init__` must take all fields by name.

@@ -51,8 +51,8 @@ class Scores:
 
 
 def _first_highest(logits: jax.Array) -> jax.Array:
-    """argmax over the last axis, int32, as two reductions of numbers, which XLA vectorizes on a CPU. Its own argmax it
-    doesn't, and 49152 logits take ten times as long, a twentieth of SmolLM2-135M's step."""
+    """argmax over the last axis, int32, as two reductions of numbers. On a CPU XLA vectorizes these, but not its own
+    argmax, which takes ten times as long over 49152 logits: a twentieth of SmolLM2-135M's step."""
     highest = logits.max(axis=-1, keepdims=True)
     index, size = jnp.arange(logits.shape[-1], dtype=jnp.int32), logits.shape[-1]
     return jnp.where((logits == highest) | jnp.isnan(logits), index, size).min(axis=-1)
